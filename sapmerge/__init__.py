@@ -1,0 +1,68 @@
+"""sapmerge merges LoRA adapters: `merge(adapters, anchor_loader, model)`, made of composable primitives.
+
+The names below are the public surface; `merging.py` is the place to start reading.
+"""
+
+from sapmerge import (
+    adapter,
+    anchors,
+    bases,
+    compose,
+    errors,
+    inspection,
+    layer,
+    masks,
+    mergers,
+    merging,
+    methods,
+    prune,
+    rescalers,
+    scorers,
+    transforms,
+    units,
+)
+from sapmerge.adapter import *
+from sapmerge.anchors import *
+from sapmerge.bases import *
+from sapmerge.compose import *
+from sapmerge.errors import *
+from sapmerge.inspection import *
+from sapmerge.layer import *
+from sapmerge.masks import *
+from sapmerge.mergers import *
+from sapmerge.merging import *
+from sapmerge.methods import *
+from sapmerge.prune import *
+from sapmerge.recipe import parse
+from sapmerge.rescalers import *
+from sapmerge.scorers import *
+from sapmerge.transforms import *
+from sapmerge.units import *
+from sapmerge.version import __version__
+
+RECIPE_NAMES = frozenset(
+    name
+    for module in (anchors, bases, compose, masks, mergers, methods, prune, rescalers, scorers, transforms, units)
+    for name in module.__all__
+    if name
+    not in ("Anchors", "Basis", "Coordinates", "Frames", "GradientView", "Mapped", "Units", "from_pairs", "prepare")
+)
+"""What a recipe may call: every primitive, wrapper and method."""
+
+__all__ = ["__version__", "parse"]
+__all__ += adapter.__all__
+__all__ += anchors.__all__
+__all__ += bases.__all__
+__all__ += compose.__all__
+__all__ += errors.__all__
+__all__ += inspection.__all__
+__all__ += layer.__all__
+__all__ += masks.__all__
+__all__ += mergers.__all__
+__all__ += merging.__all__
+__all__ += methods.__all__
+__all__ += prune.__all__
+__all__ += rescalers.__all__
+__all__ += scorers.__all__
+__all__ += transforms.__all__
+__all__ += units.__all__

@@ -1,0 +1,134 @@
+"""Anchor batches: made from pairs, moved to the model's device, and checked to be the same on every pass."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from sapmerge.errors import AnchorError
+
+__all__ = ["Batches", "from_pairs"]
+
+
+def from_pairs(
+    images: Sequence[Any], texts: Sequence[str], processor: Any, batch_size: int = 16
+) -> list[dict[str, Any]]:
+    """Anchor batches from images and their texts.
+
+    Args:
+        images: PIL images or paths, one per text.
+        texts: captions; for LLaVA, prompts with the image token.
+        processor: a transformers processor: called with `images=`, `text=`, `return_tensors="pt"`, `padding=True`.
+        batch_size: pairs per batch; contrastive losses take their negatives from the batch.
+
+    Returns:
+        A list of dict batches: an `anchor_loader` for `merge`.
+
+    Raises:
+        AnchorError: no pairs, or not as many images as texts.
+
+    Example:
+        >>> from sapmerge import anchors
+        >>> loader = anchors.from_pairs(photos, captions, processor)  # doctest: +SKIP
+    """
+    if len(images) != len(texts) or not texts:
+        raise AnchorError(f"anchors are pairs: got {len(images)} images and {len(texts)} texts")
+    batches: list[dict[str, Any]] = []
+    for start in range(0, len(texts), batch_size):
+        chosen = slice(start, start + batch_size)
+        made = processor(
+            images=[_image(image) for image in images[chosen]],
+            text=list(texts[chosen]),
+            return_tensors="pt",
+            padding=True,
+        )
+        batches.append(dict(made))
+    return batches
+
+
+def _image(image: Any) -> Any:
+    if not isinstance(image, (str, os.PathLike)):
+        return image
+    from PIL import Image
+
+    with cast("Any", Image.open(cast("str | os.PathLike[str]", image))) as opened:
+        return opened.convert("RGB")
+
+
+class Batches:
+    """The batches of a re-iterable loader, on the model's device.
+
+    Raises:
+        AnchorError: it is empty, can be iterated only once, or yields other data the second time.
+    """
+
+    def __init__(self, loader: Any, device: torch.device) -> None:
+        if not hasattr(loader, "__iter__") or iter(loader) is loader:
+            raise AnchorError(
+                f"the anchors must be re-iterable: they are read once per adapter, and {type(loader).__name__} can be "
+                "read once; pass a list of batches or a DataLoader"
+            )
+        self._loader, self._device = loader, device
+        self._digests = [_digest(batch) for batch in loader]
+        if not self._digests:
+            raise AnchorError("there are no anchors: the loader yields no batch")
+        for _ in self:  # a loader that shuffles shows itself now, not in the scores
+            pass
+
+    def __iter__(self) -> Iterator[Any]:
+        count = 0
+        for number, batch in enumerate(self._loader):
+            if number >= len(self._digests) or _digest(batch) != self._digests[number]:
+                raise AnchorError(
+                    f"the anchors are not the same on every pass: batch {number} changed. Switch shuffling and random "
+                    "augmentation off (DataLoader(..., shuffle=False))"
+                )
+            count += 1
+            yield _moved(batch, self._device)
+        if count != len(self._digests):
+            raise AnchorError(f"the anchors are not the same on every pass: {len(self._digests)} batches, then {count}")
+
+    @property
+    def digest(self) -> str:
+        """sha256 over all batches."""
+        return hashlib.sha256("".join(self._digests).encode()).hexdigest()
+
+
+def batch_size(batch: Any) -> int:
+    """The length of the first dimension of a batch's first tensor; 1 if there is none."""
+    return next((len(tensor) for tensor in _tensors(batch) if tensor.ndim), 1)
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, Mapping):
+        for value in cast("Mapping[str, Any]", batch).values():
+            yield from _tensors(value)
+    elif isinstance(batch, (tuple, list)):
+        for value in cast("Sequence[Any]", batch):
+            yield from _tensors(value)
+
+
+def _moved(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: _moved(value, device) for key, value in cast("Mapping[str, Any]", batch).items()}
+    if isinstance(batch, (tuple, list)):
+        moved = [_moved(value, device) for value in cast("Sequence[Any]", batch)]
+        return moved if isinstance(batch, list) else tuple(moved)
+    return batch
+
+
+def _digest(batch: Any) -> str:
+    found = hashlib.sha256()
+    for tensor in _tensors(batch):
+        found.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()

@@ -1,0 +1,111 @@
+"""Losses on anchors: (model, batch) -> scalar. Any callable of this form is one.
+
+The image-text losses take their embeddings from `model.get_image_features` and `model.get_text_features`, or from the
+batch if it holds `image_embeds` or `text_embeds` already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from sapmerge.errors import AnchorError
+
+__all__ = ["alignment", "centered_alignment", "contrastive", "language_modeling"]
+
+Loss: TypeAlias = Callable[[Any, Any], Tensor]
+Batch: TypeAlias = Mapping[str, Any]
+
+IMAGE_INPUTS = ("pixel_values", "interpolate_pos_encoding", "pixel_attention_mask", "spatial_shapes")
+TEXT_INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
+
+
+def alignment(model: nn.Module, batch: Batch) -> Tensor:
+    """1 - cos(V, T), averaged over the pairs: the loss of SAP. Needs no negatives, and is small when all collapse."""
+    image, text = embeddings(model, batch)
+    return 1 - (image * text).sum(-1).mean()
+
+
+def centered_alignment(model: nn.Module, batch: Batch) -> Tensor:
+    """1 - cos(V - mean V, T - mean T): what all images (all texts) of a batch share cannot lower it."""
+    image, text = embeddings(model, batch)
+    image, text = (functional.normalize(side - side.mean(0), dim=-1) for side in (image, text))
+    return 1 - (image * text).sum(-1).mean()
+
+
+def contrastive(model: nn.Module, batch: Batch) -> Tensor:
+    """Symmetric InfoNCE at the model's temperature (1 / 0.07 if it has none); other pairs are negatives."""
+    image, text = embeddings(model, batch)
+    learned = getattr(model, "logit_scale", None)
+    scale = learned.exp() if isinstance(learned, Tensor) else 1 / 0.07
+    logits = (image @ text.T) * scale
+    target = torch.arange(len(logits), device=logits.device)
+    return (functional.cross_entropy(logits, target) + functional.cross_entropy(logits.T, target)) / 2
+
+
+def language_modeling(model: nn.Module, batch: Batch) -> Tensor:
+    """The model's own loss. Without `labels`, these are the input tokens except padding and image tokens."""
+    if "labels" not in batch and "input_ids" in batch:
+        labels = cast("Tensor", batch["input_ids"]).clone()
+        if "attention_mask" in batch:
+            labels[batch["attention_mask"] == 0] = -100
+        image_token = getattr(getattr(model, "config", None), "image_token_id", None)
+        if isinstance(image_token, int):
+            labels[labels == image_token] = -100
+        batch = {**batch, "labels": labels}
+    loss = getattr(model(**batch), "loss", None)
+    if not isinstance(loss, Tensor):
+        raise AnchorError(f"{type(model).__name__} returns no loss for a batch with {sorted(batch)}; pass loss=...")
+    return loss
+
+
+def embeddings(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Unit image and text embeddings (pairs, d), in float32."""
+    return embedding(model, batch, "image"), embedding(model, batch, "text")
+
+
+def embedding(model: nn.Module, batch: Batch, side: str) -> Tensor:
+    """The unit embeddings of one side of a batch: (pairs, d), in float32.
+
+    Args:
+        side: "image" or "text".
+    """
+    if f"{side}_embeds" in batch:
+        return functional.normalize(cast("Tensor", batch[f"{side}_embeds"]).float(), dim=-1)
+    features = getattr(model, f"get_{side}_features", None)
+    inputs = {key: batch[key] for key in (IMAGE_INPUTS if side == "image" else TEXT_INPUTS) if key in batch}
+    if features is None or not inputs:
+        raise AnchorError(
+            f"the image-text losses need {side}s: a model with get_{side}_features and its inputs in the batch, or "
+            f"'{side}_embeds'; the batch of this {type(model).__name__} has {sorted(batch)}"
+        )
+    found = features(**inputs)
+    pooled = found if isinstance(found, Tensor) else getattr(found, "pooler_output", None)
+    if not isinstance(pooled, Tensor):
+        raise AnchorError(f"get_{side}_features of {type(model).__name__} gives no pooled embedding; pass loss=...")
+    return functional.normalize(pooled.float(), dim=-1)
+
+
+def default_loss(model: nn.Module) -> Loss:
+    """`alignment` for a model with both towers, its own loss for a transformers model that has one.
+
+    Raises:
+        AnchorError: any other model.
+    """
+    if hasattr(model, "get_image_features") and hasattr(model, "get_text_features"):
+        return alignment
+    if hasattr(model, "config") and (hasattr(model, "lm_head") or hasattr(model, "get_image_features")):
+        return language_modeling
+    raise AnchorError(
+        f"{type(model).__name__} is neither a two-tower image-text model nor a language model; say which loss its "
+        "anchors have: loss=lambda model, batch: ..."
+    )
+
+
+def loss_name(loss: Loss) -> str:
+    """What a report calls a loss."""
+    return str(getattr(loss, "__name__", None) or type(loss).__name__)

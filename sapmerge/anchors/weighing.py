@@ -1,0 +1,64 @@
+"""Saliency on the level of whole adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import field, replace
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from sapmerge.anchors.losses import contrastive
+from sapmerge.compose import Mapped, prepare
+from sapmerge.errors import MethodError
+from sapmerge.layer import Layer, LayerStream, Method, Update
+from sapmerge.recipe import part
+
+__all__ = ["WeighByAnchors"]
+
+
+@part
+class WeighByAnchors:
+    """Weigh every adapter by the anchor loss at base + adapter: saliency on the level of whole adapters.
+
+    The weights are the given ones times softmax(-loss / temperature), scaled to keep their mean. Among good adapters
+    they are nearly equal; an adapter that was trained on wrong labels loses its voice.
+
+    Args:
+        method: any method.
+        loss: (model, batch) -> scalar. `contrastive` by default: a loss without negatives cannot tell good from bad.
+        temperature: of the softmax, in units of the loss.
+
+    Raises:
+        MethodError: there are no anchors.
+    """
+
+    method: Method
+    loss: Callable[..., Tensor] | None = contrastive
+    temperature: float = 0.1
+    shares: Mapping[int, float] | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise MethodError(f"the temperature must be positive; got {self.temperature!r}")
+
+    def prepare(self, layers: LayerStream) -> WeighByAnchors:
+        first = next(iter(layers), None)
+        if first is None or first.anchors is None:
+            raise MethodError("WeighByAnchors needs anchors and a model: merge(adapters, anchor_loader, model, ...)")
+        losses = torch.tensor(first.anchors.losses(self.loss), dtype=torch.float64)
+        softmax = torch.softmax(-losses / self.temperature, 0) * len(losses)
+        weighed = replace(self, shares={k: float(share) for k, share in enumerate(softmax)})
+        return replace(weighed, method=prepare(self.method, Mapped(layers, weighed._weighed)))
+
+    def __call__(self, layer: Layer) -> Update:
+        if self.shares is None:
+            return self.prepare(cast("LayerStream", [layer]))(layer)
+        total = sum(self.shares.values())
+        layer.record("anchor_weights", {label: self.shares[k] / total for k, label in enumerate(layer.adapters)})
+        return self.method(self._weighed(layer))
+
+    def _weighed(self, layer: Layer) -> Layer:
+        shares = self.shares or {}
+        return replace(layer, weights=tuple(weight * shares[k] for k, weight in enumerate(layer.weights)))

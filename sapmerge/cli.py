@@ -1,0 +1,165 @@
+"""The command line: `sapmerge merge`, `sapmerge inspect`. Errors are one line on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib
+import json
+import re
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from inspect import signature
+from typing import Any, cast
+
+import sapmerge
+from sapmerge import methods
+from sapmerge.errors import MethodError, SapmergeError, SapmergeWarning
+from sapmerge.layer import Method
+
+__all__ = ["main"]
+
+_IMPORTABLE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code (0, or 2 for an error that is the user's to mend)."""
+    options = _parser().parse_args(arguments)
+    warnings.simplefilter("always", SapmergeWarning)
+    warnings.showwarning = _show_warning
+    try:
+        options.run(options)
+    except SapmergeError as error:
+        if options.debug:
+            raise
+        print(f"sapmerge: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="sapmerge", description="Merge LoRA adapters.")
+    parser.add_argument("--version", action="version", version=sapmerge.__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    merge = commands.add_parser("merge", help="merge adapters into one", description="Merge adapters into one.")
+    merge.add_argument("adapters", nargs="+", metavar="ADAPTER", help="folder of a PEFT LoRA adapter, or label=folder")
+    merge.add_argument("-o", "--output", required=True, help="folder to write")
+    merge.add_argument("--method", required=True, help=f"{', '.join(methods.__all__)}; a recipe; or module:function")
+    merge.add_argument("--density", type=float, help="fraction kept, in (0, 1]")
+    merge.add_argument("--seed", type=int, help="of methods that draw random masks")
+    merge.add_argument("--weights", help="one number per adapter: 1,0.5,-1")
+    merge.add_argument("--scale", type=float, default=1.0, help="multiplies the merged update")
+    merge.add_argument("--rank", type=_rank, help="cap on the rank, share of energy in (0, 1), or 'exact'")
+    merge.add_argument("--modules-to-save", help="heads: mean, first, drop, or module=adapter[,module=adapter]")
+    merge.add_argument("--base-model", help="the base model the output is for")
+    merge.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    merge.add_argument("--quiet", action="store_true", help="no progress, no report")
+    merge.set_defaults(run=_merge)
+
+    look = commands.add_parser("inspect", help="describe and compare adapters", description="Describe adapters.")
+    look.add_argument("adapters", nargs="+", metavar="ADAPTER")
+    look.add_argument("--json", action="store_true", help="data instead of tables")
+    look.set_defaults(run=_inspect)
+
+    for command in (merge, look):
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    print(f"sapmerge: warning: {message}", file=sys.stderr)
+
+
+def _merge(options: argparse.Namespace) -> None:
+    merged = sapmerge.merge(
+        _adapters(options.adapters),
+        method=_method(options.method, {"density": options.density, "seed": options.seed}),
+        weights=None if options.weights is None else [_number(weight) for weight in options.weights.split(",")],
+        scale=options.scale,
+        rank=options.rank,
+        modules_to_save=_policy(options.modules_to_save),
+        base_model=options.base_model,
+        progress=False if options.quiet else None,
+    )
+    merged.save_pretrained(options.output, overwrite=options.overwrite)
+    if not options.quiet:
+        print(f"{merged.report}\n\nwritten to {options.output}")
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    found = sapmerge.inspect(_adapters(options.adapters))
+    print(json.dumps(found.to_dict(), indent=2) if options.json else found)
+
+
+def _adapters(arguments: Sequence[str]) -> Any:
+    """Folders, or label=folder for all of them."""
+    pairs = [argument.partition("=") for argument in arguments]
+    if all(separator and re.fullmatch(r"[A-Za-z0-9._-]{1,64}", label) for label, separator, _ in pairs):
+        return {label: folder for label, _, folder in pairs}
+    return list(arguments)
+
+
+def _method(text: str, given: dict[str, Any]) -> Method:
+    """A name of `methods.__all__`, a recipe, or module:function that the user wrote and so allowed to be imported."""
+    options = {key: value for key, value in given.items() if value is not None}
+    if text in methods.__all__:
+        factory = cast("Callable[..., Method]", getattr(methods, text))
+        unknown = sorted(set(options) - set(signature(factory).parameters))
+        if unknown:
+            raise MethodError(f"the method {text!r} has no {unknown[0]}; it takes {signature(factory)}")
+        return factory(**options)
+    if options:
+        raise MethodError(f"--{next(iter(options))} goes with a method's name; write it into {text!r} instead")
+    if _IMPORTABLE.fullmatch(text):
+        return _imported(text)
+    if "(" not in text:
+        raise MethodError(f"there is no method {text!r}; the methods are {', '.join(methods.__all__)}")
+    functions = {name: _imported(name) for name in _strings(text) if _IMPORTABLE.fullmatch(name)}
+    return sapmerge.parse(text, functions)
+
+
+def _imported(name: str) -> Any:
+    module, _, path = name.partition(":")
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # a function in a file of the working folder, as with python -m
+    try:
+        found: Any = importlib.import_module(module)
+        for attribute in path.split("."):
+            found = getattr(found, attribute)
+    except (ImportError, AttributeError) as error:
+        raise MethodError(f"{name!r} cannot be imported: {error}") from None
+    if not callable(found):
+        raise MethodError(f"{name!r} is not a function")
+    return found
+
+
+def _strings(text: str) -> list[str]:
+    """The string literals of a recipe; an unreadable one has none, and `parse` says what is wrong with it."""
+    try:
+        tree = ast.parse(text.strip(), mode="eval")
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return []
+    return [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+
+
+def _policy(text: str | None) -> Any:
+    if text is None or "=" not in text:
+        return text
+    return {module: label for module, _, label in (pair.partition("=") for pair in text.split(","))}
+
+
+def _rank(text: str) -> int | float | str:
+    if text == "exact":
+        return text
+    return int(text) if re.fullmatch(r"\d+", text) else float(text)
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise MethodError(f"--weights takes numbers separated by commas; got {text!r}") from None

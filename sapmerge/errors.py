@@ -1,0 +1,76 @@
+"""Every error and warning of sapmerge. A message says what is wrong, where, what was expected and what to do."""
+
+from __future__ import annotations
+
+__all__ = [
+    "AdapterConfigError",
+    "AdapterFormatError",
+    "AdapterSecurityError",
+    "AnchorError",
+    "IncompatibleAdaptersError",
+    "InputChangedError",
+    "LimitExceededError",
+    "MethodError",
+    "ModelMismatchError",
+    "NonFiniteError",
+    "OutputError",
+    "OutputExistsError",
+    "SapmergeError",
+    "SapmergeWarning",
+]
+
+
+class SapmergeError(Exception):
+    """Base of every error that sapmerge raises on purpose."""
+
+
+class SapmergeWarning(UserWarning):
+    """Something the user should know, and that does not make the result wrong."""
+
+
+class AdapterFormatError(SapmergeError):
+    """The files of an adapter are not what they should be (container, tensor names, shapes, dtypes)."""
+
+
+class AdapterConfigError(SapmergeError):
+    """`adapter_config.json` cannot be read, contradicts the tensors, or asks for something unsupported."""
+
+
+class AdapterSecurityError(SapmergeError):
+    """The input would need code, a network, or a file outside the adapter to be read."""
+
+
+class LimitExceededError(SapmergeError):
+    """The input is larger, deeper or slower than the limits allow."""
+
+
+class InputChangedError(SapmergeError):
+    """A file changed between the moment it was opened and the moment it was read."""
+
+
+class IncompatibleAdaptersError(SapmergeError):
+    """The adapters cannot be merged with each other."""
+
+
+class ModelMismatchError(SapmergeError):
+    """The model has no such module, or one of another shape."""
+
+
+class MethodError(SapmergeError, ValueError):
+    """A method, a primitive or an argument of `merge` has a wrong value."""
+
+
+class AnchorError(SapmergeError):
+    """The anchors or the loss cannot be used."""
+
+
+class NonFiniteError(SapmergeError):
+    """A NaN or an infinity, with the adapter and the layer it was found in."""
+
+
+class OutputError(SapmergeError):
+    """The output could not be written; nothing was changed."""
+
+
+class OutputExistsError(OutputError):
+    """The output already exists and `overwrite=True` was not given."""

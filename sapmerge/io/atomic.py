@@ -1,0 +1,299 @@
+"""A folder that appears whole or not at all: filled beside its target, synced, then renamed into place."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import re
+import secrets
+import shutil
+import stat
+import warnings
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from sapmerge.errors import OutputError, OutputExistsError, SapmergeWarning
+
+__all__ = ["CONFIG_NAME", "StagedFolder", "explained", "write_all"]
+
+CONFIG_NAME = "adapter_config.json"  # what makes a folder a checkpoint, and safe to replace
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+_NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+_NOREPLACE, _EXCHANGE = 1, 2  # flags of renameat2(2)
+_NOT_SUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
+_NO_LOCKS = _NOT_SUPPORTED | {errno.ENOLCK, errno.EBADF}  # EBADF: NFS, which locks no folder
+_CHUNK = 1 << 26  # some systems refuse writes above 2 GiB
+_ATTEMPTS = 100
+
+_renameat2: Callable[[int, bytes, int, bytes, int], int] | None = getattr(
+    ctypes.CDLL(None, use_errno=True), "renameat2", None
+)
+
+
+@contextmanager
+def explained(path: str | os.PathLike[str], operation: str) -> Generator[None, None, None]:
+    """Turns an OSError into an OutputError that names the path and the operation."""
+    try:
+        yield
+    except OSError as error:
+        code = errno.errorcode.get(error.errno or 0, "unknown error")
+        raise OutputError(f"{os.fspath(path)!r}: cannot {operation}: {error.strerror or error} ({code})") from error
+
+
+def write_all(file: int, data: bytes | memoryview, offset: int) -> None:
+    """Writes every byte of `data` at `offset`, however the system splits the writes."""
+    view = memoryview(data)
+    done = 0
+    while done < len(view):
+        done += os.pwrite(file, view[done : done + _CHUNK], offset + done)
+
+
+class StagedFolder:
+    """A temporary sibling of `path` that `publish` puts in its place; what is not published is removed.
+
+    Args:
+        path: the folder to be; its parent must exist.
+        overwrite: replace an existing checkpoint (or an empty folder), whole.
+
+    Raises:
+        OutputExistsError: `path` exists and `overwrite` is false.
+        OutputError: `path` is a symlink, a file or a folder that holds no checkpoint; its parent is missing.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, overwrite: bool) -> None:
+        self.path = os.fspath(path)
+        self._overwrite = overwrite
+        if "\0" in self.path:
+            raise OutputError(f"{self.path!r}: the output path contains a NUL character")
+        target = Path(self.path)
+        if target.name in ("", ".."):
+            target = target.resolve()
+        if not target.name:
+            raise OutputError(f"{self.path!r}: the root folder cannot be an output; give a folder below it")
+        self._parent_path, self._name = os.path.realpath(target.parent), target.name
+        if not os.path.isdir(self._parent_path):
+            raise OutputError(f"{self.path!r}: its parent folder {self._parent_path!r} does not exist; create it first")
+        self._parent = self._folder = -1
+        self._temporary = ""
+        with explained(self.path, "look for leftovers of earlier writes"):
+            _sweep(self._parent_path, self._name)
+        self._target_exists()
+
+    def __enter__(self) -> StagedFolder:
+        try:
+            with explained(self.path, "create a temporary folder beside it"):
+                self._parent = os.open(self._parent_path, _DIRECTORY)
+                self._create()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._temporary:
+            _remove(self._sibling(self._temporary))
+        for descriptor in (self._folder, self._parent):
+            if descriptor >= 0:
+                with suppress(OSError):
+                    os.close(descriptor)
+        self._folder = self._parent = -1
+
+    def create(self, name: str) -> int:
+        """Opens a new file of the folder for reading and writing."""
+        return os.open(name, _NEW_FILE, 0o666, dir_fd=self._folder)
+
+    def write(self, name: str, data: bytes) -> None:
+        """Writes a whole new file of the folder and syncs it."""
+        with explained(self.path, f"write {name}"):
+            file = self.create(name)
+            try:
+                write_all(file, data, 0)
+                os.fsync(file)
+            finally:
+                os.close(file)
+
+    def unlink(self, name: str) -> None:
+        """Removes a file of the folder."""
+        os.unlink(name, dir_fd=self._folder)
+
+    def publish(self) -> None:
+        """Puts the folder in its place; from here on it is the output. Readers see the old folder or the new one."""
+        with explained(self.path, "put the new folder in place"):
+            _sync_folder(self._folder)
+            replaced, undo = self._place()
+            try:
+                _sync_folder(self._parent)
+            except BaseException as error:
+                try:
+                    undo()
+                except OSError:
+                    raise OutputError(f"{self.path!r}: in place, but perhaps not on disk yet: {error}") from error
+                raise
+        self._temporary = ""
+        if replaced and not _remove(leftover := self._sibling(replaced)):
+            warnings.warn(
+                f"{self.path!r} was replaced, but the previous output could not be removed from {leftover!r}; "
+                "the next write to the same place tries again",
+                SapmergeWarning,
+                stacklevel=3,
+            )
+
+    def _place(self) -> tuple[str, Callable[[], object]]:
+        """Renames the folder into place; returns where the old one went, and how to undo it."""
+        for _ in range(_ATTEMPTS):
+            try:
+                return self._exchange() if self._target_exists() else self._rename()
+            except OSError as error:
+                # Another writer put an output there, or moved it, after we had looked: look again.
+                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOENT):
+                    raise
+        raise OutputError(f"{self.path!r}: other programs keep changing it; nothing was written")
+
+    def _rename(self) -> tuple[str, Callable[[], object]]:
+        if not self._renameat2(_NOREPLACE):
+            self._move(self._temporary, self._name)  # fails if the target is a folder that holds anything
+        return "", lambda: self._move(self._name, self._temporary)
+
+    def _exchange(self) -> tuple[str, Callable[[], object]]:
+        if self._renameat2(_EXCHANGE):
+            return self._temporary, lambda: self._renameat2(_EXCHANGE)
+        aside = _sibling_name(self._name, "old")  # a kill after the first move: the next `_sweep` puts it back
+
+        def put_back() -> None:
+            with suppress(FileNotFoundError):
+                self._move(aside, self._name)
+
+        def undo() -> None:
+            self._move(self._name, self._temporary)
+            put_back()
+
+        try:
+            self._move(self._name, aside)
+            self._move(self._temporary, self._name)
+        except BaseException:
+            put_back()
+            raise
+        return aside, undo
+
+    def _renameat2(self, flag: int) -> bool:
+        """Renames or exchanges atomically; False where the system cannot."""
+        if _renameat2 is None:
+            return False
+        if _renameat2(self._parent, os.fsencode(self._temporary), self._parent, os.fsencode(self._name), flag) == 0:
+            return True
+        code = ctypes.get_errno()
+        if code in _NOT_SUPPORTED:
+            return False
+        raise OSError(code, os.strerror(code))
+
+    def _move(self, source: str, target: str) -> None:
+        os.rename(source, target, src_dir_fd=self._parent, dst_dir_fd=self._parent)
+
+    def _sibling(self, name: str) -> str:
+        return os.path.join(self._parent_path, name)
+
+    def _create(self) -> None:
+        # The lock tells a later `_sweep` that this folder is in use. It may be swept before it is locked: try again.
+        for _ in range(_ATTEMPTS):
+            self._temporary = name = _sibling_name(self._name, "tmp")
+            os.mkdir(name, 0o777, dir_fd=self._parent)
+            try:
+                self._folder = os.open(name, _DIRECTORY, dir_fd=self._parent)
+                with _tolerating(_NO_LOCKS):
+                    fcntl.flock(self._folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.samestat(os.fstat(self._folder), os.stat(name, dir_fd=self._parent, follow_symlinks=False)):
+                    return
+            except (FileNotFoundError, BlockingIOError):
+                pass
+            if self._folder >= 0:
+                os.close(self._folder)
+                self._folder = -1
+        raise OutputError(f"{self.path!r}: other programs keep removing the temporary folder beside it")
+
+    def _target_exists(self) -> bool:
+        """Whether there is an old output; refuses whatever must not be replaced."""
+        target = self._sibling(self._name)
+        with explained(self.path, "look at the output folder"):
+            try:
+                mode = os.lstat(target).st_mode
+            except FileNotFoundError:
+                return False
+            if stat.S_ISLNK(mode):
+                raise OutputError(f"{self.path!r} is a symbolic link; give the folder it points to, or another path")
+            if not stat.S_ISDIR(mode):
+                raise OutputError(f"{self.path!r} exists and is not a folder; give another path")
+            if not self._overwrite:
+                raise OutputExistsError(f"{self.path!r} exists; give another path, or overwrite=True to replace it")
+            content = os.listdir(target)
+        if content and CONFIG_NAME not in content:
+            raise OutputError(
+                f"{self.path!r} holds {len(content)} entries but no {CONFIG_NAME}: it is not an adapter checkpoint and "
+                "is not replaced, even with overwrite=True; give another path"
+            )
+        return True
+
+
+def _sibling_name(name: str, ending: str) -> str:
+    return f".{name}.sapmerge-{os.getpid()}-{secrets.token_hex(4)}.{ending}"
+
+
+@contextmanager
+def _tolerating(codes: set[int]) -> Generator[None, None, None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in codes:
+            raise
+
+
+def _sync_folder(folder: int) -> None:
+    with _tolerating(_NOT_SUPPORTED):  # some network file systems sync no folders
+        os.fsync(folder)
+
+
+def _sweep(parent: str, name: str) -> None:
+    """Removes what killed writers of `name` left, and puts back an old output that one of them had moved aside."""
+    pattern = re.compile(rf"\.{re.escape(name)}\.sapmerge-(\d{{1,9}})-[0-9a-f]{{8}}\.(tmp|old)")
+    for entry in os.listdir(parent):
+        match = pattern.fullmatch(entry)
+        # A process id comes back after a restart, in containers at once: our own says nothing, only the lock does.
+        if not match or (int(match[1]) != os.getpid() and _alive(int(match[1]))):
+            continue
+        leftover, target = os.path.join(parent, entry), os.path.join(parent, name)
+        if match[2] == "old" and not os.path.lexists(target):
+            os.rename(leftover, target)
+        else:
+            _remove_unlocked(leftover)
+
+
+def _remove(folder: str) -> bool:
+    """Removes what it can of a folder; whether it is gone."""
+    with suppress(OSError):  # `ignore_errors` lets some through
+        shutil.rmtree(folder, ignore_errors=True)
+    try:
+        os.lstat(folder)
+    except OSError as error:
+        return isinstance(error, FileNotFoundError)
+    return False
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)
+    return True
+
+
+def _remove_unlocked(folder: str) -> None:
+    """Removes a leftover that no writer holds. Where folders cannot be locked nobody can tell: it stays."""
+    with suppress(OSError):
+        descriptor = os.open(folder, _DIRECTORY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _remove(folder)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,115 @@
+"""The config against the tensors that are really there: who is adapted, with which rank and which scaling."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from sapmerge.errors import AdapterConfigError, SapmergeWarning
+from sapmerge.io.config import Settings
+from sapmerge.io.container import Limits, shown
+from sapmerge.io.keys import Pair
+from sapmerge.io.patterns import Budget, Pattern, Selection, matching, tail_patterns
+
+__all__ = ["Scaling", "check"]
+
+USUAL_SCALING = 100.0
+
+
+class Scaling(NamedTuple):
+    """How strongly one module's B @ A acts."""
+
+    alpha: float
+    factor: float
+
+
+def check(pairs: Sequence[Pair], settings: Settings, where: str, limits: Limits) -> dict[str, Scaling]:
+    """The scaling of each module (by its spelled name), once config and tensors tell the same story.
+
+    Raises:
+        AdapterConfigError: a module that the config hides, a rank it contradicts, a target without tensors.
+        LimitExceededError: patterns that are too long, too many or too slow.
+    """
+    budget = Budget(limits, where)
+    saved = (*settings.saved, *settings.heads)
+    selection = Selection(settings.targets, settings.excluded, settings.layers, settings.layers_pattern, saved, budget)
+    ranks = _Table(settings.rank_pattern, "rank_pattern", where, budget)
+    alphas = _Table(settings.alpha_pattern, "alpha_pattern", where, budget)
+    scalings: dict[str, Scaling] = {}
+    for pair in pairs:
+        reason = selection.why_not(pair.spelled)
+        if reason is not None:
+            raise AdapterConfigError(
+                f"{where}: the file has tensors for module {shown(pair.spelled)}, but {reason}; config and weights "
+                "do not belong together"
+            )
+        rank = ranks.get(pair.spelled, settings.r)
+        if rank != pair.rank:
+            raise AdapterConfigError(
+                f"{where}: module {shown(pair.spelled)} has rank {pair.rank} in the tensors, {int(rank)} by "
+                "r and rank_pattern; config and weights do not belong together"
+            )
+        alpha = alphas.get(pair.spelled, settings.alpha)
+        scalings[pair.spelled] = Scaling(alpha, alpha / (math.sqrt(rank) if settings.rslora else rank))
+    for problem in selection.unseen():
+        raise AdapterConfigError(
+            f"{where}: {problem}, but no tensor of it is in the file; the file may be incomplete. If the base model "
+            "has no such module, remove the name"
+        )
+    ranks.warn()
+    alphas.warn()
+    _warn_of_scalings(scalings, where)
+    return scalings
+
+
+class _Table:
+    """`rank_pattern` or `alpha_pattern`: the first key that matches counts, in the order of the file."""
+
+    def __init__(self, table: Mapping[str, float], field: str, where: str, budget: Budget) -> None:
+        self._field, self._where, self._budget = field, where, budget
+        self._values = list(table.values())
+        self._patterns: list[Pattern] = tail_patterns(table, field, budget)
+        self._unused = set(range(len(self._patterns)))
+        self._clash: tuple[str, list[str]] | None = None
+
+    def get(self, name: str, default: float) -> float:
+        if not self._patterns:
+            return default
+        hits = matching(self._patterns, name, self._budget)
+        if not hits:
+            return default
+        self._unused.difference_update(hits)
+        if len({self._values[hit] for hit in hits}) > 1:
+            self._clash = name, [self._patterns[hit].text for hit in hits]
+        return self._values[hits[0]]
+
+    def warn(self) -> None:
+        """Say what matched nothing, and where the order of keys decides: PEFT sorts them when it saves."""
+        if self._unused:
+            names = [self._patterns[position].text for position in sorted(self._unused)]
+            _warn(f"{self._where}: {self._field} keys {shown(names)} match no module of the file")
+        if self._clash is not None:
+            name, keys = self._clash
+            _warn(
+                f"{self._where}: {self._field} keys {shown(keys)} all match {shown(name)} and differ; the first of the "
+                "file counts, as in PEFT, but PEFT sorts them when it saves: the training may have used another"
+            )
+
+
+def _warn_of_scalings(scalings: Mapping[str, Scaling], where: str) -> None:
+    name, worst = max(scalings.items(), key=lambda item: abs(item[1].factor))
+    if abs(worst.factor) > USUAL_SCALING:
+        _warn(
+            f"{where}: lora_alpha {worst.alpha:g} scales module {shown(name)} by {worst.factor:g}; "
+            f"more than {USUAL_SCALING:g} is unusual"
+        )
+    odd = next((name for name, scaling in scalings.items() if scaling.factor <= 0), None)
+    if odd is not None:
+        effect = "turns the update around" if scalings[odd].factor < 0 else "makes the update zero"
+        _warn(f"{where}: lora_alpha {scalings[odd].alpha:g} of module {shown(odd)} {effect}")
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, SapmergeWarning, stacklevel=2)

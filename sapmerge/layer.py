@@ -1,0 +1,308 @@
+"""The two things that everything else is made of: an `Update`, and a `Layer` that holds one per adapter.
+
+A transform maps a Layer to a Layer, a merger maps a Layer to an Update, a method is a chain of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from sapmerge.errors import MethodError
+from sapmerge.linalg import factor_inner, factor_svd, norm, svd
+
+if TYPE_CHECKING:
+    from sapmerge.bases import Frames
+    from sapmerge.units import Units
+
+__all__ = [
+    "AnchorPass",
+    "Dense",
+    "Layer",
+    "LayerStream",
+    "LowRank",
+    "MaskBuilder",
+    "Merger",
+    "Method",
+    "Observation",
+    "Rescaler",
+    "Scorer",
+    "Stats",
+    "Transform",
+    "Update",
+    "absent",
+]
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """The update B @ A of one weight matrix, every scaling (alpha, rsLoRA) folded in.
+
+    Args:
+        B: (m, r), m = outputs of the layer.
+        A: (r, n), n = inputs. Rank 0 means that the adapter does not have the layer.
+    """
+
+    B: Tensor
+    A: Tensor
+
+    def __post_init__(self) -> None:
+        if self.A.ndim != 2 or self.B.ndim != 2 or self.B.shape[1] != self.A.shape[0]:
+            raise MethodError(
+                f"LowRank takes B (m, r) and A (r, n); got B {tuple(self.B.shape)} and A {tuple(self.A.shape)}"
+            )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.B.shape[0], self.A.shape[1]
+
+    @property
+    def rank(self) -> int:
+        """The number of columns of B (an upper bound of the algebraic rank)."""
+        return self.B.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.A.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.A.device
+
+    def dense(self) -> Tensor:
+        """The update as an (m, n) matrix."""
+        return self.B @ self.A
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Only the rows `index` of the update: (len(index), n)."""
+        return self.B[index] @ self.A
+
+    def scaled(self, factor: float) -> LowRank:
+        """`factor` times the update."""
+        return LowRank(self.B * factor, self.A)
+
+    def svd(self) -> tuple[Tensor, Tensor, Tensor]:
+        """U (m, k), sigma (k), Vh (k, n) with k = min(r, m, n), in float64, without an (m, n) matrix."""
+        return factor_svd(self.B, self.A)
+
+    def norm(self) -> float:
+        """The Frobenius norm, from the Gram matrices of the factors, in float64."""
+        return max(factor_inner(self.B, self.A, self.B, self.A), 0.0) ** 0.5
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LowRank:
+        return LowRank(self.B.to(device=device, dtype=dtype), self.A.to(device=device, dtype=dtype))
+
+
+@dataclass(frozen=True, eq=False)
+class Dense:
+    """An update that is not low-rank any more (entries of it were masked, or chosen).
+
+    Args:
+        matrix: (m, n).
+    """
+
+    matrix: Tensor
+
+    def __post_init__(self) -> None:
+        if self.matrix.ndim != 2:
+            raise MethodError(f"Dense takes a matrix (m, n); got shape {tuple(self.matrix.shape)}")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.matrix.shape[0], self.matrix.shape[1]
+
+    @property
+    def rank(self) -> int:
+        return min(self.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.matrix.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.matrix.device
+
+    def dense(self) -> Tensor:
+        return self.matrix
+
+    def rows(self, index: Tensor) -> Tensor:
+        return self.matrix[index]
+
+    def scaled(self, factor: float) -> Dense:
+        return Dense(self.matrix * factor)
+
+    def svd(self) -> tuple[Tensor, Tensor, Tensor]:
+        """U (m, k), sigma (k), Vh (k, n) with k = min(m, n), in float64."""
+        return svd(self.matrix)
+
+    def norm(self) -> float:
+        return norm(self.matrix)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Dense:
+        return Dense(self.matrix.to(device=device, dtype=dtype))
+
+
+Update: TypeAlias = LowRank | Dense
+
+
+def absent(shape: tuple[int, int], like: Tensor) -> LowRank:
+    """The update of an adapter that does not have the layer: rank 0."""
+    return LowRank(like.new_zeros(shape[0], 0), like.new_zeros(0, shape[1]))
+
+
+def _no_record(key: str, value: object) -> None:
+    """Where notes go when nobody asked for a report."""
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """One weight matrix as all adapters see it.
+
+    Args:
+        name: the module's name, e.g. "vision_model.encoder.layers.0.self_attn.q_proj".
+        updates: one per adapter, all of one shape (m, n); rank 0 where an adapter lacks the layer.
+        adapters: their labels, for messages and reports.
+        weights: one number per adapter, 1.0 by default. Pruning never sees them.
+        digests: their content digests, for randomness that does not depend on order or paths. Labels by default.
+        anchors: with anchors, where gradients come from (see `sapmerge.anchors`); None without.
+        frames: the coordinate systems that the updates are written in, outermost first (see `In`); usually none.
+        record: receives notes for the report (`record(key, value)`); does nothing by default.
+    """
+
+    name: str
+    updates: tuple[Update, ...]
+    adapters: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()
+    digests: tuple[str, ...] = ()
+    anchors: AnchorPass | None = field(default=None, repr=False)
+    frames: tuple[Frames, ...] = ()
+    record: Callable[[str, object], None] = field(default=_no_record, repr=False)
+
+    def __post_init__(self) -> None:
+        count = len(self.updates)
+        if count == 0:
+            raise MethodError(f"layer {self.name!r} has no updates; a Layer needs at least one adapter")
+        if not self.adapters:
+            object.__setattr__(self, "adapters", tuple(f"adapter{k}" for k in range(count)))
+        if not self.weights:
+            object.__setattr__(self, "weights", (1.0,) * count)
+        if not self.digests:
+            object.__setattr__(self, "digests", self.adapters)
+        for what in ("adapters", "weights", "digests"):
+            got = len(getattr(self, what))
+            if got != count:
+                raise MethodError(f"layer {self.name!r} has {count} updates but {got} {what}")
+        shapes = {update.shape for update in self.updates}
+        if len(shapes) > 1:
+            found = ", ".join(f"{a}: {u.shape}" for a, u in zip(self.adapters, self.updates, strict=True))
+            raise MethodError(f"layer {self.name!r} needs updates of one shape; got {found}")
+
+    def __iter__(self) -> Iterator[Update]:
+        return iter(self.updates)
+
+    def __len__(self) -> int:
+        return len(self.updates)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.updates[0].shape
+
+    @property
+    def present(self) -> tuple[bool, ...]:
+        """Which adapters have the layer."""
+        return tuple(update.rank > 0 for update in self.updates)
+
+    def with_updates(self, updates: Sequence[Update]) -> Layer:
+        """The same layer with other updates. The anchors are dropped: gradients are those of the updates as read."""
+        return replace(self, updates=tuple(updates), anchors=None)
+
+
+class LayerStream(Protocol):
+    """The layers of a merge, in a fixed order; can be iterated as often as a pre-pass needs."""
+
+    def __iter__(self) -> Iterator[Layer]: ...
+
+
+class AnchorPass(Protocol):
+    """Gradients and losses on the anchors, for the pre-pass of a part."""
+
+    def observe(self, layers: LayerStream, units: Units) -> Observation:
+        """Gradients in the coordinates of `units`; nothing runs before the first one is asked for."""
+        ...
+
+    def losses(self, loss: Callable[..., Tensor] | None = None) -> Sequence[float]:
+        """The mean loss on the anchors at base + adapter, for every adapter in the order of the layers."""
+        ...
+
+
+class Observation(Protocol):
+    """Statistics of the gradient g over the anchors, in the coordinates of a unit."""
+
+    def moment(self, layer: str, adapter: int, part: str, statistic: str, at: str) -> tuple[Tensor, Tensor]:
+        """The statistic over every other sample, and over the rest; their mean is that over all anchors.
+
+        Args:
+            layer: the layer's name.
+            adapter: its index in the layer.
+            part: of the unit.
+            statistic: "mean" E[g], or per sample "absolute" E|g| and "square" E[g^2].
+            at: "adapter" for gradients at base + adapter, "base" for those at the base.
+        """
+        ...
+
+
+class Stats(Protocol):
+    """What a scorer may know about the tensor that it scores. Asking for what is absent is an error that says how to
+    get it. All gradients have the shape of the values."""
+
+    @property
+    def adapter(self) -> str:
+        """The adapter's label."""
+        ...
+
+    @property
+    def layer(self) -> str:
+        """The layer's name."""
+        ...
+
+    @property
+    def part(self) -> str:
+        """The part of the unit: "A" or "B" for Factors, else "entries", "directions", "layer"."""
+        ...
+
+    @property
+    def gradient(self) -> Tensor:
+        """E[g]: the gradient of the mean anchor loss, at base + adapter."""
+        ...
+
+    def moment(self, statistic: str, at: str = "adapter") -> Tensor:
+        """ "mean" E[g], "absolute" E|g| or "square" E[g^2] over samples, at base + "adapter" or at the "base"."""
+        ...
+
+    def generator(self, seed: int) -> torch.Generator:
+        """Random numbers that depend on the seed, the adapter's content, the layer and the part, and nothing else."""
+        ...
+
+
+Scorer: TypeAlias = Callable[[Tensor, Stats], Tensor]
+"""(values, stats) -> scores of the same shape."""
+MaskBuilder: TypeAlias = Callable[[Tensor], Tensor]
+"""(scores) -> what to keep: bool, or a float multiplier."""
+Rescaler: TypeAlias = Callable[[Update, Update], Update]
+"""(pruned, original) -> rescaled."""
+Transform: TypeAlias = Callable[[Layer], Layer]
+Merger: TypeAlias = Callable[[Layer], Update]
+Method: TypeAlias = Callable[[Layer], Update]
+"""A method is a merger, whatever it is made of."""
+
+
+def seed_of(*parts: object) -> int:
+    """A 63-bit seed from names and numbers: the only source of randomness in the library."""
+    text = "\0".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

@@ -1,0 +1,108 @@
+"""Exact algebra on updates: low rank stays low rank, and no (m, n) matrix is formed for it.
+
+Costs O((m + n) R^2 + R^3) for factors of rank R; small matrices are float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sapmerge.layer import Dense, LowRank, Update
+from sapmerge.linalg import factor_inner, numerical_rank
+
+__all__ = ["balanced", "concatenate", "gram", "inner", "truncate"]
+
+
+def inner(x: Update, y: Update) -> float:
+    """The Frobenius inner product <x, y>, in float64."""
+    if isinstance(x, LowRank) and isinstance(y, LowRank):
+        return factor_inner(x.B, x.A, y.B, y.A)
+    if isinstance(x, LowRank):
+        return float(((x.B.double().T @ y.dense().double()) * x.A.double()).sum())
+    if isinstance(y, LowRank):
+        return inner(y, x)
+    return float((x.dense().double() * y.dense().double()).sum())
+
+
+def gram(updates: Sequence[Update]) -> Tensor:
+    """The K x K matrix of inner products <D_i, D_j>, float64, on the CPU."""
+    if all(isinstance(update, LowRank) for update in updates):
+        return _factor_gram([update for update in updates if isinstance(update, LowRank)])
+    count = len(updates)
+    out = torch.zeros(count, count, dtype=torch.float64)
+    for i in range(count):
+        for j in range(i, count):
+            out[i, j] = out[j, i] = inner(updates[i], updates[j])
+    return out
+
+
+def _factor_gram(updates: Sequence[LowRank]) -> Tensor:
+    """All inner products at once: block sums of (A A^T) * (B^T B) over the stacked factors."""
+    A = torch.cat([update.A for update in updates]).double()
+    B = torch.cat([update.B for update in updates], dim=1).double()
+    products = ((A @ A.T) * (B.T @ B)).cpu()
+    owner = torch.repeat_interleave(torch.arange(len(updates)), torch.tensor([update.rank for update in updates]))
+    select = torch.zeros(len(updates), len(owner), dtype=torch.float64)
+    select[owner, torch.arange(len(owner))] = 1.0
+    out = select @ products @ select.T
+    return (out + out.T) / 2
+
+
+def concatenate(updates: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
+    """sum_k weights[k] * updates[k], exactly, as one low-rank update of rank sum_k r_k."""
+    return LowRank(
+        torch.cat([update.B * weight for update, weight in zip(updates, weights, strict=True)], dim=1),
+        torch.cat([update.A for update in updates]),
+    )
+
+
+def balanced(update: Update) -> LowRank:
+    """The same update with factors of equal weight: B = U sqrt(sigma), A = sqrt(sigma) V^T.
+
+    LoRA training prefers no factorisation (B R^-1, R A) over another; this one depends on the update alone.
+    Singular values below `linalg.RTOL` are dropped: their directions are arbitrary.
+    """
+    U, sigma, Vh = update.svd()
+    keep = numerical_rank(sigma)
+    root = sigma[:keep].sqrt()
+    return LowRank((U[:, :keep] * root).to(update.dtype), (root[:, None] * Vh[:keep]).to(update.dtype))
+
+
+def truncate(update: Update, rank: int | float | str | None, default: int) -> tuple[LowRank, float]:
+    """The best low-rank approximation of `update` and the share of its energy (sum of squares) kept.
+
+    Args:
+        update: what to store.
+        rank: None: a low-rank update stays as it is (its factors are only recompressed, without loss, when they
+            have more columns than min(m, n)) and a dense one is cut to `default`; an int caps the rank; a float in
+            (0, 1) is the share of energy to keep; "exact" keeps the numerical rank.
+        default: the rank of a dense update when `rank` is None.
+
+    Returns:
+        The update, and the share of energy kept, in [0, 1].
+    """
+    if isinstance(update, LowRank):
+        fits = update.rank <= min(update.shape)
+        if (rank is None and fits) or (isinstance(rank, int) and update.rank <= min(rank, *update.shape)):
+            return update, 1.0
+    U, sigma, Vh = update.svd()
+    full = numerical_rank(sigma)
+    energy = sigma.square()
+    total = float(energy.sum())
+    if total == 0.0:
+        return LowRank(U[:, :0].to(update.dtype), Vh[:0].to(update.dtype)), 1.0
+    if isinstance(rank, float):
+        enough = torch.cumsum(energy, 0) >= rank * total * (1 - 1e-12)
+        keep = min(int(torch.argmax(enough.to(torch.int8))) + 1, full)
+    elif isinstance(rank, int):
+        keep = min(rank, full)
+    elif rank is None and isinstance(update, Dense):
+        keep = min(default, full)
+    else:
+        keep = full
+    root = sigma[:keep].sqrt()
+    kept = LowRank((U[:, :keep] * root).to(update.dtype), (root[:, None] * Vh[:keep]).to(update.dtype))
+    return kept, 1.0 if keep == full else float(energy[:keep].sum()) / total

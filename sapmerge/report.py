@@ -1,0 +1,238 @@
+"""What was merged: per adapter and per layer, as a page to read and as data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sapmerge.layer import Layer, Update
+from sapmerge.lowrank import gram
+
+__all__ = ["AdapterReport", "Geometry", "LayerReport", "Report", "geometry", "table"]
+
+_SAMPLED_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How the updates of one layer lie to each other.
+
+    Args:
+        norms: (K,) Frobenius norms.
+        inner: (K, K) inner products <D_i, D_j>.
+        both: (K, K) number of entries where both are non-zero, in the rows looked at.
+        opposed: (K, K) how many of those have opposite signs.
+    """
+
+    inner: Tensor
+    both: Tensor
+    opposed: Tensor
+
+    @property
+    def norms(self) -> Tensor:
+        return self.inner.diagonal().clamp_min(0).sqrt()
+
+    @property
+    def cosine(self) -> Tensor:
+        """(K, K); 0 where an update is zero."""
+        norms = self.norms
+        scale = norms[:, None] * norms[None, :]
+        return torch.where(scale > 0, self.inner / torch.where(scale > 0, scale, 1.0), 0.0)
+
+    @property
+    def sign_conflict(self) -> Tensor:
+        """(K, K): the share of entries with opposite signs; 1/2 for unrelated updates."""
+        return self.opposed / self.both.clamp_min(1)
+
+    def __add__(self, other: Geometry) -> Geometry:
+        return Geometry(self.inner + other.inner, self.both + other.both, self.opposed + other.opposed)
+
+
+def geometry(updates: Sequence[Update], rows: int | None = _SAMPLED_ROWS) -> Geometry:
+    """Inner products by Gram matrices of the factors, sign conflicts row block by row block: never an (m, n) matrix.
+
+    Args:
+        updates: of one layer.
+        rows: look for sign conflicts in that many evenly spaced rows only; None: in all of them.
+    """
+    count, (m, n) = len(updates), updates[0].shape
+    block = max(1, min(_SAMPLED_ROWS, 4_000_000 // max(1, count * n)))
+    looked_at = m if rows is None else min(m, rows, block)
+    index = torch.tensor([row * m // looked_at for row in range(looked_at)])
+    both, opposed = torch.zeros(count, count, dtype=torch.float64), torch.zeros(count, count, dtype=torch.float64)
+    for start in range(0, looked_at, block):
+        chunk = index[start : start + block].to(updates[0].device)
+        signs = torch.stack([torch.sign(update.rows(chunk)).flatten() for update in updates]).float()
+        shared, agreement = (signs.abs() @ signs.abs().T).double().cpu(), (signs @ signs.T).double().cpu()
+        both += shared
+        opposed += (shared - agreement) / 2
+    return Geometry(gram(updates), both, opposed)
+
+
+def off_diagonal_mean(matrix: Tensor) -> float | None:
+    """The mean over all pairs i != j; None for a single adapter."""
+    count = len(matrix)
+    return None if count < 2 else float((matrix.sum() - matrix.diagonal().sum()) / (count * (count - 1)))
+
+
+@dataclass(frozen=True)
+class AdapterReport:
+    """One input: its part in the merge."""
+
+    label: str
+    source: str
+    digest: str
+    weight: float
+    layers: int
+    ranks: str
+    energy_share: float
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer of the result.
+
+    Args:
+        name: the module.
+        shape: (m, n).
+        adapters: the labels that have the layer.
+        rank: of the stored update.
+        energy_kept: the share of the update's energy that its stored form keeps.
+        norm: Frobenius norm of the merged update.
+        cosine: mean pairwise cosine of the inputs; None for a single one.
+        sign_conflict: mean pairwise share of entries with opposite signs, on at most 64 rows.
+        energies: per adapter (w ||D||)^2, what it brings in.
+        notes: what the parts of the method recorded, e.g. the density that `Prune` kept per adapter.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    adapters: tuple[str, ...]
+    rank: int
+    energy_kept: float
+    norm: float
+    cosine: float | None
+    sign_conflict: float | None
+    energies: Mapping[str, float]
+    notes: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    @property
+    def density(self) -> float | None:
+        """The mean share of units that pruning kept; None when nothing was pruned."""
+        kept = self.notes.get("density")
+        return sum(kept.values()) / len(kept) if kept else None
+
+
+def describe(
+    layer: Layer, merged: Update, stored_rank: int, energy_kept: float, notes: Mapping[str, Any]
+) -> LayerReport:
+    """The report of one layer."""
+    found = geometry([update for update in layer if update.rank] or list(layer))
+    energies = [(weight * update.norm()) ** 2 for update, weight in zip(layer, layer.weights, strict=True)]
+    return LayerReport(
+        name=layer.name,
+        shape=layer.shape,
+        adapters=tuple(label for label, there in zip(layer.adapters, layer.present, strict=True) if there),
+        rank=stored_rank,
+        energy_kept=energy_kept,
+        norm=merged.norm(),
+        cosine=off_diagonal_mean(found.cosine),
+        sign_conflict=off_diagonal_mean(found.sign_conflict),
+        energies=dict(zip(layer.adapters, energies, strict=True)),
+        notes=notes,
+    )
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `merge` did. `print` gives a page, `to_dict` the data."""
+
+    method: str
+    base_model: str | None
+    scale: float
+    rank: int | float | str | None
+    adapters: tuple[AdapterReport, ...]
+    layers: tuple[LayerReport, ...]
+    modules_to_save: tuple[str, ...]
+    dropped_modules: tuple[str, ...]
+    notes: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    @property
+    def energy_kept(self) -> float:
+        """The share of the merged update's energy in the stored form, over all layers."""
+        total = sum(layer.norm**2 for layer in self.layers)
+        return sum(layer.energy_kept * layer.norm**2 for layer in self.layers) / total if total else 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: dicts, lists, numbers and strings."""
+        return asdict(self) | {"energy_kept": self.energy_kept}
+
+    def __str__(self) -> str:
+        lines = [f"method     {self.method}", f"base       {self.base_model or 'not named'}"]
+        ranks = sorted({layer.rank for layer in self.layers})
+        shown = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}" if ranks else "-"
+        lines.append(f"result     {len(self.layers)} layers, rank {shown}, energy kept {self.energy_kept:.1%}")
+        if self.modules_to_save or self.dropped_modules:
+            lines.append(f"modules    saved {list(self.modules_to_save)}, left out {list(self.dropped_modules)}")
+        lines += [f"{key:<10} {_short(value)}" for key, value in self.notes.items()]
+        lines += [
+            "",
+            table(
+                ["adapter", "weight", "layers", "ranks", "energy share", "from"],
+                [
+                    [a.label, f"{a.weight:g}", a.layers, a.ranks, f"{a.energy_share:.1%}", a.source]
+                    for a in self.adapters
+                ],
+            ),
+            "",
+            table(
+                ["layer", "adapters", "rank", "density", "energy kept", "norm", "cosine", "sign conflict"],
+                [_row(layer) for layer in self._shown()],
+            ),
+        ]
+        if len(self.layers) > len(self._shown()):
+            lines.append(f"... and {len(self.layers) - len(self._shown())} more layers: report.to_dict()['layers']")
+        return "\n".join(lines)
+
+    def _shown(self) -> tuple[LayerReport, ...]:
+        return self.layers if len(self.layers) <= 40 else self.layers[:12]
+
+
+def _row(layer: LayerReport) -> list[object]:
+    return [
+        layer.name,
+        len(layer.adapters),
+        layer.rank,
+        _percent(layer.density),
+        _percent(layer.energy_kept),
+        f"{layer.norm:.3g}",
+        "-" if layer.cosine is None else f"{layer.cosine:+.3f}",
+        _percent(layer.sign_conflict),
+    ]
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"
+
+
+def _short(value: object) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {_short(entry)}" for key, entry in value.items())  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Aligned columns of text: the first one to the left, the others to the right."""
+    cells = [list(head), *[[str(cell) for cell in row] for row in rows]]
+    widths = [max(len(row[k]) for row in cells) for k in range(len(head))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if k == 0 else cell.rjust(width) for k, (cell, width) in enumerate(zip(row, widths))
+        )
+        for row in cells
+    ]
+    return "\n".join(line.rstrip() for line in lines)

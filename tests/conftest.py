@@ -1,0 +1,122 @@
+"""What every test module shares: one thread, fixed seeds, and small layers to merge."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+import sapmerge as sm
+
+SHAPES = {"model.0.q_proj": (12, 10), "model.0.v_proj": (7, 13), "model.1.up_proj": (9, 9)}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_and_seed():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+def low_rank(shape: tuple[int, int], rank: int, seed: int, dtype: torch.dtype = torch.float64) -> sm.LowRank:
+    """A random low-rank update; drawn in float64, so both dtypes hold the same numbers up to rounding."""
+    generator = torch.Generator().manual_seed(seed)
+    B = torch.randn(shape[0], rank, generator=generator, dtype=torch.float64)
+    A = torch.randn(rank, shape[1], generator=generator, dtype=torch.float64)
+    return sm.LowRank(B.to(dtype), A.to(dtype))
+
+
+def make_layers(
+    ranks: Sequence[int] = (2, 4, 3),
+    shapes: dict[str, tuple[int, int]] | None = None,
+    dtype: torch.dtype = torch.float64,
+    weights: Sequence[float] = (),
+    seed: int = 0,
+) -> list[sm.Layer]:
+    """Layers for len(ranks) adapters called a0, a1, ...; rank 0 means that the adapter lacks the layer."""
+    layers = []
+    for number, (name, shape) in enumerate((shapes or SHAPES).items()):
+        updates = [low_rank(shape, rank, 1000 * seed + 100 * number + k, dtype) for k, rank in enumerate(ranks)]
+        labels = tuple(f"a{k}" for k in range(len(ranks)))
+        layers.append(sm.Layer(name, tuple(updates), adapters=labels, weights=tuple(weights)))
+    return layers
+
+
+class View:
+    """A dense gradient G, one sample, seen through the products of `GradientView`."""
+
+    def __init__(self, G: Tensor) -> None:
+        self.G = G[None]
+
+    def left(self, B: Tensor) -> Tensor:
+        return B.T @ self.G
+
+    def right(self, A: Tensor) -> Tensor:
+        return self.G @ A.T
+
+    def diagonal(self, U: Tensor, Vh: Tensor) -> Tensor:
+        return ((U.T @ self.G) * Vh).sum(-1)
+
+    def dense(self) -> Tensor:
+        return self.G
+
+
+class LinearLoss:
+    """Anchors whose loss is linear in the weights, two of them: gradients that are the same wherever they are taken."""
+
+    def observe(self, layers: sm.LayerStream, units: sm.Units) -> LinearLoss._Seen:
+        return self._Seen(layers, units)
+
+    def losses(self, loss: Callable[..., Tensor] | None = None) -> Sequence[float]:
+        raise NotImplementedError
+
+    class _Seen:
+        def __init__(self, layers: sm.LayerStream, units: sm.Units) -> None:
+            self.layers, self.units = layers, units
+
+        def moment(self, layer: str, adapter: int, part: str, statistic: str, at: str) -> tuple[Tensor, Tensor]:
+            found = next(x for x in self.layers if x.name == layer)
+            update = found.updates[adapter]
+            function = {"mean": lambda g: g, "absolute": torch.abs, "square": torch.square}[statistic]
+            both = []
+            for half in (1, 2):
+                outer = found.shape if not found.frames else _outer_shape(found)
+                G = low_rank(outer, min(outer), sum(map(ord, layer)) + half).dense().to(update.dtype)
+                for frames in found.frames:
+                    left = frames.U if frames.scale is None or frames.U is None else frames.U * frames.scale
+                    G = G if left is None else left.T @ G
+                    G = G if frames.V is None else G @ frames.V
+                both.append(function(self.units(update).pull(View(G))[part][0]))
+            return both[0], both[1]
+
+
+def _outer_shape(layer: sm.Layer) -> tuple[int, int]:
+    """The shape of the weight matrix itself, from the outermost frames that are there."""
+    m = next((f.U.shape[0] for f in layer.frames if f.U is not None), layer.shape[0])
+    n = next((f.V.shape[0] for f in layer.frames if f.V is not None), layer.shape[1])
+    return m, n
+
+
+def run(method: sm.Method, layers: Sequence[sm.Layer]) -> dict[str, sm.Update]:
+    """Prepare a method on the layers, then run it on each: what `merge` does, without any file.
+
+    Anchors are there for the methods that read gradients; the others must not look at them.
+    """
+    layers = [replace(layer, anchors=LinearLoss()) for layer in layers]
+    prepared = sm.prepare(method, layers)
+    return {layer.name: prepared(layer) for layer in layers}
+
+
+def dense(merged: dict[str, sm.Update]) -> dict[str, Tensor]:
+    return {name: update.dense() for name, update in merged.items()}
+
+
+def error(got: Tensor, wanted: Tensor) -> float:
+    """Relative Frobenius error in float64; absolute where the wanted matrix is zero."""
+    size = float(torch.linalg.vector_norm(wanted.double()))
+    return float(torch.linalg.vector_norm(got.double() - wanted.double())) / (size or 1.0)
