@@ -1,4 +1,4 @@
-"""The command line: `sapmerge merge`, `sapmerge inspect`. Errors are one line on stderr and exit code 2."""
+"""The command line: `sapmerge merge`, `sapmerge inspect`, `sapmerge demo`. Errors are one line on stderr and exit code 2."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from inspect import signature
+from pathlib import Path
 from typing import Any, cast
 
 import sapmerge
@@ -65,7 +66,12 @@ def _parser() -> argparse.ArgumentParser:
     look.add_argument("--json", action="store_true", help="data instead of tables")
     look.set_defaults(run=_inspect)
 
-    for command in (merge, look):
+    demo = commands.add_parser("demo", help="the mission in small, in two minutes", description="Train, merge, compare.")
+    demo.add_argument("-o", "--output", default="sapmerge-demo", help="folder to write (default: %(default)s)")
+    demo.add_argument("--seed", type=int, default=0)
+    demo.set_defaults(run=_demo)
+
+    for command in (merge, look, demo):
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -93,6 +99,12 @@ def _merge(options: argparse.Namespace) -> None:
 def _inspect(options: argparse.Namespace) -> None:
     found = sapmerge.inspect(_adapters(options.adapters))
     print(json.dumps(found.to_dict(), indent=2) if options.json else found)
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from sapmerge.demo import run
+
+    print(run(Path(options.output), seed=options.seed, say=lambda line: print(line, file=sys.stderr)))
 
 
 def _adapters(arguments: Sequence[str]) -> Any:
