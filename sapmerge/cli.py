@@ -1,4 +1,7 @@
-"""The command line: `sapmerge merge`, `sapmerge inspect`, `sapmerge demo`. Errors are one line on stderr and exit code 2."""
+"""The command line: `sapmerge merge`, `sapmerge inspect`, `sapmerge demo`.
+
+Errors are one line on stderr and exit code 2.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from inspect import signature
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import sapmerge
 from sapmerge import methods
@@ -41,8 +44,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"sapmerge: {message}; see {self.prog} --help\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="sapmerge", description="Merge LoRA adapters.")
+    parser = _Parser(prog="sapmerge", description="Merge LoRA adapters.")
     parser.add_argument("--version", action="version", version=sapmerge.__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -52,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--method", required=True, help=f"{', '.join(methods.__all__)}; a recipe; or module:function")
     merge.add_argument("--density", type=float, help="fraction kept, in (0, 1]")
     merge.add_argument("--seed", type=int, help="of methods that draw random masks")
-    merge.add_argument("--weights", help="one number per adapter: 1,0.5,-1")
+    merge.add_argument("--weights", help="one number per adapter: --weights=1,0.5,-1")
     merge.add_argument("--scale", type=float, default=1.0, help="multiplies the merged update")
     merge.add_argument("--rank", type=_rank, help="cap on the rank, share of energy in (0, 1), or 'exact'")
     merge.add_argument("--modules-to-save", help="heads: mean, first, drop, or module=adapter[,module=adapter]")
@@ -66,7 +74,9 @@ def _parser() -> argparse.ArgumentParser:
     look.add_argument("--json", action="store_true", help="data instead of tables")
     look.set_defaults(run=_inspect)
 
-    demo = commands.add_parser("demo", help="the mission in small, in two minutes", description="Train, merge, compare.")
+    demo = commands.add_parser(
+        "demo", help="the mission in small, in two minutes", description="Train, merge, compare."
+    )
     demo.add_argument("-o", "--output", default="sapmerge-demo", help="folder to write (default: %(default)s)")
     demo.add_argument("--seed", type=int, default=0)
     demo.set_defaults(run=_demo)
@@ -123,6 +133,11 @@ def _method(text: str, given: dict[str, Any]) -> Method:
         unknown = sorted(set(options) - set(signature(factory).parameters))
         if unknown:
             raise MethodError(f"the method {text!r} has no {unknown[0]}; it takes {signature(factory)}")
+        missing = [
+            p.name for p in signature(factory).parameters.values() if p.default is p.empty and p.name not in options
+        ]
+        if missing:
+            raise MethodError(f"the method {text!r} needs {missing[0]}; it takes {signature(factory)}")
         return factory(**options)
     if options:
         raise MethodError(f"--{next(iter(options))} goes with a method's name; write it into {text!r} instead")
@@ -142,8 +157,8 @@ def _imported(name: str) -> Any:
         found: Any = importlib.import_module(module)
         for attribute in path.split("."):
             found = getattr(found, attribute)
-    except (ImportError, AttributeError) as error:
-        raise MethodError(f"{name!r} cannot be imported: {error}") from None
+    except Exception as error:  # importing runs the user's code: anything can go wrong there
+        raise MethodError(f"{name!r} cannot be imported: {type(error).__name__}: {error}") from error
     if not callable(found):
         raise MethodError(f"{name!r} is not a function")
     return found
@@ -167,7 +182,10 @@ def _policy(text: str | None) -> Any:
 def _rank(text: str) -> int | float | str:
     if text == "exact":
         return text
-    return int(text) if re.fullmatch(r"\d+", text) else float(text)
+    try:
+        return int(text) if re.fullmatch(r"\d+", text) else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"a number, a share in (0, 1) or 'exact'; got {text!r}") from None
 
 
 def _number(text: str) -> float:

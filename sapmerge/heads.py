@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sapmerge.adapter import Adapter
 from sapmerge.errors import IncompatibleAdaptersError, MethodError
+from sapmerge.io.config import HEADS
 
 __all__ = ["HeadPolicy", "Heads", "plan_heads"]
 
@@ -123,8 +124,10 @@ def _by_name(owners: _Owners, labels: Sequence[str], policy: Mapping[str, str]) 
 
 
 def _declared(adapter: Adapter) -> Sequence[str]:
+    """The names in the config, and those that PEFT adds for the task."""
     names = adapter.config.get("modules_to_save")
-    return cast("Sequence[str]", names) if isinstance(names, (list, tuple)) else ()
+    declared = cast("Sequence[str]", names) if isinstance(names, (list, tuple)) else ()
+    return (*declared, *HEADS.get(adapter.task_type or "", ()))
 
 
 def _module(tensor: str, declared: set[str]) -> str:

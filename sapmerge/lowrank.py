@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sapmerge.layer import Dense, LowRank, Update
-from sapmerge.linalg import factor_inner, numerical_rank
+from sapmerge.linalg import factor_inner, numerical_rank, top_svd
 
 __all__ = ["balanced", "concatenate", "gram", "inner", "truncate"]
 
@@ -88,10 +88,15 @@ def truncate(update: Update, rank: int | float | str | None, default: int) -> tu
         fits = update.rank <= min(update.shape)
         if (rank is None and fits) or (isinstance(rank, int) and update.rank <= min(rank, *update.shape)):
             return update, 1.0
-    U, sigma, Vh = update.svd()
+    wanted = default if rank is None else rank
+    if isinstance(update, Dense) and isinstance(wanted, int):
+        U, sigma, Vh = top_svd(update.matrix, wanted)
+        total = update.norm() ** 2
+    else:
+        U, sigma, Vh = update.svd()
+        total = float(sigma.square().sum())
     full = numerical_rank(sigma)
     energy = sigma.square()
-    total = float(energy.sum())
     if total == 0.0:
         return LowRank(U[:, :0].to(update.dtype), Vh[:0].to(update.dtype)), 1.0
     if isinstance(rank, float):
@@ -105,4 +110,4 @@ def truncate(update: Update, rank: int | float | str | None, default: int) -> tu
         keep = full
     root = sigma[:keep].sqrt()
     kept = LowRank((U[:, :keep] * root).to(update.dtype), (root[:, None] * Vh[:keep]).to(update.dtype))
-    return kept, 1.0 if keep == full else float(energy[:keep].sum()) / total
+    return kept, min(1.0, float(energy[:keep].sum()) / total)

@@ -14,7 +14,7 @@ from torch import Tensor
 from sapmerge.errors import MethodError
 from sapmerge.recipe import part
 
-__all__ = ["Threshold", "TopFraction"]
+__all__ = ["DropOutliers", "NtoM", "PerRow", "Reciprocal", "Threshold", "TopFraction"]
 
 
 def check_density(density: float) -> None:
@@ -80,10 +80,7 @@ class TopFraction:
         """
         if self.scope == "layer" or self.density == 1:
             return None
-        high: dict[str, Tensor] = {}
-        for adapter, values in scores():
-            counts = torch.bincount(_ordered_bits(values) >> 16, minlength=1 << 16)
-            high[adapter] = high[adapter] + counts if adapter in high else counts
+        high = _coarse(scores)
         wanted = {
             adapter: _bin_of(counts, count_kept(self.density, int(counts.sum()))) for adapter, counts in high.items()
         }
@@ -110,6 +107,155 @@ class Threshold:
 
     def __call__(self, scores: Tensor) -> Tensor:
         return scores.float() >= self.minimum
+
+
+@part
+class PerRow:
+    """Keep the `density` share of highest scores of every row: floor(density * n + 1e-9) of n, at least 1.
+
+    Equal scores at the cut are kept in index order.
+
+    Args:
+        density: the fraction kept of each row, in (0, 1].
+
+    Source: Sun et al. (Wanda), https://arxiv.org/abs/2306.11695
+    """
+
+    density: float
+
+    def __post_init__(self) -> None:
+        check_density(self.density)
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        if scores.numel() == 0:
+            return torch.ones_like(scores, dtype=torch.bool)
+        return descending_ranks(scores) < count_kept(self.density, scores.shape[-1])
+
+
+@part
+class NtoM:
+    """Keep the n highest of every m consecutive scores of a row (2:4 runs fast on sparse tensor cores).
+
+    The last group of a row is shorter where m does not divide it; min(n, its length) of it are kept.
+
+    Args:
+        n: how many are kept, 1 <= n <= m.
+        m: the length of a group.
+
+    Source: Mishra et al., "Accelerating sparse deep neural networks", https://arxiv.org/abs/2104.08378
+    """
+
+    n: int
+    m: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.n <= self.m:
+            raise MethodError(f"NtoM keeps n of every m, 1 <= n <= m, e.g. NtoM(2, 4); got n={self.n}, m={self.m}")
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        starts = range(0, scores.shape[-1], self.m)
+        groups = [descending_ranks(scores[..., start : start + self.m]) < self.n for start in starts]
+        return torch.cat(groups, dim=-1) if groups else torch.ones_like(scores, dtype=torch.bool)
+
+
+@part
+class DropOutliers:
+    """Model Breadcrumbs: drop the `gamma` share of highest scores, then keep the `density` share of the rest.
+
+    Of n scores floor(gamma n + 1e-9) are dropped (none of a short row) and the next floor(density n + 1e-9), at least
+    1, are kept; both shares are of n. With first="keep" the `density` share is kept first and the outliers are dropped
+    from it, so fewer are left. Equal scores are taken in index order.
+
+    Args:
+        density: the fraction kept; the paper's beta is 1 - gamma - density.
+        gamma: the fraction dropped at the top, in [0, 1).
+        scope: "layer" ranks a whole tensor (the paper; mergekit), "row" every row (the authors' code).
+        first: "drop" (the default of the authors' code) or "keep".
+
+    Source: Davari & Belilovsky, "Model breadcrumbs", https://arxiv.org/abs/2312.06795. Their code keeps nothing of a
+    row with density n < 1; mergekit's empties the tensor where gamma n < 1 (a slice that ends at -0).
+    """
+
+    density: float
+    gamma: float = 0.01
+    scope: str = "layer"
+    first: str = "drop"
+
+    def __post_init__(self) -> None:
+        check_density(self.density)
+        if not 0 <= self.gamma < 1:
+            hint = f"; for {self.gamma:g} % write {self.gamma / 100:g}" if 1 <= self.gamma < 100 else ""
+            raise MethodError(f"DropOutliers' gamma is the fraction dropped, in [0, 1); got {self.gamma!r}{hint}")
+        if self.scope not in ("layer", "row"):
+            raise MethodError(f"DropOutliers' scope is 'layer' or 'row'; got {self.scope!r}")
+        if self.first not in ("drop", "keep"):
+            raise MethodError(f"DropOutliers' first is 'drop' or 'keep'; got {self.first!r}")
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        if scores.numel() == 0:
+            return torch.ones_like(scores, dtype=torch.bool)
+        rows = scores if self.scope == "row" else scores.reshape(1, -1)
+        ranks, total = descending_ranks(rows), rows.shape[-1]
+        dropped, kept = math.floor(self.gamma * total + 1e-9), count_kept(self.density, total)
+        if self.first == "drop":
+            keep = (ranks >= dropped) & (ranks < dropped + kept)
+        else:
+            keep = (ranks >= min(dropped, kept - 1)) & (ranks < kept)
+        return keep.reshape(scores.shape)
+
+
+@part
+class Reciprocal:
+    """1 / score where the score is positive, else 0: what `Flip` kept is divided by its chance.
+
+    So the expectation of the pruned update is the update (Horvitz-Thompson); the rescaling of DELLA.
+    """
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        return torch.where(scores > 0, 1 / torch.where(scores > 0, scores, 1.0), 0.0)
+
+
+def descending_ranks(scores: Tensor) -> Tensor:
+    """0 for the highest score of every row, 1 for the next; equal scores in index order."""
+    order = torch.argsort(scores, dim=-1, descending=True, stable=True)
+    places = torch.arange(scores.shape[-1], device=scores.device).expand_as(scores)
+    return torch.empty_like(order).scatter_(-1, order, places)
+
+
+def kth_largest(values: Callable[[], Iterable[tuple[str, Tensor]]], position: Callable[[int], int]) -> dict[str, float]:
+    """The `position(n)`-th largest (1: the largest) of the n values of each adapter, exactly, over all its layers.
+
+    Three streamed passes: two find the value as a float32 (see `TopFraction.fit`), the third looks at the few wider
+    values that round to it.
+
+    Args:
+        values: call it to iterate over (adapter, values of one tensor); it is called three times.
+        position: the number of an adapter's values -> the place that is wanted.
+    """
+    counts = _coarse(values)
+    wanted = {adapter: _bin_of(count, position(int(count.sum()))) for adapter, count in counts.items()}
+    low = {adapter: torch.zeros(1 << 16, dtype=torch.int64) for adapter in wanted}
+    for adapter, tensor in values():
+        bits = _ordered_bits(tensor)
+        low[adapter] += torch.bincount(bits[(bits >> 16) == wanted[adapter][0]] & 0xFFFF, minlength=1 << 16)
+    places = {adapter: _bin_of(low[adapter], rest) for adapter, (_, rest) in wanted.items()}
+    same: dict[str, list[Tensor]] = {adapter: [] for adapter in wanted}
+    for adapter, tensor in values():
+        bits, order = _ordered_bits(tensor), (wanted[adapter][0] << 16) | places[adapter][0]
+        same[adapter].append(tensor.detach().flatten().cpu()[bits == order].double())
+    return {
+        adapter: float(torch.cat(found).sort(descending=True).values[places[adapter][1] - 1])
+        for adapter, found in same.items()
+    }
+
+
+def _coarse(values: Callable[[], Iterable[tuple[str, Tensor]]]) -> dict[str, Tensor]:
+    """How many of each adapter's values fall into each of the 2^16 bins of their highest bits."""
+    counts: dict[str, Tensor] = {}
+    for adapter, tensor in values():
+        more = torch.bincount(_ordered_bits(tensor) >> 16, minlength=1 << 16)
+        counts[adapter] = counts[adapter] + more if adapter in counts else more
+    return counts
 
 
 def _ordered_bits(values: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -25,10 +25,10 @@ from sapmerge.compose import prepare
 from sapmerge.errors import MethodError, NonFiniteError, SapmergeWarning
 from sapmerge.heads import HeadPolicy, Heads, plan_heads
 from sapmerge.inputs import Adapters, Base, check_mergeable, load_adapters, resolve_weights
-from sapmerge.layer import Layer, LowRank, Method, Update, absent
+from sapmerge.layer import Dense, Layer, LowRank, Method, Update, absent
 from sapmerge.lowrank import truncate
 from sapmerge.methods import sap
-from sapmerge.models import find_modules, model_names
+from sapmerge.models import base_of, find_modules, model_names
 from sapmerge.recipe import recipe
 from sapmerge.report import AdapterReport, LayerReport, Report, describe
 
@@ -91,7 +91,8 @@ def merge(
         stream = stream.with_anchors(anchor_loader, model, loss)
     elif model is not None:
         find_modules(model, stream.modules)
-    prepared = prepare(method, stream)
+    with _one_thread() if stream.anchors is None else nullcontext():
+        prepared = prepare(method, stream)
     if stream.anchors is not None and not stream.anchors.used:
         warnings.warn(
             f"the anchors were not used: {recipe(method)} reads no gradients and no losses",
@@ -180,6 +181,7 @@ class Merged:
     prepared: Method = field(repr=False)
     names: Mapping[str, str] = field(repr=False)
     progress: bool = field(repr=False, default=False)
+    _applied: bool = field(repr=False, default=False)
     _report: Report | None = field(repr=False, default=None)
     _stored: dict[str, Update] = field(repr=False, default_factory=dict[str, Update])
 
@@ -208,7 +210,12 @@ class Merged:
             ModelMismatchError: the model lacks a module; the model is unchanged.
             SapmergeError: anything that fails on the way; the model is as it was.
         """
-        self._report = self._report_of(sinks.apply(self, model))
+        anchors = self.stream.anchors
+        if anchors is not None:
+            anchors.summary()  # measures the base and the adapters on it, before the base changes
+        rows = sinks.apply(self, model)
+        self._applied = self._applied or (anchors is not None and base_of(model) is base_of(anchors.model))
+        self._report = self._report_of(rows)
 
     def add_to(self, peft_model: Any, adapter_name: str) -> None:
         """Add the merged adapter to a live PeftModel, under a new name.
@@ -266,6 +273,11 @@ class Merged:
             with _one_thread():
                 layer = self.stream.layer(name, notes.__setitem__)
                 update = self.prepared(layer)
+                if not isinstance(update, (LowRank, Dense)):  # pyright: ignore[reportUnnecessaryIsInstance]
+                    raise MethodError(
+                        f"a method returns an update, LowRank(B, A) or Dense(matrix); {self.method!r} returned a "
+                        f"{type(update).__name__} for layer {name!r}"
+                    )
                 if self.scale != 1.0:
                     update = update.scaled(self.scale)
                 if update.shape != layer.shape:
@@ -304,7 +316,7 @@ class Merged:
                 f"the stored adapter keeps {report.energy_kept:.0%} of the merged update's energy: the result is not "
                 "low-rank. Use apply_to(model), which is lossless, or a larger rank, e.g. rank=0.95",
                 SapmergeWarning,
-                stacklevel=4,
+                stacklevel=3,
             )
         return report
 
@@ -313,7 +325,9 @@ class Merged:
         if anchors is None:
             return {}
         notes: dict[str, Any] = anchors.summary()
-        if len(self._stored) == len(layers):
+        if self._applied:
+            notes["anchor loss"]["merged"] = anchors.loss_of({})
+        elif len(self._stored) == len(layers):
             notes["anchor loss"]["merged"] = anchors.loss_of(self._stored)
         return notes
 

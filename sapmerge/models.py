@@ -12,7 +12,16 @@ from sapmerge.adapter import Module
 from sapmerge.errors import ModelMismatchError
 from sapmerge.io.spelling import canonical
 
-__all__ = ["base_of", "canonical_in", "check_untied", "device_of", "find_modules", "model_names", "weight_view"]
+__all__ = [
+    "base_of",
+    "canonical_in",
+    "check_untied",
+    "device_of",
+    "find_modules",
+    "model_names",
+    "tensor_name",
+    "weight_view",
+]
 
 
 def base_of(model: Any) -> nn.Module:
@@ -26,6 +35,12 @@ def model_names(model: Any) -> Mapping[str, str]:
     base = base_of(model)
     names = cast("list[str]", [name for name, _ in base.named_modules()])  # pyright: ignore[reportUnknownVariableType]
     return {canonical_in(base, name): name for name in names if name and ".lora_" not in name}
+
+
+def tensor_name(name: str, names: Mapping[str, str]) -> str:
+    """A canonical tensor name, e.g. "classifier.weight", as the model with those module names spells it."""
+    module, _, last = name.rpartition(".")
+    return f"{names.get(module, module)}.{last}"
 
 
 def canonical_in(base: nn.Module, name: str) -> str:
@@ -83,20 +98,23 @@ def _transposed(module: nn.Module) -> bool:
     return isinstance(module, nn.Embedding) or type(module).__name__ == "Conv1D"
 
 
-def check_untied(model: Any, modules: Mapping[str, nn.Module]) -> None:
+def check_untied(model: Any, weights: Mapping[str, Tensor]) -> None:
     """Refuse to write to a weight that another module uses too: an adapter changes one of them, a write both.
 
+    Args:
+        weights: what is written to, by the name that a message shows.
+
     Raises:
-        ModelMismatchError: an adapted module shares its weight.
+        ModelMismatchError: one of them is shared.
     """
     users: dict[int, list[str]] = {}
     for name, parameter in base_of(model).named_parameters(remove_duplicate=False):
         users.setdefault(id(parameter), []).append(name)
-    for name, module in modules.items():
-        sharing = users.get(id(module.weight), [])
+    for name, weight in weights.items():
+        sharing = users.get(id(weight), [])
         if len(sharing) > 1:
             raise ModelMismatchError(
-                f"the weight of {name!r} is tied ({', '.join(sharing)}): adding the update would change both. Use "
+                f"the weight of {name!r} is tied ({', '.join(sharing)}): writing to it would change both. Use "
                 "save_pretrained or add_to, or untie the weights first"
             )
 

@@ -37,7 +37,7 @@ class Prune:
 
     Example:
         >>> import torch, sapmerge as sm
-        >>> layer = sm.Layer("l", (sm.Dense(torch.tensor([[3.0, -1.0]])),))
+        >>> layer = sm.Layer("l", (sm.Dense(torch.tensor([[3.0, 1.0]])),))
         >>> sm.Prune(sm.Magnitude(), sm.TopFraction(0.5))(layer).updates[0].dense()
         tensor([[3., 0.]])
     """
@@ -112,7 +112,7 @@ class Prune:
             masks[name] = keep
             count.add(float((keep != 0).sum()), keep.numel())
             if seen is not None:
-                score.add(float(scores[keep != 0].sum()), float(scores.sum()))
+                score.add(float(scores[keep != 0].abs().sum()), float(scores.abs().sum()))
                 one, other = (
                     mask(self.scorer(values, self._stats(layer, k, name, seen, half))) != 0 for half in (0, 1)
                 )

@@ -11,13 +11,13 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sapmerge.adapter import Module
-from sapmerge.errors import ModelMismatchError, NonFiniteError, OutputExistsError
+from sapmerge.errors import MethodError, ModelMismatchError, NonFiniteError, OutputExistsError
 from sapmerge.io.writing import CheckpointWriter
 from sapmerge.layer import LowRank, Update
-from sapmerge.models import base_of, canonical_in, check_untied, find_modules, model_names, weight_view
+from sapmerge.models import base_of, check_untied, find_modules, model_names, tensor_name, weight_view
 from sapmerge.report import LayerReport, table
 
 if TYPE_CHECKING:
@@ -39,23 +39,24 @@ def save(merged: Merged, path: str | os.PathLike[str], *, overwrite: bool) -> tu
             ranks[name] = max(1, update.rank)
             rows.append(row)
         for name, read in merged.heads.tensors().items():
-            writer.add(_PREFIX + name, read())
-        writer.commit(config=_config(merged, ranks), metadata=_metadata(merged), card=_card(merged, rows))
+            writer.add(_PREFIX + tensor_name(name, merged.names), read())
+        writer.commit(config=_config(merged, ranks, merged.names), metadata=_metadata(merged), card=_card(merged, rows))
     return tuple(rows)
 
 
 def apply(merged: Merged, model: Any) -> tuple[LayerReport, ...]:
     """Add the updates to the weights, in place; on any error the weights are what they were."""
     modules, rows = find_modules(model, merged.stream.modules), list[LayerReport]()
-    check_untied(model, modules)
     saved = _head_targets(merged, model)
+    check_untied(model, {name: cast("Tensor", module.weight) for name, module in modules.items()} | saved)
     with _restored_on_error() as keep, torch.no_grad():
         for module, update, row in merged.stored(lossless=True):
             target = modules[module.name]
             weight = cast("Tensor", target.weight)
             keep(weight)
-            change = weight_view(target, update.dense()).to(device=weight.device, dtype=torch.float32)
-            weight.copy_(weight.to(torch.float32) + change)
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            change = weight_view(target, update.dense()).to(device=weight.device, dtype=wide)
+            weight.copy_(weight.to(wide) + change)
             if not bool(torch.isfinite(weight).all()):
                 raise NonFiniteError(f"the weight of {module.name!r} plus its update is not finite in {weight.dtype}")
             rows.append(row)
@@ -74,21 +75,26 @@ def add(merged: Merged, peft_model: Any, adapter_name: str) -> tuple[LayerReport
         raise ModelMismatchError(f"add_to takes a PeftModel; got {type(peft_model).__name__}. Use apply_to(model)")
     if adapter_name in peft_model.peft_config:
         raise OutputExistsError(f"the model already has an adapter {adapter_name!r}; choose another name")
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", adapter_name) or hasattr(nn.ModuleDict, adapter_name):
+        raise MethodError(f"{adapter_name!r} cannot be an adapter's name; use letters, digits, '_' and '-'")
     find_modules(peft_model, merged.stream.modules)
+    _head_targets(merged, peft_model)
     names = model_names(peft_model)
     rows, ranks, state = list[LayerReport](), dict[str, int](), dict[str, Tensor]()
     for module, update, row in merged.stored():
-        name = names[module.name].replace(".base_layer", "")
+        name = names[module.name]
         for key, tensor in _factors(module, update, merged.dtype).items():
             state[f"{_PREFIX}{name}.{key}"] = tensor
         ranks[name] = max(1, update.rank)
         rows.append(row)
     for name, read in merged.heads.tensors().items():
-        state[_PREFIX + name] = read()
-    config = _config(merged, ranks)
+        state[_PREFIX + tensor_name(name, names)] = read()
+    config = _config(merged, ranks, names)
     config.pop("peft_type")
     try:
         peft_model.add_adapter(adapter_name, LoraConfig(**config))
+        for name, tensor in _own_heads(peft_model, adapter_name).items():
+            state.setdefault(name, tensor)
         outcome = cast("Any", set_peft_model_state_dict(peft_model, state, adapter_name=adapter_name))
         if outcome.unexpected_keys:
             raise ModelMismatchError(f"the model has no place for {outcome.unexpected_keys[:3]}")
@@ -97,6 +103,18 @@ def add(merged: Merged, peft_model: Any, adapter_name: str) -> tuple[LayerReport
             peft_model.delete_adapter(adapter_name)
         raise
     return tuple(rows)
+
+
+def _own_heads(peft_model: Any, adapter_name: str) -> dict[str, Tensor]:
+    """The heads that PEFT gives to every adapter of a model: copies of the base's, also where the merge has none."""
+    from peft.utils import ModulesToSaveWrapper
+
+    return {
+        f"{name}.{key}": tensor
+        for name, module in peft_model.named_modules()
+        if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save
+        for key, tensor in module.modules_to_save[adapter_name].state_dict().items()
+    }
 
 
 def _factors(module: Module, update: Update, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -114,8 +132,13 @@ def _factors(module: Module, update: Update, dtype: torch.dtype) -> dict[str, Te
     return {"lora_A.weight": a.contiguous(), "lora_B.weight": b.contiguous()}
 
 
-def _config(merged: Merged, ranks: Mapping[str, int]) -> dict[str, Any]:
-    """An adapter_config.json from nothing: r = alpha everywhere, explicit modules, no trace of the inputs' settings."""
+def _config(merged: Merged, ranks: Mapping[str, int], names: Mapping[str, str]) -> dict[str, Any]:
+    """An adapter_config.json from nothing: r = alpha everywhere, explicit modules, no trace of the inputs' settings.
+
+    Args:
+        ranks: module, as the model spells it -> rank.
+        names: canonical name -> the name that the model uses.
+    """
     rank = max(Counter(ranks.values()).items(), key=lambda item: (item[1], item[0]))[0]
     odd = {"^" + re.escape(name): value for name, value in ranks.items() if value != rank}
     return {
@@ -128,7 +151,7 @@ def _config(merged: Merged, ranks: Mapping[str, int]) -> dict[str, Any]:
         "rank_pattern": odd,
         "alpha_pattern": odd,
         "target_modules": sorted(ranks),
-        "modules_to_save": list(merged.heads.modules) or None,
+        "modules_to_save": _saved_modules(merged, names) or None,
         "fan_in_fan_out": any(adapter.fan_in_fan_out for adapter in merged.adapters),
         "lora_dropout": 0.0,
         "bias": "none",
@@ -136,6 +159,16 @@ def _config(merged: Merged, ranks: Mapping[str, int]) -> dict[str, Any]:
         "init_lora_weights": True,
         "inference_mode": True,
     }
+
+
+def _saved_modules(merged: Merged, names: Mapping[str, str]) -> list[str]:
+    """The saved modules as the model spells them, told by the names of their tensors."""
+    found: set[str] = set()
+    for tensor in merged.heads.chosen:
+        module = next(module for module in merged.heads.modules if tensor.startswith(f"{module}."))
+        tail, spelled = tensor[len(module) :], tensor_name(tensor, names)
+        found.add(spelled.removesuffix(tail) if spelled.endswith(tail) else module)
+    return sorted(found)
 
 
 def _task(merged: Merged) -> str | None:
@@ -198,11 +231,12 @@ def _head_targets(merged: Merged, model: Any) -> dict[str, Tensor]:
         ModelMismatchError: it has none, or one of another shape.
     """
     base = base_of(model)
-    own = {canonical_in(base, name): tensor for name, tensor in base.state_dict(keep_vars=True).items()}
+    state, names = cast("dict[str, Tensor]", base.state_dict(keep_vars=True)), model_names(model)
+    own = {name.replace(".original_module.", "."): tensor for name, tensor in state.items()}
     targets: dict[str, Tensor] = {}
     for name, sources in merged.heads.chosen.items():
         shape = tuple(sources[0][0].saved[name].shape)
-        target = own.get(name)
+        target = own.get(tensor_name(name, names))
         if target is None or tuple(target.shape) != shape:
             found = "none" if target is None else str(tuple(target.shape))
             raise ModelMismatchError(

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from sapmerge.errors import MethodError
-from sapmerge.layer import Dense, Layer
+from sapmerge.layer import Dense, Layer, Transform, Update
+from sapmerge.masks import check_density, count_kept, descending_ranks
 from sapmerge.recipe import part
 
-__all__ = ["ElectSign"]
+__all__ = ["Consensus", "ElectSign", "Select", "WeighByEnergy"]
 
 
 @part
@@ -46,3 +49,113 @@ class ElectSign:
 
 def _agreeing(matrix: Tensor, weight: float, sign: Tensor) -> Tensor:
     return torch.where(torch.sign(matrix * weight) == sign, matrix, torch.zeros_like(matrix))
+
+
+@part
+class Consensus:
+    """Keep the entries that enough adapters care about: TALL masks |D_k| > ratio |sum_j D_j - D_k|, counted.
+
+    An entry is kept, in all adapters, if it is in the masks of at least `count` of them (of all of them if fewer than
+    `count` have the layer). D stands for w D: weights scale the updates.
+
+    Args:
+        ratio: lambda of the paper, which picks it per task from 0.2 ... 0.6 on validation data. Higher keeps less.
+            Of K copies of one adapter nothing is kept where ratio (K - 1) >= 1: lower it for adapters that are alike.
+        count: k of the paper, 2: what only one adapter cares about is dropped as selfish.
+
+    Source: Wang et al., "Localizing task information for improved model merging and compression",
+    https://arxiv.org/abs/2405.07813
+    """
+
+    ratio: float = 0.4
+    count: int = 2
+
+    def __post_init__(self) -> None:
+        if self.ratio < 0:
+            raise MethodError(f"Consensus' ratio is the lambda of TALL masks, at least 0; got {self.ratio!r}")
+        if self.count < 1:
+            raise MethodError(f"Consensus' count is how many adapters must agree, at least 1; got {self.count!r}")
+
+    def __call__(self, layer: Layer) -> Layer:
+        scaled = [u.dense() * w for u, w in zip(layer, layer.weights, strict=True) if u.rank and w != 0]
+        if not scaled:
+            return layer
+        total = torch.stack(scaled).sum(0)
+        votes = torch.zeros_like(total, dtype=torch.int64)
+        for matrix in scaled:
+            votes += matrix.abs() > self.ratio * (total - matrix).abs()
+        keep = votes >= min(self.count, len(scaled))
+        layer.record("consensus_density", float(keep.double().mean()))
+        return layer.with_updates([_masked(update, keep) for update in layer])
+
+
+@part
+class Select:
+    """Keep, in all adapters, the entries in which they differ most: the top share by variance over the adapters (SCE).
+
+    Entries without variance are not counted: floor(density * counted + 1e-9), at least 1, are kept; equal variances in
+    index order. If no entry has variance (one adapter, or copies of one) there is nothing to choose by, and all are
+    kept. Weights weigh the variance. An adapter without the layer is a member with an update of zero.
+
+    Args:
+        density: the fraction kept, in (0, 1].
+
+    Source: Wan et al., "FuseChat", https://arxiv.org/abs/2408.07990. mergekit keeps int(density counted), and
+    nothing if that is 0, so that it returns zero for identical adapters.
+    """
+
+    density: float
+
+    def __post_init__(self) -> None:
+        check_density(self.density)
+
+    def __call__(self, layer: Layer) -> Layer:
+        members = [(u.dense() * _sign(w), abs(w)) for u, w in zip(layer, layer.weights, strict=True) if w != 0]
+        if not members or self.density == 1:
+            return layer
+        stack = torch.stack([matrix for matrix, _ in members]).double()
+        weights = torch.tensor([weight for _, weight in members], dtype=torch.float64, device=stack.device)
+        weights = (weights / weights.sum())[:, None, None]
+        mean = (weights * stack).sum(0)
+        variance = (weights * (stack - mean).square()).sum(0)
+        noise = 8 * torch.finfo(torch.float64).eps
+        variance = torch.where(variance > noise**2 * stack.square().amax(0), variance, 0.0)
+        counted = int((variance > 0).sum())
+        if counted == 0:
+            return layer
+        ranks = descending_ranks(variance.reshape(1, -1)).reshape(variance.shape)
+        keep = ranks < count_kept(self.density, counted)
+        return layer.with_updates([_masked(update, keep) for update in layer])
+
+
+@part
+class WeighByEnergy:
+    """Multiply the weight of every adapter by the energy of its update, ||D_k||^2 / sum_j ||D_j||^2 (SCE's Calculate).
+
+    Args:
+        then: a transform that is run as if the weights were the old ones (SCE's Erase votes without energies).
+        of: take the energies of `of(layer)` and leave the updates alone; by default those of the layer itself.
+
+    Source: Wan et al., "FuseChat", https://arxiv.org/abs/2408.07990
+    """
+
+    then: Transform = ElectSign()
+    of: Transform | None = None
+
+    def __call__(self, layer: Layer) -> Layer:
+        seen = layer if self.of is None else self.of(layer)
+        energies = [u.norm() ** 2 if w != 0 else 0.0 for u, w in zip(seen, layer.weights, strict=True)]
+        total = sum(energies)
+        if total == 0:
+            return self.then(layer)
+        weights = tuple(weight * energy / total for weight, energy in zip(layer.weights, energies, strict=True))
+        return replace(self.then(layer), weights=weights)
+
+
+def _sign(weight: float) -> float:
+    return 1.0 if weight > 0 else -1.0
+
+
+def _masked(update: Update, keep: Tensor) -> Update:
+    """The update where `keep` holds; an absent one stays absent."""
+    return Dense(torch.where(keep, update.dense(), 0.0)) if update.rank else update

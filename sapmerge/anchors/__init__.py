@@ -1,9 +1,14 @@
 """Anchors: a tiny public set of pairs, and what a model's loss on them says about each adapter.
 
-This package is the only place with autograd. `losses.py` has the losses, `loading.py` makes and checks batches,
-`gradients.py` is a gradient seen through products, `hooks.py` puts adapters into a model and takes them out again, and
-`passes.py` runs the anchors for a method's pre-pass,
-`weighing.py` weighs whole adapters by their loss.
+This package is the only place with autograd.
+
+    losses.py     (model, batch) -> scalar
+    loading.py    batches: made from pairs, and checked to be the same on every pass
+    hooks.py      adapters put into a model and taken out again, and what passes through its layers
+    gradients.py  the gradient of a layer, seen through products
+    observing.py  statistics of gradients over the anchors, within a budget of memory
+    passes.py     the anchors of one merge: forward and backward passes
+    weighing.py   whole adapters, weighed by their loss
 """
 
 from sapmerge.anchors.loading import from_pairs

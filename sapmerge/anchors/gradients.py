@@ -6,7 +6,7 @@ G with something thin, and those are products of x and g: no (m, n) matrix is fo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -17,40 +17,46 @@ from torch.nn import functional
 from sapmerge.bases import Frames
 from sapmerge.errors import AnchorError
 
-__all__ = ["TokenGradient", "token_gradient"]
+__all__ = ["Call", "TokenGradient", "embed_scale", "token_gradient", "wide"]
+
+Call = tuple[Tensor, Tensor]
+"""(input, gradient of the output) of one call of a module."""
 
 
-@dataclass(frozen=True)
+def wide(tensor: Tensor) -> Tensor:
+    """float32, or float64 where it is that already: half-precision gradients are never summed as they are."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+@dataclass(frozen=True, eq=False)
 class TokenGradient:
     """G of every sample: G[s] = sum_t g[s, t] x[s, t]^T. A `GradientView`.
 
     Args:
-        x: (samples, tokens, n) inputs.
+        x: (samples, tokens, n) inputs; for an embedding (samples, tokens) row numbers, which stand for one-hot inputs.
         g: (samples, tokens, m) gradients of the loss with respect to the outputs.
-        columns: for an embedding: which columns of the (m, width) gradient the n columns of x stand for.
-        width: their number, if `columns` is given.
+        rows: for an embedding: how many rows it has (n).
     """
 
     x: Tensor
     g: Tensor
-    columns: Tensor | None = None
-    width: int = 0
+    rows: int | None = None
 
     def left(self, B: Tensor) -> Tensor:
         """B^T G: (samples, r, n)."""
-        return self._spread((self.g @ B.to(self.g)).mT @ self.x)
+        return self._times_x(self.g @ B.to(self.g))
 
     def right(self, A: Tensor) -> Tensor:
         """G A^T: (samples, m, r)."""
-        return self.g.mT @ (self.x @ self._columns_of(A).T)
+        return self.g.mT @ self._through(A)
 
     def diagonal(self, U: Tensor, Vh: Tensor) -> Tensor:
         """u_i^T G v_i: (samples, k)."""
-        return ((self.g @ U.to(self.g)) * (self.x @ self._columns_of(Vh).T)).sum(1)
+        return ((self.g @ U.to(self.g)) * self._through(Vh)).sum(1)
 
     def dense(self) -> Tensor:
         """G: (samples, m, n)."""
-        return self._spread(self.g.mT @ self.x)
+        return self._times_x(self.g)
 
     def inside(self, frames: Sequence[Frames]) -> TokenGradient:
         """The gradient in the coordinates of nested frames: D = U diag(s) C V^T has dL/dC = diag(s) U^T G V."""
@@ -59,7 +65,7 @@ class TokenGradient:
             if frame.U is not None:
                 seen = replace(seen, g=seen.g @ (frame.U if frame.scale is None else frame.U * frame.scale).to(seen.g))
             if frame.V is not None:
-                seen = TokenGradient(seen.x @ seen._columns_of(frame.V.T).T, seen.g)
+                seen = TokenGradient(seen._through(frame.V.T), seen.g)
         return seen
 
     def samples(self, index: slice) -> TokenGradient:
@@ -70,19 +76,21 @@ class TokenGradient:
         """All samples as one: its G is the sum of theirs."""
         return replace(self, x=self.x.flatten(0, 1)[None], g=self.g.flatten(0, 1)[None])
 
-    def _columns_of(self, matrix: Tensor) -> Tensor:
-        matrix = matrix.to(self.x)
-        return matrix if self.columns is None else matrix[:, self.columns]
+    def _through(self, matrix: Tensor) -> Tensor:
+        """x M^T: (samples, tokens, k) for M (k, n)."""
+        matrix = matrix.to(self.g)
+        return self.x @ matrix.T if self.rows is None else matrix.T[self.x]
 
-    def _spread(self, matrix: Tensor) -> Tensor:
-        if self.columns is None:
-            return matrix
-        out = matrix.new_zeros(*matrix.shape[:-1], self.width)
-        out[..., self.columns] = matrix
-        return out
+    def _times_x(self, h: Tensor) -> Tensor:
+        """sum_t h[s, t] x[s, t]^T: (samples, k, n) for h (samples, tokens, k)."""
+        if self.rows is None:
+            return h.mT @ self.x
+        sums = h.new_zeros(len(h), self.rows, h.shape[-1])
+        sample = torch.arange(len(h), device=h.device)[:, None].expand_as(self.x)
+        return sums.index_put_((sample, self.x), h, accumulate=True).mT
 
 
-def token_gradient(module: nn.Module, calls: Sequence[tuple[Tensor, Tensor]], samples: int) -> TokenGradient:
+def token_gradient(module: nn.Module, calls: Sequence[Call], samples: int, loss_scale: float = 1.0) -> TokenGradient:
     """The gradient of a module's weight from the (input, gradient of the output) of all its calls in one batch.
 
     Args:
@@ -90,49 +98,56 @@ def token_gradient(module: nn.Module, calls: Sequence[tuple[Tensor, Tensor]], sa
         calls: one pair per call; a module that is used twice has two.
         samples: the number of samples in the batch. If the first dimension of the input is another number (tokens
             without padding, say), all of them count as one sample.
+        loss_scale: what the loss was multiplied by.
     """
-    if isinstance(module, nn.Embedding):
-        return _embedding_gradient(module, calls, samples)
-    rows = [_rows(module, x, g) for x, g in calls]
-    by_sample = all(len(x) == samples for x, _ in rows)
-    shaped = [(x, g) if by_sample else (x.flatten(0, 1)[None], g.flatten(0, 1)[None]) for x, g in rows]
-    return TokenGradient(torch.cat([x for x, _ in shaped], 1).float(), torch.cat([g for _, g in shaped], 1).float())
+    embeds = isinstance(module, nn.Embedding)
+    shape = _looked_up if embeds else _rows
+    shaped = [shape(module, x, wide(g) / loss_scale) for x, g in calls]
+    if not all(len(x) == samples for x, _ in shaped):
+        shaped = [(x.flatten(0, 1)[None], g.flatten(0, 1)[None]) for x, g in shaped]
+    x, g = (torch.cat(side, 1) for side in zip(*shaped, strict=True))
+    return TokenGradient(x, g, module.num_embeddings if embeds else None)
 
 
-def _rows(module: nn.Module, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+def embed_scale(module: nn.Module) -> float:
+    """What an embedding multiplies its rows by; 1 for most."""
+    scale = cast("Tensor | float | None", getattr(module, "embed_scale", None))
+    return 1.0 if scale is None else float(scale)
+
+
+def _rows(module: nn.Module, x: Tensor, g: Tensor) -> Call:
     """(first dimension, tokens, features) of both sides."""
+    x = x.to(g.dtype)
     if isinstance(module, (nn.Conv1d, nn.Conv2d)):
+        spatial = len(module.kernel_size)
+        x, g = (side if side.ndim == spatial + 2 else side[None] for side in (x, g))
         return _patches(module, x), g.flatten(2).mT
     if isinstance(module, nn.Conv3d):
         raise AnchorError(
             f"gradients of {type(module).__name__} layers are not supported; leave them out of the adapter"
         )
-    return x.reshape(len(x), -1, x.shape[-1]), g.reshape(len(g), -1, g.shape[-1])
+    return x.reshape(len(x) if x.ndim > 1 else 1, -1, x.shape[-1]), g.reshape(
+        len(g) if g.ndim > 1 else 1, -1, g.shape[-1]
+    )
 
 
 def _patches(module: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
     """im2col: (samples, positions, channels * kernel)."""
-    if module.padding_mode != "zeros" or isinstance(module.padding, str):
-        raise AnchorError(f"gradients of {module} are not supported: padding {module.padding!r} {module.padding_mode}")
+    padding = cast("Callable[[], list[int]] | list[int]", module._reversed_padding_repeated_twice)  # pyright: ignore[reportPrivateUsage, reportUnknownMemberType]
+    x = functional.pad(
+        x, cast("list[int]", padding), "constant" if module.padding_mode == "zeros" else module.padding_mode
+    )
+    kernel, stride, dilation = module.kernel_size, module.stride, module.dilation
     if isinstance(module, nn.Conv1d):
-        x = x[:, :, None]
-        kernel, stride, padding, dilation = (
-            (other, *value) for other, value in zip((1, 1, 0, 1), _settings(module), strict=True)
-        )
-    else:
-        kernel, stride, padding, dilation = _settings(module)
-    return functional.unfold(x.float(), kernel, dilation=dilation, padding=padding, stride=stride).mT
+        x, kernel, stride, dilation = x[:, :, None], (1, *kernel), (1, *stride), (1, *dilation)
+    return functional.unfold(x, kernel, dilation=dilation, stride=stride).mT
 
 
-def _settings(module: nn.Conv1d | nn.Conv2d) -> tuple[tuple[int, ...], ...]:
-    return module.kernel_size, module.stride, tuple(int(p) for p in module.padding), module.dilation
-
-
-def _embedding_gradient(module: nn.Embedding, calls: Sequence[tuple[Tensor, Tensor]], samples: int) -> TokenGradient:
-    """Only the rows that were looked up have a gradient: x is one-hot over those."""
-    by_sample = all(len(ids) == samples for ids, _ in calls)
-    ids = torch.cat([ids.reshape(samples if by_sample else 1, -1) for ids, _ in calls], 1)
-    g = torch.cat([g.reshape(samples if by_sample else 1, -1, g.shape[-1]) for _, g in calls], 1).float()
-    found = torch.unique(ids, return_inverse=True)  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType]
-    columns, position = cast("tuple[Tensor, Tensor]", found)
-    return TokenGradient(functional.one_hot(position, len(columns)).float(), g, columns, module.num_embeddings)
+def _looked_up(module: nn.Module, ids: Tensor, g: Tensor) -> Call:
+    """Row numbers and gradients; the padding row has no gradient, as in autograd."""
+    padding = cast("int | None", module.padding_idx)
+    g = g * embed_scale(module)
+    if padding is not None:
+        g = g.masked_fill((ids == padding)[..., None], 0.0)
+    first = len(ids) if ids.ndim > 1 else 1
+    return ids.reshape(first, -1), g.reshape(first, -1, g.shape[-1])

@@ -3,59 +3,135 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager, nullcontext
-from functools import partial
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sapmerge.errors import AnchorError
+from sapmerge.anchors.gradients import Call, embed_scale
+from sapmerge.errors import AnchorError, NonFiniteError
 from sapmerge.layer import LowRank, Update
 from sapmerge.models import base_of, weight_view
 
-__all__ = ["attached", "frozen"]
+__all__ = ["Watch", "attached", "frozen"]
 
-Sink: TypeAlias = Callable[[str, Tensor, Tensor], None]
-"""(layer, input, gradient of the output): called once per call of the module, on the way back."""
+Sink: TypeAlias = Callable[[str, list[Call]], None]
+"""(layer, all its calls that had a gradient): called once per backward pass, as soon as the last of them is there."""
 
 
 @contextmanager
 def frozen(model: Any) -> Generator[nn.Module]:
-    """The base model in eval mode, with no parameter asking for a gradient; everything is put back on the way out."""
+    """The base model in eval mode, its own adapters off, no parameter asking for a gradient; all is put back after.
+
+    Raises:
+        AnchorError: an adapter of the model is merged into its weights: they are not the base's.
+    """
     base = base_of(model)
     training = {module: module.training for module in base.modules()}
-    asking = [parameter for parameter in base.parameters() if parameter.requires_grad]
-    disabled = model.disable_adapter() if hasattr(model, "peft_config") and base is not model else nullcontext()
+    asking = {parameter: parameter.requires_grad for parameter in base.parameters()}
+    tuners = [module for module in base.modules() if isinstance(getattr(module, "disable_adapters", None), bool)]
+    active = [module for module in tuners if not module.disable_adapters]
+    if any(getattr(module, "merged", False) is True for module in tuners):
+        raise AnchorError(
+            "an adapter of the model is merged into its weights, so these are not the base's: unmerge_adapter() first"
+        )
     try:
-        with disabled:
-            base.eval()
-            for parameter in asking:
-                parameter.requires_grad_(False)
-            yield base
+        for module in active:
+            _switch(module, False)
+        base.eval()
+        base.requires_grad_(False)
+        yield base
     finally:
+        for module in active:
+            _switch(module, True)
         for module, was in training.items():
             module.training = was
-        for parameter in asking:
-            parameter.requires_grad_(True)
+        for parameter, was in asking.items():
+            parameter.requires_grad_(was)
+
+
+def _switch(tuner: nn.Module, on: bool) -> None:
+    """PEFT's switch of one layer; it also touches `requires_grad`."""
+    cast("Callable[[bool], None]", tuner.enable_adapters)(on)
+
+
+@dataclass(eq=False)
+class Watch:
+    """What passes through the watched layers in one forward and one backward pass.
+
+    A zero is added to every watched output. It asks for a gradient, so a graph is built from the first watched layer
+    on and not below it; and by differentiating with respect to it, nothing else receives a `.grad`.
+
+    Args:
+        sinks: layer -> what to do with its calls.
+        hold: keep all calls until `deliver`, instead of handing them on during the backward pass.
+    """
+
+    sinks: Mapping[str, Sink]
+    hold: bool = False
+    _zeros: dict[torch.device, Tensor] = field(default_factory=dict[torch.device, Tensor])
+    _expected: dict[str, int] = field(default_factory=dict[str, int])
+    _calls: dict[str, list[Call]] = field(default_factory=dict[str, list[Call]])
+    _closed: bool = False
+
+    def see(self, name: str, x: Tensor, output: Tensor) -> Tensor:
+        """The output of a layer, watched."""
+        if name not in self.sinks or not torch.is_grad_enabled():
+            return output
+        if output.device not in self._zeros:
+            self._zeros[output.device] = torch.zeros((), device=output.device, requires_grad=True)
+        output = output + self._zeros[output.device]
+        if not self._closed:  # what checkpointing runs again during the backward pass was seen before
+            self._expected[name] = self._expected.get(name, 0) + 1
+            x, version = x.detach(), x._version  # pyright: ignore[reportPrivateUsage]
+
+            def received(g: Tensor) -> None:
+                if x._version != version:  # pyright: ignore[reportPrivateUsage]
+                    raise AnchorError(f"the input of layer {name!r} is changed in place after it was used")
+                self._calls.setdefault(name, []).append((x, g.detach()))
+                if not self.hold and len(self._calls[name]) == self._expected[name]:
+                    self.sinks[name](name, self._calls.pop(name))
+
+            output.register_hook(received)  # pyright: ignore[reportUnknownMemberType]
+        return output
+
+    def backward(self, loss: Tensor) -> None:
+        """Run the backward pass."""
+        self._closed = True
+        torch.autograd.grad(loss, list(self._zeros.values()), allow_unused=True)
+
+    def finite(self) -> bool:
+        """Whether all gradients that are held are."""
+        return all(bool(torch.isfinite(g).all()) for calls in self._calls.values() for _, g in calls)
+
+    def deliver(self) -> None:
+        """Hand on what was held, and layers of which one call had no gradient."""
+        while self._calls:
+            name, calls = self._calls.popitem()
+            self.sinks[name](name, calls)
 
 
 @contextmanager
 def attached(
-    modules: Mapping[str, nn.Module], updates: Mapping[str, Update], watched: Mapping[str, Sink] | None = None
+    modules: Mapping[str, nn.Module], updates: Mapping[str, Update], who: str, watch: Watch | None = None
 ) -> Generator[None]:
     """Add updates to the outputs of modules, and watch gradients; the hooks are gone on the way out.
 
     Args:
         modules: layer -> module.
         updates: layer -> update, for the layers that have one.
-        watched: layer -> what to do with its input and the gradient of its output.
+        who: what messages call the updates.
+        watch: sees inputs and gradients of the outputs.
+
+    Raises:
+        NonFiniteError: the output of one of the layers is not finite. Later ones may hide it: attention can.
     """
-    watched = watched or {}
     handles = [
-        modules[name].register_forward_hook(_hook(name, updates.get(name), watched.get(name)))
-        for name in {**updates, **watched}
+        modules[name].register_forward_hook(_hook(name, updates.get(name), who, watch))
+        for name in {**updates, **({} if watch is None else watch.sinks)}
     ]
     try:
         yield
@@ -64,33 +140,34 @@ def attached(
             handle.remove()
 
 
-def _hook(name: str, update: Update | None, sink: Sink | None) -> Callable[[nn.Module, Any, Any], Any]:
+def _hook(name: str, update: Update | None, who: str, watch: Watch | None) -> Callable[[nn.Module, Any, Any], Any]:
     def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
-        if not isinstance(output, Tensor) or not inputs:
-            raise AnchorError(f"layer {name!r} ({type(module).__name__}) gives no tensor; anchors cannot look at it")
-        x = cast("Tensor", inputs[0])
+        if not inputs or not isinstance(inputs[0], Tensor) or not isinstance(output, Tensor):
+            raise AnchorError(
+                f"anchors cannot look at layer {name!r} ({type(module).__name__}): its first argument and its output "
+                "must be tensors"
+            )
+        x = inputs[0]
         if update is not None:
-            output = output + _output_of(module, x, update).to(output.dtype)
-        if sink is not None and torch.is_grad_enabled():
-            if not output.requires_grad:
-                output = output.detach().requires_grad_(True)  # the first adapted layer: nothing below has a gradient
-            output.register_hook(partial(sink, name, x.detach()))  # pyright: ignore[reportUnknownMemberType]
-        return output
+            output = (output + _output_of(module, x, update)).to(output.dtype)
+        if not bool(torch.isfinite(output).all()):
+            raise NonFiniteError(f"the output of layer {name!r} on the anchors is NaN or infinite in {who}")
+        return output if watch is None else watch.see(name, x, output)
 
     return hook
 
 
 def _output_of(module: nn.Module, x: Tensor, update: Update) -> Tensor:
     """What the update alone makes of the module's input, in float32 or wider."""
-    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        weight = weight_view(module, update.dense())
-        run = cast("Callable[..., Tensor]", module._conv_forward)  # pyright: ignore[reportPrivateUsage, reportUnknownMemberType]
-        return run(x.to(weight.dtype), weight, None)
     if isinstance(module, nn.Embedding):
         if isinstance(update, LowRank):
-            return functional.embedding(x, update.A.T) @ update.B.T
-        return functional.embedding(x, update.dense().T)
-    wide = x.to(torch.promote_types(x.dtype, update.dtype))
+            return functional.embedding(x, update.A.T) @ update.B.T * embed_scale(module)
+        return functional.embedding(x, update.dense().T) * embed_scale(module)
+    dtype = torch.promote_types(x.dtype, update.dtype)
+    x = x.to(dtype)
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        run = cast("Callable[..., Tensor]", module._conv_forward)  # pyright: ignore[reportPrivateUsage, reportUnknownMemberType]
+        return run(x, weight_view(module, update.dense()).to(dtype), None)
     if isinstance(update, LowRank):
-        return (wide @ update.A.T.to(wide.dtype)) @ update.B.T.to(wide.dtype)
-    return wide @ update.dense().T.to(wide.dtype)
+        return (x @ update.A.T.to(dtype)) @ update.B.T.to(dtype)
+    return x @ update.dense().T.to(dtype)

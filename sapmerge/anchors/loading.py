@@ -23,14 +23,15 @@ def from_pairs(
     Args:
         images: PIL images or paths, one per text.
         texts: captions; for LLaVA, prompts with the image token.
-        processor: a transformers processor: called with `images=`, `text=`, `return_tensors="pt"`, `padding=True`.
+        processor: a transformers processor: called with `images=`, `text=`, `return_tensors="pt"`, `padding=True`
+            (SigLIP's with "max_length", as it was trained).
         batch_size: pairs per batch; contrastive losses take their negatives from the batch.
 
     Returns:
         A list of dict batches: an `anchor_loader` for `merge`.
 
     Raises:
-        AnchorError: no pairs, or not as many images as texts.
+        AnchorError: no pairs, not as many images as texts, or a file that is no image.
 
     Example:
         >>> from sapmerge import anchors
@@ -38,6 +39,9 @@ def from_pairs(
     """
     if len(images) != len(texts) or not texts:
         raise AnchorError(f"anchors are pairs: got {len(images)} images and {len(texts)} texts")
+    if batch_size < 1:
+        raise AnchorError(f"batch_size is a number of pairs, at least 1; got {batch_size!r}")
+    padding = "max_length" if type(processor).__name__.lower().startswith("siglip") else True
     batches: list[dict[str, Any]] = []
     for start in range(0, len(texts), batch_size):
         chosen = slice(start, start + batch_size)
@@ -45,19 +49,23 @@ def from_pairs(
             images=[_image(image) for image in images[chosen]],
             text=list(texts[chosen]),
             return_tensors="pt",
-            padding=True,
+            padding=padding,
         )
         batches.append(dict(made))
     return batches
 
 
 def _image(image: Any) -> Any:
-    if not isinstance(image, (str, os.PathLike)):
-        return image
-    from PIL import Image
+    """An image in RGB. Anything but a path or a PIL image is left to the processor."""
+    if isinstance(image, (str, os.PathLike)):
+        from PIL import Image
 
-    with cast("Any", Image.open(cast("str | os.PathLike[str]", image))) as opened:
-        return opened.convert("RGB")
+        try:
+            with cast("Any", Image.open(cast("str | os.PathLike[str]", image))) as opened:
+                return opened.convert("RGB")
+        except OSError as error:
+            raise AnchorError(f"the image {str(cast('object', image))!r} cannot be read: {error}") from None
+    return image.convert("RGB") if hasattr(image, "convert") else image
 
 
 class Batches:
@@ -68,7 +76,7 @@ class Batches:
     """
 
     def __init__(self, loader: Any, device: torch.device) -> None:
-        if not hasattr(loader, "__iter__") or iter(loader) is loader:
+        if not hasattr(loader, "__iter__") or hasattr(loader, "__next__"):
             raise AnchorError(
                 f"the anchors must be re-iterable: they are read once per adapter, and {type(loader).__name__} can be "
                 "read once; pass a list of batches or a DataLoader"
@@ -100,19 +108,23 @@ class Batches:
 
 
 def batch_size(batch: Any) -> int:
-    """The length of the first dimension of a batch's first tensor; 1 if there is none."""
-    return next((len(tensor) for tensor in _tensors(batch) if tensor.ndim), 1)
+    """The length of the first dimension of the input ids, or else of a batch's first tensor; 1 if there is none."""
+    ids = cast("Mapping[str, Any]", batch).get("input_ids") if isinstance(batch, Mapping) else None
+    if isinstance(ids, Tensor) and ids.ndim:  # there may be more images than texts, or fewer
+        return len(ids)
+    return next((len(leaf) for leaf in _leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim), 1)
 
 
-def _tensors(batch: Any) -> Iterator[Tensor]:
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, Mapping):
-        for value in cast("Mapping[str, Any]", batch).values():
-            yield from _tensors(value)
+def _leaves(batch: Any) -> Iterator[Any]:
+    if isinstance(batch, Mapping):
+        for key, value in cast("Mapping[str, Any]", batch).items():
+            yield key
+            yield from _leaves(value)
     elif isinstance(batch, (tuple, list)):
         for value in cast("Sequence[Any]", batch):
-            yield from _tensors(value)
+            yield from _leaves(value)
+    else:
+        yield batch
 
 
 def _moved(batch: Any, device: torch.device) -> Any:
@@ -122,13 +134,18 @@ def _moved(batch: Any, device: torch.device) -> Any:
         return {key: _moved(value, device) for key, value in cast("Mapping[str, Any]", batch).items()}
     if isinstance(batch, (tuple, list)):
         moved = [_moved(value, device) for value in cast("Sequence[Any]", batch)]
+        if hasattr(cast("Any", batch), "_fields"):  # a namedtuple
+            return type(cast("Any", batch))(*moved)
         return moved if isinstance(batch, list) else tuple(moved)
     return batch
 
 
 def _digest(batch: Any) -> str:
     found = hashlib.sha256()
-    for tensor in _tensors(batch):
-        found.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    for leaf in _leaves(batch):
+        if isinstance(leaf, Tensor):
+            found.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
+            found.update(leaf.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        elif isinstance(leaf, (str, bytes, int, float)):
+            found.update(repr(leaf).encode())
     return found.hexdigest()

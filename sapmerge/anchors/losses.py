@@ -20,8 +20,11 @@ __all__ = ["alignment", "centered_alignment", "contrastive", "language_modeling"
 Loss: TypeAlias = Callable[[Any, Any], Tensor]
 Batch: TypeAlias = Mapping[str, Any]
 
-IMAGE_INPUTS = ("pixel_values", "interpolate_pos_encoding", "pixel_attention_mask", "spatial_shapes")
-TEXT_INPUTS = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
+INPUTS = {
+    "image": ("pixel_values", "interpolate_pos_encoding", "pixel_attention_mask", "spatial_shapes"),
+    "text": ("input_ids", "attention_mask", "position_ids", "token_type_ids"),
+}
+"""What each tower takes from a batch."""
 
 
 def alignment(model: nn.Module, batch: Batch) -> Tensor:
@@ -49,6 +52,8 @@ def contrastive(model: nn.Module, batch: Batch) -> Tensor:
 
 def language_modeling(model: nn.Module, batch: Batch) -> Tensor:
     """The model's own loss. Without `labels`, these are the input tokens except padding and image tokens."""
+    if not isinstance(batch, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise AnchorError(f"the model's own loss needs dict batches, for model(**batch); got a {type(batch).__name__}")
     if "labels" not in batch and "input_ids" in batch:
         labels = cast("Tensor", batch["input_ids"]).clone()
         if "attention_mask" in batch:
@@ -74,10 +79,14 @@ def embedding(model: nn.Module, batch: Batch, side: str) -> Tensor:
     Args:
         side: "image" or "text".
     """
+    if not isinstance(batch, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise AnchorError(
+            f"the image-text losses need dict batches, with pixel_values and input_ids; got a {type(batch).__name__}"
+        )
     if f"{side}_embeds" in batch:
         return functional.normalize(cast("Tensor", batch[f"{side}_embeds"]).float(), dim=-1)
     features = getattr(model, f"get_{side}_features", None)
-    inputs = {key: batch[key] for key in (IMAGE_INPUTS if side == "image" else TEXT_INPUTS) if key in batch}
+    inputs = {key: batch[key] for key in INPUTS[side] if key in batch}
     if features is None or not inputs:
         raise AnchorError(
             f"the image-text losses need {side}s: a model with get_{side}_features and its inputs in the batch, or "
@@ -98,7 +107,9 @@ def default_loss(model: nn.Module) -> Loss:
     """
     if hasattr(model, "get_image_features") and hasattr(model, "get_text_features"):
         return alignment
-    if hasattr(model, "config") and (hasattr(model, "lm_head") or hasattr(model, "get_image_features")):
+    if hasattr(model, "config") and any(
+        hasattr(model, name) for name in ("lm_head", "embed_out", "get_image_features")
+    ):
         return language_modeling
     raise AnchorError(
         f"{type(model).__name__} is neither a two-tower image-text model nor a language model; say which loss its "

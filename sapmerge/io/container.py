@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import io
-import math
 import os
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +22,7 @@ from sapmerge.errors import (
     AdapterSecurityError,
     InputChangedError,
 )
+from sapmerge.io.measuring import CHUNK, Entry, Facts, groups, measure, measure_group
 
 if TYPE_CHECKING:
     from hashlib import _Hash as Hash  # pyright: ignore[reportPrivateUsage]
@@ -30,18 +30,15 @@ if TYPE_CHECKING:
 __all__ = [
     "DEFAULT_LIMITS",
     "Entry",
-    "Facts",
     "HeldWeights",
     "Limits",
     "RegularFile",
     "StoredWeights",
     "Weights",
-    "measure",
     "reason",
     "shown",
 ]
 
-CHUNK = 1 << 22
 # Not every flag exists on every system.
 _OPEN = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 _KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFCHR: "a device", stat.S_IFSOCK: "a socket"}
@@ -63,23 +60,6 @@ class Limits:
 
 
 DEFAULT_LIMITS = Limits()
-
-
-class Entry(NamedTuple):
-    """One tensor as its file describes it; `start` counts from the beginning of the file."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int
-    size: int
-
-
-class Facts(NamedTuple):
-    """What one pass over the values of a tensor finds: sha256, Frobenius norm, number of NaN and Inf."""
-
-    digest: str
-    norm: float
-    bad: int
 
 
 def shown(value: object, width: int = 200) -> str:
@@ -155,19 +135,6 @@ def reason(error: Exception) -> str:
     return error.strerror or type(error).__name__ if isinstance(error, OSError) else shown(str(error))
 
 
-def measure(chunks: Iterator[tuple[memoryview, Tensor]]) -> Facts:
-    """One pass over a tensor: digest, norm and number of values that are not finite in float32."""
-    digest, square, bad = hashlib.sha256(), 0.0, 0
-    for data, stored in chunks:
-        digest.update(data)
-        values = stored.float() if stored.dtype == torch.float64 else stored
-        part = float(values.double().square().sum())
-        if not math.isfinite(part):
-            bad += int((~torch.isfinite(values)).sum())
-        square += part
-    return Facts(digest.hexdigest(), math.sqrt(square), bad)
-
-
 class Weights(Protocol):
     """Named tensors, wherever they lie. `facts` is empty until `scan` has seen every value."""
 
@@ -200,15 +167,24 @@ class StoredWeights:
         whole = self._header.copy()
         view = memoryview(bytearray(min(CHUNK, max(self._size, 1))))
 
+        def read(start: int, size: int) -> memoryview:
+            part = view[:size]
+            file.read_into(part, start)
+            whole.update(part)
+            return part
+
         def chunks(entry: Entry) -> Iterator[tuple[memoryview, Tensor]]:
             for offset in range(0, entry.size, len(view)):
-                part = view[: min(len(view), entry.size - offset)]
-                file.read_into(part, entry.start + offset)
-                whole.update(part)
+                part = read(entry.start + offset, min(len(view), entry.size - offset))
                 yield part, torch.frombuffer(part, dtype=entry.dtype)
 
-        for name, entry in sorted(self.entries.items(), key=lambda item: item[1].start):
-            self.facts[name] = measure(chunks(entry))
+        for group in groups(self.entries):
+            if len(group) == 1:
+                self.facts[group[0][0]] = measure(chunks(group[0][1]))
+            else:
+                first, last = group[0][1], group[-1][1]
+                part = read(first.start, last.start + last.size - first.start)
+                self.facts.update(measure_group(group, part, first))
         self.sha256 = whole.hexdigest()
 
     def read(self, name: str) -> Tensor:

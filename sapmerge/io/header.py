@@ -37,15 +37,24 @@ DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
     "C64": torch.complex64,
 }
+_SIZES = {name: dtype.itemsize for name, dtype in DTYPES.items()}
 
 
 # The grammar of a header is so small that it is cheaper to walk it than to build what a stranger nested into it.
 _SPACE = re.compile(r"[ \t\n\r]*")
+_BLANKS = (" ", "\t", "\n", "\r")
 _FIELD = re.compile(
     r'[ \t\n\r]*"(dtype|shape|data_offsets)"[ \t\n\r]*:[ \t\n\r]*'
     r'(?:"([A-Z0-9_]{1,16})"|\[[ \t\n\r]*((?:0|[1-9][0-9]{0,18})(?:[ \t\n\r]*,[ \t\n\r]*(?:0|[1-9][0-9]{0,18})){0,15})?'
     r"[ \t\n\r]*\])[ \t\n\r]*([,}])"
 )
+# The same in the one order and spacing that safetensors writes: one step instead of many.
+_WRITTEN = re.compile(
+    r'\{"dtype": ?"([A-Z0-9_]{1,16})", ?"shape": ?\[((?:0|[1-9][0-9]{0,18})(?:, ?(?:0|[1-9][0-9]{0,18})){0,15})?\], ?'
+    r'"data_offsets": ?\[(0|[1-9][0-9]{0,18}), ?(0|[1-9][0-9]{0,18})\]\}'
+)
+# Text that is not ASCII takes up to four times its bytes in memory; a header has no use for much of it.
+_LARGE = 1 << 24
 
 
 def open_weights(file: RegularFile, path: str, limits: Limits) -> StoredWeights:
@@ -63,8 +72,10 @@ def open_weights(file: RegularFile, path: str, limits: Limits) -> StoredWeights:
         raise LimitExceededError(f"{file.where}: the header has {length} bytes; at most {limits.header_bytes} are read")
     raw = file.read(0, 8 + length)
     digest = hashlib.sha256(raw)
+    if length > _LARGE and (b"\\" in raw or not raw[8:].isascii()):
+        raise LimitExceededError(f"{file.where}: the header has {length} bytes and is not plain ASCII")
     try:
-        text = raw[8:].decode("utf-8", "strict")
+        text = str(memoryview(raw)[8:], "utf-8", "strict")
     except UnicodeDecodeError:
         raise AdapterFormatError(f"{file.where}: the header is not UTF-8") from None
     del raw
@@ -128,6 +139,8 @@ def _walk(text: str, base: int, where: str, limits: Limits) -> Iterator[tuple[st
 
 
 def _skip(text: str, at: int) -> int:
+    if text[at : at + 1] not in _BLANKS:
+        return at
     match = _SPACE.match(text, at)
     return match.end() if match else at
 
@@ -169,6 +182,10 @@ def _metadata(text: str, at: int, where: str) -> int:
 
 def _entry(text: str, at: int, base: int, name: str, where: str) -> tuple[Entry, int]:
     """One {"dtype": ..., "shape": [...], "data_offsets": [begin, end]}, in any order of the three."""
+    written = _WRITTEN.match(text, at)
+    if written is not None:
+        dtype, sizes, begin, end = written.groups()
+        return _checked(dtype, _numbers(sizes), (int(begin), int(end)), base, name, where), written.end()
     if text[at : at + 1] != "{":
         raise _garbled(text, at, where)
     at += 1
@@ -185,22 +202,31 @@ def _entry(text: str, at: int, base: int, name: str, where: str) -> tuple[Entry,
         if match[2] is not None:
             word[match[1]] = match[2]
         else:
-            numbers[match[1]] = tuple(int(part) for part in match[3].split(",")) if match[3] else ()
+            numbers[match[1]] = _numbers(match[3])
     if set(word) != {"dtype"} or set(numbers) != {"shape", "data_offsets"} or len(numbers["data_offsets"]) != 2:
         raise AdapterFormatError(f"{where}: tensor {shown(name)}: dtype, shape or data_offsets is missing or garbled")
-    dtype = DTYPES.get(word["dtype"])
+    return _checked(word["dtype"], numbers["shape"], numbers["data_offsets"], base, name, where), at
+
+
+def _numbers(text: str | None) -> tuple[int, ...]:
+    return tuple(map(int, text.split(","))) if text else ()
+
+
+def _checked(found: str, shape: tuple[int, ...], offsets: tuple[int, ...], base: int, name: str, where: str) -> Entry:
+    """An entry whose dtype is known and whose offsets fit its shape."""
+    dtype = DTYPES.get(found)
     if dtype is None:
-        found = word["dtype"]
         raise AdapterFormatError(f"{where}: tensor {shown(name)} has dtype {found!r}; expected F32, F16 or BF16")
-    begin, end = numbers["data_offsets"]
-    shape = numbers["shape"]
-    needed = math.prod(shape) * dtype.itemsize
+    if 0 in shape:
+        raise AdapterFormatError(f"{where}: tensor {shown(name)} is empty: shape {shape}")
+    begin, end = offsets
+    needed = math.prod(shape) * _SIZES[found]
     if end - begin != needed:
         raise AdapterFormatError(
-            f"{where}: tensor {shown(name)}: shape {shape} of {word['dtype']} needs {needed} bytes, "
+            f"{where}: tensor {shown(name)}: shape {shape} of {found} needs {needed} bytes, "
             f"data_offsets {begin}..{end} give {end - begin}"
         )
-    return Entry(dtype, shape, base + begin, needed), at
+    return Entry(dtype, shape, base + begin, needed)
 
 
 def _check_offsets(entries: Mapping[str, Entry], base: int, file: RegularFile) -> None:

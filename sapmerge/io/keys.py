@@ -19,12 +19,14 @@ __all__ = ["Pair", "Sorted", "sort_tensors"]
 
 PREFIX = "base_model.model."
 _NAME = re.compile(r"[!-~]+")
+# What follows the last ".lora_" of a factor's name.
 _FACTORS = {
-    ".lora_A.weight": ("A", False),
-    ".lora_B.weight": ("B", False),
-    ".lora_embedding_A": ("A", True),
-    ".lora_embedding_B": ("B", True),
+    "A.weight": ("A", False),
+    "B.weight": ("B", False),
+    "embedding_A": ("A", True),
+    "embedding_B": ("B", True),
 }
+_INNER = re.compile(r"(?:^|\.)(?:lora_|(?:base_layer|original_module|modules_to_save)(?:\.|$))")
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # Names of others, and what to do about them.
 _KNOWN = (
@@ -95,10 +97,10 @@ def sort_tensors(weights: Weights, declared: Iterable[str], implied: Iterable[st
             _refuse(weights, name, _advice(name, f"tensor names begin with {PREFIX!r}"))
         _check_entry(weights, name, entry)
         path = name[len(PREFIX) :]
-        suffix = next((suffix for suffix in _FACTORS if path.endswith(suffix)), None)
-        if suffix is not None and not _inside_adapter(path[: -len(suffix)]):
-            part, embedding = _FACTORS[suffix]
-            factors.setdefault((path[: -len(suffix)], embedding), {})[part] = name
+        module, _, tail = path.rpartition(".lora_")
+        if module and tail in _FACTORS and not _inside_adapter(module):
+            part, embedding = _FACTORS[tail]
+            factors.setdefault((module, embedding), {})[part] = name
             continue
         plain = path.replace(".modules_to_save.default.", ".", 1).replace(".modules_to_save.", ".", 1)
         module = plain.rpartition(".")[0]
@@ -119,8 +121,7 @@ def sort_tensors(weights: Weights, declared: Iterable[str], implied: Iterable[st
 
 def _inside_adapter(module: str) -> bool:
     """Whether a name goes on below a LoRA layer, where no module of a base model is."""
-    inner = ("base_layer", "original_module", "modules_to_save")
-    return any(part.startswith("lora_") or part in inner for part in module.split("."))
+    return _INNER.search(module) is not None
 
 
 def _covers(head: str, module: str) -> bool:

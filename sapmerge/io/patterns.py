@@ -1,7 +1,8 @@
 """Which modules a config means: PEFT's matching rules, with strangers' regular expressions on a leash.
 
-PEFT runs them as they come, and a pattern of 30 characters can hang it. Here plain names need no engine, everything
-else runs in `regex` (which can be stopped), and all patterns of one adapter share one budget of time.
+PEFT runs them as they come, and a pattern of 30 characters can hang it. Here plain names need no engine, patterns that
+can be slow are refused by their form, everything else runs in `regex` (which can be stopped), and all patterns of one
+adapter share one budget of time.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from sapmerge.errors import AdapterConfigError, LimitExceededError
+from sapmerge.io.ambiguity import why_slow
 from sapmerge.io.container import Limits, shown
 
 if TYPE_CHECKING:
@@ -81,6 +83,11 @@ class Pattern:
         self.text, self._frame, self._field, self._budget = text, frame, field, budget
         self._plain = _PLAIN.fullmatch(text) is not None
         self._compiled: Compiled[str] | None = None
+        if not self._plain:
+            # Now, and not when a module asks: a bad pattern is refused whether it comes to be used or not.
+            with budget:
+                budget.left()
+                self._compiled = self._compile()
 
     def matches(self, name: str) -> bool:
         """Whether the module is meant. Plain text needs no engine; a `.` in it stands for any character, as in PEFT."""
@@ -114,12 +121,19 @@ class Pattern:
             # `re` decides what is a valid pattern: that is what PEFT uses, and `regex` understands more.
             re.compile(self.text)
             re.compile(whole)
-            return regex.compile(whole)
+            slow = why_slow(self.text)
+            compiled = regex.compile(whole)
         except (re.error, regex.error, RecursionError, OverflowError) as error:
             raise AdapterConfigError(
                 f"{self._budget.where}: {self._field}: {shown(self.text)} is not a regular expression that can be "
                 f"used ({shown(str(error))}); write plain module names"
             ) from None
+        if slow is not None:
+            raise LimitExceededError(
+                f"{self._budget.where}: {self._field}: {shown(self.text)} may take longer than anybody waits ({slow}); "
+                "write plain module names"
+            )
+        return compiled
 
 
 def tail_patterns(table: Mapping[str, object], field: str, budget: Budget) -> list[Pattern]:

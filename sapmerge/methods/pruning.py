@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from sapmerge.chances import Flip, RankChance
 from sapmerge.compose import Chain
 from sapmerge.layer import Method
-from sapmerge.masks import Threshold, TopFraction, check_density
+from sapmerge.masks import DropOutliers, Reciprocal, Threshold, TopFraction, check_density
 from sapmerge.mergers import DisjointMean, Sum
 from sapmerge.prune import Prune
 from sapmerge.rescalers import Divide
 from sapmerge.scorers import Magnitude, Random
-from sapmerge.transforms import ElectSign
+from sapmerge.transforms import ElectSign, Select, WeighByEnergy
 
-__all__ = ["dare", "dare_ties", "magnitude_prune", "ties"]
+__all__ = ["breadcrumbs", "dare", "dare_ties", "della", "magnitude_prune", "sce", "ties"]
 
 
 def magnitude_prune(density: float = 0.5) -> Method:
@@ -51,8 +52,64 @@ def dare(density: float = 0.5, seed: int = 0) -> Method:
 
 
 def dare_ties(density: float = 0.5, seed: int = 0, majority_sign_method: str = "total") -> Method:
-    """DARE's random pruning, then the sign election and the disjoint mean of TIES."""
+    """DARE's random pruning, then the sign election and the disjoint mean of TIES.
+
+    Args:
+        density: the probability of keeping an entry.
+        seed: see `dare`.
+        majority_sign_method: see `ties`.
+
+    Source: Yu et al., https://arxiv.org/abs/2311.03099; Yadav et al., https://arxiv.org/abs/2306.01708
+    """
     return Chain(_drop(density, seed), ElectSign(majority_sign_method), DisjointMean())
+
+
+def della(density: float = 0.7, window: float = 0.14, seed: int = 0, scope: str = "row") -> Method:
+    """DELLA: keep entries by chance, larger ones more likely, divide each by its chance; then the election of TIES.
+
+    p = density - window/2 + window (rank - 1)/(n - 1), rank 1 the smallest magnitude of the n; D~ = D / p where kept.
+
+    Args:
+        density: the mean chance of being kept (the paper drops 0.3).
+        window: the chance of the largest minus that of the smallest: 2 epsilon. mergekit's `epsilon` is half of it.
+        seed: of the draws; they do not depend on order, paths or threads.
+        scope: "row" ranks within rows (the paper), "layer" within the whole matrix.
+
+    Source: Deep et al., "DELLA-Merging", https://arxiv.org/abs/2406.11617. The authors scale the result by 1.1:
+    `scale=` of `merge`. mergekit matches the sum of magnitudes instead of dividing by p: `MatchNorm(1)`.
+    """
+    prune = Prune(Flip(RankChance(density, window, scope), seed), Reciprocal())
+    return Chain(prune, ElectSign(), DisjointMean())
+
+
+def breadcrumbs(density: float = 0.1, gamma: float = 0.01, scope: str = "layer", first: str = "drop") -> Method:
+    """Model Breadcrumbs: drop the largest entries of every update as outliers, keep the next largest, sum.
+
+    Args:
+        density: the fraction of entries kept (the authors keep 0.1 to 0.15; their beta is 1 - gamma - density).
+        gamma: the fraction dropped at the top.
+        scope: "layer" (the paper; mergekit) or "row" (the authors' code, which made the published numbers).
+        first: see `DropOutliers`.
+
+    Source: Davari & Belilovsky, https://arxiv.org/abs/2312.06795. The authors scale the sum (0.3 or so): `scale=`.
+    """
+    return Chain(Prune(Magnitude(), DropOutliers(density, gamma, scope, first)), Sum())
+
+
+def sce(density: float = 0.1) -> Method:
+    """SCE: select the entries in which adapters differ most, weigh adapters by their energy there, erase minorities.
+
+    sum e_k eta_k D_k / sum e_k eta_k over the selected entries, eta_k = w_k ||D_k||^2 / sum_j ||D_j||^2 of the
+    selected updates, e_k = 1 where D_k has the sign of sum_j w_j D_j.
+
+    Args:
+        density: the fraction of entries selected (0.1 in FuseChat, 1.0 in FuseO1).
+
+    Source: Wan et al., "FuseChat: knowledge fusion of chat models", https://arxiv.org/abs/2408.07990. This is the text
+    of the paper, and mergekit; the authors' code, which made their models, selects for eta alone and merges whole
+    updates: Chain(WeighByEnergy(of=Select(density)), DisjointMean()).
+    """
+    return Chain(Select(density), WeighByEnergy(ElectSign()), DisjointMean())
 
 
 def _drop(density: float, seed: int) -> Prune:

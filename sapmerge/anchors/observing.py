@@ -1,0 +1,155 @@
+"""Statistics of the gradient over the anchors, in the coordinates of a unit, within a budget of memory."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sapmerge.anchors.gradients import TokenGradient
+from sapmerge.bases import Frames
+from sapmerge.errors import AnchorError, MethodError, SapmergeWarning
+from sapmerge.layer import LayerStream
+from sapmerge.units import Entries, GradientView, Units
+
+if TYPE_CHECKING:
+    from sapmerge.anchors.passes import Anchors
+
+__all__ = ["GradientStatistics"]
+
+Pull = Callable[[GradientView], Mapping[str, Tensor]]
+Halves = dict[str, tuple[Tensor, Tensor]]
+
+
+class GradientStatistics:
+    """An `Observation`: computed a group of layers at a time, when the first of the group is asked for."""
+
+    def __init__(self, anchors: Anchors, layers: LayerStream, units: Units) -> None:
+        self._anchors, self._layers, self._units = anchors, layers, units
+        self._groups: dict[str, int] = {}
+        self._held: dict[tuple[int, str, str], dict[tuple[str, int], Halves]] = {}
+
+    def moment(self, layer: str, adapter: int, part: str, statistic: str, at: str) -> tuple[Tensor, Tensor]:
+        """See `sapmerge.layer.Observation`."""
+        if statistic not in ("mean", "absolute", "square") or at not in ("adapter", "base"):
+            raise MethodError(
+                "a gradient statistic is 'mean', 'absolute' or 'square', at the 'adapter' or at the 'base'; got "
+                f"{statistic!r} at {at!r}"
+            )
+        if not self._groups:
+            self._plan()
+        key = (self._groups[layer], statistic, at)
+        if key not in self._held:
+            self._held = {held: found for held, found in self._held.items() if held[0] == key[0]}
+            self._held[key] = self._run(*key)
+        return self._held[key][layer, adapter][part]
+
+    def _plan(self) -> None:
+        """Split the layers into groups whose statistics fit the budget."""
+        group, size = 0, 0
+        for layer in self._layers:
+            m, n = layer.shape
+            entries = isinstance(self._units, Entries)
+            need = sum(8 * (m * n if entries else update.rank * (m + n)) for update in layer if update.rank)
+            if size and size + need > self._anchors.budget:
+                group, size = group + 1, 0
+            self._groups[layer.name], size = group, size + need
+
+    def _run(self, group: int, statistic: str, at: str) -> dict[tuple[str, int], Halves]:
+        sums: dict[tuple[str, int], _Sums] = {}
+        for layer in self._layers:
+            if self._groups[layer.name] == group:
+                for k, update in enumerate(layer):
+                    if update.rank:
+                        pull, shape = self._units(update).pull, self._anchors.modules[layer.name].shape
+                        sums[layer.name, k] = _Sums(pull, layer.frames, statistic, shape, update.device)
+        count = 0
+        if at == "base":
+            count = self._anchors.backward(
+                None, {n: _all([s for (m, _), s in sums.items() if m == n]) for n, _ in sums}
+            )
+        else:
+            for k in sorted({k for _, k in sums}):
+                count = self._anchors.backward(k, {name: found.add for (name, j), found in sums.items() if j == k})
+        self._warn_of_unused(sorted({name for (name, _), found in sums.items() if not found.seen}))
+        return {key: found.halves(count) for key, found in sums.items()}
+
+    def _warn_of_unused(self, names: Sequence[str]) -> None:
+        new = [name for name in names if name not in self._anchors.unused]
+        self._anchors.unused.update(new)
+        if new:
+            warnings.warn(
+                f"{len(new)} layers take no part in the anchor loss, their scores are 0: {', '.join(new[:3])}"
+                + (", ..." if len(new) > 3 else ""),
+                SapmergeWarning,
+                stacklevel=2,
+            )
+
+
+class _Sums:
+    """Sums of a gradient statistic over the samples of even and of odd number."""
+
+    def __init__(
+        self, pull: Pull, frames: tuple[Frames, ...], statistic: str, shape: tuple[int, int], device: torch.device
+    ) -> None:
+        self._pull, self._frames, self._statistic = pull, frames, statistic
+        self._shape, self._device = shape, device
+        self._sums: list[dict[str, Tensor]] = [{}, {}]
+        self.seen = 0
+
+    def add(self, gradient: TokenGradient, size: int) -> None:
+        """One batch. The loss is a mean over the batch, so a sample's own gradient is `size` times its part."""
+        gradient = gradient.inside(self._frames)
+        if len(gradient.x) == size:
+            for start in (0, 1):
+                chosen = gradient.samples(slice(start, None, 2))
+                if len(chosen.x):
+                    self._accumulate((self.seen + start) % 2, chosen, size)
+        elif self._statistic == "mean":
+            for half in (0, 1):  # the samples cannot be told apart: both halves are the whole
+                self._accumulate(half, gradient, size / 2)
+        else:
+            raise AnchorError(
+                "the scorer reads gradients per sample, but a layer mixes the samples of a batch "
+                f"({len(gradient.x)} rows for {size} samples); use batches of one sample, or Taylor()"
+            )
+        self.seen += size
+
+    def _accumulate(self, half: int, gradient: TokenGradient, factor: float) -> None:
+        if self._statistic == "mean":
+            parts = [gradient.together()]
+        else:  # one at a time: a whole batch of dense gradients would not fit
+            parts = [gradient.samples(slice(s, s + 1)) for s in range(len(gradient.x))]
+        sums = self._sums[half]
+        for part in parts:
+            for name, value in self._pull(part).items():
+                each = value[0] * factor
+                if self._statistic == "absolute":
+                    each = each.abs()
+                elif self._statistic == "square":
+                    each = each.square()
+                sums[name] = sums[name].add_(each) if name in sums else each
+
+    def halves(self, count: int) -> Halves:
+        """Two estimates whose mean is the statistic over all `count` samples; zero for a layer without a gradient."""
+        if not self.seen:
+            nothing = TokenGradient(torch.zeros(1, 1, self._shape[1]), torch.zeros(1, 1, self._shape[0]))
+            self._accumulate(0, nothing.inside(self._frames), 0.0)
+        one, other = ({name: value.to(self._device) for name, value in sums.items()} for sums in self._sums)
+        if count == 1:  # one sample has no halves
+            return {name: (value, value) for name, value in (one | other).items()}
+        for sums, opposite in ((one, other), (other, one)):
+            for name, value in opposite.items():
+                sums.setdefault(name, torch.zeros_like(value))
+        return {name: (one[name].mul_(2 / count), other[name].mul_(2 / count)) for name in one}
+
+
+def _all(sums: Sequence[_Sums]) -> Callable[[TokenGradient, int], None]:
+    def add(gradient: TokenGradient, size: int) -> None:
+        for found in sums:
+            found.add(gradient, size)
+
+    return add

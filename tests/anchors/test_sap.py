@@ -1,0 +1,322 @@
+"""SAP through `merge`: scores, masks, weights and losses against PEFT itself."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sapmerge as sm
+from sapmerge.anchors import alignment, contrastive, language_modeling
+from sapmerge.errors import AnchorError, MethodError, SapmergeWarning
+from sapmerge.lowrank import balanced
+from tests.anchors import models
+from tests.conftest import error
+
+LLAVA_VISION = r".*vision_tower.*layers\.0\..*(q_proj|fc1)"
+LLAVA_LANGUAGE = r".*language_model.*(v_proj|up_proj)"
+CASES = {
+    "clip, vision": (models.clip, models.pairs, alignment, [models.VISION_TARGETS] * 2),
+    "clip, text": (models.clip, models.pairs, contrastive, [models.TEXT_TARGETS] * 2),
+    "clip, one each": (models.clip, models.pairs, alignment, [models.VISION_TARGETS, models.TEXT_TARGETS]),
+    "clip, both": (models.clip, models.pairs, alignment, [models.BOTH_TARGETS] * 2),
+    "llava, vision": (models.llava, models.prompts, language_modeling, [LLAVA_VISION] * 2),
+    "llava, language": (models.llava, models.prompts, language_modeling, [LLAVA_LANGUAGE] * 2),
+    "llava, both": (models.llava, models.prompts, language_modeling, [f"{LLAVA_VISION}|{LLAVA_LANGUAGE}"] * 2),
+}
+
+
+def peft_gradients(peft: Any, adapter: sm.Adapter, batches: list[Any], loss: Any) -> dict[tuple[str, str], Tensor]:
+    """w dL/dw of the LoRA parameters in balanced form, by plain autograd through PEFT."""
+    peft = copy.deepcopy(peft)
+    parameters: dict[tuple[str, str], nn.Parameter] = {}
+    for name, module in adapter.modules.items():
+        even = balanced(adapter.update(name))
+        layer = peft.get_base_model().get_submodule(module.spelled)
+        layer.lora_A["default"].weight.data = even.A.clone()
+        layer.lora_B["default"].weight.data = even.B / module.scaling
+        parameters[name, "A"], parameters[name, "B"] = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    for parameter in peft.parameters():
+        parameter.requires_grad_(False)
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+    size = [len(batch["input_ids"]) for batch in batches]
+    total = sum(n * loss(peft.get_base_model(), batch) for n, batch in zip(size, batches)) / sum(size)
+    grads = torch.autograd.grad(total, list(parameters.values()))
+    return {key: (p * g).detach() for (key, p), g in zip(parameters.items(), grads)}
+
+
+@pytest.mark.parametrize(("build", "batches", "loss", "targets"), CASES.values(), ids=CASES)
+def test_scores_equal_autograd_through_peft(build: Any, batches: Any, loss: Any, targets: list[Any]) -> None:
+    model, loader = build(), batches()
+    adapters, pefts = models.adapters(model, targets)
+    spy = models.Spy()
+    models.merge(
+        adapters,
+        loader,
+        model,
+        loss=loss,
+        method=sm.Chain(sm.Prune(spy, sm.TopFraction(0.5), units=sm.Factors()), sm.Mean()),
+    )
+    seen = 0
+    for adapter, peft in zip(adapters, pefts):
+        for (name, part), wanted in peft_gradients(peft, adapter, loader, loss).items():
+            key = (adapter.label, name, part)
+            assert float(wanted.norm()) > 1e-7
+            assert error((spy.values[key] * spy.gradient[key]).abs(), wanted.abs()) < 2e-5, key
+            seen += 1
+    assert seen == len(spy.values)
+
+
+def halves(loader: list[dict[str, Tensor]]) -> list[list[dict[str, Tensor]]]:
+    """Every other sample, and the rest."""
+    singles = models.singles(loader)
+    return [singles[::2], singles[1::2]]
+
+
+def top(scores: Tensor, density: float) -> Tensor:
+    keep = max(1, math.floor(density * scores.numel() + 1e-9))
+    out = torch.zeros_like(scores, dtype=torch.bool).flatten()
+    out[torch.sort(scores.flatten(), descending=True, stable=True).indices[:keep]] = True
+    return out.view(scores.shape)
+
+
+@pytest.mark.parametrize("density", [0.5, 0.23])
+def test_sap_original_step_by_step(density: float) -> None:
+    """Scores through PEFT, masks, the norm given back, the mean; and what the report says about them."""
+    model, loader = models.clip(), models.pairs()
+    adapters, pefts = models.adapters(model, [models.VISION_TARGETS, models.BOTH_TARGETS, models.VISION_TARGETS])
+    merged = models.merge(adapters, loader, model, method=sm.sap_original(density=density))
+    updates, rows = dict(merged.updates()), {row.name: row for row in merged.report.layers}
+    total: dict[str, Any] = dict.fromkeys(updates, 0.0)
+    for adapter, peft in zip(adapters, pefts):
+        scores = {k: v.abs() for k, v in peft_gradients(peft, adapter, loader, alignment).items()}
+        one, other = (
+            {k: v.abs() for k, v in peft_gradients(peft, adapter, half, alignment).items()} for half in halves(loader)
+        )
+        for name in adapter.modules:
+            even, original = balanced(adapter.update(name)), adapter.update(name).dense()
+            keep = {part: top(scores[name, part], density) for part in "AB"}
+            product = (even.B * keep["B"]) @ (even.A * keep["A"])
+            total[name] = total[name] + product * original.norm() / product.norm() / 3
+            notes = {key: value[adapter.label] for key, value in rows[name].notes.items()}
+            kept = sum(int(mask.sum()) for mask in keep.values())
+            assert notes["density"] == kept / sum(mask.numel() for mask in keep.values())
+            share = sum(float(scores[name, p][keep[p]].sum()) for p in "AB") / sum(
+                float(scores[name, p].sum()) for p in "AB"
+            )
+            assert notes["score_kept"] == pytest.approx(share, rel=1e-5)
+            first, second = ({p: top(half[name, p], density) for p in "AB"} for half in (one, other))
+            both = sum(int((first[p] & second[p]).sum()) for p in "AB")
+            assert notes["anchor_stability"] == pytest.approx(both / kept, rel=1e-12)
+    assert updates.keys() == total.keys()
+    for name, update in updates.items():
+        assert error(update.dense(), total[name]) < 1e-5
+
+
+def test_sap_original_without_pruning_is_the_mean() -> None:
+    model, loader = models.clip(), models.pairs()
+    adapters, _ = models.adapters(model, [models.BOTH_TARGETS, models.VISION_TARGETS, models.TEXT_TARGETS])
+    mean = dict(models.merge(adapters, method=sm.mean()).updates())
+    for name, update in models.merge(adapters, loader, model, method=sm.sap_original(density=1.0)).updates():
+        assert error(update.dense(), mean[name].dense()) < 1e-6
+
+
+@pytest.mark.parametrize("units", [sm.Factors(), sm.Directions(), sm.Entries()])
+def test_sap_keeps_the_count_and_gives_the_norm_back(units: Any) -> None:
+    model, loader = models.clip(), models.pairs()
+    adapters, _ = models.adapters(model, [models.VISION_TARGETS] * 3)
+    merged = models.merge(adapters, loader, model, method=sm.sap(density=0.7, units=units), rank="exact")
+    for row in merged.report.layers:
+        m, n = row.shape
+        for label, rank in zip(("a0", "a1", "a2"), (3, 2, 4)):
+            sizes = {"Factors": (rank * m, rank * n), "Directions": (rank,), "Entries": (m * n,)}[type(units).__name__]
+            kept = sum(max(1, math.floor(0.7 * size + 1e-9)) for size in sizes)
+            assert row.notes["density"][label] == pytest.approx(kept / sum(sizes), rel=1e-12)
+    norms = [math.sqrt(sum(a.update(name).norm() ** 2 for name in a.modules)) for a in adapters]
+    norm = math.sqrt(sum(update.norm() ** 2 for _, update in merged.updates()))
+    assert norm == pytest.approx(sum(norms) / 3, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["clip", "llava"])
+def test_losses_in_the_report_are_those_of_peft(kind: str, tmp_path: Any) -> None:
+    if kind == "clip":
+        model, loader, loss, targets = models.clip(), models.pairs(), alignment, [models.BOTH_TARGETS] * 2
+    else:
+        model, loader, loss, targets = (
+            models.llava(),
+            models.prompts(),
+            language_modeling,
+            [LLAVA_LANGUAGE, LLAVA_VISION],
+        )
+    adapters, pefts = models.adapters(model, targets)
+    merged = models.merge(adapters, loader, model)
+    merged.save_pretrained(tmp_path / "out")
+    notes = merged.report.notes
+    assert notes["anchors"] == sum(len(batch["input_ids"]) for batch in loader)
+    assert notes["loss"] == loss.__name__
+    wanted = {
+        "base model": mean_loss(model, loader, loss),
+        "a0": mean_loss(pefts[0].get_base_model(), loader, loss),
+        "a1": mean_loss(pefts[1].get_base_model(), loader, loss),
+        "merged": mean_loss(models.load(model, tmp_path / "out").get_base_model(), loader, loss),
+    }
+    assert dict(notes["anchor loss"]) == pytest.approx(wanted, rel=2e-5)
+    assert len({round(value, 5) for value in wanted.values()}) == 4
+    loaded = models.load(model, tmp_path / "out")
+    for name, update in merged.updates():
+        layer = loaded.get_base_model().get_submodule(merged.stream.modules[name].spelled)
+        assert error(layer.get_delta_weight("default"), update.dense()) < 1e-5
+
+
+def mean_loss(model: nn.Module, loader: list[Any], loss: Any) -> float:
+    sizes = [len(batch["input_ids"]) for batch in loader]
+    with torch.no_grad():
+        return sum(n * float(loss(model, batch)) for n, batch in zip(sizes, loader)) / sum(sizes)
+
+
+@pytest.mark.parametrize("loss", [contrastive, alignment, None])
+def test_weights_by_anchors(loss: Any) -> None:
+    model, loader = models.clip(), models.pairs((7, 4))
+    adapters, pefts = models.adapters(model, [models.BOTH_TARGETS] * 3)
+    method = sm.WeighByAnchors(sm.mean(), loss=loss, temperature=0.3)
+    merged = models.merge(adapters, loader, model, method=method, weights=[1.0, 2.0, 1.0])
+    losses = torch.tensor([mean_loss(p.get_base_model(), loader, loss or alignment) for p in pefts])
+    shares = torch.softmax(-losses / 0.3, 0)
+    weights = shares * torch.tensor([1.0, 2.0, 1.0])
+    for row in merged.report.layers:
+        assert row.notes["anchor_weights"] == pytest.approx({f"a{k}": float(s) for k, s in enumerate(shares)}, rel=1e-4)
+    for name, update in merged.updates():
+        wanted = sum(w * a.update(name).dense() for w, a in zip(weights, adapters)) / weights.sum()
+        assert error(update.dense(), wanted) < 1e-4
+
+
+def test_weights_by_anchors_around_sap() -> None:
+    model, loader = models.clip(), models.pairs()
+    adapters, _ = models.adapters(model, [models.VISION_TARGETS] * 2)
+    plain = models.merge(adapters, loader, model, method=sm.WeighByAnchors(sm.mean())).report.layers[0]
+    around = models.merge(adapters, loader, model, method=sm.WeighByAnchors(sm.sap())).report.layers[0]
+    assert around.notes["anchor_weights"] == plain.notes["anchor_weights"]
+    assert {"score_kept", "anchor_stability", "energy_factor", "density"} <= around.notes.keys()
+    for temperature in (0, -1.0, math.nan):
+        with pytest.raises(MethodError, match="temperature must be positive"):
+            sm.WeighByAnchors(sm.mean(), temperature=temperature)
+    with pytest.raises(MethodError, match="WeighByAnchors needs anchors"):
+        models.merge(adapters, method=sm.WeighByAnchors(sm.mean()))
+
+
+def test_one_threshold_for_a_whole_adapter() -> None:
+    model, loader = models.clip(), models.pairs()
+    adapters, pefts = models.adapters(model, [models.VISION_TARGETS] * 2)
+    method = sm.Chain(sm.Prune(sm.Taylor(), sm.TopFraction(0.3, scope="adapter"), units=sm.Factors()), sm.Mean())
+    rows = models.merge(adapters, loader, model, method=method).report.layers
+    for adapter, peft in zip(adapters, pefts):
+        scores = {k: v.abs() for k, v in peft_gradients(peft, adapter, loader, alignment).items()}
+        every = torch.cat([score.flatten() for score in scores.values()]).sort(descending=True).values
+        cut = every[math.floor(0.3 * len(every) + 1e-9) - 1] * (1 - 1e-5)
+        for row in rows:
+            parts = [scores[row.name, part] for part in "AB"]
+            wanted = sum(int((part >= cut).sum()) for part in parts) / sum(part.numel() for part in parts)
+            assert row.notes["density"][adapter.label] == pytest.approx(wanted, abs=2e-2)
+
+
+def test_a_criterion_of_ones_own() -> None:
+    model, loader = models.clip(), models.pairs()
+    adapters, _ = models.adapters(model, [models.VISION_TARGETS] * 2)
+
+    def mine(values: Tensor, stats: Any) -> Tensor:
+        return (values * stats.gradient).abs().sqrt()
+
+    def masks(scorer: Any) -> dict[str, Tensor]:
+        method = sm.Chain(sm.Prune(scorer, sm.TopFraction(0.4), units=sm.Factors()), sm.Mean())
+        return {n: u.dense() for n, u in models.merge(adapters, loader, model, method=method).updates()}
+
+    theirs = masks(sm.Taylor())
+    for name, update in masks(mine).items():
+        assert torch.equal(update, theirs[name])
+
+
+def test_a_signed_score_share_stays_a_share() -> None:
+    model, loader = models.clip(), models.pairs()
+    adapters, _ = models.adapters(model, [models.VISION_TARGETS] * 2)
+    method = sm.Chain(sm.Prune(sm.SignedTaylor(), sm.TopFraction(0.5), units=sm.Factors()), sm.Mean())
+    for row in models.merge(adapters, loader, model, method=method).report.layers:
+        assert all(0 < share < 1 for share in row.notes["score_kept"].values())
+
+
+def test_what_is_missing_is_said_before_any_work() -> None:
+    model, loader = models.clip(), models.pairs()
+    adapters, _ = models.adapters(model, [models.VISION_TARGETS] * 2)
+    calls: list[int] = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    with pytest.raises(MethodError, match="pass anchors and a model"):
+        models.merge(adapters, method=sm.sap())
+    with pytest.raises(MethodError, match="pass anchors and a model"):
+        models.merge(adapters, None, model, method=sm.sap())
+    with pytest.raises(MethodError, match="anchors need a model"):
+        models.merge(adapters, loader)
+    twice = sm.Chain(*[sm.Prune(sm.Taylor(), sm.TopFraction(0.5), units=sm.Factors())] * 2, sm.Mean())
+    with pytest.raises(MethodError, match="first Prune of a chain"):
+        models.merge(adapters, loader, model, method=twice)
+    assert not calls
+
+
+def test_anchors_that_nobody_reads() -> None:
+    model, loader = models.clip(), models.pairs()
+    adapters, _ = models.adapters(model, [models.VISION_TARGETS] * 2)
+    with pytest.warns(SapmergeWarning, match="the anchors were not used"):
+        merged = models.merge(adapters, loader, model, method=sm.mean())
+    assert {"base model", "a0", "a1"} <= merged.report.notes["anchor loss"].keys()
+
+
+def test_labels_that_look_like_the_base() -> None:
+    model, loader = models.clip(), models.pairs()
+    made, _ = models.adapters(model, [models.VISION_TARGETS] * 2)
+    labelled = {"base": made[0], "model": made[1]}
+    losses = models.merge(labelled, loader, model).report.notes["anchor loss"]
+    assert set(losses) == {"base model", "base", "model", "merged"}
+    assert losses["base"] != losses["base model"]
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
+def test_the_order_of_adapters_changes_no_bit(order: tuple[int, ...]) -> None:
+    model, loader = models.clip(), models.pairs()
+    adapters, _ = models.adapters(model, [models.VISION_TARGETS] * 3)
+    first = dict(models.merge(adapters, loader, model).updates())
+    for name, update in models.merge([adapters[k] for k in order], loader, model).updates():
+        assert torch.equal(update.dense(), first[name].dense())
+
+
+def test_default_losses() -> None:
+    models_and_losses = [
+        (models.clip(), "alignment", models.pairs(), models.VISION_TARGETS),
+        (models.siglip(), "alignment", models.pairs(masked=False), models.VISION_TARGETS),
+        (models.dual_encoder(), "alignment", models.pairs(), r".*(query|fc1)"),
+        (models.llava(), "language_modeling", models.prompts(), LLAVA_LANGUAGE),
+        (models.llama(), "language_modeling", models.sentences(), r".*(q_proj|down_proj)"),
+    ]
+    for model, loss, loader, targets in models_and_losses:
+        adapters, _ = models.adapters(model, [targets] * 2)
+        report = models.merge(adapters, loader, model).report
+        assert report.notes["loss"] == loss
+        assert all(0 < s <= 1 for row in report.layers for s in row.notes["score_kept"].values())
+
+
+def test_a_plain_module_needs_a_loss(tmp_path: Any) -> None:
+    model, loader = models.Plain(), models.plain_batches()
+    adapters, _ = models.adapters(model, [["twice", "head", "conv", "words"]] * 2)
+    with pytest.raises(AnchorError, match="Plain is neither"):
+        models.merge(adapters, loader, model)
+    merged = models.merge(adapters, loader, model, loss=models.plain_loss)
+    assert merged.report.notes["loss"] == "plain_loss"
+    merged.save_pretrained(tmp_path / "out")
+    sizes = [len(batch["ids"]) for batch in loader]
+    loaded = models.load(model, tmp_path / "out")
+    with torch.no_grad():
+        losses = [float(models.plain_loss(loaded.get_base_model(), batch)) for batch in loader]
+    wanted = sum(n * value for n, value in zip(sizes, losses)) / sum(sizes)
+    assert merged.report.notes["anchor loss"]["merged"] == pytest.approx(wanted, rel=1e-5)

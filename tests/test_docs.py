@@ -1,0 +1,176 @@
+"""The documentation is true: its programs run, its commands run, its table is the code's, its links lead somewhere."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import importlib.util
+import pkgutil
+import re
+import shlex
+import shutil
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import CLIPConfig, CLIPModel
+
+import sapmerge
+from sapmerge import cli
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+FOLDERS = ("downloads/medical", "downloads/legal", "art", "sketch", "cartoon", "a", "b", "c")
+
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+# Random updates are no more low-rank after pruning than a program of the documentation has to be quiet about it.
+quiet = pytest.mark.filterwarnings("ignore:the stored adapter keeps")
+
+
+def blocks(page: Path, language: str) -> Iterator[tuple[int, str]]:
+    """(line, text) of every fenced block of a language."""
+    text = page.read_text()
+    for found in re.finditer(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        yield text[: found.start(1)].count("\n"), found[1]
+
+
+def tiny_clip() -> CLIPModel:
+    torch.manual_seed(0)
+    narrow = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return CLIPModel(
+        CLIPConfig(
+            text_config={**narrow, "vocab_size": 64, "max_position_embeddings": 16, "eos_token_id": 2},
+            vision_config={**narrow, "image_size": 32, "patch_size": 16},
+            projection_dim=16,
+        )
+    )
+
+
+def with_lora(rank: int = 4) -> Any:
+    config = LoraConfig(r=rank, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    peft_model = get_peft_model(tiny_clip(), config)
+    peft_model.peft_config["default"].base_model_name_or_path = "somebody/clip"
+    return peft_model
+
+
+def processor(images: list[Any], text: list[str], **_: Any) -> dict[str, torch.Tensor]:
+    """Stands in for a transformers processor: a caption is one token between two others."""
+    ids = [[1, 3 + sum(map(ord, caption)) % 60, 2] for caption in text]
+    return {"pixel_values": torch.stack(images), "input_ids": torch.tensor(ids)}
+
+
+@pytest.fixture(scope="module")
+def downloads(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The adapters that the documentation speaks of, written by PEFT."""
+    root = tmp_path_factory.mktemp("downloads")
+    for number, name in enumerate(FOLDERS):
+        peft_model = with_lora(rank=2 + number % 3)
+        torch.manual_seed(number)
+        for parameter in peft_model.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.1)
+        peft_model.save_pretrained(root / name, save_embedding_layers=False)
+    return root
+
+
+@pytest.fixture
+def workplace(downloads: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with the adapters in it."""
+    folder = tmp_path / "work"
+    shutil.copytree(downloads, folder)
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(str(folder))
+    return folder
+
+
+@pytest.fixture
+def names() -> dict[str, Any]:
+    """What the programs of the documentation take for granted."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "__name__": "documentation",
+        "images": list(torch.randn(8, 3, 32, 32, generator=generator)),
+        "captions": [f"a picture of thing {k}" for k in range(8)],
+        "processor": processor,
+        "model": tiny_clip(),
+        "peft_model": with_lora(),
+    }
+
+
+def write_modules(page: Path, folder: Path) -> None:
+    """A block that begins with `# name.py` is that file."""
+    for _, text in blocks(page, "python"):
+        if found := re.match(r"# (\w+\.py)\n", text):
+            (folder / found[1]).write_text(text)
+
+
+@quiet
+@every_page
+def test_programs_run(page: Path, workplace: Path, names: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    write_modules(page, workplace)
+    for line, text in blocks(page, "python"):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning)
+            # The empty lines put a failure on its line in the page.
+            exec(compile("\n" * line + text, str(page), "exec", dont_inherit=True), names)
+
+
+@every_page
+def test_commands_run(page: Path, workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    write_modules(page, workplace)
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # the command line sets its own
+    for line, text in blocks(page, "sh"):
+        for command in text.replace("\\\n", " ").splitlines():
+            words = shlex.split(command, comments=True)
+            if words[:1] != ["sapmerge"] or words[1:2] == ["demo"]:  # test_demo.py has that
+                continue
+            with warnings.catch_warnings():
+                code = cli.main(words[1:])
+            assert code == 0, f"{page.name}:{line}: {command}\n{capsys.readouterr().err}"
+
+
+@every_page
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+        if not target.startswith("https://"):
+            assert (page.parent / target).exists(), f"{page.name} links {target}"
+
+
+@every_page
+def test_pages_are_short_and_public(page: Path) -> None:
+    text = page.read_text()
+    # methods.md is a table with one row per method, and no page to read from top to bottom.
+    assert page.stem == "methods" or text.count("\n") <= 160, page.name
+    assert text.startswith("# ")
+    assert not re.search(r"/(work|tmp|home)/|\.\./shared", text), "a path outside the repository"
+
+
+def test_the_table_of_methods_is_that_of_the_code() -> None:
+    """If this fails, run: python -m docs.make_methods"""
+    spec = importlib.util.spec_from_file_location("make_methods", ROOT / "docs" / "make_methods.py")
+    assert spec is not None
+    assert spec.loader is not None
+    make_methods = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = make_methods  # dataclasses look their module up
+    spec.loader.exec_module(make_methods)
+    assert (ROOT / "docs" / "methods.md").read_text() == make_methods.page()
+
+
+@pytest.mark.parametrize(
+    "module", ["sapmerge", *(found.name for found in pkgutil.walk_packages(sapmerge.__path__, "sapmerge."))]
+)
+def test_docstrings_run(module: str, workplace: Path) -> None:
+    if module == "sapmerge.__main__":
+        pytest.skip("runs the command line")
+    result = doctest.testmod(importlib.import_module(module), optionflags=doctest.ELLIPSIS)
+    assert result.failed == 0
+
+
+def test_pages_have_no_prompts() -> None:
+    """A session with >>> in a page would not be run by anything."""
+    assert not [page.name for page in PAGES if ">>> " in page.read_text()]
