@@ -84,7 +84,9 @@ class Adapter:
             AdapterFormatError, AdapterConfigError, AdapterSecurityError, LimitExceededError, NonFiniteError: the
                 message names folder, file and tensor or key.
         """
-        source: str = os.fspath(path)
+        source = os.fsdecode(path)
+        if not source:
+            raise AdapterFormatError("adapter '': an empty path; expected a local folder")
         folder = os.path.abspath(source)
         where = f"adapter {shown(source)}"
         weights_name = _which_weights(folder, where, allow_pickle_weights)

@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     look.set_defaults(run=_inspect)
 
     demo = commands.add_parser(
-        "demo", help="the mission in small, in two minutes", description="Train, merge, compare."
+        "demo", help="the mission in small, in about a minute", description="Train, merge, compare."
     )
     demo.add_argument("-o", "--output", default="sapmerge-demo", help="folder to write (default: %(default)s)")
     demo.add_argument("--seed", type=int, default=0)

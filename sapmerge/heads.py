@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeAlias, cast
 
@@ -33,11 +33,13 @@ class Heads:
         modules: the saved modules of the output.
         chosen: tensor name -> [(adapter, weight)]: the tensor is sum w T / sum w.
         dropped: the saved modules that are left out.
+        policy: what was asked for.
     """
 
     modules: tuple[str, ...]
     chosen: Mapping[str, Sequence[tuple[Adapter, float]]]
     dropped: tuple[str, ...]
+    policy: HeadPolicy = None
 
     def tensors(self) -> Mapping[str, Callable[[], Tensor]]:
         """Tensor name -> a function that reads and averages it."""
@@ -51,6 +53,10 @@ def plan_heads(adapters: Sequence[Adapter], weights: Sequence[float], policy: He
         MethodError: there are saved modules and no policy, or the policy names something unknown.
         IncompatibleAdaptersError: "mean" over tensors of different shapes.
     """
+    return replace(_plan(adapters, weights, policy), policy=policy)
+
+
+def _plan(adapters: Sequence[Adapter], weights: Sequence[float], policy: HeadPolicy) -> Heads:
     owners = _Owners(adapters, weights)
     modules = owners.modules
     if policy is None and modules:

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias, cast
 from sapmerge.adapter import Adapter
 from sapmerge.errors import IncompatibleAdaptersError, MethodError
 
-__all__ = ["AdapterLike", "Adapters", "check_mergeable", "load_adapters", "resolve_weights"]
+__all__ = ["AdapterLike", "Adapters", "check_mergeable", "check_numbers", "load_adapters", "resolve_weights"]
 
 AdapterLike: TypeAlias = "Adapter | str | os.PathLike[str] | tuple[Any, Mapping[str, Any]]"
 """A folder, an `Adapter`, the name of an adapter in the live PeftModel given as `model`, or (config, state_dict)."""
@@ -162,3 +162,16 @@ def _common_base(adapters: Sequence[Adapter], base_model: str | None) -> Base:
 
 def _revision(adapter: Adapter) -> str | None:
     return None if adapter.revision in (None, "main") else adapter.revision
+
+
+def check_numbers(scale: float, rank: int | float | str | None) -> None:
+    """Whether `scale` and `rank` of `merge` are what they may be."""
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise MethodError(f"scale must be a finite number; got {scale!r}")
+    fine = rank is None or rank == "exact"
+    if isinstance(rank, int) and not isinstance(rank, bool):
+        fine = rank >= 1
+    elif isinstance(rank, float):
+        fine = 0 < rank < 1
+    if not fine or isinstance(rank, bool):
+        raise MethodError(f"rank is None, a number >= 1, a share of energy in (0, 1), or 'exact'; got {rank!r}")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import cast
 
 import torch
 from torch import Tensor
 
-__all__ = ["RTOL", "factor_inner", "factor_svd", "norm", "numerical_rank", "qr", "svd", "top_svd"]
+__all__ = ["RTOL", "factor_inner", "factor_svd", "norm", "numerical_rank", "one_thread", "qr", "svd", "top_svd"]
 
 RTOL = 1e-6
 """Singular values below RTOL times the largest one are noise of float32 factors: no direction to build on."""
@@ -83,10 +85,10 @@ def top_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         if basis.shape[1] % (2 * block) == 0:
             Q, R = qr(images)
             left, sigma, right = svd(R.T)
-            U, V = basis.double() @ left[:, :rank], (Q @ right[:rank].T)
-            residual = matrix.double() @ V - U * sigma[:rank]
+            u, v = basis.double() @ left[:, :rank], Q @ right[:rank].T
+            residual = matrix.double() @ v - u * sigma[:rank]
             if float(residual.square().sum()) <= 1e-10 * float(sigma[:rank].square().sum()):
-                return U, sigma[:rank], V.T
+                return u, sigma[:rank], v.T
     return _gram_svd(matrix, rank)
 
 
@@ -95,10 +97,10 @@ def _orthonormal(matrix: Tensor) -> Tensor:
 
 
 def _gram_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The largest triplets from the smaller Gram matrix: a quarter of the time of an SVD, exact down to 1e-8 sigma_1."""
+    """The largest triplets from the smaller Gram matrix: four times as fast as an SVD, exact down to 1e-8 sigma_1."""
     if matrix.shape[0] < matrix.shape[1]:
-        U, sigma, Vh = _gram_svd(matrix.T, rank)
-        return Vh.T, sigma, U.T
+        right, sigma, left = _gram_svd(matrix.T, rank)
+        return left.T, sigma, right.T
     wide = matrix.double()
     found = cast("tuple[Tensor, Tensor]", torch.linalg.eigh(wide.T @ wide))  # pyright: ignore[reportUnknownMemberType]
     V = found[1][:, -rank:].flip(1)
@@ -117,3 +119,15 @@ def numerical_rank(sigma: Tensor, rtol: float = RTOL) -> int:
     if sigma.numel() == 0 or float(sigma[0]) == 0.0:
         return 0
     return int((sigma > rtol * sigma[0]).sum())
+
+
+@contextmanager
+def one_thread() -> Generator[None]:
+    """Small-matrix algebra on one thread: sums in one order, so the bits do not depend on the number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.set_num_threads(threads)

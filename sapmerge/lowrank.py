@@ -89,14 +89,11 @@ def truncate(update: Update, rank: int | float | str | None, default: int) -> tu
         if (rank is None and fits) or (isinstance(rank, int) and update.rank <= min(rank, *update.shape)):
             return update, 1.0
     wanted = default if rank is None else rank
-    if isinstance(update, Dense) and isinstance(wanted, int):
-        U, sigma, Vh = top_svd(update.matrix, wanted)
-        total = update.norm() ** 2
-    else:
-        U, sigma, Vh = update.svd()
-        total = float(sigma.square().sum())
+    only_top = isinstance(update, Dense) and isinstance(wanted, int)
+    U, sigma, Vh = top_svd(update.dense(), int(wanted)) if only_top else update.svd()
     full = numerical_rank(sigma)
     energy = sigma.square()
+    total = update.norm() ** 2 if only_top else float(energy.sum())
     if total == 0.0:
         return LowRank(U[:, :0].to(update.dtype), Vh[:0].to(update.dtype)), 1.0
     if isinstance(rank, float):

@@ -9,9 +9,9 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -19,18 +19,19 @@ import torch
 
 from sapmerge import sinks
 from sapmerge.adapter import Adapter, Module
-from sapmerge.anchors import Anchors
-from sapmerge.anchors.losses import Loss
+from sapmerge.anchors.losses import Loss, loss_name
 from sapmerge.compose import prepare
 from sapmerge.errors import MethodError, NonFiniteError, SapmergeWarning
 from sapmerge.heads import HeadPolicy, Heads, plan_heads
-from sapmerge.inputs import Adapters, Base, check_mergeable, load_adapters, resolve_weights
-from sapmerge.layer import Dense, Layer, LowRank, Method, Update, absent
+from sapmerge.inputs import Adapters, Base, check_mergeable, check_numbers, load_adapters, resolve_weights
+from sapmerge.layer import Dense, Layer, LowRank, Method, Update
+from sapmerge.linalg import one_thread
 from sapmerge.lowrank import truncate
 from sapmerge.methods import sap
 from sapmerge.models import base_of, find_modules, model_names
 from sapmerge.recipe import recipe
-from sapmerge.report import AdapterReport, LayerReport, Report, describe
+from sapmerge.report import LayerReport, Report, describe, describe_adapters
+from sapmerge.stream import AdapterLayers
 
 __all__ = ["Merged", "merge"]
 
@@ -81,7 +82,7 @@ def merge(
         >>> merged.save_pretrained("both")  # doctest: +SKIP
     """
     method = _check_method(method, anchor_loader, model)
-    _check_numbers(scale, rank)
+    check_numbers(scale, rank)
     opened = load_adapters(adapters, model)
     numbers = resolve_weights(weights, opened)
     base = check_mergeable(opened, base_model)
@@ -91,7 +92,7 @@ def merge(
         stream = stream.with_anchors(anchor_loader, model, loss)
     elif model is not None:
         find_modules(model, stream.modules)
-    with _one_thread() if stream.anchors is None else nullcontext():
+    with one_thread() if stream.anchors is None else nullcontext():
         prepared = prepare(method, stream)
     if stream.anchors is not None and not stream.anchors.used:
         warnings.warn(
@@ -112,58 +113,6 @@ def merge(
         names={} if model is None else model_names(model),
         progress=sys.stderr.isatty() if progress is None else progress,
     )
-
-
-@dataclass(frozen=True)
-class AdapterLayers:
-    """The layers of a set of adapters, read from them when asked for; adapters sorted by content."""
-
-    adapters: tuple[Adapter, ...]
-    weights: tuple[float, ...]
-    modules: Mapping[str, Module]
-    device: torch.device
-    anchors: Anchors | None = None
-
-    @staticmethod
-    def of(adapters: Sequence[Adapter], weights: Sequence[float], device: torch.device) -> AdapterLayers:
-        """Sort by content, so that no bit of the result depends on the order in which adapters were given."""
-        order = sorted(range(len(adapters)), key=lambda k: (adapters[k].digest, weights[k]))
-        modules = {name: module for adapter in adapters for name, module in adapter.modules.items()}
-        return AdapterLayers(
-            tuple(adapters[k] for k in order), tuple(weights[k] for k in order), dict(sorted(modules.items())), device
-        )
-
-    def with_anchors(self, loader: Any, model: Any, loss: Loss | None) -> AdapterLayers:
-        """The same layers, with gradients on the anchors at hand."""
-
-        def reader(adapter: Adapter) -> Callable[[], Mapping[str, Update]]:
-            return lambda: {name: adapter.update(name) for name in adapter.modules}
-
-        readers = [(adapter.label, reader(adapter)) for adapter in self.adapters]
-        return replace(self, anchors=Anchors(model, loader, self.modules, readers, loss))
-
-    def __iter__(self) -> Iterator[Layer]:
-        for name in self.modules:
-            yield self.layer(name)
-
-    def layer(self, name: str, record: Callable[[str, object], None] | None = None) -> Layer:
-        """One layer, with an update of rank 0 for every adapter that lacks it."""
-        updates = [
-            adapter.update(name).to(self.device) if name in adapter.modules else self._absent(name)
-            for adapter in self.adapters
-        ]
-        layer = Layer(
-            name=name,
-            updates=tuple(updates),
-            adapters=tuple(adapter.label for adapter in self.adapters),
-            weights=self.weights,
-            digests=tuple(adapter.digest for adapter in self.adapters),
-            anchors=self.anchors,
-        )
-        return layer if record is None else replace(layer, record=record)
-
-    def _absent(self, name: str) -> LowRank:
-        return absent(self.modules[name].shape, torch.empty(0, device=self.device))
 
 
 @dataclass(eq=False)
@@ -241,6 +190,8 @@ class Merged:
             "scale": self.scale,
             "rank": self.rank,
             "base_model": self.base.name,
+            "modules_to_save": self.heads.policy,
+            "loss": None if self.stream.anchors is None else loss_name(self.stream.anchors.loss),
         }
 
     @cached_property
@@ -260,7 +211,7 @@ class Merged:
         """
         default = max((module.rank for adapter in self.adapters for module in adapter.modules.values()), default=1)
         for layer, update, notes in self._merged():
-            with _one_thread():
+            with one_thread():
                 kept, energy = (update, 1.0) if lossless else truncate(update, self.rank, default)
                 row = describe(layer, update, kept.rank, energy, notes)
             if self.stream.anchors is not None and isinstance(kept, LowRank):
@@ -270,7 +221,7 @@ class Merged:
     def _merged(self) -> Iterator[tuple[Layer, Update, dict[str, Any]]]:
         for name in _with_progress(self.stream.modules, self.progress):
             notes: dict[str, Any] = {}
-            with _one_thread():
+            with one_thread():
                 layer = self.stream.layer(name, notes.__setitem__)
                 update = self.prepared(layer)
                 if not isinstance(update, (LowRank, Dense)):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -287,25 +238,12 @@ class Merged:
             yield layer, update, notes
 
     def _report_of(self, layers: tuple[LayerReport, ...]) -> Report:
-        energies = {label: sum(layer.energies[label] for layer in layers) for label in (a.label for a in self.adapters)}
-        total = sum(energies.values())
         report = Report(
             method=recipe(self.method),
             base_model=self.base.name,
             scale=self.scale,
             rank=self.rank,
-            adapters=tuple(
-                AdapterReport(
-                    label=adapter.label,
-                    source=adapter.source,
-                    digest=adapter.digest,
-                    weight=weight,
-                    layers=len(adapter.modules),
-                    ranks=_span([module.rank for module in adapter.modules.values()]),
-                    energy_share=energies[adapter.label] / total if total else 0.0,
-                )
-                for adapter, weight in zip(self.adapters, self.weights, strict=True)
-            ),
+            adapters=describe_adapters(self.adapters, self.weights, layers),
             layers=layers,
             modules_to_save=self.heads.modules,
             dropped_modules=self.heads.dropped,
@@ -349,30 +287,6 @@ def _check_method(method: Method | None, anchor_loader: Any, model: Any) -> Meth
     return method
 
 
-def _check_numbers(scale: float, rank: int | float | str | None) -> None:
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise MethodError(f"scale must be a finite number; got {scale!r}")
-    fine = rank is None or rank == "exact"
-    if isinstance(rank, int) and not isinstance(rank, bool):
-        fine = rank >= 1
-    elif isinstance(rank, float):
-        fine = 0 < rank < 1
-    if not fine or isinstance(rank, bool):
-        raise MethodError(f"rank is None, a number >= 1, a share of energy in (0, 1), or 'exact'; got {rank!r}")
-
-
-@contextmanager
-def _one_thread() -> Generator[None]:
-    """Small-matrix algebra on one thread: sums in one order, so the bits do not depend on the number of threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 def _with_progress(names: Mapping[str, Module], show: bool) -> Iterator[str]:
     if not show:
         yield from names
@@ -380,8 +294,3 @@ def _with_progress(names: Mapping[str, Module], show: bool) -> Iterator[str]:
     from tqdm import tqdm
 
     yield from tqdm(names, desc="merging", unit="layer", leave=False)
-
-
-def _span(ranks: Sequence[int]) -> str:
-    low, high = min(ranks, default=0), max(ranks, default=0)
-    return str(low) if low == high else f"{low}-{high}"

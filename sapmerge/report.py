@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sapmerge.adapter import Adapter
 from sapmerge.layer import Layer, Update
 from sapmerge.lowrank import gram
 
@@ -145,6 +146,31 @@ def describe(
         energies=dict(zip(layer.adapters, energies, strict=True)),
         notes=notes,
     )
+
+
+def describe_adapters(
+    adapters: Sequence[Adapter], weights: Sequence[float], layers: Sequence[LayerReport]
+) -> tuple[AdapterReport, ...]:
+    """The report of every adapter."""
+    energies = {adapter.label: sum(layer.energies[adapter.label] for layer in layers) for adapter in adapters}
+    total = sum(energies.values())
+    return tuple(
+        AdapterReport(
+            label=adapter.label,
+            source=adapter.source,
+            digest=adapter.digest,
+            weight=weight,
+            layers=len(adapter.modules),
+            ranks=_span([module.rank for module in adapter.modules.values()]),
+            energy_share=energies[adapter.label] / total if total else 0.0,
+        )
+        for adapter, weight in zip(adapters, weights, strict=True)
+    )
+
+
+def _span(ranks: Sequence[int]) -> str:
+    low, high = min(ranks, default=0), max(ranks, default=0)
+    return str(low) if low == high else f"{low}-{high}"
 
 
 @dataclass(frozen=True)

@@ -637,7 +637,15 @@ def test_the_metadata_tells_the_whole_call(pair: list[Path], tmp_path: Path) -> 
         metadata = file.metadata()
     assert metadata["sapmerge.version"] == sm.__version__
     recipe = json.loads(metadata["sapmerge.recipe"])
-    assert recipe == {"method": "Chain(Mean())", "weights": weights, "scale": 0.5, "rank": 6, "base_model": BASE}
+    assert recipe == {
+        "method": "Chain(Mean())",
+        "weights": weights,
+        "scale": 0.5,
+        "rank": 6,
+        "base_model": BASE,
+        "modules_to_save": None,
+        "loss": None,
+    }
     import hashlib
 
     for entry in json.loads(metadata["sapmerge.inputs"]):

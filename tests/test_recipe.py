@@ -42,7 +42,7 @@ def test_a_recipe_reads_back(method: sm.Method) -> None:
     assert repr(again) == repr(method)
     assert type(again) is type(method)
     assert [type(part) for part in parts(again)] == [type(part) for part in parts(method)]
-    layers = make_layers(weights=[1.0, 0.5, 0.7])
+    layers = make_layers([3, 3], weights=[1.0, 0.7])  # two of one rank: what every method takes
     got, wanted = dense(run(again, layers)), dense(run(method, layers))
     assert all(torch.equal(got[name], wanted[name]) for name in wanted)
 
@@ -57,7 +57,7 @@ def test_named_methods_can_be_called_in_a_recipe(name: str) -> None:
 def test_preparing_does_not_show() -> None:
     """What a pre-pass found out is not part of the recipe."""
     for method in METHODS:
-        layers = [dataclasses.replace(layer, anchors=LinearLoss()) for layer in make_layers()]
+        layers = [dataclasses.replace(layer, anchors=LinearLoss()) for layer in make_layers([3, 3])]
         assert repr(sm.prepare(method, layers)) == repr(method)
 
 
@@ -89,7 +89,7 @@ def test_a_users_function_is_resolved_only_when_it_is_passed() -> None:
     }
     again = sm.parse(text, functions=functions)
     assert repr(again) == text
-    layers = make_layers()
+    layers = make_layers([3, 3])
     got, wanted = dense(run(again, layers)), dense(run(method, layers))
     assert all(torch.equal(got[name], wanted[name]) for name in wanted)
     with pytest.raises(MethodError, match=r"tests\.test_recipe:above_mean.*functions="):

@@ -47,7 +47,7 @@ LEVELS = (
     ("models", "report", "inputs", "heads"),
     ("anchors",),
     ("methods", "contrib"),
-    ("merging", "sinks", "inspection"),
+    ("stream", "merging", "sinks", "inspection"),
     ("__init__", "compat", "cli", "demo", "__main__"),
 )
 
@@ -69,7 +69,7 @@ CODE = {
 NETWORK = {("adapter", "huggingface_hub"): "Adapter.from_hub"}
 
 LONGEST = 310  # about 300
-LONGER = {"merging": 390}
+LONGER: dict[str, int] = {}
 """Files that are longer than they should be, and how long they may be."""
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sapmerge.anchors.gradients import Call, embed_scale
+from sapmerge.anchors.gradients import Call, embed_scale, finite
 from sapmerge.errors import AnchorError, NonFiniteError
 from sapmerge.layer import LowRank, Update
 from sapmerge.models import base_of, weight_view
@@ -105,7 +105,7 @@ class Watch:
 
     def finite(self) -> bool:
         """Whether all gradients that are held are."""
-        return all(bool(torch.isfinite(g).all()) for calls in self._calls.values() for _, g in calls)
+        return all(finite(g) for calls in self._calls.values() for _, g in calls)
 
     def deliver(self) -> None:
         """Hand on what was held, and layers of which one call had no gradient."""
@@ -150,7 +150,7 @@ def _hook(name: str, update: Update | None, who: str, watch: Watch | None) -> Ca
         x = inputs[0]
         if update is not None:
             output = (output + _output_of(module, x, update)).to(output.dtype)
-        if not bool(torch.isfinite(output).all()):
+        if not finite(output):
             raise NonFiniteError(f"the output of layer {name!r} on the anchors is NaN or infinite in {who}")
         return output if watch is None else watch.see(name, x, output)
 

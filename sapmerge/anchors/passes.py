@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sapmerge.adapter import Module
-from sapmerge.anchors.gradients import Call, TokenGradient, token_gradient, wide
+from sapmerge.anchors.gradients import Call, TokenGradient, finite, token_gradient, wide
 from sapmerge.anchors.hooks import Watch, attached, frozen
 from sapmerge.anchors.loading import Batches, batch_size
 from sapmerge.anchors.losses import (
@@ -153,7 +153,7 @@ class Anchors:
         self, watched: Mapping[str, Callable[[TokenGradient, int], None]], size: int, scale: float, who: str
     ) -> Callable[[str, list[Call]], None]:
         def sink(name: str, calls: list[Call]) -> None:
-            if not all(bool(torch.isfinite(g).all()) for _, g in calls):
+            if not all(finite(g) for _, g in calls):
                 raise NonFiniteError(f"the anchors' gradient of layer {name!r} is NaN or infinite in {who}")
             watched[name](token_gradient(self.targets[name], calls, size, scale), size)
 
@@ -179,7 +179,7 @@ class Anchors:
         if not isinstance(value, Tensor) or value.numel() != 1:
             shown = f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
             raise AnchorError(f"the loss {loss_name(loss)!r} must return one number as a tensor; got {shown}")
-        if not bool(torch.isfinite(value).all()):
+        if not finite(value):
             raise NonFiniteError(f"the anchor loss {loss_name(loss)!r} is {float(value)} in {who}")
         return value.reshape(())
 
@@ -215,7 +215,7 @@ class Anchors:
 def _check_finite(base: nn.Module, targets: Mapping[str, nn.Module]) -> None:
     names = {id(module.weight): name for name, module in targets.items()}
     for name, parameter in base.named_parameters():
-        if not (parameter.is_meta or "lora_" in name or bool(torch.isfinite(parameter).all())):
+        if not (parameter.is_meta or not parameter.is_floating_point() or "lora_" in name or finite(parameter)):
             raise NonFiniteError(
                 f"the base model's weight of {names.get(id(parameter), name)!r} has NaN or infinite entries"
             )

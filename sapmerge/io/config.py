@@ -68,6 +68,7 @@ REFUSED: dict[str, tuple[object, str]] = {
 # Initialisations that leave the base alone. The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) subtract from it.
 INITS = ("gaussian", "eva", "orthogonal", "mica")
 _MODULE = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
+_LONGEST = 500
 _TEXT = (str, type(None))
 _TABLE = (dict, type(None))
 # Keys that say nothing about the update, and the types they may have.
@@ -232,6 +233,9 @@ class _Reader:
         value = self.config.get(key)
         if value is not None and not isinstance(value, str):
             self.fail(key, "a string or null")
+        if value is not None and (len(value) > _LONGEST or not value.isprintable()):
+            # It goes into reports, messages and the output's model card.
+            self.fail(key, f"at most {_LONGEST} printable characters")
         return value
 
     def number(self, key: str, default: float) -> float:

@@ -16,6 +16,7 @@ from sapmerge.io.patterns import Budget, Pattern, Selection, matching, tail_patt
 __all__ = ["Scaling", "check"]
 
 USUAL_SCALING = 100.0
+FAINT = 1e6
 
 
 class Scaling(NamedTuple):
@@ -106,6 +107,12 @@ def _warn_of_scalings(scalings: Mapping[str, Scaling], where: str) -> None:
             f"more than {USUAL_SCALING:g} is unusual"
         )
     odd = next((name for name, scaling in scalings.items() if scaling.factor <= 0), None)
+    faint = next((name for name, scaling in scalings.items() if 0 < scaling.factor < 1 / FAINT), None)
+    if faint is not None:
+        _warn(
+            f"{where}: lora_alpha {scalings[faint].alpha:g} scales module {shown(faint)} by "
+            f"{scalings[faint].factor:g}, so that nearly nothing is left of it"
+        )
     if odd is not None:
         effect = "turns the update around" if scalings[odd].factor < 0 else "makes the update zero"
         _warn(f"{where}: lora_alpha {scalings[odd].alpha:g} of module {shown(odd)} {effect}")

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Budget", "Selection", "matching", "tail_patterns"]
 
+_COMPILED = 512
 _PLAIN = re.compile(r"[A-Za-z0-9_.-]*")
 # What `regex` reads differently from `re`: fuzzy matching, and nested sets.
 _FOREIGN = re.compile(r"\{(?!\d*(,\d*)?\})|\[\[")
@@ -34,6 +35,7 @@ class Budget:
         self.limits, self.where = limits, where
         self._left = limits.pattern_seconds
         self._starts: list[float] = []
+        self._compiled = 0
 
     def __enter__(self) -> Budget:
         self._starts.append(time.monotonic())
@@ -50,6 +52,15 @@ class Budget:
         if left <= 0:
             raise self.exceeded()
         return left
+
+    def compile_one(self) -> None:
+        """Count a pattern that needs an engine; the number decides, not how fast the machine is today."""
+        self._compiled += 1
+        if self._compiled > _COMPILED:
+            raise LimitExceededError(
+                f"{self.where}: more than {_COMPILED} patterns in target_modules, exclude_modules, rank_pattern, "
+                "alpha_pattern and layers_pattern are no plain names; write plain module names"
+            )
 
     def exceeded(self) -> LimitExceededError:
         return LimitExceededError(
@@ -87,6 +98,7 @@ class Pattern:
             # Now, and not when a module asks: a bad pattern is refused whether it comes to be used or not.
             with budget:
                 budget.left()
+                budget.compile_one()
                 self._compiled = self._compile()
 
     def matches(self, name: str) -> bool:

@@ -1,6 +1,6 @@
 """The named methods. Each is one function that returns a composition of primitives; read them as a table.
 
-`__all__` feeds the command line, the documentation and the law tests. Methods of narrower use are in `sapmerge.contrib`.
+`__all__` feeds the command line, the documentation and the law tests. Methods of narrower use: `sapmerge.contrib`.
 """
 
 from sapmerge.methods import anchored, averaging, consensus, layerwise, lora_native, pruning, shared_space, spectral

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import sapmerge as sm
 from sapmerge.anchors import alignment, centered_alignment, contrastive, language_modeling
+from sapmerge.anchors.gradients import finite
 from sapmerge.bases import Frames
 from sapmerge.errors import AnchorError, MethodError
 from tests.anchors import models
@@ -447,3 +448,16 @@ def test_an_input_that_is_changed_in_place_is_refused() -> None:
     _, layers = anchored(model, [{"x": torch.randn(2, 3)}], [updates], lambda m, b: m(**b))
     with pytest.raises(AnchorError, match="'layer' is changed in place"):
         spied(layers, sm.Factors())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_is_found_anywhere(dtype: torch.dtype, bad: float) -> None:
+    for size in (1, 7, 33, 1000):
+        for place in {0, size // 2, size - 1}:
+            tensor = torch.linspace(-1, 1, size).to(dtype)
+            assert finite(tensor)
+            tensor[place] = bad
+            assert not finite(tensor)
+            assert not finite(torch.full_like(tensor, bad))
+    assert finite(torch.zeros(0, 3))

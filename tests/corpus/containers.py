@@ -166,7 +166,7 @@ CASES = [
     bad("dtype null", entry(QA, dtype=None), QA),
     bad("dtype of 4 bits", entry(QA, dtype="F4"), QA),
     bad("entry is a list", container(HEADER | {QA: ["F32", [4, 16], [0, 256]]}, DATA), QA),
-    bad("entry is null", container(HEADER | {QA: None}, DATA), "header"),
+    bad("entry is null", container(HEADER | {QA: None}, DATA), QA),
     refuse("container", "100,000 empty tensors", many_empty, WEIGHTS, "empty"),
     refuse("container", "200,001 tensors", many_names(200_001), WEIGHTS, "200000"),
     bad("name of a megabyte", container(f'{{"{"x" * 10**6}":{SMALL}}}', bytes(4)), "characters"),

@@ -225,6 +225,7 @@ CASES = [
     accept("pickle", "pickles with other names", neighbours),
     system("no folder", lambda folder: None, "local only", target="missing"),
     system("no folder, two names like a repository", lambda folder: None, "local only", target="adapters/medical"),
+    system("another case of the folder's name", files(), "local only", target="../Folder"),
     system("an empty folder", lambda folder: None, CONFIG),
     system("the config itself", files(), "expected the folder", target=CONFIG),
     system("the weights themselves", files(), "expected the folder", target=WEIGHTS),
