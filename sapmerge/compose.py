@@ -8,7 +8,7 @@ part for which every layer is a pure function. Wrappers forward it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import TypeVar, cast
@@ -18,7 +18,7 @@ from sapmerge.errors import MethodError
 from sapmerge.layer import Dense, Layer, LayerStream, LowRank, Merger, Method, Transform, Update
 from sapmerge.recipe import part, recipe
 
-__all__ = ["ByModule", "Chain", "In", "Mapped", "MatchEnergy", "prepare"]
+__all__ = ["ByModule", "CapShare", "Chain", "In", "Mapped", "MatchEnergy", "prepare"]
 
 P = TypeVar("P")
 
@@ -146,6 +146,57 @@ class MatchEnergy:
             return self.prepare(cast("LayerStream", [layer]))(layer)
         layer.record("energy_factor", self.factor)
         return self.method(layer).scaled(self.factor)
+
+
+@part
+class CapShare:
+    """Bound one adapter's influence: in no layer does it bring more than `share` of the energy sum_k ||w_k D_k||^2.
+
+    Louder adapters are scaled down to the cap; the others are not touched. Where fewer than 1 / share adapters have an
+    update, the cap is an equal share. This bounds how much one adapter can move the result, not in which direction: it
+    is no defence against a backdoor.
+
+    Args:
+        method: any method.
+        share: in (0, 1).
+    """
+
+    method: Method
+    share: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1:
+            raise MethodError(f"CapShare's share is a fraction of the energy, in (0, 1); got {self.share!r}")
+
+    def prepare(self, layers: LayerStream) -> CapShare:
+        return replace(self, method=prepare(self.method, Mapped(layers, self._capped)))
+
+    def __call__(self, layer: Layer) -> Update:
+        return self.method(self._capped(layer))
+
+    def _capped(self, layer: Layer) -> Layer:
+        norms = [abs(weight) * update.norm() for update, weight in zip(layer, layer.weights, strict=True)]
+        limit = _cap([norm**2 for norm in norms], self.share) ** 0.5
+        scales = [min(1.0, limit / norm) if norm > 0 else 1.0 for norm in norms]
+        layer.record("capped", {label: scale for label, scale in zip(layer.adapters, scales) if scale < 1})
+        capped = tuple(update.scaled(scale) if scale < 1 else update for update, scale in zip(layer, scales))
+        return replace(layer, updates=capped)
+
+
+def _cap(energies: Sequence[float], share: float) -> float:
+    """The energy c for which the largest of min(e, c) is `share` of their sum; the largest energy if none has more."""
+    loud = sorted((energy for energy in energies if energy > 0), reverse=True)
+    if not loud:
+        return 0.0
+    share = max(share, 1 / len(loud))
+    if loud[0] <= share * sum(loud):
+        return loud[0]
+    for count in range(1, len(loud)):  # cut the `count` loudest to one level
+        if count * share < 1:
+            cap = share * sum(loud[count:]) / (1 - count * share)
+            if cap >= loud[count]:
+                return cap
+    return loud[-1]
 
 
 @part

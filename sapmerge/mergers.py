@@ -68,9 +68,9 @@ class DisjointMean:
             return layer.updates[0]
         total, count = torch.zeros_like(present[0][0]), torch.zeros_like(present[0][0])
         for matrix, weight in present:
-            total += weight * matrix
-            count += (matrix != 0).to(count.dtype) * abs(weight)
-        return Dense(torch.where(count > 0, total / torch.where(count > 0, count, 1.0), 0.0))
+            total.add_(matrix, alpha=weight)
+            count.add_((matrix != 0).to(count.dtype), alpha=abs(weight))
+        return Dense(total.div_(count.masked_fill_(count == 0, 1.0)))  # where nobody counts, the total is 0
 
 
 @part

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -82,7 +84,14 @@ def off_diagonal_mean(matrix: Tensor) -> float | None:
 
 @dataclass(frozen=True)
 class AdapterReport:
-    """One input: its part in the merge."""
+    """One input: its part in the merge.
+
+    Args:
+        energy_share: of sum_k ||w_k D_k||^2 over all layers.
+        loudness: ||w D|| over the median of all adapters.
+        outlier: robust z-score of log ||w D||, from median and MAD (three adapters or more; else None). Beyond 5 the
+            adapter is marked in the table: look at it, or bound it with `CapShare`.
+    """
 
     label: str
     source: str
@@ -91,6 +100,8 @@ class AdapterReport:
     layers: int
     ranks: str
     energy_share: float
+    loudness: float
+    outlier: float | None
 
 
 @dataclass(frozen=True)
@@ -163,9 +174,20 @@ def describe_adapters(
             layers=len(adapter.modules),
             ranks=_span([module.rank for module in adapter.modules.values()]),
             energy_share=energies[adapter.label] / total if total else 0.0,
+            loudness=loudness,
+            outlier=outlier,
         )
-        for adapter, weight in zip(adapters, weights, strict=True)
+        for adapter, weight, (loudness, outlier) in zip(adapters, weights, _loudness(list(energies.values())))
     )
+
+
+def _loudness(energies: Sequence[float]) -> list[tuple[float, float | None]]:
+    """Norm over the median norm, and the robust z-score of its logarithm. Plain z-scores cannot exceed sqrt(K - 1)."""
+    logs = [0.5 * math.log(max(energy, 1e-300)) for energy in energies]
+    middle = statistics.median(logs)
+    spread = 1.4826 * statistics.median([abs(value - middle) for value in logs])
+    enough = len(logs) >= 3
+    return [(math.exp(value - middle), (value - middle) / max(spread, 0.1) if enough else None) for value in logs]
 
 
 def _span(ranks: Sequence[int]) -> str:
@@ -208,9 +230,9 @@ class Report:
         lines += [
             "",
             table(
-                ["adapter", "weight", "layers", "ranks", "energy share", "from"],
+                ["adapter", "weight", "layers", "ranks", "energy share", "loudness", "from"],
                 [
-                    [a.label, f"{a.weight:g}", a.layers, a.ranks, f"{a.energy_share:.1%}", a.source]
+                    [a.label, f"{a.weight:g}", a.layers, a.ranks, f"{a.energy_share:.1%}", _loud(a), a.source]
                     for a in self.adapters
                 ],
             ),
@@ -226,6 +248,11 @@ class Report:
 
     def _shown(self) -> tuple[LayerReport, ...]:
         return self.layers if len(self.layers) <= 40 else self.layers[:12]
+
+
+def _loud(adapter: AdapterReport) -> str:
+    mark = " outlier" if adapter.outlier is not None and abs(adapter.outlier) > 5 else ""
+    return f"x {adapter.loudness:.2g}{mark}"
 
 
 def _row(layer: LayerReport) -> list[object]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -40,7 +41,10 @@ class ElectSign:
             return layer
         total = torch.zeros_like(voters[0][0])
         for matrix, weight in voters:
-            total += weight * matrix if self.majority_sign_method == "total" else torch.sign(weight * matrix)
+            if self.majority_sign_method == "total":
+                total.add_(matrix, alpha=weight)
+            else:
+                total += torch.sign(weight * matrix)
         sign = torch.sign(total)
         sign = torch.where(sign == 0, torch.sign(sign.sum()), sign)
         kept = iter([Dense(_agreeing(matrix, weight, sign)) for matrix, weight in voters])
@@ -48,7 +52,7 @@ class ElectSign:
 
 
 def _agreeing(matrix: Tensor, weight: float, sign: Tensor) -> Tensor:
-    return torch.where(torch.sign(matrix * weight) == sign, matrix, torch.zeros_like(matrix))
+    return torch.where((matrix * sign) * math.copysign(1.0, weight) > 0, matrix, 0.0) if weight else matrix * 0.0
 
 
 @part

@@ -15,6 +15,8 @@ from sapmerge.errors import MethodError
 from sapmerge.recipe import parts, recipe
 from tests.conftest import LinearLoss, dense, make_layers, run
 
+pytestmark = pytest.mark.filterwarnings("ignore:A and B are merged apart")  # factor_average says so
+
 
 def sqrt_magnitude(values: Tensor, stats: sm.Stats) -> Tensor:
     """A user's scorer."""

@@ -187,7 +187,8 @@ def _entry(text: str, at: int, base: int, name: str, where: str) -> tuple[Entry,
         dtype, sizes, begin, end = written.groups()
         return _checked(dtype, _numbers(sizes), (int(begin), int(end)), base, name, where), written.end()
     if text[at : at + 1] != "{":
-        raise AdapterFormatError(f"{where}: tensor {shown(name)}: expected an object, found {shown(text[at : at + 60])}")
+        found = shown(text[at : at + 60])
+        raise AdapterFormatError(f"{where}: tensor {shown(name)}: expected an object, found {found}")
     at += 1
     word: dict[str, str] = {}
     numbers: dict[str, tuple[int, ...]] = {}

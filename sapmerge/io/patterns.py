@@ -98,7 +98,6 @@ class Pattern:
             # Now, and not when a module asks: a bad pattern is refused whether it comes to be used or not.
             with budget:
                 budget.left()
-                budget.compile_one()
                 self._compiled = self._compile()
 
     def matches(self, name: str) -> bool:
@@ -126,6 +125,7 @@ class Pattern:
     def _compile(self) -> Compiled[str]:
         import regex
 
+        self._budget.compile_one()
         whole = self._frame.format(self.text if self._frame != _FULL else f"(?:{self.text})")
         try:
             if _FOREIGN.search(self.text):

@@ -107,8 +107,6 @@ def on_disk(target: Path) -> int:
 
 def ours(case: Case, target: Path) -> Mapping[str, Any]:
     """Load, or merge, with sapmerge; three times the bytes on disk plus 64 MB is all the memory there is."""
-    from sapmerge.errors import SapmergeError, SapmergeWarning
-
     _warm_up(case)
     if case.action == "load":
         try:
@@ -116,6 +114,13 @@ def ours(case: Case, target: Path) -> Mapping[str, Any]:
         except OSError:
             size = 0
         limit_memory(3 * size + HEADROOM)
+    return vars(judged(case, target))
+
+
+def judged(case: Case, target: Path) -> Outcome:
+    """What sapmerge makes of a folder, in this process."""
+    from sapmerge.errors import SapmergeError, SapmergeWarning
+
     start = time.process_time()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -124,16 +129,15 @@ def ours(case: Case, target: Path) -> Mapping[str, Any]:
             seconds = time.process_time() - start
             found = got()
         except SapmergeError as error:
-            seconds = time.process_time() - start
-            return {"verdict": "refuse", "message": str(error), "error": type(error).__name__, "seconds": seconds}
+            return Outcome("refuse", str(error), type(error).__name__, time.process_time() - start)
         except BaseException as error:
-            return {"verdict": "raised", "message": repr(error)[:3000], "error": type(error).__name__}
+            return Outcome("raised", repr(error)[:3000], type(error).__name__)
     said = [item for item in caught if issubclass(item.category, SapmergeWarning)]
     resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     off = oracle.error(found, wanted(case, target))
     if not off <= TOLERANCE:
-        return {"verdict": "wrong", "message": f"the update is off by {off:g}"}
-    return {"verdict": "warn" if said else "accept", "message": "; ".join(str(i.message) for i in said), "seconds": seconds}
+        return Outcome("wrong", f"the update is off by {off:g}")
+    return Outcome("warn" if said else "accept", "; ".join(str(item.message) for item in said), seconds=seconds)
 
 
 def wanted(case: Case, target: Path) -> dict[str, Any]:

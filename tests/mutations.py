@@ -1,0 +1,177 @@
+"""Does each check matter? Take one out, and see whether a case of the corpus or a test of the reader notices.
+
+`python -m tests.mutations` removes every check of `sapmerge/io` and `sapmerge/adapter.py` in turn and prints what nobody
+noticed; `--tests` also asks the tests in `tests/reading` about what the corpus let pass.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib.abc
+import importlib.machinery
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+READERS = ("ambiguity", "config", "consistency", "container", "contents", "header", "keys", "measuring", "patterns", "pickles", "strictjson")
+FILES = (*(f"sapmerge/io/{name}.py" for name in READERS), "sapmerge/adapter.py")
+# Calls that never return: they are checks as much as a `raise` is.
+REFUSERS = ("fail", "_refuse", "_refuse_stray")
+# Heavy, and no check stands or falls with them alone.
+SLOW = ("46,000", "66,000", "4,000 patterns")
+SECONDS = 60
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One statement of one file replaced by `pass`."""
+
+    file: str
+    line: int
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.text}"
+
+
+def mutants() -> list[Mutant]:
+    """Every statement that refuses or warns."""
+    found: list[Mutant] = []
+    for file in FILES:
+        for node in ast.walk(ast.parse((ROOT / file).read_text())):
+            if _is_check(node):
+                assert isinstance(node, ast.stmt)
+                found.append(Mutant(file, node.lineno, ast.unparse(node)[:110]))
+    return sorted(found, key=lambda mutant: (mutant.file, mutant.line))
+
+
+def _is_check(node: ast.AST) -> bool:
+    if isinstance(node, ast.Raise):
+        return node.exc is not None
+    if not isinstance(node, ast.Expr) or not isinstance(node.value, ast.Call):
+        return False
+    called = node.value.func
+    name = called.attr if isinstance(called, ast.Attribute) else called.id if isinstance(called, ast.Name) else ""
+    return name in (*REFUSERS, "_warn", "warn") and not (isinstance(called, ast.Attribute) and name == "warn" and _owner(called) == "warnings")
+
+
+def _owner(called: ast.Attribute) -> str:
+    return called.value.id if isinstance(called.value, ast.Name) else ""
+
+
+def mutated(mutant: Mutant) -> ast.Module:
+    tree = ast.parse((ROOT / mutant.file).read_text())
+
+    class Remove(ast.NodeTransformer):
+        def visit(self, node: ast.AST) -> Any:
+            if _is_check(node) and getattr(node, "lineno", 0) == mutant.line:
+                return ast.copy_location(ast.Pass(), node)
+            return self.generic_visit(node)
+
+    return ast.fix_missing_locations(Remove().visit(tree))
+
+
+class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Gives one module of the package another body."""
+
+    def __init__(self, mutant: Mutant) -> None:
+        self.name = mutant.file.removesuffix(".py").replace("/", ".")
+        self.mutant = mutant
+
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
+        return importlib.machinery.ModuleSpec(fullname, self) if fullname == self.name else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        exec(compile(mutated(self.mutant), self.mutant.file, "exec"), module.__dict__)
+
+
+def prepare(place: Path) -> list[tuple[Any, Path]]:
+    """Build the corpus once. Nothing of sapmerge is imported by it."""
+    from tests.corpus.cases import CASES
+    from tests.corpus.runner import build
+
+    built: list[tuple[Any, Path]] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for number, case in enumerate(CASES):
+            if not any(word in case.name for word in SLOW):
+                built.append((case, build(case, place / str(number))))
+    return built
+
+
+def noticed_by_corpus(mutant: Mutant, built: Sequence[tuple[Any, Path]]) -> str | None:
+    """The first case that comes out differently without the check, or None. In a child: imports cannot be undone."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        signal.alarm(SECONDS)
+        try:
+            os.write(writer, _first_difference(mutant, built).encode())
+        except BaseException as error:
+            os.write(writer, f"{type(error).__name__} on import".encode())
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as pipe:
+        said = pipe.read().decode()
+    _, status = os.waitpid(child, 0)
+    return (said or None) if status == 0 else "never ends"
+
+
+def _first_difference(mutant: Mutant, built: Sequence[tuple[Any, Path]]) -> str:
+    from tests.corpus.runner import judged, problems
+
+    assert not any(name.split(".")[0] == "sapmerge" for name in sys.modules)
+    sys.meta_path.insert(0, _Finder(mutant))
+    for case, target in built:
+        if problems(case, judged(case, target)):
+            return f"{case.group}: {case.name}"
+    return ""
+
+
+def noticed_by_tests(mutant: Mutant) -> bool:
+    """Whether tests/reading fails on a copy of the package without the check."""
+    with tempfile.TemporaryDirectory() as place:
+        for part in ("sapmerge", "tests", "pyproject.toml"):
+            source, target = ROOT / part, Path(place) / part
+            (shutil.copytree if source.is_dir() else shutil.copy)(source, target)
+        (Path(place) / mutant.file).write_text(ast.unparse(mutated(mutant)))
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "tests/reading", "tests/test_audit.py"]
+        done = subprocess.run(command, cwd=place, env={**os.environ, "PYTHONPATH": place}, capture_output=True, timeout=600)
+        return done.returncode != 0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tests", action="store_true")
+    parser.add_argument("--file", default="")
+    options = parser.parse_args()
+    import torch
+
+    torch.set_num_threads(1)
+    all_of_them = [mutant for mutant in mutants() if options.file in mutant.file]
+    caught = 0
+    with tempfile.TemporaryDirectory() as place:
+        built = prepare(Path(place))
+        for mutant in all_of_them:
+            by = noticed_by_corpus(mutant, built)
+            if by is None and options.tests and noticed_by_tests(mutant):
+                by = "tests/reading"
+            caught += by is not None
+            print(f"{'caught' if by else 'MISSED'}  {mutant}  [{by}]", flush=True)
+    print(f"{caught} of {len(all_of_them)} removed checks were noticed")
+
+
+if __name__ == "__main__":
+    main()
