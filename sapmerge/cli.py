@@ -1,4 +1,4 @@
-"""The command line: `sapmerge merge`, `sapmerge inspect`, `sapmerge demo`.
+"""The command line: `sapmerge merge`, `inspect`, `verify`, `reproduce`, `demo`.
 
 Errors are one line on stderr and exit code 2.
 """
@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import sapmerge
-from sapmerge import methods
-from sapmerge.errors import MethodError, SapmergeError, SapmergeWarning
+from sapmerge import methods, verification
+from sapmerge.errors import MethodError, OutputError, SapmergeError, SapmergeWarning
 from sapmerge.layer import Method
 
 __all__ = ["main"]
@@ -74,6 +74,16 @@ def _parser() -> argparse.ArgumentParser:
     look.add_argument("--json", action="store_true", help="data instead of tables")
     look.set_defaults(run=_inspect)
 
+    check = commands.add_parser("verify", help="check an output against its digests", description="Check an output.")
+    check.add_argument("output", help="folder that sapmerge wrote")
+    check.add_argument("--inputs", nargs="+", default=[], metavar="DIR", help="the adapters it was made from")
+    check.set_defaults(run=_verify)
+
+    again = commands.add_parser("reproduce", help="merge again and compare bits", description="Run the stored recipe.")
+    again.add_argument("output", help="folder that sapmerge wrote")
+    again.add_argument("--inputs", nargs="+", required=True, metavar="DIR", help="the adapters it was made from")
+    again.set_defaults(run=_reproduce)
+
     demo = commands.add_parser(
         "demo", help="the mission in small, in about a minute", description="Train, merge, compare."
     )
@@ -81,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=0)
     demo.set_defaults(run=_demo)
 
-    for command in (merge, look, demo):
+    for command in (merge, look, check, again, demo):
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
@@ -109,6 +119,20 @@ def _merge(options: argparse.Namespace) -> None:
 def _inspect(options: argparse.Namespace) -> None:
     found = sapmerge.inspect(_adapters(options.adapters))
     print(json.dumps(found.to_dict(), indent=2) if options.json else found)
+
+
+def _verify(options: argparse.Namespace) -> None:
+    _report_problems(verification.verify(options.output, options.inputs), "the output is intact")
+
+
+def _reproduce(options: argparse.Namespace) -> None:
+    _report_problems(verification.reproduce(options.output, options.inputs), "the same bits again")
+
+
+def _report_problems(problems: Sequence[str], fine: str) -> None:
+    if problems:
+        raise OutputError("; ".join(problems))
+    print(fine)
 
 
 def _demo(options: argparse.Namespace) -> None:

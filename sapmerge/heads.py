@@ -33,7 +33,7 @@ class Heads:
         modules: the saved modules of the output.
         chosen: tensor name -> [(adapter, weight)]: the tensor is sum w T / sum w.
         dropped: the saved modules that are left out.
-        policy: what was asked for.
+        policy: what was asked for; "first" as the adapters that were first.
     """
 
     modules: tuple[str, ...]
@@ -53,7 +53,8 @@ def plan_heads(adapters: Sequence[Adapter], weights: Sequence[float], policy: He
         MethodError: there are saved modules and no policy, or the policy names something unknown.
         IncompatibleAdaptersError: "mean" over tensors of different shapes.
     """
-    return replace(_plan(adapters, weights, policy), policy=policy)
+    heads = _plan(adapters, weights, policy)
+    return heads if heads.policy is not None else replace(heads, policy=policy)
 
 
 def _plan(adapters: Sequence[Adapter], weights: Sequence[float], policy: HeadPolicy) -> Heads:
@@ -65,7 +66,9 @@ def _plan(adapters: Sequence[Adapter], weights: Sequence[float], policy: HeadPol
     if policy is None or policy == "drop":
         return Heads((), {}, modules)
     if policy == "first":
-        return owners.take({module: owners.of(module)[0] for module in modules})
+        first = {module: owners.of(module)[0] for module in modules}
+        # "first" depends on the order of the adapters, which an output does not keep: name them.
+        return replace(owners.take(first), policy={module: adapter.label for module, (adapter, _) in first.items()})
     if policy == "mean":
         for tensor, sources in owners.tensors.items():
             shapes = {adapter.label: tuple(adapter.saved[tensor].shape) for adapter, _ in sources}

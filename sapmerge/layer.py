@@ -15,10 +15,10 @@ from torch import Tensor
 
 from sapmerge.errors import MethodError
 from sapmerge.linalg import factor_inner, factor_svd, norm, svd
+from sapmerge.protocols import AnchorPass, Observation, Stats
 
 if TYPE_CHECKING:
     from sapmerge.bases import Frames
-    from sapmerge.units import Units
 
 __all__ = [
     "AnchorPass",
@@ -227,67 +227,6 @@ class LayerStream(Protocol):
     """The layers of a merge, in a fixed order; can be iterated as often as a pre-pass needs."""
 
     def __iter__(self) -> Iterator[Layer]: ...
-
-
-class AnchorPass(Protocol):
-    """Gradients and losses on the anchors, for the pre-pass of a part."""
-
-    def observe(self, layers: LayerStream, units: Units) -> Observation:
-        """Gradients in the coordinates of `units`; nothing runs before the first one is asked for."""
-        ...
-
-    def losses(self, loss: Callable[..., Tensor] | None = None) -> Sequence[float]:
-        """The mean loss on the anchors at base + adapter, for every adapter in the order of the layers."""
-        ...
-
-
-class Observation(Protocol):
-    """Statistics of the gradient g over the anchors, in the coordinates of a unit."""
-
-    def moment(self, layer: str, adapter: int, part: str, statistic: str, at: str) -> tuple[Tensor, Tensor]:
-        """The statistic over every other sample, and over the rest; their mean is that over all anchors.
-
-        Args:
-            layer: the layer's name.
-            adapter: its index in the layer.
-            part: of the unit.
-            statistic: "mean" E[g], or per sample "absolute" E|g| and "square" E[g^2].
-            at: "adapter" for gradients at base + adapter, "base" for those at the base.
-        """
-        ...
-
-
-class Stats(Protocol):
-    """What a scorer may know about the tensor that it scores. Asking for what is absent is an error that says how to
-    get it. All gradients have the shape of the values."""
-
-    @property
-    def adapter(self) -> str:
-        """The adapter's label."""
-        ...
-
-    @property
-    def layer(self) -> str:
-        """The layer's name."""
-        ...
-
-    @property
-    def part(self) -> str:
-        """The part of the unit: "A" or "B" for Factors, else "entries", "directions", "layer"."""
-        ...
-
-    @property
-    def gradient(self) -> Tensor:
-        """E[g]: the gradient of the mean anchor loss, at base + adapter."""
-        ...
-
-    def moment(self, statistic: str, at: str = "adapter") -> Tensor:
-        """ "mean" E[g], "absolute" E|g| or "square" E[g^2] over samples, at base + "adapter" or at the "base"."""
-        ...
-
-    def generator(self, seed: int) -> torch.Generator:
-        """Random numbers that depend on the seed, the adapter's content, the layer and the part, and nothing else."""
-        ...
 
 
 Scorer: TypeAlias = Callable[[Tensor, Stats], Tensor]

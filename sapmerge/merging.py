@@ -264,9 +264,9 @@ class Merged:
             return {}
         notes: dict[str, Any] = anchors.summary()
         if self._applied:
-            notes["anchor loss"]["merged"] = anchors.loss_of({})
+            notes["anchor loss"]["merged adapter"] = anchors.loss_of({})
         elif len(self._stored) == len(layers):
-            notes["anchor loss"]["merged"] = anchors.loss_of(self._stored)
+            notes["anchor loss"]["merged adapter"] = anchors.loss_of(self._stored)
         return notes
 
 

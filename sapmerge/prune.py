@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sapmerge.errors import MethodError, NonFiniteError
-from sapmerge.layer import Layer, LayerStream, MaskBuilder, Observation, Rescaler, Scorer, seed_of
+from sapmerge.layer import Layer, LayerStream, MaskBuilder, Observation, Rescaler, Scorer, Stats, seed_of
 from sapmerge.recipe import part
 from sapmerge.rescalers import Keep
 from sapmerge.units import Coordinates, Entries, Units
@@ -65,7 +65,9 @@ class Prune:
         for layer in layers:
             for k in _present(layer):
                 masks, notes = fitted._decide(layer, k, seen, self.units(layer.updates[k]))
-                decided[layer.name, k] = _Decision({name: _Mask.packed(keep) for name, keep in masks.items()}, notes)
+                decided[layer.name, k] = _Decision(
+                    {name: PackedMask.packed(keep) for name, keep in masks.items()}, notes
+                )
         return replace(fitted, decided=decided)
 
     def __call__(self, layer: Layer) -> Layer:
@@ -138,8 +140,13 @@ class Prune:
                 raise NonFiniteError(f"{self.scorer!r} gives NaN or infinite scores in {where}")
             yield name, values, scores
 
-    def _stats(self, layer: Layer, k: int, name: str, seen: Observation | None, half: int | None) -> _Stats:
-        return _Stats(layer.adapters[k], layer.name, name, layer.digests[k], k, seen, half)
+    def _stats(self, layer: Layer, k: int, name: str, seen: Observation | None, half: int | None) -> Stats:
+        return stats_of(layer, k, name, seen, half)
+
+
+def stats_of(layer: Layer, k: int, part: str, seen: Observation | None, half: int | None = None) -> Stats:
+    """What a scorer may know about one part of update k; half: None for all anchors, 0 or 1 for one half of them."""
+    return _Stats(layer.adapters[k], layer.name, part, layer.digests[k], k, seen, half)
 
 
 def _present(layer: Layer) -> list[int]:
@@ -169,7 +176,19 @@ class _Stats:
                 "anchors and a model, merge(adapters, anchor_loader, model, method=...), and score by gradients in the "
                 "first Prune of a chain"
             )
-        halves = self.seen.moment(self.layer, self.index, self.part, statistic, at)
+        return self._of(self.seen.moment(self.layer, self.index, self.part, statistic, at))
+
+    @property
+    def activations(self) -> Tensor:
+        if self.seen is None:
+            raise MethodError(
+                f"the scorer reads activations, but there are none for layer {self.layer!r} of {self.adapter!r}: pass "
+                "anchors and a model, merge(adapters, anchor_loader, model, method=...), and score by activations in "
+                "the first Prune of a chain"
+            )
+        return self._of(self.seen.activations(self.layer, self.index, self.part)).sqrt()
+
+    def _of(self, halves: tuple[Tensor, Tensor]) -> Tensor:
         return (halves[0] + halves[1]) / 2 if self.half is None else halves[self.half]
 
     def generator(self, seed: int) -> torch.Generator:
@@ -177,17 +196,17 @@ class _Stats:
 
 
 @dataclass(frozen=True)
-class _Mask:
+class PackedMask:
     """A mask as it is kept between the pre-pass and the merge: one bit per unit, or a float multiplier as it is."""
 
     data: np.ndarray[tuple[int], np.dtype[np.uint8]] | Tensor
     shape: torch.Size
 
     @staticmethod
-    def packed(keep: Tensor) -> _Mask:
+    def packed(keep: Tensor) -> PackedMask:
         if keep.dtype != torch.bool:
-            return _Mask(keep, keep.shape)
-        return _Mask(np.packbits(keep.flatten().cpu().numpy()), keep.shape)
+            return PackedMask(keep, keep.shape)
+        return PackedMask(np.packbits(keep.flatten().cpu().numpy()), keep.shape)
 
     def unpacked(self) -> Tensor:
         if isinstance(self.data, Tensor):
@@ -198,7 +217,7 @@ class _Mask:
 
 @dataclass(frozen=True)
 class _Decision:
-    masks: Mapping[str, _Mask]
+    masks: Mapping[str, PackedMask]
     notes: Mapping[str, float]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from sapmerge.layer import Stats
 from sapmerge.recipe import part
 
-__all__ = ["Fisher", "Magnitude", "PerSampleTaylor", "Random", "SignedTaylor", "Taylor"]
+__all__ = ["SNIP", "Activation", "Fisher", "Magnitude", "PerSampleTaylor", "Random", "SignedTaylor", "Taylor"]
 
 
 @part
@@ -115,3 +115,43 @@ class Fisher:
 
     def __call__(self, values: Tensor, stats: Stats) -> Tensor:
         return values.square() * stats.moment("square", self.at) / 2
+
+
+@part
+class SNIP:
+    """|w g| / sum |w g|: Taylor's score as a share of its tensor, so that every layer counts alike.
+
+    Within a layer it ranks as `Taylor()` does; the shares matter for TopFraction(scope="adapter"). The authors divide
+    by the sum over the whole network, which changes no rank at all: their method is Taylor() with that scope.
+
+    Args:
+        at: see `Taylor`; the authors score at the base ("at initialisation").
+
+    Source: Lee et al., "SNIP", https://arxiv.org/abs/1810.02340
+    """
+
+    at: str = "adapter"
+    reads_gradients: ClassVar[bool] = True
+
+    def __call__(self, values: Tensor, stats: Stats) -> Tensor:
+        scores = (values * stats.moment("mean", self.at)).abs()
+        total = scores.sum()
+        return scores / total if float(total) > 0 else scores
+
+
+@part
+class Activation:
+    """|w| |x_j|: how much dropping w changes the output of its layer on the anchors; no gradient is needed (Wanda).
+
+    |x_j| is the norm of the input that w multiplies, at base + adapter: sqrt of the mean over anchors of its square
+    summed over tokens. On Entries and on the factor A that is the layer's input x, on B it is A x, on Directions
+    v^T x. The published comparison is within each row: Prune(Activation(), PerRow(density)).
+
+    Source: Sun et al., "A simple and effective pruning approach for large language models" (Wanda),
+    https://arxiv.org/abs/2306.11695
+    """
+
+    reads_gradients: ClassVar[bool] = True  # it reads the anchors
+
+    def __call__(self, values: Tensor, stats: Stats) -> Tensor:
+        return values.abs() * stats.activations.to(values)

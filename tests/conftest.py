@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import pytest
@@ -75,6 +75,37 @@ class LinearLoss:
     def losses(self, loss: Callable[..., Tensor] | None = None) -> Sequence[float]:
         raise NotImplementedError
 
+    def loss_of(self, updates: Mapping[str, sm.Update], loss: Callable[..., Tensor] | None = None) -> float:
+        return sum(float((_gradient(name, u.shape, 1) * u.dense().double()).sum()) for name, u in updates.items())
+
+    def slopes(
+        self,
+        updates: Mapping[str, sm.Update],
+        directions: Mapping[str, Sequence[sm.Update]],
+        loss: Callable[..., Tensor] | None = None,
+    ) -> tuple[float, dict[str, Tensor]]:
+        found = {
+            name: torch.stack([(_gradient(name, u.shape, 1) * u.dense().double()).sum() for u in along])
+            for name, along in directions.items()
+        }
+        return self.loss_of(updates), found
+
+    def grams(self, layers: sm.LayerStream, fold: Callable[[sm.Layer, int, Tensor], None]) -> None:
+        """Of a well-posed problem, and a little different for every adapter; a factor of its update is immaterial."""
+        for layer in layers:
+            n = _outer_shape(layer)[1]
+            root = low_rank((n, n), n, sum(map(ord, layer.name))).dense()
+            for k, update in enumerate(layer):
+                D = _outer(layer, update)
+                size = float(D.square().sum())
+                gram = root.T @ root / n + torch.eye(n).double() + (D.T @ D / size if size else 0.0)
+                for frames in layer.frames:
+                    gram = gram if frames.V is None else frames.V.double().T @ gram @ frames.V.double()
+                fold(layer, k, gram)
+
+    def halves(self) -> tuple[LinearLoss, LinearLoss]:
+        return self, self
+
     class _Seen:
         def __init__(self, layers: sm.LayerStream, units: sm.Units) -> None:
             self.layers, self.units = layers, units
@@ -82,17 +113,33 @@ class LinearLoss:
         def moment(self, layer: str, adapter: int, part: str, statistic: str, at: str) -> tuple[Tensor, Tensor]:
             found = next(x for x in self.layers if x.name == layer)
             update = found.updates[adapter]
-            function = {"mean": lambda g: g, "absolute": torch.abs, "square": torch.square}[statistic]
+            function = {"mean": lambda g: g, "absolute": torch.abs}.get(statistic, torch.square)
             both = []
             for half in (1, 2):
-                outer = found.shape if not found.frames else _outer_shape(found)
-                G = low_rank(outer, min(outer), sum(map(ord, layer)) + half).dense().to(update.dtype)
+                G = _gradient(layer, _outer_shape(found), half).to(update.dtype)
                 for frames in found.frames:
                     left = frames.U if frames.scale is None or frames.U is None else frames.U * frames.scale
                     G = G if left is None else left.T @ G
                     G = G if frames.V is None else G @ frames.V
                 both.append(function(self.units(update).pull(View(G))[part][0]))
             return both[0], both[1]
+
+        def activations(self, layer: str, adapter: int, part: str) -> tuple[Tensor, Tensor]:
+            """E|x_j|^2 for inputs x of E[x x^T] = diag(1, 2, ...), on Entries."""
+            found = next(x for x in self.layers if x.name == layer)
+            sizes = torch.arange(1, found.shape[1] + 1).to(found.updates[adapter].dtype)
+            return sizes, sizes
+
+
+def _gradient(layer: str, shape: tuple[int, int], half: int) -> Tensor:
+    return low_rank(shape, min(shape), sum(map(ord, layer)) + half).dense()
+
+
+def _outer(layer: sm.Layer, update: sm.Update) -> Tensor:
+    """The update of the weight itself, in float64."""
+    for frames in reversed(layer.frames):
+        update = frames.outside(update)
+    return update.dense().double()
 
 
 def _outer_shape(layer: sm.Layer) -> tuple[int, int]:

@@ -40,6 +40,16 @@ EXCEPTIONS = {
     ("coordinate_median", "zero is neutral"): "as geometric_median",
     ("trimmed_mean", "zero is neutral"): "as mean",
     ("krum", "zero is neutral"): "as geometric_median",
+    ("fisher", "zero is neutral"): "as mean: the model that it leaves alone has a Fisher information too",
+    ("regmean", "zero is neutral"): "as mean, with the inputs that the base sees",
+    ("lorm", "zero is neutral"): "as regmean",
+    ("tune", "zero is neutral"): "as sap",
+    ("tune", "homogeneous"): "another candidate may have the lowest loss: the anchor loss is not homogeneous",
+    ("adamerging", "homogeneous"): "the coefficients lower a loss that is not homogeneous",
+    ("loraprune", "zero is neutral"): "as mean",
+    ("loraprune", "homogeneous"): "gB gA changes its sign with the update and gB A + B gA does not; see test_loraprune",
+    ("gradpruner", "zero is neutral"): "as mean",
+    ("movement", "zero is neutral"): "as mean",
     ("sce", "zero is neutral"): "entries are selected by their variance over all adapters",
 }
 
@@ -48,6 +58,8 @@ KEEPS_ALL = {
     "core_space": {"inner": methods.ties(density=1.0)},
     "ctm": {"inner": methods.ties(density=1.0)},
     "lines": {"alpha": 1.0, "beta": 0.0},
+    "adamerging": {"init": 1.0, "steps": 0},
+    "tune": {"candidates": (methods.mean(),)},
     "breadcrumbs": {"density": 1.0, "gamma": 0.0},
     "pcb": {"density": 1.0, "clip": 0.0},
 }
@@ -79,6 +91,14 @@ VARIANTS = {
     "pcb": [{"density": 0.3, "clip": 0.0}],
     "sce": [{"density": 0.6}],
     "trimmed_mean": [{"trim": 0.4}],
+    "fisher": [{"square": "batch", "normalize": True, "floor": 0.0}],
+    "regmean": [{"reduction": 0.0}, {"reduction": 1.0, "unseen": 1.0}],
+    "lorm": [{"merge": "B"}, {"reduction": 1.0}],
+    "tune": [{"candidates": (methods.ties(0.3), methods.regmean()), "scales": (0.5, 1.0)}],
+    "adamerging": [{"scope": "adapter", "steps": 3}],
+    "loraprune": [{"axis": "column", "power": 1, "density": 0.3}],
+    "gradpruner": [{"by": "module", "score": contrib.Summed(sm.Taylor())}],
+    "movement": [{"score": contrib.LossDecrease()}],
 }
 
 METHODS = {
@@ -94,6 +114,8 @@ def run(method: sm.Method, layers: Sequence[sm.Layer]) -> dict[str, sm.Update]:
     kinds = {type(part) for part in parts(method)}
     if sm.Slerp in kinds:
         layers = [_two(layer) for layer in layers]
+    if kinds & {sm.LoRMA, sm.LoRMB}:
+        layers = [_sharing(layer, "B" if sm.LoRMA in kinds else "A") for layer in layers]
     if sm.FactorMean not in kinds:
         return conftest.run(method, layers)
     rank = max(update.rank for layer in layers for update in layer)
@@ -108,6 +130,24 @@ def _two(layer: sm.Layer) -> sm.Layer:
     index = [k for k, label in enumerate(layer.adapters) if label in labels]
     fields = {name: tuple(getattr(layer, name)[k] for k in index) for name in ("updates", "adapters", "weights")}
     return replace(layer, **fields, digests=tuple(layer.digests[k] for k in index))
+
+
+def _sharing(layer: sm.Layer, factor: str) -> sm.Layer:
+    """The same updates, with a factor that is the same in all of them."""
+    present = [update for update in layer if update.rank]
+    if not present:
+        return layer
+    stacked = torch.cat([update.B if factor == "B" else update.A.T for update in present], 1)
+    Q = torch.linalg.qr(stacked.double())[0].to(stacked.dtype)
+
+    def written(update: sm.LowRank) -> sm.LowRank:
+        if not update.rank:
+            return update
+        return (
+            sm.LowRank(Q, (Q.T @ update.B) @ update.A) if factor == "B" else sm.LowRank(update.B @ (update.A @ Q), Q.T)
+        )
+
+    return replace(layer, updates=tuple(written(update) for update in layer))
 
 
 def _padded(update: sm.LowRank, rank: int) -> sm.LowRank:
@@ -143,7 +183,8 @@ def keeping_all(name: str) -> sm.Method:
 
 def takes_dense(method: sm.Method) -> bool:
     """Pruning the factors of an update that has none is refused, by name (see test_primitives)."""
-    return not any(isinstance(part, (sm.Factors, sm.FactorMean)) for part in parts(method))
+    factors = (sm.Factors, sm.FactorMean, sm.LoRMA, sm.LoRMB, sm.PruneGroups)
+    return not any(isinstance(part, factors) for part in parts(method))
 
 
 def close(got: dict[str, sm.Update], wanted: dict[str, sm.Update], tolerance: float, factor: float = 1.0) -> None:
@@ -424,7 +465,7 @@ def test_linear_methods_stay_low_rank(name: str, method: sm.Method) -> None:
     """No (m, n) matrix is made unless a rule masks entries of the update itself."""
     layers = make_layers([1, 1, 1], {"l": (30, 40)})
     entrywise = (sm.Entries, sm.ElectSign, sm.DisjointMean, sm.Consensus, sm.Select)
-    entrywise += (sm.CoordinateMedian, sm.TrimmedMean, sm.Compete, sm.Unify)
+    entrywise += (sm.CoordinateMedian, sm.TrimmedMean, sm.Compete, sm.Unify, sm.FisherMean, sm.PruneRuns)
     prunes_entries = any(isinstance(part, entrywise) for part in parts(method))
     in_basis = any(isinstance(part, sm.In) for part in parts(method))
     update = run(method, layers)["l"]

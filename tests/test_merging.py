@@ -670,8 +670,8 @@ def test_anchor_losses_are_those_of_the_base_whichever_sink_ran(pair: list[Path]
     wanted = {"base model": base}
     for path in pair:
         wanted[path.name] = load(path, Net())
-    wanted["merged"] = Net()
-    sm.merge(pair, method=sm.mean()).apply_to(wanted["merged"])
+    wanted["merged adapter"] = Net()
+    sm.merge(pair, method=sm.mean()).apply_to(wanted["merged adapter"])
     losses = {label: float(loss(model, anchors[0]).detach()) for label, model in wanted.items()}
     assert len(set(losses.values())) == 4
 

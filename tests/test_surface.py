@@ -28,7 +28,7 @@ MODULES = {
 # A module imports from its own level and from those above it in this table, when it is imported itself. What a function
 # imports when it is called is left out: those are the heavy packages, and the recipes, which know every public name.
 LEVELS = (
-    ("errors", "version", "linalg", "layer", "lowrank", "cores", "recipe"),
+    ("errors", "version", "linalg", "protocols", "layer", "lowrank", "cores", "recipe"),
     ("io", "adapter"),
     (
         "masks",
@@ -47,7 +47,7 @@ LEVELS = (
     ("models", "report", "inputs", "heads"),
     ("anchors",),
     ("methods", "contrib"),
-    ("stream", "merging", "sinks", "inspection"),
+    ("stream", "merging", "sinks", "inspection", "verification"),
     ("__init__", "compat", "cli", "demo", "__main__"),
 )
 
@@ -59,6 +59,7 @@ DISK = {
     "demo": "writes its results",
     "inputs": "asks whether the name of an adapter is a folder too",
     "anchors.loading": "opens the images that the user names",
+    "verification": "merges again into a temporary folder",
 }
 AUTOGRAD = {"anchors": "gradients of the anchors' loss", "demo": "trains"}
 CODE = {

@@ -82,8 +82,15 @@ def test_reads_back_in_safetensors(tmp_path: Path) -> None:
     config = (tmp_path / "out" / "adapter_config.json").read_bytes()
     assert config == b'{\n  "base": "\\u00e9",\n  "r": 4\n}\n'
     with safe_open(tmp_path / "out" / "adapter_model.safetensors", "pt") as file:
-        digest = hashlib.sha256(config).hexdigest()
-        assert file.metadata() == {"format": "pt", "note": 'line\n"ü"', "sapmerge.config_sha256": digest}
+        metadata = file.metadata()
+    raw = {name: tensor.contiguous().reshape(-1).view(torch.uint8).numpy() for name, tensor in TENSORS.items()}
+    lines = [f"{name} {hashlib.sha256(raw[name]).hexdigest()}" for name in sorted(raw)]
+    assert metadata == {
+        "format": "pt",
+        "note": 'line\n"ü"',
+        "sapmerge.config_sha256": hashlib.sha256(config).hexdigest(),
+        "sapmerge.tensors_sha256": hashlib.sha256("\n".join(lines).encode()).hexdigest(),
+    }
 
 
 def test_layout_is_that_of_the_format(tmp_path: Path) -> None:

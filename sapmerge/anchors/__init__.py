@@ -7,21 +7,31 @@ This package is the only place with autograd.
     hooks.py      adapters put into a model and taken out again, and what passes through its layers
     gradients.py  the gradient of a layer, seen through products
     observing.py  statistics of gradients over the anchors, within a budget of memory
+    activations.py  inputs of the layers: their sizes and Gram matrices
+    halving.py    two halves of the anchors
     passes.py     the anchors of one merge: forward and backward passes
     weighing.py   whole adapters, weighed by their loss
+    fishers.py, regression.py, tuning.py   the parts of `fisher`, `regmean` and `tune`
 """
 
+from sapmerge.anchors.fishers import FisherMean
 from sapmerge.anchors.loading import from_pairs
-from sapmerge.anchors.losses import alignment, centered_alignment, contrastive, language_modeling
+from sapmerge.anchors.losses import alignment, centered_alignment, contrastive, entropy, language_modeling
 from sapmerge.anchors.passes import Anchors
+from sapmerge.anchors.regression import RegMean
+from sapmerge.anchors.tuning import Tune
 from sapmerge.anchors.weighing import WeighByAnchors
 
 __all__ = [
     "Anchors",
+    "FisherMean",
+    "RegMean",
+    "Tune",
     "WeighByAnchors",
     "alignment",
     "centered_alignment",
     "contrastive",
+    "entropy",
     "from_pairs",
     "language_modeling",
 ]

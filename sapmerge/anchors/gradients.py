@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from sapmerge.bases import Frames
 from sapmerge.errors import AnchorError
+from sapmerge.layer import LowRank, Update
 
 __all__ = ["Call", "TokenGradient", "embed_scale", "finite", "token_gradient", "wide"]
 
@@ -62,6 +63,16 @@ class TokenGradient:
     def dense(self) -> Tensor:
         """G: (samples, m, n)."""
         return self._times_x(self.g)
+
+    def along(self, updates: Sequence[Update]) -> Tensor:
+        """<G, D> of the first sample for each update D: (K,), in float64 on the CPU."""
+        found = [
+            self.diagonal(update.B, update.A)[0].double().sum()
+            if isinstance(update, LowRank)
+            else (self.dense()[0].double() * update.matrix.to(self.g).double()).sum()
+            for update in updates
+        ]
+        return torch.stack(found).cpu()
 
     def inside(self, frames: Sequence[Frames]) -> TokenGradient:
         """The gradient in the coordinates of nested frames: D = U diag(s) C V^T has dL/dC = diag(s) U^T G V."""

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from sapmerge.anchors.gradients import wide
 from sapmerge.errors import AnchorError
 
-__all__ = ["alignment", "centered_alignment", "contrastive", "language_modeling"]
+__all__ = ["alignment", "centered_alignment", "contrastive", "entropy", "language_modeling"]
 
 Loss: TypeAlias = Callable[[Any, Any], Tensor]
 Batch: TypeAlias = Mapping[str, Any]
@@ -50,6 +51,31 @@ def contrastive(model: nn.Module, batch: Batch) -> Tensor:
     return (functional.cross_entropy(logits, target) + functional.cross_entropy(logits.T, target)) / 2
 
 
+def entropy(model: nn.Module, batch: Batch) -> Tensor:
+    """The mean entropy of the predictions; needs no labels (AdaMerging).
+
+    Of a two-tower model: of each image among the texts of the batch, at the model's temperature. Of others: of the
+    softmax over the last dimension of `model(**batch).logits`, where `attention_mask` is not 0.
+    """
+    if hasattr(model, "get_image_features") and hasattr(model, "get_text_features"):
+        image, text = embeddings(model, batch)
+        learned = getattr(model, "logit_scale", None)
+        scale = learned.exp() if isinstance(learned, Tensor) else 1 / 0.07
+        return _entropy((image @ text.T) * scale).mean()
+    logits = getattr(model(**batch), "logits", None) if isinstance(batch, Mapping) else None  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not isinstance(logits, Tensor):
+        raise AnchorError(f"{type(model).__name__} gives no logits for this batch; pass loss=...")
+    found, mask = _entropy(wide(logits)), batch.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.shape == found.shape:
+        return (found * mask).sum() / mask.sum()
+    return found.mean()
+
+
+def _entropy(logits: Tensor) -> Tensor:
+    logs = torch.log_softmax(logits, -1)
+    return -(logs.exp() * logs).sum(-1)
+
+
 def language_modeling(model: nn.Module, batch: Batch) -> Tensor:
     """The model's own loss. Without `labels`, these are the input tokens except padding and image tokens."""
     if not isinstance(batch, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -69,12 +95,12 @@ def language_modeling(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def embeddings(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Unit image and text embeddings (pairs, d), in float32."""
+    """Unit image and text embeddings (pairs, d), in float32 or wider."""
     return embedding(model, batch, "image"), embedding(model, batch, "text")
 
 
 def embedding(model: nn.Module, batch: Batch, side: str) -> Tensor:
-    """The unit embeddings of one side of a batch: (pairs, d), in float32.
+    """The unit embeddings of one side of a batch: (pairs, d), in float32 or wider.
 
     Args:
         side: "image" or "text".
@@ -84,7 +110,7 @@ def embedding(model: nn.Module, batch: Batch, side: str) -> Tensor:
             f"the image-text losses need dict batches, with pixel_values and input_ids; got a {type(batch).__name__}"
         )
     if f"{side}_embeds" in batch:
-        return functional.normalize(cast("Tensor", batch[f"{side}_embeds"]).float(), dim=-1)
+        return functional.normalize(wide(cast("Tensor", batch[f"{side}_embeds"])), dim=-1)
     features = getattr(model, f"get_{side}_features", None)
     inputs = {key: batch[key] for key in INPUTS[side] if key in batch}
     if features is None or not inputs:
@@ -96,7 +122,7 @@ def embedding(model: nn.Module, batch: Batch, side: str) -> Tensor:
     pooled = found if isinstance(found, Tensor) else getattr(found, "pooler_output", None)
     if not isinstance(pooled, Tensor):
         raise AnchorError(f"get_{side}_features of {type(model).__name__} gives no pooled embedding; pass loss=...")
-    return functional.normalize(pooled.float(), dim=-1)
+    return functional.normalize(wide(pooled), dim=-1)
 
 
 def default_loss(model: nn.Module) -> Loss:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from sapmerge.anchors.activations import InputSizes
 from sapmerge.anchors.gradients import TokenGradient
 from sapmerge.bases import Frames
 from sapmerge.errors import AnchorError, MethodError, SapmergeWarning
@@ -31,13 +32,14 @@ class GradientStatistics:
         self._anchors, self._layers, self._units = anchors, layers, units
         self._groups: dict[str, int] = {}
         self._held: dict[tuple[int, str, str], dict[tuple[str, int], Halves]] = {}
+        self._sizes: InputSizes | None = None
 
     def moment(self, layer: str, adapter: int, part: str, statistic: str, at: str) -> tuple[Tensor, Tensor]:
         """See `sapmerge.layer.Observation`."""
-        if statistic not in ("mean", "absolute", "square") or at not in ("adapter", "base"):
+        if statistic not in ("mean", "absolute", "square", "batch square") or at not in ("adapter", "base"):
             raise MethodError(
-                "a gradient statistic is 'mean', 'absolute' or 'square', at the 'adapter' or at the 'base'; got "
-                f"{statistic!r} at {at!r}"
+                "a gradient statistic is 'mean', 'absolute', 'square' or 'batch square', at the 'adapter' or at the "
+                f"'base'; got {statistic!r} at {at!r}"
             )
         if not self._groups:
             self._plan()
@@ -46,6 +48,12 @@ class GradientStatistics:
             self._held = {held: found for held, found in self._held.items() if held[0] == key[0]}
             self._held[key] = self._run(*key)
         return self._held[key][layer, adapter][part]
+
+    def activations(self, layer: str, adapter: int, part: str) -> tuple[Tensor, Tensor]:
+        """See `sapmerge.layer.Observation`."""
+        if self._sizes is None:
+            self._sizes = InputSizes(self._anchors, self._layers, self._units)
+        return self._sizes.halves(layer, adapter, part)
 
     def _plan(self) -> None:
         """Split the layers into groups whose statistics fit the budget."""
@@ -103,7 +111,10 @@ class _Sums:
     def add(self, gradient: TokenGradient, size: int) -> None:
         """One batch. The loss is a mean over the batch, so a sample's own gradient is `size` times its part."""
         gradient = gradient.inside(self._frames)
-        if len(gradient.x) == size:
+        if self._statistic == "batch square":
+            for half in (0, 1):  # a batch is not divided: both halves are the whole
+                self._accumulate(half, gradient, size)
+        elif len(gradient.x) == size:
             for start in (0, 1):
                 chosen = gradient.samples(slice(start, None, 2))
                 if len(chosen.x):
@@ -119,7 +130,7 @@ class _Sums:
         self.seen += size
 
     def _accumulate(self, half: int, gradient: TokenGradient, factor: float) -> None:
-        if self._statistic == "mean":
+        if self._statistic in ("mean", "batch square"):
             parts = [gradient.together()]
         else:  # one at a time: a whole batch of dense gradients would not fit
             parts = [gradient.samples(slice(s, s + 1)) for s in range(len(gradient.x))]
@@ -131,6 +142,8 @@ class _Sums:
                     each = each.abs()
                 elif self._statistic == "square":
                     each = each.square()
+                elif self._statistic == "batch square":
+                    each = each.square() / 2
                 sums[name] = sums[name].add_(each) if name in sums else each
 
     def halves(self, count: int) -> Halves:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -10,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from sapmerge.adapter import Module
+from sapmerge.anchors.activations import Seen, seeing, stream_grams
 from sapmerge.anchors.gradients import Call, TokenGradient, finite, token_gradient, wide
+from sapmerge.anchors.halving import Half
 from sapmerge.anchors.hooks import Watch, attached, frozen
 from sapmerge.anchors.loading import Batches, batch_size
 from sapmerge.anchors.losses import (
@@ -25,7 +28,7 @@ from sapmerge.anchors.losses import (
 )
 from sapmerge.anchors.observing import GradientStatistics
 from sapmerge.errors import AnchorError, NonFiniteError
-from sapmerge.layer import LayerStream, Update
+from sapmerge.layer import Layer, LayerStream, Update
 from sapmerge.models import device_of, find_modules
 from sapmerge.units import Units
 
@@ -97,6 +100,45 @@ class Anchors:
                 total, count = total + float(self._value(loss, base, batch, who)) * size, count + size
         return total / count
 
+    def slopes(
+        self,
+        updates: Mapping[str, Update],
+        directions: Mapping[str, Sequence[Update]],
+        loss: Loss | None = None,
+        who: str = "the merged adapter",
+    ) -> tuple[float, dict[str, Tensor]]:
+        """The mean loss at base + updates, and its derivatives <G, D> along directions: layer -> (K,), float64."""
+        here = copy.copy(self)
+        here.adapters, here.loss, here._known = [(who, lambda: updates)], loss or self.loss, {}
+        found = {name: torch.zeros(len(along), dtype=torch.float64) for name, along in directions.items()}
+
+        def along(name: str) -> Callable[[TokenGradient, int], None]:
+            def add(gradient: TokenGradient, size: int) -> None:
+                found[name] += gradient.together().along(directions[name]) * size
+
+            return add
+
+        count = here.backward(0, {name: along(name) for name in directions})
+        self.used, self._embedded = True, here._embedded
+        return here._known[0], {name: sums / count for name, sums in found.items()}
+
+    def grams(self, layers: LayerStream, fold: Callable[[Layer, int, Tensor], None]) -> None:
+        """See `sapmerge.layer.AnchorPass`: the Gram matrices of the layers' inputs, streamed within the budget."""
+        stream_grams(self, layers, fold)
+
+    def halves(self) -> tuple[Anchors, Anchors]:
+        """The same with every other batch, and with the rest; of a single batch, with every other sample.
+
+        Raises:
+            AnchorError: there is one anchor, or a single batch whose samples cannot be told apart.
+        """
+        self.used = True
+        halves = copy.copy(self), copy.copy(self)
+        for number, half in enumerate(halves):
+            half.batches = Batches(Half(self.batches, number), device_of(self.model))
+            half._known, half._embedded = {}, None
+        return halves
+
     def summary(self) -> dict[str, object]:
         """What a report says about the anchors."""
         losses = {label: self._loss_at(k, self.loss) for k, (label, _) in enumerate(self.adapters)}
@@ -147,6 +189,22 @@ class Anchors:
                 watch.deliver()
                 total, count = total + value * size, count + size
         self._known[adapter] = total / count
+        return count
+
+    def forward(self, adapter: int, watched: Mapping[str, Seen]) -> int:
+        """One pass over the anchors without gradients, at base + one adapter; returns the number of samples.
+
+        Args:
+            adapter: its index.
+            watched: layer -> what to do with its inputs in each call.
+        """
+        self.used = True
+        (who, updates), count = self._place(adapter), 0
+        with frozen(self.model) as base, torch.no_grad(), attached(self.targets, self._moved(updates), who):
+            for batch, size in self._batches(base, self.loss):
+                with seeing(self.targets, watched, size, count):
+                    self._value(self.loss, base, batch, who)
+                count += size
         return count
 
     def _sink(

@@ -97,6 +97,8 @@ def sort_tensors(weights: Weights, declared: Iterable[str], implied: Iterable[st
             _refuse(weights, name, _advice(name, f"tensor names begin with {PREFIX!r}"))
         _check_entry(weights, name, entry)
         path = name[len(PREFIX) :]
+        if path.startswith(PREFIX):
+            _refuse(weights, name, f"{PREFIX!r} is there twice: an adapter saved from inside another")
         module, _, tail = path.rpartition(".lora_")
         if module and tail in _FACTORS and not _inside_adapter(module):
             part, embedding = _FACTORS[tail]

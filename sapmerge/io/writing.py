@@ -21,9 +21,9 @@ from typing_extensions import Self
 from sapmerge.errors import NonFiniteError, OutputError
 from sapmerge.io.atomic import CONFIG_NAME, StagedFolder, explained, write_all
 
-__all__ = ["CONFIG_DIGEST_KEY", "CheckpointWriter"]
+__all__ = ["CONFIG_DIGEST_KEY", "TENSORS_DIGEST_KEY", "CheckpointWriter", "digest_of"]
 
-CONFIG_DIGEST_KEY = "sapmerge.config_sha256"
+CONFIG_DIGEST_KEY, TENSORS_DIGEST_KEY = "sapmerge.config_sha256", "sapmerge.tensors_sha256"
 _TENSORS_NAME, _CARD_NAME, _SCRATCH_NAME = "adapter_model.safetensors", "README.md", "tensors.tmp"
 _MAX_HEADER = 100_000_000  # the format's readers refuse more
 _EXTRA_NAME = re.compile(r"(?!\.+$)[A-Za-z0-9._-]{1,200}")  # neither "." nor ".."
@@ -49,6 +49,7 @@ class _Stored(NamedTuple):
     shape: tuple[int, ...]
     start: int
     size: int
+    digest: str
 
 
 class CheckpointWriter:
@@ -120,7 +121,8 @@ class CheckpointWriter:
         data = flat.view(torch.uint8).numpy().data
         with explained(self._folder.path, f"write tensor {name!r}"):
             write_all(self._scratch, data, self._size)
-        self._stored[name] = _Stored(tensor.dtype, tuple(tensor.shape), self._size, data.nbytes)
+        digest = hashlib.sha256(data).hexdigest()
+        self._stored[name] = _Stored(tensor.dtype, tuple(tensor.shape), self._size, data.nbytes, digest)
         self._size += data.nbytes
 
     def commit(
@@ -135,7 +137,7 @@ class CheckpointWriter:
 
         Args:
             config: content of `adapter_config.json`.
-            metadata: of the safetensors file; "format" and the sha256 of the config file are added.
+            metadata: of the safetensors file; "format" and the sha256 of the config file and of the tensors are added.
             card: content of `README.md`.
             extra: further text files, name -> text.
 
@@ -154,7 +156,8 @@ class CheckpointWriter:
                 raise OutputError(f"{self._folder.path!r}: {name!r} cannot be the name of an extra file")
             files[name] = self._encode(content, name)
         digest = hashlib.sha256(files[CONFIG_NAME]).hexdigest()
-        self._write_tensors({**metadata, "format": "pt", CONFIG_DIGEST_KEY: digest})
+        tensors = digest_of({name: stored.digest for name, stored in self._stored.items()})
+        self._write_tensors({**metadata, "format": "pt", CONFIG_DIGEST_KEY: digest, TENSORS_DIGEST_KEY: tensors})
         for name, content in files.items():
             self._folder.write(name, content)
         self._folder.publish()
@@ -204,6 +207,12 @@ class CheckpointWriter:
     def _require_open(self) -> None:
         if self._scratch < 0:
             raise OutputError(f"{self._folder.path!r}: the writer is not open; use it in a with block, and commit once")
+
+
+def digest_of(tensors: Mapping[str, str]) -> str:
+    """One sha256 for a set of tensors: over the lines "name sha256-of-its-bytes", sorted."""
+    lines = [f"{name} {digest}" for name, digest in sorted(tensors.items())]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _copy(source: int, start: int, target: int, position: int, size: int) -> None:

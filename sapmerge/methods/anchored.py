@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import Tensor
+
+from sapmerge.anchors.fishers import FisherMean
+from sapmerge.anchors.regression import RegMean
+from sapmerge.anchors.tuning import Tune
 from sapmerge.compose import Chain, MatchEnergy
 from sapmerge.layer import Merger, Method, Rescaler, Scorer
 from sapmerge.masks import TopFraction
 from sapmerge.mergers import Mean
 from sapmerge.prune import Prune
+from sapmerge.recipe import recipe
 from sapmerge.rescalers import MatchNorm
 from sapmerge.scorers import Taylor
 from sapmerge.units import Factors, Units
 
-__all__ = ["sap", "sap_original"]
+__all__ = ["fisher", "regmean", "sap", "sap_original", "tune"]
 
 
 def sap(
@@ -46,3 +54,69 @@ def sap_original(density: float = 0.5) -> Method:
         density: the fraction of LoRA parameters kept per layer.
     """
     return Chain(Prune(Taylor(), TopFraction(density), MatchNorm(), units=Factors()), Mean())
+
+
+def fisher(floor: float = 1e-6, square: str = "sample", normalize: bool = False) -> Method:
+    """Fisher merging: in every entry the mean of the adapters, each weighed by how much its own loss depends on it.
+
+        D = sum_k w_k F_k D_k / sum_k |w_k| F_k,    F_k = E[(dL/dW)^2] at base + adapter k
+
+    Args:
+        floor: added to F, as a share of its mean over the layer and the adapters.
+        square: "sample" squares the gradient of every anchor, which is the diagonal Fisher; "batch" that of every
+            batch, summed, as MergeLM's code does (with batches of one sample they are the same).
+        normalize: divide F_k by its norm over the whole adapter. MergeLM does by default; the paper does not.
+
+    Needs anchors and a model; the result is dense. F is that of the loss of the anchors, which all adapters share: the
+    paper takes each model's own predictions on its own data. MergeLM adds an absolute 1e-6 to F, which for small
+    gradients makes it the plain mean; ours is relative to F.
+
+    Source: Matena and Raffel, "Merging models with Fisher-weighted averaging", https://arxiv.org/abs/2111.09832
+    """
+    return Chain(FisherMean(floor, square, normalize))
+
+
+def regmean(
+    reduction: float = 0.9, grams: Mapping[str, Mapping[str, Tensor]] | None = None, unseen: float = 0.0
+) -> Method:
+    """RegMean: the update whose outputs are nearest to those of every adapter on the inputs that it sees.
+
+        D = (sum_k w_k D_k G_k) (sum_k |w_k| G_k)^+,    G_k = E[x x^T] of the layer's inputs x at base + adapter k
+
+    Args:
+        reduction: what the off-diagonals of G are multiplied by: the paper's 0.9 (0.1 for T5), 1 in MergeLM's code.
+        grams: label -> layer -> G, measured elsewhere; without it anchors and a model are needed.
+        unseen: in directions that no anchor excites, that much of the mean of the updates: 0, the pseudo-inverse, or 1.
+
+    Exact, of rank at most the sum of the ranks. The published codes invert sum G; ours is the pseudo-inverse, so that
+    layers whose inputs do not span the space are defined too. Biases and norms are none of our business.
+
+    Source: Jin et al., "Dataless knowledge fusion by merging weights of language models",
+    https://arxiv.org/abs/2212.09849
+    """
+    return Chain(RegMean(reduction, unseen, grams))
+
+
+def tune(
+    candidates: Mapping[object, Method] | Sequence[Method] | None = None,
+    scales: Sequence[float] = (1.0,),
+    loss: Callable[..., Tensor] | None = None,
+) -> Method:
+    """Choose a density, a scale or a method by the loss on a held-out half of the anchors.
+
+        tune({d: ties(d) for d in (0.1, 0.2, 0.4)}, scales=(0.5, 1.0, 1.5))
+
+    Args:
+        candidates: name -> method, or methods, named by their recipes; by default `sap` at five densities.
+        scales: factors of the merged update that are tried with each.
+        loss: (model, batch) -> scalar; the anchors' own by default. A loss without negatives, like 1 - cos, can be won
+            by collapsing: `contrastive` chooses more safely.
+
+    Needs anchors and a model: at least two batches, or one whose samples can be told apart. The curve is in the report;
+    see `Tune`.
+    """
+    if candidates is None:
+        candidates = {density: sap(density) for density in (0.2, 0.4, 0.6, 0.8, 1.0)}
+    if not isinstance(candidates, Mapping):
+        candidates = {recipe(method): method for method in candidates}
+    return Tune(candidates, tuple(scales), loss)

@@ -118,7 +118,7 @@ def plain_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     return (image - text).square().sum(-1).mean()
 
 
-def pairs(sizes: Sequence[int] = (4, 3), seed: int = 5, masked: bool = True) -> list[dict[str, Tensor]]:
+def pairs(sizes: Sequence[int] = (3, 4), seed: int = 5, masked: bool = True) -> list[dict[str, Tensor]]:
     """Image-text batches."""
     generator = torch.Generator().manual_seed(seed)
     out = []
@@ -146,7 +146,7 @@ def sentences(sizes: Sequence[int] = (3, 2)) -> list[dict[str, Tensor]]:
     return [{key: value for key, value in batch.items() if key != "pixel_values"} for batch in pairs(sizes)]
 
 
-def plain_batches(sizes: Sequence[int] = (4, 3)) -> list[dict[str, Tensor]]:
+def plain_batches(sizes: Sequence[int] = (3, 4)) -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(7)
     return [
         {

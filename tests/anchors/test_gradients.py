@@ -142,9 +142,10 @@ def test_models_against_autograd(build: Any, batches: Any, loss: Any, names: lis
     anchors, layers = anchored(model, loader, [updates], loss)
     spy = spied(layers, sm.Entries())
     value, gradients, _ = dense_gradients(model, updates, loader, loss)
+    tolerance = 1e-6 if loss is language_modeling else 1e-9  # the models' own loss is float32 inside
     for name in names:
         assert float(gradients[name].norm()) > 1e-6
-        assert error(spy.gradient["a0", name, "entries"], gradients[name]) < 1e-7, name  # the losses are float32 inside
+        assert error(spy.gradient["a0", name, "entries"], gradients[name]) < tolerance, name
     assert anchors.losses()[0] == pytest.approx(value, rel=1e-6)
 
 

@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 
 def test_loaders_that_are_the_same_on_every_pass() -> None:
-    batches = models.pairs()
+    batches = models.pairs((4, 3))
     samples = models.singles(batches)
     loader = DataLoader([{k: v[0] for k, v in sample.items()} for sample in samples], batch_size=4, shuffle=False)
     for given in (batches, tuple(batches), loader):

@@ -163,7 +163,7 @@ def test_losses_in_the_report_are_those_of_peft(kind: str, tmp_path: Any) -> Non
         "base model": mean_loss(model, loader, loss),
         "a0": mean_loss(pefts[0].get_base_model(), loader, loss),
         "a1": mean_loss(pefts[1].get_base_model(), loader, loss),
-        "merged": mean_loss(models.load(model, tmp_path / "out").get_base_model(), loader, loss),
+        "merged adapter": mean_loss(models.load(model, tmp_path / "out").get_base_model(), loader, loss),
     }
     assert dict(notes["anchor loss"]) == pytest.approx(wanted, rel=2e-5)
     assert len({round(value, 5) for value in wanted.values()}) == 4
@@ -319,4 +319,4 @@ def test_a_plain_module_needs_a_loss(tmp_path: Any) -> None:
     with torch.no_grad():
         losses = [float(models.plain_loss(loaded.get_base_model(), batch)) for batch in loader]
     wanted = sum(n * value for n, value in zip(sizes, losses)) / sum(sizes)
-    assert merged.report.notes["anchor loss"]["merged"] == pytest.approx(wanted, rel=1e-5)
+    assert merged.report.notes["anchor loss"]["merged adapter"] == pytest.approx(wanted, rel=1e-5)

@@ -1,5 +1,7 @@
 """`adapter_config.json`: what is no JSON, wrong numbers, patterns that hang, and configs that mean another adapter."""
 
+# ruff: noqa: E501  a case per line
+
 from __future__ import annotations
 
 import json
@@ -127,7 +129,7 @@ CASES = [
     number("r 2 * 10^7", "r", 20_000_000),
     number("a rank_pattern of 2 * 10^7", "rank_pattern", {"q_proj": 20_000_000}),
     number("a rank_pattern of 0", "rank_pattern", {"q_proj": 0}),
-    number("a rank_pattern of text", "rank_pattern", {"q_proj": "4"}),
+    number("a rank_pattern of text", "rank_pattern", {"q_proj": "4"}, "positive whole"),
     number("a rank_pattern that is a list", "rank_pattern", ["q_proj"]),
     number("a rank_pattern that is not true", "rank_pattern", {"q_proj": 2}),
     number("an alpha_pattern of null", "alpha_pattern", {"q_proj": None}),
@@ -136,7 +138,7 @@ CASES = [
     refuse("numbers", "ranks that differ without rank_pattern", files(None, RANKS), "rank 2"),
     number("dropout a text", "lora_dropout", "0.1"),
     number("dropout 3", "lora_dropout", 3),
-    number("layers_to_transform a text", "layers_to_transform", "0"),
+    number("layers_to_transform a text", "layers_to_transform", "0", "a layer number"),
     number("layers_to_transform negative", "layers_to_transform", [-1]),
     refuse("numbers", "alpha 1e300", changed(lora_alpha=1e300), "not finite"),
     refuse("numbers", "an alpha_pattern of 1e300", changed(alpha_pattern={"q_proj": 1e300}), "not finite"),
@@ -163,11 +165,11 @@ CASES = [
     *(refuse("patterns", f"exclude_modules {bomb}", changed(exclude_modules=bomb), "exclude_modules") for bomb in BOMBS),
     refuse("patterns", "20,000 alpha_pattern keys", changed(alpha_pattern={f"x{i}": 8 for i in range(20_000)}), "alpha_pattern"),
     refuse("patterns", "5,000 rank_pattern keys", changed(rank_pattern={f"x{i}": 8 for i in range(5_000)}), "rank_pattern"),
-    refuse("patterns", "4,000 patterns that are no plain names", changed(alpha_pattern={f"x{i}|y(a|b){i}": 8 for i in range(4_000)}), "pattern"),
+    refuse("patterns", "4,000 patterns that are no plain names", changed(alpha_pattern={f"x{i}|y(a|b){i}": 8 for i in range(4_000)}), "512 patterns"),
     refuse("patterns", "a pattern of 600 characters", changed(target_modules="(q_proj|v_proj)" * 40), "target_modules"),
     refuse("patterns", "a pattern of 300 kB", changed(exclude_modules="k" * 300_000), "exclude_modules"),
     *(refuse("patterns", f"not a pattern: {bad[:20]}", changed(target_modules=bad), "target_modules") for bad in ("q_proj|(", "[z-a]", "*q_proj", "a{99999999999}", "(" * 400, "(?<=.*)q", "(?P<a>q)(?P<a>v)", r"q\8")),
-    *(refuse("patterns", f"another dialect: {bad}", changed(target_modules=bad), "target_modules") for bad in ("q_proj{e<=1}", r"\p{L}*_proj", "[[:alpha:]]+_proj")),
+    *(refuse("patterns", f"another dialect: {bad}", changed(target_modules=bad), "target_modules", "regular expression") for bad in ("q_proj{e<=1}", r"\p{L}*_proj", "[[:alpha:]]+_proj")),
     refuse("patterns", "an exclude_modules that is no pattern", changed(exclude_modules="k_proj|("), "exclude_modules"),
     refuse("patterns", "an alpha_pattern key that is no pattern", changed(alpha_pattern={"(": 8}), "alpha_pattern"),
     *(accept("patterns", f"target_modules {legal[:40]}", changed(target_modules=legal)) for legal in LEGAL),
@@ -175,8 +177,8 @@ CASES = [
     # Meaning.
     meaning("peft_type missing", "peft_type", ...),
     *(meaning(f"peft_type {value}", "peft_type", value) for value in ("FOO", "lora", "LOHA", "ADALORA", "IA3", None, {}, ["LORA"])),
-    meaning("target_modules empty", "target_modules", []),
-    meaning("target_modules a number", "target_modules", 3),
+    meaning("target_modules empty", "target_modules", [], "at least one"),
+    meaning("target_modules a number", "target_modules", 3, "a list of strings"),
     meaning("target_modules with a number", "target_modules", ["q_proj", 3]),
     meaning("target_modules unknown", "target_modules", ["nothing"]),
     meaning("target_modules hides v_proj", "target_modules", ["q_proj"]),
@@ -202,7 +204,8 @@ CASES = [
     meaning("bias all", "bias", "all"),
     meaning("bias lora_only", "bias", "lora_only"),
     meaning("bias a number", "bias", 1),
-    *(meaning(f"init {value}", "init_lora_weights", value) for value in ("pissa", "pissa_niter_16", "PiSSA", "olora", "corda", "loftq", "lora_ga", "unheard", 3, {})),
+    *(meaning(f"init {value}", "init_lora_weights", value) for value in ("unheard", 3, {})),
+    *(meaning(f"init {value}", "init_lora_weights", value, "leaves the base weights alone") for value in ("pissa", "pissa_niter_16", "PiSSA", "olora", "corda", "loftq", "lora_ga")),
     meaning("layer_replication", "layer_replication", [[0, 2], [1, 2]]),
     meaning("megatron_config", "megatron_config", {"hidden_size": 16}),
     meaning("megatron_core, a module of Python", "megatron_core", "antigravity"),

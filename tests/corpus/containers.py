@@ -1,5 +1,7 @@
 """Files that are no safetensors file, or one that means two things."""
 
+# ruff: noqa: E501  a case per line
+
 from __future__ import annotations
 
 import json
@@ -58,12 +60,22 @@ def many_empty(folder: Path) -> None:
 
 def many_names(count: int) -> Any:
     def build(folder: Path) -> None:
-        names = ",".join(
-            f'"x{i}":{{"dtype":"U8","shape":[1],"data_offsets":[{i},{i + 1}]}}' for i in range(count)
-        )
+        names = ",".join(f'"x{i}":{{"dtype":"U8","shape":[1],"data_offsets":[{i},{i + 1}]}}' for i in range(count))
         write(folder, weights=container("{" + names + "}", bytes(count)))
 
     return build
+
+
+def alphabets(folder: Path) -> None:
+    write(folder, weights=container('{"__metadata__":{"a":"' + "\U0001f600" * 5_000_000 + '"},' + TEXT[1:], DATA))
+
+
+def escapes(folder: Path) -> None:
+    write(folder, weights=container('{"__metadata__":{"a":"' + "a" * 20_000_000 + '\\ud83d\\ude00"},' + TEXT[1:], DATA))
+
+
+def lots(folder: Path) -> None:
+    write(folder, weights=container('{"__metadata__":{"a":"' + "a" * 20_000_000 + '"},' + TEXT[1:], DATA))
 
 
 def bad(name: str, weights: bytes, *words: str) -> Case:
@@ -87,12 +99,12 @@ CASES = [
     bad("trailing byte", WHOLE + b"\0", "after the last"),
     bad("trailing copy of itself", WHOLE + WHOLE, "after the last"),
     bad("trailing zip archive", WHOLE + b"PK\x05\x06" + bytes(18), "after the last"),
-    bad("offsets beyond the end", entry(LAST, data_offsets=[10**6, 10**6 + 128]), LAST),
+    bad("offsets beyond the end", entry(LAST, data_offsets=[10**6, 10**6 + 128]), LAST, "leaves a hole"),
     bad("header longer than the file", struct.pack("<Q", 10**5) + TEXT.encode(), "header"),
     bad("header of 2^64-1", struct.pack("<Q", 2**64 - 1) + TEXT.encode() + DATA, "header"),
     bad("header of 2^63", struct.pack("<Q", 2**63) + TEXT.encode() + DATA, "header"),
     bad("header length zero", struct.pack("<Q", 0) + TEXT.encode() + DATA, "header"),
-    refuse("container", "header of 200 MB, sparse", sparse(200_000_008, 200_000_000), WEIGHTS, "header"),
+    refuse("container", "header of 200 MB, sparse", sparse(200_000_008, 200_000_000), WEIGHTS, "header", "header has"),
     refuse("container", "header of 200 MB, claimed", sparse(1000, 200_000_000), WEIGHTS, "header"),
     refuse("container", "header of 90 MB of zeros", sparse(90_000_008, 90_000_000), WEIGHTS, "header"),
     bad("git lfs pointer", b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "LFS"),
@@ -108,12 +120,12 @@ CASES = [
     bad("header is null", container("null      ", DATA), "'{'"),
     bad("header begins with a space", container(" " + TEXT, DATA), "'{'"),
     bad("header begins with a mark", container(b"\xef\xbb\xbf" + TEXT.encode(), DATA), "'{'"),
-    bad("header is not JSON", container(TEXT.replace(":", "=", 1), DATA), "header"),
-    bad("header is cut", container(TEXT[:-20], DATA), "tensor"),
-    bad("header in single quotes", container(TEXT.replace('"', "'"), DATA), "header"),
-    bad("header with a trailing comma", container(TEXT[:-1] + ",}", DATA), "header"),
-    bad("header with a comment", container(TEXT[:-1] + "/* x */}", DATA), "header"),
-    bad("two headers", container(TEXT + TEXT, DATA), "header"),
+    bad("header is not JSON", container(TEXT.replace(":", "=", 1), DATA), "header", "not valid at"),
+    bad("header is cut", container(TEXT[:-20], DATA), "tensor", "tensor"),
+    bad("header in single quotes", container(TEXT.replace('"', "'"), DATA), "header", "not valid at"),
+    bad("header with a trailing comma", container(TEXT[:-1] + ",}", DATA), "header", "not valid at"),
+    bad("header with a comment", container(TEXT[:-1] + "/* x */}", DATA), "header", "not valid at"),
+    bad("two headers", container(TEXT + TEXT, DATA), "header", "not valid at"),
     bad("header ends in zeros", container(TEXT + "\0\0\0", DATA), "header"),
     bad("header is not UTF-8", container(b'{"\xff\xfe":' + SMALL.encode() + b"}", bytes(4)), "UTF-8"),
     bad("header is UTF-16", container(TEXT.encode("utf-16-le"), DATA), "header"),
@@ -130,12 +142,12 @@ CASES = [
     bad("full overlap of equal tensors", container(f'{{"a":{SMALL},"b":{SMALL}}}', bytes(4)), "overlaps"),
     bad("hole", container(f'{{"a":{SMALL},"b":{SMALL.replace("[0,4]", "[8,12]")}}}', bytes(12)), "hole"),
     bad("hole at the start", container(f'{{"b":{SMALL.replace("[0,4]", "[8,12]")}}}', bytes(12)), "hole"),
-    bad("reversed offsets", container(f'{{"b":{SMALL.replace("[0,4]", "[4,0]")}}}', bytes(4)), "data_offsets"),
+    bad("reversed offsets", container(f'{{"b":{SMALL.replace("[0,4]", "[4,0]")}}}', bytes(4)), "data_offsets", "needs"),
     bad("negative offsets", entry(QA, data_offsets=[-256, 0]), QA),
     bad("offsets of half a byte", entry(QA, data_offsets=[0.0, 256.0]), QA),
     bad("offsets as text", entry(QA, data_offsets=["0", "256"]), QA),
-    bad("three offsets", entry(QA, data_offsets=[0, 256, 256]), QA),
-    bad("one offset", entry(QA, data_offsets=[256]), QA),
+    bad("three offsets", entry(QA, data_offsets=[0, 256, 256]), QA, "missing or garbled"),
+    bad("one offset", entry(QA, data_offsets=[256]), QA, "missing or garbled"),
     bad("offsets with exponents", container(TEXT.replace("[0,256]", "[0,2.56e2]"), DATA), QA),
     bad("offsets of 30 digits", container(TEXT.replace("[0,256]", f"[0,{10**30}]"), DATA), QA),
     bad("twice, other bytes", container("{" + f'"{QA}":{SMALL},' + TEXT[1:], DATA), "twice"),
@@ -146,26 +158,26 @@ CASES = [
         "twice",
     ),
     bad("twice, spelled with an escape", container(TEXT[:-1] + f',"\\u0062{QA[1:]}":{json.dumps(HEADER[QA])}}}', DATA), "twice"),
-    bad("dtype twice", container(TEXT.replace('"dtype":"F32"', '"dtype":"F32","dtype":"F16"', 1), DATA), QA),
-    bad("shape and bytes differ", entry(QA, shape=[4, 15]), QA),
-    bad("shape overflows", entry(QA, shape=[2**62, 2**62, 4]), QA),
+    bad("dtype twice", container(TEXT.replace('"dtype":"F32"', '"dtype":"F32","dtype":"F16"', 1), DATA), QA, "expected exactly"),
+    bad("shape and bytes differ", entry(QA, shape=[4, 15]), QA, "needs"),
+    bad("shape overflows", entry(QA, shape=[2**62, 2**62, 4]), QA, "needs"),
     bad("shape overflows to the right size", entry(QA, shape=[2**63, 2, 2**62]), QA),
     bad("negative sizes", entry(QA, shape=[-4, -16]), QA),
     bad("size as text", entry(QA, shape=["4", 16]), QA),
     bad("size is true", entry(QA, shape=[True, 64]), QA),
     bad("shape is a number", entry(QA, shape=64), QA),
     bad("shape is null", entry(QA, shape=None), QA),
-    bad("40 sizes", entry(QA, shape=[1] * 38 + [4, 16]), QA),
+    bad("40 sizes", entry(QA, shape=[1] * 38 + [4, 16]), QA, "expected exactly"),
     bad("zero times 2^40", container({"a": {"dtype": "F32", "shape": [2**40, 0], "data_offsets": [0, 0]}} | HEADER, DATA), "'a'", "empty"),
-    bad("no dtype", entry(QA, dtype=...), QA),
+    bad("no dtype", entry(QA, dtype=...), QA, "expected exactly"),
     bad("no shape", entry(QA, shape=...), QA),
     bad("no offsets", entry(QA, data_offsets=...), QA),
-    bad("an extra field", entry(QA, strides=[1, 4]), QA),
-    bad("dtype F128", entry(QA, dtype="F128"), QA, "F128"),
+    bad("an extra field", entry(QA, strides=[1, 4]), QA, "expected exactly"),
+    bad("dtype F128", entry(QA, dtype="F128"), QA, "F128", "has dtype"),
     bad("dtype in small letters", entry(QA, dtype="f32"), QA),
     bad("dtype null", entry(QA, dtype=None), QA),
-    bad("dtype of 4 bits", entry(QA, dtype="F4"), QA),
-    bad("entry is a list", container(HEADER | {QA: ["F32", [4, 16], [0, 256]]}, DATA), QA),
+    bad("dtype of 4 bits", entry(QA, dtype="F4"), QA, "has dtype"),
+    bad("entry is a list", container(HEADER | {QA: ["F32", [4, 16], [0, 256]]}, DATA), QA, "expected an object"),
     bad("entry is null", container(HEADER | {QA: None}, DATA), QA),
     refuse("container", "100,000 empty tensors", many_empty, WEIGHTS, "empty"),
     refuse("container", "200,001 tensors", many_names(200_001), WEIGHTS, "200000"),
@@ -176,6 +188,10 @@ CASES = [
     bad("name turns text around", stored(GOOD | {PREFIX + "\u202eA.weight": raw([1.0])}), "\\u202e"),
     bad("empty name", stored(GOOD | {"": raw([1.0])}), "tensor ''"),
     bad("name with half a surrogate", container(TEXT[:-1] + f',"\\ud800":{json.dumps(HEADER[LAST])}}}', DATA), "tensor"),
+    bad("a control character in the header", container(TEXT.replace("self_attn", "self\nattn", 1), DATA), "not valid at"),
+    refuse("container", "20 MB of other alphabets in the metadata", alphabets, WEIGHTS, "ASCII"),
+    refuse("container", "20 MB of escapes in the metadata", escapes, WEIGHTS, "ASCII"),
+    accept("container", "20 MB of metadata", lots),
     accept("container", "header padded to 8", files(weights=padded(TEXT, len(TEXT) + 8 - len(TEXT) % 8))),
     accept("container", "header padded with 100 kB", files(weights=padded(TEXT, 100_000))),
     accept("container", "header with spaces", files(weights=container(json.dumps(HEADER, indent=1), DATA))),

@@ -30,7 +30,11 @@ def read(path: Path) -> dict[str, Raw]:
 def numbers(tensor: Raw) -> Matrix:
     if tensor.dtype == "BF16":
         return (np.frombuffer(tensor.data, "<u2").astype("<u4") << 16).view("<f4").astype(float).reshape(tensor.shape)
-    return np.frombuffer(tensor.data, f"<f{ {'F64': 8, 'F32': 4, 'F16': 2}[tensor.dtype] }").astype(float).reshape(tensor.shape)
+    return (
+        np.frombuffer(tensor.data, f"<f{ {'F64': 8, 'F32': 4, 'F16': 2}[tensor.dtype] }")
+        .astype(float)
+        .reshape(tensor.shape)
+    )
 
 
 def by_pattern(table: Mapping[str, Any], name: str, default: Any) -> Any:
@@ -44,7 +48,10 @@ def updates(config: Mapping[str, Any], tensors: Mapping[str, Raw]) -> dict[str, 
         if ".lora_A." not in a_name and not a_name.endswith(".lora_embedding_A"):
             continue
         name = a_name.removeprefix(PREFIX).rpartition(".lora_")[0]
-        a, b = numbers(tensors[a_name]), numbers(tensors[a_name.replace("lora_A", "lora_B").replace("_embedding_A", "_embedding_B")])
+        a, b = (
+            numbers(tensors[a_name]),
+            numbers(tensors[a_name.replace("lora_A", "lora_B").replace("_embedding_A", "_embedding_B")]),
+        )
         rank = by_pattern(config.get("rank_pattern") or {}, name, config["r"])
         alpha = by_pattern(config.get("alpha_pattern") or {}, name, config["lora_alpha"])
         scaling = alpha / (np.sqrt(rank) if config.get("use_rslora") else rank)
@@ -70,5 +77,6 @@ def error(got: Mapping[str, Matrix], wanted: Mapping[str, Matrix]) -> float:
     if got.keys() != wanted.keys():
         return float("inf")
     return max(
-        (np.linalg.norm(got[name] - wanted[name]) / (np.linalg.norm(wanted[name]) or 1.0) for name in wanted), default=0.0
+        (np.linalg.norm(got[name] - wanted[name]) / (np.linalg.norm(wanted[name]) or 1.0) for name in wanted),
+        default=0.0,
     )

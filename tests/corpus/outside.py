@@ -1,7 +1,10 @@
 """Pickles, and what a file system can hold in place of a file."""
 
+# ruff: noqa: E501  a case per line
+
 from __future__ import annotations
 
+import copy
 import io
 import os
 import pickle
@@ -104,6 +107,19 @@ def short_storage(data: bytes) -> bytes:
         for info in source.infolist():
             body = source.read(info)
             target.writestr(info.filename, body[:8] if "/data/0" in info.filename else body)
+    return stream.getvalue()
+
+
+def doubled(data: bytes) -> bytes:
+    """The same archive, with a directory that lists every member nine times."""
+    stream = io.BytesIO(data)
+    with zipfile.ZipFile(stream, "a") as target:
+        for info in list(target.infolist()):
+            for letter in "abcdefgh":
+                other = copy.copy(info)
+                other.filename += letter
+                target.filelist.append(other)
+        target._didModify = True  # type: ignore[attr-defined]
     return stream.getvalue()
 
 
@@ -213,6 +229,8 @@ CASES = [
     allowed("a norm of the base", archive(lambda _: good() | {PREFIX + "model.norm.weight": good()[QA][0]}), "norm.weight"),
     allowed("NaN", archive(lambda _: good() | {QA: good()[QA] * float("nan")}), QA, "NaN"),
     allowed("integers", archive(lambda _: good() | {QA: good()[QA].long()}), QA),
+    allowed("an empty tensor", archive(lambda _: good() | {QA: good()[QA][:0]}), QA, "empty"),
+    allowed("two members over the same bytes", archive(lambda _: good(), doubled), "unpacks to more"),
     allowed("a sparse tensor out of range", archive(sparse)),
     allowed("2^34 numbers of stride 0", archive(expanded), "bytes"),
     allowed("a storage that is too short", archive(lambda _: good(), short_storage)),

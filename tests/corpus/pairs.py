@@ -1,5 +1,7 @@
 """Two adapters, each fine, that may not belong together; and one adapter on the model it claims to be for."""
 
+# ruff: noqa: E501  a case per line
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -8,7 +10,9 @@ from typing import Any
 from .build import PREFIX, Build, Case, accept, good_config, good_tensors, module, pair, random, refuse, write
 
 
-def two(second: dict[str, object], tensors: Any = None, first: dict[str, object] | None = None, left: Any = None) -> Build:
+def two(
+    second: dict[str, object], tensors: Any = None, first: dict[str, object] | None = None, left: Any = None
+) -> Build:
     def build(folder: Path) -> None:
         write(folder / "a", good_config(**(first or {})), left)
         write(folder / "b", good_config(**second), good_tensors(seed=1) if tensors is None else tensors)
@@ -38,8 +42,14 @@ EMBED = {
     PREFIX + "model.embed_tokens.lora_embedding_B": random((16, 4), 51),
 }
 LINEAR = pair("model.embed_tokens", 16, 32)
-CONV = {PREFIX + "conv.lora_A.weight": random((4, 3, 3, 3), 52), PREFIX + "conv.lora_B.weight": random((8, 4, 1, 1), 53)}
-LONG = {PREFIX + "conv.lora_A.weight": random((4, 3, 9, 1), 52), PREFIX + "conv.lora_B.weight": random((8, 4, 1, 1), 53)}
+CONV = {
+    PREFIX + "conv.lora_A.weight": random((4, 3, 3, 3), 52),
+    PREFIX + "conv.lora_B.weight": random((8, 4, 1, 1), 53),
+}
+LONG = {
+    PREFIX + "conv.lora_A.weight": random((4, 3, 9, 1), 52),
+    PREFIX + "conv.lora_B.weight": random((8, 4, 1, 1), 53),
+}
 FLAT = pair("conv", 8, 27)
 HEAD = {PREFIX + "lm_head.weight": random((32, 16), 54)}
 LAYER0 = {name: tensor for name, tensor in good_tensors(1).items() if ".layers.0." in name}

@@ -42,7 +42,11 @@ def pefts(case: Case, target: Path) -> Mapping[str, Any]:
         return {"verdict": "network"}
     said = [item for item in caught if issubclass(item.category, UserWarning)]
     if case.verdict != "refuse":
-        off = oracle.error(got, wanted(case, target))
+        right = wanted(case, target)
+        # PEFT fills what the config targets and the file lacks with updates of zero, and has no float64.
+        got = {name: update for name, update in got.items() if name in right or update.any()}
+        right = {name: update if abs(update).max() > 1e-37 else 0 * update for name, update in right.items()}
+        off = oracle.error(got, right)
         if not off <= TOLERANCE:
             return {"verdict": "wrong", "message": f"{off:g}"}
     return {"verdict": "warn" if said else "accept", "message": "; ".join(str(item.message) for item in said)[:3000]}
@@ -90,20 +94,29 @@ def main() -> None:
             theirs = run(case, Path(place), pefts)
             row[theirs.verdict] += 1
             if "-v" in sys.argv:
-                print(f"{case.group:12} {case.verdict:7} {theirs.verdict:8} {case.name[:60]!r:64} {theirs.error}", file=sys.stderr)
-    keys = ("refuse", "network", "warn", "accept", "wrong", "hung", "died", "code")
+                print(
+                    f"{case.group:12} {case.verdict:7} {theirs.verdict:8} {case.name[:60]!r:64} {theirs.error}",
+                    file=sys.stderr,
+                )
+    keys = ("refuse", "warn", "accept", "wrong", "hung")
     total: dict[str, Counter[str]] = {}
-    print("| group | verdict | cases | sapmerge right | PEFT refuses | asks the network | warns | silent | wrong update | hangs | dies |")
-    print("|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
-    for group in GROUPS:
-        for verdict in ("refuse", "warn", "accept"):
-            row = counts.get((group, verdict))
-            if row:
-                total.setdefault(verdict, Counter()).update(row)
-                print(f"| {group} | {verdict} | {row['cases']} | {row['ours']} | " + " | ".join(str(row[key]) for key in keys[:-1]) + " |")
+    print("| group | must | cases | sapmerge right | PEFT refuses | warns | is silent | is wrong | hangs |")
+    print("|---|---|---:|---:|---:|---:|---:|---:|---:|")
+    rows = [(group, verdict) for group in GROUPS for verdict in ("refuse", "warn", "accept")]
+    for group, verdict in rows:
+        row = counts.get((group, verdict))
+        if row:
+            total.setdefault(verdict, Counter()).update(row)
+            print(_line(group, verdict, row, keys))
     for verdict, row in total.items():
-        print(f"| **all** | {verdict} | {row['cases']} | {row['ours']} | " + " | ".join(str(row[key]) for key in keys[:-1]) + " |")
-    print("code ran:", sum(row["code"] for row in total.values()))
+        print(_line("**all**", verdict, row, keys))
+    print({key: sum(row[key] for row in total.values()) for key in ("network", "died", "code")})
+
+
+def _line(group: str, verdict: str, row: Counter[str], keys: tuple[str, ...]) -> str:
+    return (
+        f"| {group} | {verdict} | {row['cases']} | {row['ours']} | " + " | ".join(str(row[key]) for key in keys) + " |"
+    )
 
 
 if __name__ == "__main__":

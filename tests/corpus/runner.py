@@ -101,7 +101,9 @@ def limit_memory(more: int) -> None:
 def on_disk(target: Path) -> int:
     """Bytes of the two files."""
     return sum(
-        (target / name).stat().st_size for name in (CONFIG, WEIGHTS, PICKLE) if "\0" not in str(target) and (target / name).is_file()
+        (target / name).stat().st_size
+        for name in (CONFIG, WEIGHTS, PICKLE)
+        if "\0" not in str(target) and (target / name).is_file()
     )
 
 
@@ -155,7 +157,11 @@ def _act(case: Case, target: Path) -> Callable[[], dict[str, Any]]:
 
     def product(update: Any) -> Any:
         # In float64: of two denormal factors nothing would be left in float32.
-        return update.dense().double().numpy() if isinstance(update, sm.Dense) else (update.B.double() @ update.A.double()).numpy()
+        return (
+            update.dense().double().numpy()
+            if isinstance(update, sm.Dense)
+            else (update.B.double() @ update.A.double()).numpy()
+        )
 
     if case.action in ("load", "pickle"):
         adapter = sm.Adapter.load(target, allow_pickle_weights=case.action == "pickle")

@@ -1,5 +1,7 @@
 """Tensors of the wrong name, shape, dtype or value."""
 
+# ruff: noqa: E501  a case per line
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -119,19 +121,21 @@ CASES = [
     refuse("tensors", "names of a live model", files(weights=renamed(".weight", ".default.weight")), "another adapter"),
     refuse("tensors", "A without B", with_tensors({QB: None}), QA, "lora_B"),
     refuse("tensors", "B without A", with_tensors({QA: None}), QB, "lora_A"),
+    refuse("tensors", "a module behind a second prefix", with_tensors(pair(PREFIX + module(0, "q_proj"), 16, 16)), "twice"),
     refuse("tensors", "half a file", with_tensors(dict.fromkeys(list(good_tensors())[4:]), target_modules=["q_proj", "v_proj", "k_proj"]), "k_proj"),
     refuse("tensors", "all B missing", with_tensors({name: None for name in good_tensors() if "lora_B" in name}), "lora_B"),
     refuse("tensors", "a second module at rank 2", with_tensors(pair(module(1, "q_proj"), 16, 16, 2)), "rank 2"),
     refuse("tensors", "linear and embedding factors of one module", with_tensors(EMBED | pair("model.embed_tokens", 16, 32), target_modules=[*BOTH, "embed_tokens"]), "embed_tokens"),
     refuse("tensors", "a saved head in two spellings", with_tensors(HEAD | {PREFIX + "lm_head.modules_to_save.weight": HEAD[PREFIX + "lm_head.weight"]}, modules_to_save=["lm_head"]), "another spelling"),
     refuse("tensors", "a saved head's original", with_tensors(HEAD | {PREFIX + "lm_head.original_module.weight": HEAD[PREFIX + "lm_head.weight"]}, modules_to_save=["lm_head"]), "original_module"),
+    refuse("tensors", "a saved head under two names", with_tensors(HEAD | {PREFIX + "language_model.lm_head.weight": HEAD[PREFIX + "lm_head.weight"]}, modules_to_save=["lm_head"]), "two spellings"),
     shaped("ranks of A and B differ", (4, 16), (16, 5), "rank 4"),
     shaped("A is transposed", (16, 4), (16, 4), "rank"),
     shaped("A has no dimension", (), (16, 4)),
     shaped("A has one dimension", (64,), (16, 4)),
     shaped("A has three dimensions", (4, 16, 1), (16, 4)),
     refuse("tensors", "rank 0", with_tensors({QA: raw(np.ones((0, 16))), QB: raw(np.ones((16, 0)))}), "q_proj", "empty"),
-    shaped("rank above the shape", (17, 16), (16, 17), "rank 17"),
+    shaped("rank above the shape", (17, 16), (16, 17), "rank 17 is larger"),
     shaped("a kernel in B", (4, 16, 3), (16, 4, 3), "kernel"),
     shaped("a grouped convolution", (4, 16, 3), (16, 2, 1), "grouped"),
     shaped("six dimensions", (4, 16, 1, 1, 1, 1), (16, 4, 1, 1, 1, 1)),

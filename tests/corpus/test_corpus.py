@@ -20,7 +20,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("corpus")
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.group}: {case.name}"[:80].encode("unicode_escape").decode())
+@pytest.mark.parametrize(
+    "case", CASES, ids=lambda case: f"{case.group}: {case.name}"[:80].encode("unicode_escape").decode()
+)
 def test_case(case: Case, place: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what builds the case

@@ -1,0 +1,140 @@
+"""AdaMerging: coefficients per layer and adapter, learnt on the anchors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from sapmerge.anchors.tuning import outermost
+from sapmerge.compose import Chain
+from sapmerge.errors import MethodError
+from sapmerge.layer import Layer, LayerStream, Method
+from sapmerge.mergers import Sum, weighted_sum
+from sapmerge.recipe import part
+
+__all__ = ["FitCoefficients", "adamerging"]
+
+
+@part
+class FitCoefficients:
+    """D_k -> c_k D_k in every layer, c by steps of Adam on the anchor loss at base + sum_k c_k w_k D_k.
+
+    The derivative of the loss in c_k is w_k <G, D_k>: one forward and one backward pass per step, over all anchors.
+    After every step c is clamped to [0, 1]. Float64, no randomness. Follow it with `Sum()`, which is what is learnt
+    for. The report has "coefficients" per layer and adapter, and "fit_loss", the loss before every step.
+
+    Args:
+        scope: "layer", a coefficient for every layer and adapter; "adapter", one for every adapter.
+        loss: (model, batch) -> scalar, e.g. `entropy`; None: the anchors' own.
+        init: where all coefficients start, in [0, 1].
+        lr: the length of a step.
+        steps: how many.
+
+    Raises:
+        MethodError: there are no anchors.
+    """
+
+    scope: str = "layer"
+    loss: Callable[..., Tensor] | None = None
+    init: float = 0.3
+    lr: float = 0.02
+    steps: int = 20
+    coefficients: Mapping[str, tuple[float, ...]] | None = field(default=None, repr=False)
+    losses: tuple[float, ...] = field(default=(), repr=False)
+
+    def __post_init__(self) -> None:
+        if self.scope not in ("layer", "adapter"):
+            raise MethodError(f"FitCoefficients' scope is 'layer' or 'adapter'; got {self.scope!r}")
+        if not 0 <= self.init <= 1 or not self.lr > 0 or self.steps < 0:
+            raise MethodError(
+                f"FitCoefficients takes init in [0, 1], lr > 0 and steps >= 0; got init={self.init!r}, lr={self.lr!r}, "
+                f"steps={self.steps!r}"
+            )
+
+    def prepare(self, layers: LayerStream) -> FitCoefficients:
+        first = next(iter(layers), None)
+        if first is None:
+            return self
+        if first.anchors is None:
+            raise MethodError(
+                "FitCoefficients needs anchors and a model: merge(adapters, anchor_loader, model, ...); put it before "
+                "whatever drops them (a transform)"
+            )
+        names = sorted(layer.name for layer in layers)
+        start = torch.full((len(names), len(first)), float(self.init), dtype=torch.float64)
+        state, losses = _Adam(start, self.lr), list[float]()
+        for _ in range(self.steps):
+            given = dict(zip(names, state.rows(), strict=True))
+            updates = {x.name: outermost(x, weighted_sum(x, _products(x.weights, given[x.name]))) for x in layers}
+            directions = {x.name: [outermost(x, update) for update in x] for x in layers}
+            loss, slopes = first.anchors.slopes(updates, directions, self.loss)
+            losses.append(loss)
+            weights = torch.tensor(first.weights, dtype=torch.float64)
+            gradient = torch.stack([slopes[name] * weights for name in names])
+            if self.scope == "adapter":
+                gradient = gradient.sum(0, keepdim=True).expand_as(gradient)
+            state = state.step(gradient)
+        return replace(self, coefficients=dict(zip(names, state.rows(), strict=True)), losses=tuple(losses))
+
+    def __call__(self, layer: Layer) -> Layer:
+        if self.coefficients is None:
+            return self.prepare([layer])(layer)
+        found = self.coefficients[layer.name]
+        layer.record("coefficients", dict(zip(layer.adapters, found, strict=True)))
+        layer.record("fit_loss", self.losses)
+        return layer.with_updates([update.scaled(c) for update, c in zip(layer, found, strict=True)])
+
+
+def adamerging(
+    scope: str = "layer",
+    loss: Callable[..., Tensor] | None = None,
+    init: float = 0.3,
+    lr: float = 0.02,
+    steps: int = 20,
+) -> Method:
+    """AdaMerging: sum_k c_k w_k D_k with coefficients per layer and adapter that lower the loss of the merged model.
+
+    Args:
+        scope: "layer" (layer-wise AdaMerging) or "adapter" (task-wise).
+        loss: what is lowered: the anchors' loss, any (model, batch) -> scalar, or `entropy` as in the paper.
+        init: of all coefficients.
+        lr: of Adam.
+        steps: of Adam, each with all anchors.
+
+    The authors take 500 steps with lr 1e-3 on unlabelled test batches of every task, the gradient of their sum, in
+    [0, 1], from 0.3: adamerging(loss=entropy, lr=1e-3, steps=500). A few longer steps go as far on a few anchors. One
+    adapter does not come back whole: it is given a coefficient too.
+
+    Source: Yang et al., "AdaMerging: adaptive model merging for multi-task learning", https://arxiv.org/abs/2310.02575
+    """
+    return Chain(FitCoefficients(scope, loss, init, lr, steps), Sum())
+
+
+@dataclass(frozen=True)
+class _Adam:
+    """Adam on values in [0, 1]; betas 0.9 and 0.999, eps 1e-8."""
+
+    values: Tensor
+    lr: float
+    mean: Tensor | float = 0.0
+    square: Tensor | float = 0.0
+    taken: int = 0
+
+    def rows(self) -> list[tuple[float, ...]]:
+        """The values of every layer."""
+        return [tuple(float(value) for value in row) for row in self.values.unbind()]
+
+    def step(self, gradient: Tensor) -> _Adam:
+        taken = self.taken + 1
+        mean = 0.9 * self.mean + 0.1 * gradient
+        square = 0.999 * self.square + 0.001 * gradient.square()
+        size = (square / (1 - 0.999**taken)).sqrt() + 1e-8
+        values = (self.values - self.lr * (mean / (1 - 0.9**taken)) / size).clamp(0.0, 1.0)
+        return _Adam(values, self.lr, mean, square, taken)
+
+
+def _products(weights: tuple[float, ...], coefficients: tuple[float, ...]) -> tuple[float, ...]:
+    return tuple(weight * c for weight, c in zip(weights, coefficients, strict=True))

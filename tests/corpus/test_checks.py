@@ -1,0 +1,170 @@
+"""Checks that no folder can reach: old libraries, disks that fail, limits and clocks."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import regex
+import torch
+
+from sapmerge.adapter import Adapter, Limits
+from sapmerge.errors import (
+    AdapterFormatError,
+    AdapterSecurityError,
+    InputChangedError,
+    LimitExceededError,
+    MethodError,
+    SapmergeError,
+)
+from sapmerge.io.ambiguity import why_slow
+from sapmerge.io.container import RegularFile
+
+from .build import QA, good_config, write
+from .configs import BOMB, BOMBS, LEGAL
+from .outside import archive, good
+
+
+def state(**changes: Any) -> dict[str, Any]:
+    return good() | changes
+
+
+def test_an_empty_path() -> None:
+    with pytest.raises(AdapterFormatError, match="empty path"):
+        Adapter.load("")
+
+
+def test_paths_of_bytes(tmp_path: Path) -> None:
+    write(tmp_path / "one")
+    assert Adapter.load(os.fsencode(tmp_path / "one")).label == "one"  # type: ignore[arg-type]
+
+
+def test_names_that_do_not_exist(tmp_path: Path) -> None:
+    adapter = Adapter.from_state_dict(good_config(), good())
+    with pytest.raises(MethodError, match="no module"):
+        adapter.update("x")
+    with pytest.raises(MethodError, match="no saved tensor"):
+        adapter.saved_tensor("x")
+    with pytest.raises(MethodError, match="label"):
+        adapter.relabelled("a b")
+
+
+def test_an_old_torch_does_not_unpickle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    archive(lambda _: good())(tmp_path / "x")
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
+    with pytest.raises(AdapterSecurityError, match=r"2\.9\.1"):
+        Adapter.load(tmp_path / "x", allow_pickle_weights=True)
+
+
+@pytest.mark.parametrize(
+    ("limits", "words"),
+    [
+        (Limits(tensors=3), "at most 3"),
+        (Limits(name_length=20), "tensor name"),
+        (Limits(config_bytes=10), "at most 10"),
+        (Limits(config_depth=1), "deeper than 1"),
+        (Limits(rank_above_shape=False), None),
+    ],
+)
+def test_limits_in_memory(limits: Limits, words: str | None) -> None:
+    if words is None:
+        Adapter.from_state_dict(good_config(), good(), limits=limits)
+    else:
+        with pytest.raises(LimitExceededError, match=words):
+            Adapter.from_state_dict(good_config(), good(), limits=limits)
+
+
+def test_limits_of_a_file(tmp_path: Path) -> None:
+    write(tmp_path)
+    for limits, words in (
+        (Limits(header_bytes=50), "at most 50"),
+        (Limits(tensors=3), "more than 3"),
+        (Limits(name_length=9), "at most 9"),
+    ):
+        with pytest.raises(LimitExceededError, match=words):
+            Adapter.load(tmp_path, limits=limits)
+
+
+def test_the_clock_of_patterns(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = good_config(target_modules=".*_proj")
+    with pytest.raises(LimitExceededError, match="longer than 0"):
+        Adapter.from_state_dict(config, good(), limits=Limits(pattern_seconds=0))
+
+    class Slow:
+        def match(self, name: str, timeout: float) -> None:
+            raise TimeoutError
+
+    monkeypatch.setattr(regex, "compile", lambda _: Slow())
+    with pytest.raises(LimitExceededError, match="longer than 2"):
+        Adapter.from_state_dict(config, good())
+
+
+@pytest.mark.parametrize(
+    "bomb",
+    [
+        BOMB,
+        *BOMBS,
+        r"(a?){30}a{30}",
+        "a?" * 20 + "a" * 20,
+        r"(x+x+)+y",
+        r"(.{1,40}){1,40}x",
+        r"(?=(.+)+x)q",
+        r"(.*)\1\1\1\1\1\1x",
+    ],
+)
+def test_bombs_are_told_by_their_form(bomb: str) -> None:
+    assert why_slow(bomb)
+
+
+@pytest.mark.parametrize(
+    "pattern", [*LEGAL, r"[a-z_]+(\.[a-z_0-9]+)+", "(q|k|v)_proj", r"(ab|cd)*x", r"layers\.\d{1,3}\..*", "q.?_proj"]
+)
+def test_useful_patterns_are_not(pattern: str) -> None:
+    assert why_slow(pattern) is None
+
+
+def test_a_disk_that_fails(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"12345678")
+
+    class Failing(io.RawIOBase):
+        def seek(self, *_: int) -> int:
+            return 0
+
+        def readinto(self, _: Any) -> int:
+            raise OSError(5, "Input/output error")
+
+    with RegularFile(str(path), "the file") as file:
+        with pytest.raises(InputChangedError, match="became shorter"):
+            file.read(4, 8)
+        real, file._raw = file._raw, Failing()  # type: ignore[assignment]
+        with pytest.raises(AdapterFormatError, match="Input/output error"):
+            file.read(0, 8)
+        real.close()
+
+
+def test_a_file_that_becomes_a_fifo_between_two_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path)
+    os.mkfifo(tmp_path / "fifo")
+    real = os.open
+    monkeypatch.setattr(os, "open", lambda path, *rest: real(tmp_path / "fifo", *rest))
+    with pytest.raises(AdapterSecurityError, match="FIFO"):
+        Adapter.load(tmp_path)
+
+
+def test_in_memory_tensors_that_are_not_plain() -> None:
+    class Lazy(torch.Tensor):
+        pass
+
+    for tensor in (
+        torch.ones(4, 16).as_subclass(Lazy),
+        torch.ones(4, 16, device="meta"),
+        np.ones((4, 16)),
+        torch.ones(4, 16).to_sparse(),
+    ):
+        with pytest.raises(SapmergeError, match="lora_A"):
+            Adapter.from_state_dict(good_config(), state(**{QA: tensor}))
