@@ -98,7 +98,6 @@ VARIANTS = {
     "adamerging": [{"scope": "adapter", "steps": 3}],
     "loraprune": [{"axis": "column", "power": 1, "density": 0.3}],
     "gradpruner": [{"by": "module", "score": contrib.Summed(sm.Taylor())}],
-    "movement": [{"score": contrib.LossDecrease()}],
 }
 
 METHODS = {
@@ -134,7 +133,7 @@ def _two(layer: sm.Layer) -> sm.Layer:
 
 def _sharing(layer: sm.Layer, factor: str) -> sm.Layer:
     """The same updates, with a factor that is the same in all of them."""
-    present = [update for update in layer if update.rank]
+    present = [update for update, weight in zip(layer, layer.weights) if update.rank and weight != 0]
     if not present:
         return layer
     stacked = torch.cat([update.B if factor == "B" else update.A.T for update in present], 1)

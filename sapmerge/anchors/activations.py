@@ -100,7 +100,7 @@ class _Squares:
                 self._accumulate(half, nothing.inside(self._frames), 0.0)
         one, other = ({name: value.to(self._device) for name, value in sums.items()} for sums in self._sums)
         if count == 1:  # one sample has no halves
-            return {name: (one[name] + other[name],) * 2 for name in one}
+            return {name: (one[name] + other[name], one[name] + other[name]) for name in one}
         return {name: (one[name] * (2 / count), other[name] * (2 / count)) for name in one}
 
 

@@ -103,7 +103,6 @@ class FisherMean:
 def _filled(layer: Layer) -> Layer:
     """An adapter without the layer has an update of zero, at which gradients are taken too."""
     like = layer.updates[0]
-    options = {"dtype": like.dtype, "device": like.device}
-    m, n = layer.shape
-    zero = LowRank(torch.zeros(m, 1, **options), torch.zeros(1, n, **options))
+    nothing = torch.zeros(1, dtype=like.dtype, device=like.device)
+    zero = LowRank(nothing.expand(layer.shape[0], 1), nothing.expand(1, layer.shape[1]))
     return replace(layer, updates=tuple(update if update.rank else zero for update in layer))

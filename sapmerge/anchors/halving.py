@@ -54,5 +54,6 @@ def _every_other(batch: Any, start: int, size: int) -> Any:
         items = cast("Sequence[Any]", batch)
         if len(items) == size and not any(isinstance(item, Tensor) for item in items):
             return items[start::2]
-        return type(batch)(_every_other(item, start, size) for item in items)
+        halved = [_every_other(item, start, size) for item in items]
+        return halved if isinstance(batch, list) else tuple(halved)
     return batch

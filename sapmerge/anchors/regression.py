@@ -70,11 +70,11 @@ class RegMean:
 
 
 class NormalEquations:
-    """The sums sum_k w_k D_k G_k, kept as B_k and A_k G_k, and S = sum_k |w_k| G_k, of one layer; float64."""
+    """The sums sum_k w_k D_k G_k, kept as B_k and A_k G_k, and `total` = sum_k |w_k| G_k, of one layer; float64."""
 
     def __init__(self, reduction: float) -> None:
         self._reduction = reduction
-        self.S: Tensor | None = None
+        self.total: Tensor | None = None
         self.low: list[tuple[Tensor, Tensor, Tensor]] = []
         self.dense: list[tuple[Tensor, Tensor]] = []
         self.mass = 0.0
@@ -85,7 +85,7 @@ class NormalEquations:
         if weight == 0:
             return
         self.mass += abs(weight)
-        self.S = _plus(self.S, gram * abs(weight))
+        self.total = _plus(self.total, gram * abs(weight))
         if isinstance(update, Dense):
             self.dense.append((times(update.matrix.double(), gram) * weight, update.matrix.double() * weight))
         elif update.rank:
@@ -95,17 +95,17 @@ class NormalEquations:
     def solved(self, layer: Layer, unseen: float) -> Update:
         """X = (sum w D G) S^+ + unseen mean(D) (I - S S^+)."""
         like = layer.updates[0]
-        if self.S is None or not (self.low or self.dense):
+        if self.total is None or not (self.low or self.dense):
             return absent(layer.shape, torch.empty(0, dtype=like.dtype, device=like.device))
-        solve, left_out = inverse(self.S)
+        solve, left_out = inverse(self.total)
         total: Tensor | None = None
         for product, matrix in self.dense:
             total = _plus(total, solve(product) + left_out(matrix) * (unseen / self.mass))
         if not self.low:
             return Dense(cast("Tensor", total).to(like.dtype))
         B = torch.cat([B for B, _, _ in self.low], 1)
-        A = solve(torch.cat([product for _, product, _ in self.low]))
-        A = A + left_out(torch.cat([A for _, _, A in self.low])) * (unseen / self.mass)
+        rest = left_out(torch.cat([A for _, _, A in self.low])) * (unseen / self.mass)
+        A = solve(torch.cat([product for _, product, _ in self.low])) + rest
         if total is not None:
             return Dense((total + B @ A).to(like.dtype))
         return LowRank(B.to(like.dtype), A.to(like.dtype))
@@ -182,8 +182,8 @@ def inverse(S: Tensor) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], T
         return (lambda rows: torch.cholesky_solve(rows.T, L).T), torch.zeros_like
     sigma, V = cast("tuple[Tensor, Tensor]", torch.linalg.eigh(S))  # pyright: ignore[reportUnknownMemberType]
     keep = sigma > max(RTOL * float(sigma[-1]), 0.0)
-    sigma, V = sigma[keep], V[:, keep]
-    return (lambda rows: (rows @ V / sigma) @ V.T), (lambda rows: rows - (rows @ V) @ V.T)
+    size, frame = sigma[keep], V[:, keep]
+    return (lambda rows: (rows @ frame / size) @ frame.T), (lambda rows: rows - (rows @ frame) @ frame.T)
 
 
 def _plus(total: Tensor | None, more: Tensor) -> Tensor:

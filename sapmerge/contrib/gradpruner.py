@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import field, replace
-from typing import TypeAlias, cast
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from sapmerge.prune import stats_of
 from sapmerge.recipe import part
 from sapmerge.units import Factors, Units
 
-__all__ = ["GradientProduct", "PruneLayers", "Summed", "gradpruner", "initial_importance"]
+__all__ = ["GradientProduct", "PruneLayers", "Summed", "gradpruner"]
 
 LayerScore: TypeAlias = Callable[[Mapping[str, tuple[Tensor, Stats]]], float]
 """part -> (values, what is known of them), of one update: its score."""
@@ -53,10 +53,7 @@ class GradientProduct:
         gA, gB = (parts[name][1].gradient.double() for name in "AB")
         if self.power == 2:  # |gB gA|^2 = <gB^T gB, gA gA^T>
             return max(float(((gB.T @ gB) * (gA @ gA.T)).sum()), 0.0) ** 0.5
-        return sum(
-            float(initial_importance(gA, rows).abs().sum())
-            for rows in cast("tuple[Tensor, ...]", torch.split(gB, 1024))
-        )
+        return sum(float(initial_importance(gA, rows).abs().sum()) for rows in torch.split(gB, 1024))
 
 
 @part

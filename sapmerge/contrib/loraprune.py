@@ -19,7 +19,7 @@ from sapmerge.recipe import part
 from sapmerge.rescalers import MatchNorm
 from sapmerge.units import Factors
 
-__all__ = ["PruneGroups", "loraprune", "sensitivity"]
+__all__ = ["PruneGroups", "loraprune"]
 
 _ROWS = 1024
 """Rows of an update that are formed at once."""

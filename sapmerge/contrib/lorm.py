@@ -165,11 +165,11 @@ def shared(layer: Layer, factor: str) -> Tensor | None:
 
 def _with_shared_B(layer: Layer, problem: NormalEquations) -> Update:
     B, like = shared(layer, "B"), layer.updates[0]
-    if B is None or problem.S is None or not problem.low:
+    if B is None or problem.total is None or not problem.low:
         return absent(layer.shape, torch.empty(0, dtype=like.dtype, device=like.device))
     weights = [w for update, w in zip(layer, layer.weights, strict=True) if update.rank and w != 0]
     rows = torch.stack([w * product for w, (_, product, _) in zip(weights, problem.low, strict=True)]).sum(0)
-    return LowRank(B.to(like.dtype), inverse(problem.S)[0](rows).to(like.dtype))
+    return LowRank(B.to(like.dtype), inverse(problem.total)[0](rows).to(like.dtype))
 
 
 def _with_shared_A(layer: Layer, A: Tensor | None, left: Tensor | float, right: Tensor | float) -> Update:

@@ -122,6 +122,7 @@ CASES = [
     bad("header begins with a mark", container(b"\xef\xbb\xbf" + TEXT.encode(), DATA), "'{'"),
     bad("header is not JSON", container(TEXT.replace(":", "=", 1), DATA), "header", "not valid at"),
     bad("header is cut", container(TEXT[:-20], DATA), "tensor", "tensor"),
+    bad("a name without its first quote", container(TEXT.replace('{"base', "{xbase", 1), DATA), "not valid at"),
     bad("header in single quotes", container(TEXT.replace('"', "'"), DATA), "header", "not valid at"),
     bad("header with a trailing comma", container(TEXT[:-1] + ",}", DATA), "header", "not valid at"),
     bad("header with a comment", container(TEXT[:-1] + "/* x */}", DATA), "header", "not valid at"),

@@ -140,7 +140,7 @@ def _value(rng: random.Random, old: Any = None, depth: int = 0) -> Any:
         return {rng.choice(PATTERNS + WORDS): rng.choice(NUMBERS) for _ in range(rng.randrange(4))}
     if kind == 4 and depth < 40:
         return [_value(rng, old, depth + 1)] if rng.random() < 0.5 else {"a": _value(rng, old, depth + 1)}
-    if kind == 5 and isinstance(old, int | float):
+    if kind == 5 and isinstance(old, int | float) and abs(old) < 1e100:
         return old * rng.choice((-1, 0, 2, 0.5, 1000, 1e30)) + rng.choice((0, 1, -1))
     if kind == 6 and isinstance(old, list):
         return rng.sample(old, rng.randrange(len(old) + 1)) + rng.choice(([], [rng.choice(WORDS)], old))
