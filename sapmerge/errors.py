@@ -20,8 +20,18 @@ __all__ = [
 ]
 
 
+_LONGEST = 2000
+
+
 class SapmergeError(Exception):
-    """Base of every error that sapmerge raises on purpose."""
+    """Base of every error that sapmerge raises on purpose.
+
+    What strangers wrote may be in a message: control characters are shown as escapes, and a long message is cut.
+    """
+
+    def __init__(self, message: str) -> None:
+        text = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in message)
+        super().__init__(text if len(text) <= _LONGEST else text[: _LONGEST - 4] + " ...")
 
 
 class SapmergeWarning(UserWarning):

@@ -41,6 +41,10 @@ class Heads:
     dropped: tuple[str, ...]
     policy: HeadPolicy = None
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Tensor name -> its shape in the output."""
+        return {name: tuple(sources[0][0].saved[name].shape) for name, sources in self.chosen.items()}
+
     def tensors(self) -> Mapping[str, Callable[[], Tensor]]:
         """Tensor name -> a function that reads and averages it."""
         return {name: partial(_average, name, sources) for name, sources in self.chosen.items()}

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
 
 from sapmerge.adapter import Adapter
-from sapmerge.errors import IncompatibleAdaptersError, MethodError
+from sapmerge.errors import IncompatibleAdaptersError, MethodError, SapmergeWarning
 
 __all__ = ["AdapterLike", "Adapters", "check_mergeable", "check_numbers", "load_adapters", "resolve_weights"]
 
@@ -124,6 +125,10 @@ def check_mergeable(adapters: Sequence[Adapter], base_model: str | None = None) 
             kind.
     """
     base = _common_base(adapters, base_model)
+    tasks = {adapter.label: adapter.task_type for adapter in adapters if adapter.task_type}
+    if len(set(tasks.values())) > 1:
+        listed = ", ".join(f"{label}: {task}" for label, task in tasks.items())
+        warnings.warn(f"the adapters were trained for different tasks ({listed})", SapmergeWarning, stacklevel=3)
     first: dict[str, Adapter] = {}
     for adapter in adapters:
         for name, module in adapter.modules.items():

@@ -28,7 +28,7 @@ from sapmerge.layer import Dense, Layer, LowRank, Method, Update
 from sapmerge.linalg import one_thread
 from sapmerge.lowrank import truncate
 from sapmerge.methods import sap
-from sapmerge.models import base_of, find_modules, model_names
+from sapmerge.models import base_of, find_modules, find_saved, model_names
 from sapmerge.recipe import recipe
 from sapmerge.report import LayerReport, Report, describe, describe_adapters
 from sapmerge.stream import AdapterLayers
@@ -50,6 +50,7 @@ def merge(
     base_model: str | None = None,
     device: torch.device | str | None = None,
     progress: bool | None = None,
+    cache: str | os.PathLike[str] | None = None,
 ) -> Merged:
     """Merge LoRA adapters into one.
 
@@ -69,6 +70,8 @@ def merge(
         base_model: the base that the output is for, when the adapters name different ones.
         device: where to compute; the CPU by default.
         progress: False: no progress bar. None: one if stderr is a terminal.
+        cache: a folder of your own for the anchors' statistics: a merge that was killed goes on where it was, and one
+            that differs in the density alone needs no pass at all.
 
     Returns:
         A lazy `Merged`: nothing is merged before it is saved, applied, added or reported.
@@ -89,9 +92,10 @@ def merge(
     heads = plan_heads(opened, numbers, modules_to_save)
     stream = AdapterLayers.of(opened, numbers, torch.device(device or "cpu"))
     if anchor_loader is not None:
-        stream = stream.with_anchors(anchor_loader, model, loss)
+        stream = stream.with_anchors(anchor_loader, model, loss, cache)
     elif model is not None:
         find_modules(model, stream.modules)
+        find_saved(model, heads.shapes())
     with one_thread() if stream.anchors is None else nullcontext():
         prepared = prepare(method, stream)
     if stream.anchors is not None and not stream.anchors.used:

@@ -18,6 +18,7 @@ __all__ = [
     "check_untied",
     "device_of",
     "find_modules",
+    "find_saved",
     "model_names",
     "tensor_name",
     "weight_view",
@@ -117,6 +118,29 @@ def check_untied(model: Any, weights: Mapping[str, Tensor]) -> None:
                 f"the weight of {name!r} is tied ({', '.join(sharing)}): writing to it would change both. Use "
                 "save_pretrained or add_to, or untie the weights first"
             )
+
+
+def find_saved(model: Any, wanted: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """The model's own tensor for every tensor of a module that was saved whole.
+
+    Args:
+        wanted: canonical tensor name -> shape.
+
+    Raises:
+        ModelMismatchError: it has none, or one of another shape.
+    """
+    state, names = cast("dict[str, Tensor]", base_of(model).state_dict(keep_vars=True)), model_names(model)
+    own = {name.replace(".original_module.", "."): tensor for name, tensor in state.items()}
+    targets: dict[str, Tensor] = {}
+    for name, shape in wanted.items():
+        target = own.get(tensor_name(name, names))
+        if target is None or tuple(target.shape) != shape:
+            found = "none" if target is None else str(tuple(target.shape))
+            raise ModelMismatchError(
+                f"the adapters save {name!r} {shape}, and the model has {found}; modules_to_save='drop' leaves it out"
+            )
+        targets[name] = target
+    return targets
 
 
 def device_of(model: Any) -> torch.device:

@@ -17,7 +17,7 @@ from sapmerge.adapter import Module
 from sapmerge.errors import MethodError, ModelMismatchError, NonFiniteError, OutputExistsError
 from sapmerge.io.writing import CheckpointWriter
 from sapmerge.layer import LowRank, Update
-from sapmerge.models import base_of, check_untied, find_modules, model_names, tensor_name, weight_view
+from sapmerge.models import check_untied, find_modules, find_saved, model_names, tensor_name, weight_view
 from sapmerge.report import LayerReport, table
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def save(merged: Merged, path: str | os.PathLike[str], *, overwrite: bool) -> tu
 def apply(merged: Merged, model: Any) -> tuple[LayerReport, ...]:
     """Add the updates to the weights, in place; on any error the weights are what they were."""
     modules, rows = find_modules(model, merged.stream.modules), list[LayerReport]()
-    saved = _head_targets(merged, model)
+    saved = find_saved(model, merged.heads.shapes())
     check_untied(model, {name: cast("Tensor", module.weight) for name, module in modules.items()} | saved)
     with _restored_on_error() as keep, torch.no_grad():
         for module, update, row in merged.stored(lossless=True):
@@ -222,28 +222,6 @@ def _card(merged: Merged, rows: Sequence[LayerReport]) -> str:
             "",
         ]
     )
-
-
-def _head_targets(merged: Merged, model: Any) -> dict[str, Tensor]:
-    """The model's own tensor for every saved one.
-
-    Raises:
-        ModelMismatchError: it has none, or one of another shape.
-    """
-    base = base_of(model)
-    state, names = cast("dict[str, Tensor]", base.state_dict(keep_vars=True)), model_names(model)
-    own = {name.replace(".original_module.", "."): tensor for name, tensor in state.items()}
-    targets: dict[str, Tensor] = {}
-    for name, sources in merged.heads.chosen.items():
-        shape = tuple(sources[0][0].saved[name].shape)
-        target = own.get(tensor_name(name, names))
-        if target is None or tuple(target.shape) != shape:
-            found = "none" if target is None else str(tuple(target.shape))
-            raise ModelMismatchError(
-                f"the adapters save {name!r} {shape}, and the model has {found}; modules_to_save='drop' leaves it out"
-            )
-        targets[name] = target
-    return targets
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -35,14 +36,19 @@ class AdapterLayers:
             tuple(adapters[k] for k in order), tuple(weights[k] for k in order), dict(sorted(modules.items())), device
         )
 
-    def with_anchors(self, loader: Any, model: Any, loss: Loss | None) -> AdapterLayers:
+    def with_anchors(
+        self, loader: Any, model: Any, loss: Loss | None, cache: str | os.PathLike[str] | None = None
+    ) -> AdapterLayers:
         """The same layers, with gradients on the anchors at hand."""
 
         def reader(adapter: Adapter) -> Callable[[], Mapping[str, Update]]:
             return lambda: {name: adapter.update(name) for name in adapter.modules}
 
         readers = [(adapter.label, reader(adapter)) for adapter in self.adapters]
-        return replace(self, anchors=Anchors(model, loader, self.modules, readers, loss))
+        anchors = Anchors(model, loader, self.modules, readers, loss)
+        if cache is not None:
+            anchors.resume_in(cache, [adapter.digest for adapter in self.adapters])
+        return replace(self, anchors=anchors)
 
     def __iter__(self) -> Iterator[Layer]:
         for name in self.modules:

@@ -122,6 +122,9 @@ class LinearLoss:
                     G = G if left is None else left.T @ G
                     G = G if frames.V is None else G @ frames.V
                 both.append(function(self.units(update).pull(View(G))[part][0]))
+                size = update.norm()
+                if isinstance(self.units, sm.Entries) and statistic.endswith("square") and size:
+                    both[-1] = both[-1] + (update.dense() / size).square()  # no two adapters have the same
             return both[0], both[1]
 
         def activations(self, layer: str, adapter: int, part: str) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sapmerge.anchors.gradients import TokenGradient, token_gradient
 from sapmerge.bases import Frames
-from sapmerge.errors import AnchorError, MethodError
+from sapmerge.errors import AnchorError, MethodError, NonFiniteError
 from sapmerge.layer import Layer, LayerStream
 from sapmerge.units import Coordinates, Layers, Units
 
@@ -174,4 +174,6 @@ class _Gram:
         device, n = layer.updates[0].device, layer.shape[1]
         if self._sum is None:
             return torch.zeros(n, dtype=torch.float64, device=device)
+        if not bool(torch.isfinite(self._sum).all()):
+            raise NonFiniteError(f"the inputs of layer {layer.name!r} on the anchors are NaN or infinite")
         return (self._sum / max(self._tokens, 1)).to(device)

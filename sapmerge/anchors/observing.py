@@ -38,8 +38,8 @@ class GradientStatistics:
         """See `sapmerge.layer.Observation`."""
         if statistic not in ("mean", "absolute", "square", "batch square") or at not in ("adapter", "base"):
             raise MethodError(
-                "a gradient statistic is 'mean', 'absolute', 'square' or 'batch square', at the 'adapter' or at the "
-                f"'base'; got {statistic!r} at {at!r}"
+                "a gradient statistic is 'mean', 'absolute' or 'square' (or 'batch square'), at the 'adapter' or at "
+                f"the 'base'; got {statistic!r} at {at!r}"
             )
         if not self._groups:
             self._plan()
@@ -68,25 +68,49 @@ class GradientStatistics:
 
     def _run(self, group: int, statistic: str, at: str) -> dict[tuple[str, int], Halves]:
         sums: dict[tuple[str, int], _Sums] = {}
+        frames: dict[str, tuple[Frames, ...]] = {}
         for layer in self._layers:
             if self._groups[layer.name] == group:
+                frames[layer.name] = layer.frames
                 for k, update in enumerate(layer):
                     if update.rank:
                         pull, shape = self._units(update).pull, self._anchors.modules[layer.name].shape
                         sums[layer.name, k] = _Sums(pull, layer.frames, statistic, shape, update.device)
-        count = 0
         if at == "base":
             count = self._anchors.backward(
                 None, {n: _all([s for (m, _), s in sums.items() if m == n]) for n, _ in sums}
             )
-        else:
-            for k in sorted({k for _, k in sums}):
-                count = self._anchors.backward(k, {name: found.add for (name, j), found in sums.items() if j == k})
-        self._warn_of_unused(sorted({name for (name, _), found in sums.items() if not found.seen}))
-        return {key: found.halves(count) for key, found in sums.items()}
+            self._warn_of_unused({name for (name, _), found in sums.items() if not found.seen})
+            return {key: found.halves(count) for key, found in sums.items()}
+        out: dict[tuple[str, int], Halves] = {}
+        for k in sorted({k for _, k in sums}):
+            mine = {name: found for (name, j), found in sums.items() if j == k}
+            for name, halves in self._of_adapter(k, mine, statistic, {name: frames[name] for name in mine}).items():
+                out[name, k] = halves
+        return out
 
-    def _warn_of_unused(self, names: Sequence[str]) -> None:
-        new = [name for name in names if name not in self._anchors.unused]
+    def _of_adapter(
+        self, k: int, sums: Mapping[str, _Sums], statistic: str, frames: Mapping[str, tuple[Frames, ...]]
+    ) -> Mapping[str, Halves]:
+        """One adapter's statistics: from an earlier run if a cache holds them, else from a pass over the anchors."""
+        resume = self._anchors.resume
+        key = "" if resume is None else resume.key(k, statistic, self._units, frames)
+        kept = None if resume is None else resume.get(key)
+        if kept is not None:
+            found, notes = kept
+            self._anchors.note_loss(k, notes["loss"])
+            self._warn_of_unused(set(notes["unused"]))
+            return {name: _on(halves, sums[name].device) for name, halves in found.items()}
+        count = self._anchors.backward(k, {name: found.add for name, found in sums.items()})
+        unused = {name for name, found in sums.items() if not found.seen}
+        self._warn_of_unused(unused)
+        halves = {name: found.halves(count) for name, found in sums.items()}
+        if resume is not None:
+            resume.put(key, halves, {"loss": self._anchors.loss_at(k), "unused": sorted(unused)})
+        return halves
+
+    def _warn_of_unused(self, names: set[str]) -> None:
+        new = sorted(names - self._anchors.unused)
         self._anchors.unused.update(new)
         if new:
             warnings.warn(
@@ -97,6 +121,10 @@ class GradientStatistics:
             )
 
 
+def _on(halves: Mapping[str, tuple[Tensor, Tensor]], device: torch.device) -> Halves:
+    return {part: (one.to(device), other.to(device)) for part, (one, other) in halves.items()}
+
+
 class _Sums:
     """Sums of a gradient statistic over the samples of even and of odd number."""
 
@@ -104,7 +132,7 @@ class _Sums:
         self, pull: Pull, frames: tuple[Frames, ...], statistic: str, shape: tuple[int, int], device: torch.device
     ) -> None:
         self._pull, self._frames, self._statistic = pull, frames, statistic
-        self._shape, self._device = shape, device
+        self._shape, self.device = shape, device
         self._sums: list[dict[str, Tensor]] = [{}, {}]
         self.seen = 0
 
@@ -151,7 +179,7 @@ class _Sums:
         if not self.seen:
             nothing = TokenGradient(torch.zeros(1, 1, self._shape[1]), torch.zeros(1, 1, self._shape[0]))
             self._accumulate(0, nothing.inside(self._frames), 0.0)
-        one, other = ({name: value.to(self._device) for name, value in sums.items()} for sums in self._sums)
+        one, other = ({name: value.to(self.device) for name, value in sums.items()} for sums in self._sums)
         if count == 1:  # one sample has no halves
             return {name: (value, value) for name, value in (one | other).items()}
         for sums, opposite in ((one, other), (other, one)):

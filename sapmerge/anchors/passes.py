@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -27,6 +28,7 @@ from sapmerge.anchors.losses import (
     loss_name,
 )
 from sapmerge.anchors.observing import GradientStatistics
+from sapmerge.anchors.resuming import Resume
 from sapmerge.errors import AnchorError, NonFiniteError
 from sapmerge.layer import Layer, LayerStream, Update
 from sapmerge.models import device_of, find_modules
@@ -74,8 +76,24 @@ class Anchors:
             _check_finite(base, self.targets)
         self.used = False
         self.unused = set[str]()
+        self.resume: Resume | None = None
         self._known: dict[int | None, float] = {}
         self._embedded: dict[str, list[Tensor]] | None = None
+
+    def resume_in(self, folder: str | os.PathLike[str], digests: Sequence[str]) -> None:
+        """Keep the statistics of every adapter in a folder, and take from there what an earlier run has left.
+
+        Args:
+            folder: of the cache.
+            digests: of the adapters' content.
+        """
+        with frozen(self.model) as base:
+            self.resume = Resume(folder, digests, base, self.batches.digest, self.loss)
+
+    def note_loss(self, adapter: int, loss: float) -> None:
+        """The anchors' loss at base + adapter, known from an earlier run."""
+        self.used = True
+        self._known[adapter] = loss
 
     def observe(self, layers: LayerStream, units: Units) -> GradientStatistics:
         """Gradients in the coordinates of `units`; nothing runs before the first one is asked for."""
@@ -87,7 +105,7 @@ class Anchors:
         Args:
             loss: the anchors' own by default.
         """
-        return [self._loss_at(k, loss or self.loss) for k in range(len(self.adapters))]
+        return [self.loss_at(k, loss or self.loss) for k in range(len(self.adapters))]
 
     def loss_of(
         self, updates: Mapping[str, Update], loss: Loss | None = None, who: str = "the merged adapter"
@@ -105,11 +123,10 @@ class Anchors:
         updates: Mapping[str, Update],
         directions: Mapping[str, Sequence[Update]],
         loss: Loss | None = None,
-        who: str = "the merged adapter",
     ) -> tuple[float, dict[str, Tensor]]:
         """The mean loss at base + updates, and its derivatives <G, D> along directions: layer -> (K,), float64."""
         here = copy.copy(self)
-        here.adapters, here.loss, here._known = [(who, lambda: updates)], loss or self.loss, {}
+        here.adapters, here.loss, here._known = [("the merged adapter", lambda: updates)], loss or self.loss, {}
         found = {name: torch.zeros(len(along), dtype=torch.float64) for name, along in directions.items()}
 
         def along(name: str) -> Callable[[TokenGradient, int], None]:
@@ -127,25 +144,21 @@ class Anchors:
         stream_grams(self, layers, fold)
 
     def halves(self) -> tuple[Anchors, Anchors]:
-        """The same with every other batch, and with the rest; of a single batch, with every other sample.
-
-        Raises:
-            AnchorError: there is one anchor, or a single batch whose samples cannot be told apart.
-        """
+        """The same with every other batch, and with the rest; of a single batch, with every other sample (`Half`)."""
         self.used = True
         halves = copy.copy(self), copy.copy(self)
         for number, half in enumerate(halves):
             half.batches = Batches(Half(self.batches, number), device_of(self.model))
-            half._known, half._embedded = {}, None
+            half._known, half._embedded, half.resume = {}, None, None  # a cache is of all anchors
         return halves
 
     def summary(self) -> dict[str, object]:
         """What a report says about the anchors."""
-        losses = {label: self._loss_at(k, self.loss) for k, (label, _) in enumerate(self.adapters)}
+        losses = {label: self.loss_at(k, self.loss) for k, (label, _) in enumerate(self.adapters)}
         notes: dict[str, object] = {
             "anchors": sum(batch_size(batch) for batch in self.batches),
             "loss": loss_name(self.loss),
-            "anchor loss": {"base model": self._loss_at(None, self.loss), **losses},
+            "anchor loss": {"base model": self.loss_at(None, self.loss), **losses},
         }
         return notes | ({"layers without gradient": sorted(self.unused)} if self.unused else {})
 
@@ -192,12 +205,7 @@ class Anchors:
         return count
 
     def forward(self, adapter: int, watched: Mapping[str, Seen]) -> int:
-        """One pass over the anchors without gradients, at base + one adapter; returns the number of samples.
-
-        Args:
-            adapter: its index.
-            watched: layer -> what to do with its inputs in each call.
-        """
+        """One pass without gradients, at base + adapter: layer -> what to do with its inputs. The number of samples."""
         self.used = True
         (who, updates), count = self._place(adapter), 0
         with frozen(self.model) as base, torch.no_grad(), attached(self.targets, self._moved(updates), who):
@@ -223,7 +231,9 @@ class Anchors:
         label, updates = self.adapters[adapter]
         return f"adapter {label!r}", updates()
 
-    def _loss_at(self, adapter: int | None, loss: Loss) -> float:
+    def loss_at(self, adapter: int | None, loss: Loss | None = None) -> float:
+        """The mean loss at base + one adapter, or at the base for None; the anchors' own loss is measured once."""
+        loss = loss or self.loss
         if loss is not self.loss or adapter not in self._known:
             who, updates = self._place(adapter)
             found = self.loss_of(updates, loss, who)

@@ -33,7 +33,7 @@ class RegMean:
     Args:
         reduction: of off-diagonals, in [0, 1]; below 1, a layer with fewer tokens than inputs is well posed too.
         unseen: in directions that no anchor excites the result is `unseen` times the mean of the updates: 0 for the
-            pseudo-inverse, 1 for the mean. With an embedding these are the tokens that no anchor has.
+            pseudo-inverse, 1 for the mean, or between. With an embedding these are the tokens that no anchor has.
         grams: label -> layer -> (n, n), measured elsewhere, e.g. by each client on its own data; then there is no need
             of anchors. Scale them alike: sums over rows weigh a client by its number of rows, means do not. Not part of
             the recipe.
@@ -49,6 +49,8 @@ class RegMean:
 
     def __post_init__(self) -> None:
         check_reduction(self.reduction)
+        if not 0 <= self.unseen <= 1:
+            raise MethodError(f"unseen is a share of the mean, in [0, 1]; got {self.unseen!r}")
 
     def prepare(self, layers: LayerStream) -> RegMean:
         merged: dict[str, Update] = {}

@@ -198,7 +198,10 @@ def _pair(weights: Weights, module: str, embedding: bool, parts: Mapping[str, st
         columns *= size
     shape = (b.shape[0], columns)
     if rank > min(shape) and not limits.rank_above_shape:
-        raise LimitExceededError(f"{where}: rank {rank} is larger than the update, {shape[0]} x {shape[1]} ({both})")
+        raise LimitExceededError(
+            f"{where}: rank {rank} is larger than the update, {shape[0]} x {shape[1]} ({both}); if that is meant: "
+            "Adapter.load(path, limits=Limits(rank_above_shape=True))"
+        )
     kind = "embedding" if embedding else "linear" if len(a.shape) == 2 else "conv"
     dtype = torch.promote_types(a.dtype, b.dtype)
     return Pair(module, kind, parts["A"], parts["B"], shape, rank, dtype, a.shape, b.shape)

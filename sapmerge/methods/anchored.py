@@ -118,5 +118,10 @@ def tune(
     if candidates is None:
         candidates = {density: sap(density) for density in (0.2, 0.4, 0.6, 0.8, 1.0)}
     if not isinstance(candidates, Mapping):
-        candidates = {recipe(method): method for method in candidates}
+        candidates = {_name(k, recipe(method)): method for k, method in enumerate(candidates)}
     return Tune(candidates, tuple(scales), loss)
+
+
+def _name(number: int, text: str) -> str:
+    """A recipe, unless a recipe that has it as a name could not be read back: text with a colon names a function."""
+    return f"candidate {number + 1}" if ":" in text else text

@@ -230,7 +230,7 @@ def test_a_tower_that_no_adapter_touches_runs_once_per_batch(targets: str, idle:
     adapters, _ = models.adapters(model, [targets] * 3)
     idle_calls, busy_calls = calls_of(getattr(model, idle)), calls_of(getattr(model, busy))
     merged = models.merge(adapters, loader, model, method=sm.WeighByAnchors(sm.sap()))
-    assert merged.report.notes["anchor loss"].keys() == {"base model", "a0", "a1", "a2", "merged"}
+    assert merged.report.notes["anchor loss"].keys() == {"base model", "a0", "a1", "a2", "merged adapter"}
     assert len(idle_calls) == 2  # one per batch, for all passes together
     assert len(busy_calls) == 2 * (3 + 3 + 1 + 1)  # gradients and contrastive losses of three, base, merged
 

@@ -129,13 +129,13 @@ def judged(case: Case, target: Path) -> Outcome:
         try:
             got = _act(case, target)
             seconds = time.process_time() - start
+            resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
             found = got()
         except SapmergeError as error:
             return Outcome("refuse", str(error), type(error).__name__, time.process_time() - start)
         except BaseException as error:
             return Outcome("raised", repr(error)[:3000], type(error).__name__)
     said = [item for item in caught if issubclass(item.category, SapmergeWarning)]
-    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     off = oracle.error(found, wanted(case, target))
     if not off <= TOLERANCE:
         return Outcome("wrong", f"the update is off by {off:g}")

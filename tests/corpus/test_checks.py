@@ -168,3 +168,15 @@ def test_in_memory_tensors_that_are_not_plain() -> None:
     ):
         with pytest.raises(SapmergeError, match="lora_A"):
             Adapter.from_state_dict(good_config(), state(**{QA: tensor}))
+
+
+def test_a_repository_that_changes_between_two_downloads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def download(repo_id: str, filename: str, **_: Any) -> str:
+        write(tmp_path / filename)
+        return str(tmp_path / filename / filename)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    with pytest.raises(AdapterFormatError, match="changed between two downloads"):
+        Adapter.from_hub("user/name")

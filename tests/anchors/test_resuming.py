@@ -1,0 +1,140 @@
+"""A merge that was killed goes on where it was; what changed is never taken from the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import sapmerge as sm
+from sapmerge.anchors import passes
+from tests.anchors import models
+
+TARGETS = [r".*vision_model.*(q_proj|v_proj)", r".*vision_model.*(q_proj|fc1)", r".*text_model.*v_proj"]
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int | None]:
+    """The adapters for which the anchors were run with gradients."""
+    seen: list[int | None] = []
+    backward = passes.Anchors.backward
+
+    def counting(self: passes.Anchors, adapter: int | None, *rest: Any) -> int:
+        seen.append(adapter)
+        return backward(self, adapter, *rest)
+
+    monkeypatch.setattr(passes.Anchors, "backward", counting)
+    return seen
+
+
+def updates_of(merged: sm.Merged) -> dict[str, Tensor]:
+    return {name: update.dense() for name, update in merged.updates()}
+
+
+def test_the_second_run_needs_no_pass_and_gives_the_same_bits(tmp_path: Path, counted: list[int | None]) -> None:
+    base = models.clip()
+    made, _ = models.adapters(base, TARGETS)
+    plain = models.merge(made, models.pairs(), base)
+    assert len(counted) == 3
+    first = models.merge(made, models.pairs(), base, cache=tmp_path / "cache")
+    assert len(counted) == 6
+    again = models.merge(made[::-1], models.pairs(), base, cache=tmp_path / "cache")
+    other_density = models.merge(made, models.pairs(), base, method=sm.sap(density=0.5), cache=tmp_path / "cache")
+    assert len(counted) == 6
+    for name, update in updates_of(plain).items():
+        assert torch.equal(update, updates_of(first)[name])
+        assert torch.equal(update, updates_of(again)[name])
+    fresh = models.merge(made, models.pairs(), base, method=sm.sap(density=0.5))
+    assert all(torch.equal(update, updates_of(fresh)[name]) for name, update in updates_of(other_density).items())
+    assert again.report.notes["anchor loss"] == pytest.approx(plain.report.notes["anchor loss"], rel=1e-6)
+
+
+def test_a_run_that_died_goes_on_with_the_adapters_that_are_missing(
+    tmp_path: Path, counted: list[int | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = models.clip()
+    made, _ = models.adapters(base, TARGETS)
+    calls = {"left": 2 * len(models.pairs())}
+
+    def dying(model: Any, batch: Any) -> Tensor:
+        if torch.is_grad_enabled():
+            calls["left"] -= 1
+            if calls["left"] < 0:
+                raise KeyboardInterrupt
+        return sm.alignment(model, batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        models.merge(made, models.pairs(), base, loss=dying, cache=tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
+    counted.clear()
+    calls["left"] = 1000
+    models.merge(made, models.pairs(), base, loss=dying, cache=tmp_path)
+    assert len(counted) == 1
+
+
+@pytest.mark.parametrize("what", ["adapter", "base", "anchors", "loss", "statistic", "units", "frames"])
+def test_a_changed_input_is_not_reused(tmp_path: Path, counted: list[int | None], what: str) -> None:
+    base, anchors, method = models.clip(), models.pairs(), sm.sap()
+    loss: Callable[..., Tensor] = sm.alignment
+    made, live = models.adapters(base, TARGETS[:2], (3, 2))
+    models.merge(made, anchors, base, method=method, loss=loss, cache=tmp_path)
+    counted.clear()
+    wanted = 2
+    if what == "adapter":
+        with torch.no_grad():
+            next(p for n, p in live[0].named_parameters() if "lora_B" in n).add_(1e-3)
+        made, wanted = [models.adapter(live[0], "a0"), made[1]], 1
+    elif what == "base":
+        with torch.no_grad():
+            base.vision_model.encoder.layers[1].mlp.fc2.weight[0, 0] += 1e-3
+    elif what == "anchors":
+        anchors[1]["pixel_values"][0, 0, 0, 0] += 1e-3
+    elif what == "loss":
+        loss = lambda model, batch: sm.alignment(model, batch) * 1.0  # noqa: E731
+    elif what == "statistic":
+        method = sm.sap(scorer=sm.PerSampleTaylor())
+    elif what == "units":
+        method = sm.sap(units=sm.Directions())
+    else:
+        method = sm.In(sm.CoreSpace(), sm.sap_original())
+    models.merge(made, anchors, base, method=method, loss=loss, cache=tmp_path)
+    assert len(counted) == wanted
+
+
+def test_two_lambdas_of_one_name_are_two_losses(tmp_path: Path, counted: list[int | None]) -> None:
+    base = models.clip()
+    made, _ = models.adapters(base, TARGETS[:1], (3,))
+    for factor in ("1.0", "2.0"):
+        loss = eval(f"lambda model, batch: sm.alignment(model, batch) * {factor}", {"sm": sm})
+        models.merge(made, models.pairs(), base, loss=loss, cache=tmp_path)
+    assert len(counted) == 2
+
+
+def test_a_damaged_file_is_computed_again(tmp_path: Path, counted: list[int | None]) -> None:
+    base = models.clip()
+    made, _ = models.adapters(base, TARGETS[:1], (3,))
+    first = updates_of(models.merge(made, models.pairs(), base, cache=tmp_path))
+    [path] = tmp_path.glob("*.safetensors")
+    raw = path.read_bytes()
+    for damaged in (raw[:-5], b"", raw[:-1] + bytes([raw[-1] ^ 1])):
+        path.write_bytes(damaged)
+        counted.clear()
+        again = updates_of(models.merge(made, models.pairs(), base, cache=tmp_path))
+        assert len(counted) == 1
+        assert all(torch.equal(first[name], again[name]) for name in first)
+    counted.clear()
+    models.merge(made, models.pairs(), base, cache=tmp_path)
+    assert counted == []
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_cache_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    base = models.clip()
+    made, _ = models.adapters(base, TARGETS[:1], (3,))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(sm.OutputError, match="cache"):
+        models.merge(made, models.pairs(), base, cache=tmp_path / "file")
