@@ -30,7 +30,8 @@ class SapmergeError(Exception):
     """
 
     def __init__(self, message: str) -> None:
-        text = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in message)
+        words = " ".join(message.split())
+        text = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in words)
         super().__init__(text if len(text) <= _LONGEST else text[: _LONGEST - 4] + " ...")
 
 

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import cast
 
 import torch
 from torch import Tensor
 
-__all__ = ["RTOL", "factor_inner", "factor_svd", "norm", "numerical_rank", "one_thread", "qr", "svd", "top_svd"]
+__all__ = [
+    "RTOL",
+    "all_threads",
+    "factor_inner",
+    "factor_svd",
+    "norm",
+    "numerical_rank",
+    "one_thread",
+    "qr",
+    "svd",
+    "top_svd",
+]
 
 RTOL = 1e-6
 """Singular values below RTOL times the largest one are noise of float32 factors: no direction to build on."""
@@ -121,13 +133,29 @@ def numerical_rank(sigma: Tensor, rtol: float = RTOL) -> int:
     return int((sigma > rtol * sigma[0]).sum())
 
 
+_outside: ContextVar[int | None] = ContextVar("_outside", default=None)
+
+
 @contextmanager
 def one_thread() -> Generator[None]:
     """Small-matrix algebra on one thread: sums in one order, so the bits do not depend on the number of threads."""
     threads = torch.get_num_threads()
+    token = _outside.set(threads)
     torch.set_num_threads(1)
     try:
         with torch.no_grad():
             yield
+    finally:
+        torch.set_num_threads(threads)
+        _outside.reset(token)
+
+
+@contextmanager
+def all_threads() -> Generator[None]:
+    """Inside `one_thread`: as many threads as there were outside of it, for passes through a model."""
+    threads, outside = torch.get_num_threads(), _outside.get()
+    torch.set_num_threads(outside or threads)
+    try:
+        yield
     finally:
         torch.set_num_threads(threads)

@@ -10,7 +10,6 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -96,7 +95,7 @@ def merge(
     elif model is not None:
         find_modules(model, stream.modules)
         find_saved(model, heads.shapes())
-    with one_thread() if stream.anchors is None else nullcontext():
+    with one_thread():
         prepared = prepare(method, stream)
     if stream.anchors is not None and not stream.anchors.used:
         warnings.warn(

@@ -78,7 +78,7 @@ def add(merged: Merged, peft_model: Any, adapter_name: str) -> tuple[LayerReport
     if not re.fullmatch(r"[A-Za-z0-9_-]+", adapter_name) or hasattr(nn.ModuleDict, adapter_name):
         raise MethodError(f"{adapter_name!r} cannot be an adapter's name; use letters, digits, '_' and '-'")
     find_modules(peft_model, merged.stream.modules)
-    _head_targets(merged, peft_model)
+    find_saved(peft_model, merged.heads.shapes())
     names = model_names(peft_model)
     rows, ranks, state = list[LayerReport](), dict[str, int](), dict[str, Tensor]()
     for module, update, row in merged.stored():

@@ -14,6 +14,7 @@ from torch.nn import functional
 from sapmerge.anchors.gradients import Call, embed_scale, finite
 from sapmerge.errors import AnchorError, NonFiniteError
 from sapmerge.layer import LowRank, Update
+from sapmerge.linalg import all_threads
 from sapmerge.models import base_of, weight_view
 
 __all__ = ["Watch", "attached", "frozen"]
@@ -43,7 +44,8 @@ def frozen(model: Any) -> Generator[nn.Module]:
             _switch(module, False)
         base.eval()
         base.requires_grad_(False)
-        yield base
+        with all_threads():
+            yield base
     finally:
         for module in active:
             _switch(module, True)

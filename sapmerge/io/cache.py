@@ -6,11 +6,11 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+import torch
 from torch import Tensor
 
 from sapmerge.errors import OutputError
@@ -30,6 +30,8 @@ class Cache:
 
     def get(self, key: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The tensors and notes kept under a key; None if there are none, or if the file is damaged."""
+        from safetensors import SafetensorError, safe_open
+
         path = self._path(key)
         try:
             with cast("Any", safe_open(path, "pt")) as file:
@@ -47,6 +49,8 @@ class Cache:
         Raises:
             OutputError: the folder cannot be written.
         """
+        from safetensors.torch import save
+
         held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         metadata = {"key": key, "digest": _digest(held), "notes": json.dumps(notes)}
         path = self._path(key)
@@ -59,7 +63,8 @@ class Cache:
                 os.fsync(file.fileno())
             os.replace(scratch, path)
         except OSError as error:
-            scratch.unlink(missing_ok=True)
+            with suppress(OSError):
+                scratch.unlink(missing_ok=True)
             raise OutputError(f"cannot write to the cache {str(self._folder)!r}: {error}") from error
 
     def _path(self, key: str) -> Path:
@@ -68,7 +73,7 @@ class Cache:
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:
     found = hashlib.sha256()
-    for name in sorted(tensors):
-        found.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
-        found.update(save({"t": tensors[name]}))
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.flatten().view(torch.uint8).numpy().data)
     return found.hexdigest()

@@ -278,7 +278,7 @@ def test_labels_that_look_like_the_base() -> None:
     made, _ = models.adapters(model, [models.VISION_TARGETS] * 2)
     labelled = {"base": made[0], "model": made[1]}
     losses = models.merge(labelled, loader, model).report.notes["anchor loss"]
-    assert set(losses) == {"base model", "base", "model", "merged"}
+    assert set(losses) == {"base model", "base", "model", "merged adapter"}
     assert losses["base"] != losses["base model"]
 
 
