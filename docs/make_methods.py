@@ -158,6 +158,7 @@ def short(part: Any, without: Sequence[str] = ()) -> str:
         if entry.default_factory is not MISSING and value == entry.default_factory():
             continue
         text = f"{value:.6g}" if isinstance(value, float) else short(value) if is_dataclass(value) else recipe(value)
+        text = text if len(text) <= 60 else "..."  # a method inside a method: see its own row
         shown.append(text if number == len(shown) else f"{entry.name}={text}")
     name = type(part).__name__
     return f"{name}({', '.join(shown)})" if shown else name
