@@ -28,6 +28,7 @@ from sapmerge import (
     subspaces,
     transforms,
     units,
+    verification,
 )
 from sapmerge.adapter import *
 from sapmerge.anchors import *
@@ -54,6 +55,7 @@ from sapmerge.spectral import *
 from sapmerge.subspaces import *
 from sapmerge.transforms import *
 from sapmerge.units import *
+from sapmerge.verification import *
 from sapmerge.version import __version__
 
 RECIPE_NAMES = frozenset(
@@ -110,3 +112,4 @@ __all__ += spectral.__all__
 __all__ += subspaces.__all__
 __all__ += transforms.__all__
 __all__ += units.__all__
+__all__ += verification.__all__

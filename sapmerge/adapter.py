@@ -52,9 +52,9 @@ class Adapter:
 
     label: str
     source: str
-    config: Mapping[str, object]
-    modules: Mapping[str, Module]
-    saved: Mapping[str, SavedTensor]
+    config: Mapping[str, object] = field(repr=False)
+    modules: Mapping[str, Module] = field(repr=False)
+    saved: Mapping[str, SavedTensor] = field(repr=False)
     digest: str
     files: Mapping[str, str]
     base_model: str | None

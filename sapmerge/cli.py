@@ -13,12 +13,13 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from inspect import signature
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import sapmerge
-from sapmerge import methods, verification
+from sapmerge import contrib, methods, verification
 from sapmerge.errors import MethodError, OutputError, SapmergeError, SapmergeWarning
 from sapmerge.layer import Method
 
@@ -38,6 +39,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.debug:
             raise
         print(f"sapmerge: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except Exception as error:  # of the user's own function, say
+        if options.debug:
+            raise
+        print(
+            f"sapmerge: {type(error).__name__}: {' '.join(str(error).split())} (--debug shows where)", file=sys.stderr
+        )
         return 2
     except KeyboardInterrupt:
         return 130
@@ -82,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     again = commands.add_parser("reproduce", help="merge again and compare bits", description="Run the stored recipe.")
     again.add_argument("output", help="folder that sapmerge wrote")
     again.add_argument("--inputs", nargs="+", required=True, metavar="DIR", help="the adapters it was made from")
+    again.add_argument("--use", nargs="+", default=[], metavar="MODULE:FUNCTION", help="your functions in the recipe")
     again.set_defaults(run=_reproduce)
 
     demo = commands.add_parser(
@@ -104,7 +113,7 @@ def _merge(options: argparse.Namespace) -> None:
     merged = sapmerge.merge(
         _adapters(options.adapters),
         method=_method(options.method, {"density": options.density, "seed": options.seed}),
-        weights=None if options.weights is None else [_number(weight) for weight in options.weights.split(",")],
+        weights=_weights(options.weights),
         scale=options.scale,
         rank=options.rank,
         modules_to_save=_policy(options.modules_to_save),
@@ -122,11 +131,14 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 def _verify(options: argparse.Namespace) -> None:
-    _report_problems(verification.verify(options.output, options.inputs), "the output is intact")
+    made_from = ", and made from these adapters" if options.inputs else ""
+    problems = verification.verify(options.output, options.inputs)
+    _report_problems(problems, f"config and weights of the output are intact{made_from}")
 
 
 def _reproduce(options: argparse.Namespace) -> None:
-    _report_problems(verification.reproduce(options.output, options.inputs), "the same bits again")
+    functions = {name: _imported(name) for name in options.use}
+    _report_problems(verification.reproduce(options.output, options.inputs, functions), "the same bits again")
 
 
 def _report_problems(problems: Sequence[str], fine: str) -> None:
@@ -145,6 +157,10 @@ def _adapters(arguments: Sequence[str]) -> Any:
     """Folders, or label=folder for all of them."""
     pairs = [argument.partition("=") for argument in arguments]
     if all(separator and re.fullmatch(r"[A-Za-z0-9._-]{1,64}", label) for label, separator, _ in pairs):
+        labels = [label for label, _, _ in pairs]
+        repeated = [label for label in labels if labels.count(label) > 1]
+        if repeated:
+            raise MethodError(f"two adapters have the label {repeated[0]!r}")
         return {label: folder for label, _, folder in pairs}
     return list(arguments)
 
@@ -152,11 +168,13 @@ def _adapters(arguments: Sequence[str]) -> Any:
 def _method(text: str, given: dict[str, Any]) -> Method:
     """A name of `methods.__all__`, a recipe, or module:function that the user wrote and so allowed to be imported."""
     options = {key: value for key, value in given.items() if value is not None}
-    if text in methods.__all__:
-        factory = cast("Callable[..., Method]", getattr(methods, text))
+    names = [*methods.__all__, *(name for name in contrib.__all__ if name.islower())]
+    if text in names:
+        factory = cast("Callable[..., Method]", getattr(methods if text in methods.__all__ else contrib, text))
         unknown = sorted(set(options) - set(signature(factory).parameters))
         if unknown:
-            raise MethodError(f"the method {text!r} has no {unknown[0]}; it takes {signature(factory)}")
+            known = ", ".join(signature(factory).parameters) or "no arguments"
+            raise MethodError(f"the method {text!r} has no {unknown[0]}; it takes {known}")
         missing = [
             p.name for p in signature(factory).parameters.values() if p.default is p.empty and p.name not in options
         ]
@@ -168,7 +186,9 @@ def _method(text: str, given: dict[str, Any]) -> Method:
     if _IMPORTABLE.fullmatch(text):
         return _imported(text)
     if "(" not in text:
-        raise MethodError(f"there is no method {text!r}; the methods are {', '.join(methods.__all__)}")
+        close = get_close_matches(text.lower(), names, 1)
+        hint = f"did you mean {close[0]!r}? The" if close else "the"
+        raise MethodError(f"there is no method {text!r}; {hint} methods are {', '.join(names)}")
     functions = {name: _imported(name) for name in _strings(text) if _IMPORTABLE.fullmatch(name)}
     return sapmerge.parse(text, functions)
 
@@ -210,6 +230,16 @@ def _rank(text: str) -> int | float | str:
         return int(text) if re.fullmatch(r"\d+", text) else float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"a number, a share in (0, 1) or 'exact'; got {text!r}") from None
+
+
+def _weights(text: str | None) -> list[float] | dict[str, float] | None:
+    """1,0.5 in the order of the adapters, or label=1,label=0.5."""
+    if text is None:
+        return None
+    pairs = [entry.partition("=") for entry in text.split(",")]
+    if all(separator for _, separator, _ in pairs):
+        return {label: _number(number) for label, _, number in pairs}
+    return [_number(entry) for entry in text.split(",")]
 
 
 def _number(text: str) -> float:

@@ -9,10 +9,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
 
+import torch
+
 from sapmerge.adapter import Adapter
 from sapmerge.errors import IncompatibleAdaptersError, MethodError, SapmergeWarning
 
-__all__ = ["AdapterLike", "Adapters", "check_mergeable", "check_numbers", "load_adapters", "resolve_weights"]
+__all__ = [
+    "AdapterLike",
+    "Adapters",
+    "check_device",
+    "check_mergeable",
+    "check_numbers",
+    "load_adapters",
+    "resolve_weights",
+]
 
 AdapterLike: TypeAlias = "Adapter | str | os.PathLike[str] | tuple[Any, Mapping[str, Any]]"
 """A folder, an `Adapter`, the name of an adapter in the live PeftModel given as `model`, or (config, state_dict)."""
@@ -124,6 +134,8 @@ def check_mergeable(adapters: Sequence[Adapter], base_model: str | None = None) 
         IncompatibleAdaptersError: different bases or revisions without `base_model`, or a module of another shape or
             kind.
     """
+    if base_model is not None and not isinstance(base_model, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise MethodError(f"base_model is the name of a model; got a {type(base_model).__name__}. A model is model=...")
     base = _common_base(adapters, base_model)
     tasks = {adapter.label: adapter.task_type for adapter in adapters if adapter.task_type}
     if len(set(tasks.values())) > 1:
@@ -161,12 +173,37 @@ def _common_base(adapters: Sequence[Adapter], base_model: str | None) -> Base:
             raise IncompatibleAdaptersError(
                 f"the adapters name different {what} ({listed}); if they do fit one base, say which: base_model='...'"
             )
+    classes = {adapter.label: _base_class(adapter) for adapter in adapters if _base_class(adapter)}
+    unnamed = [adapter.label for adapter in adapters if not adapter.base_model]
+    if len(set(classes.values())) > 1 and unnamed:
+        listed = ", ".join(f"{label}: {value}" for label, value in classes.items())
+        raise IncompatibleAdaptersError(
+            f"the adapters were trained on different models ({listed}), and {unnamed} name no base; if they do fit one "
+            "base, say which: base_model='...'"
+        )
     name = next((adapter.base_model for adapter in adapters if adapter.base_model), None)
     return Base(name, _revision(adapters[0]))
 
 
+def _base_class(adapter: Adapter) -> str | None:
+    """The class of the base model, where PEFT has written it down (for models without a task)."""
+    written = adapter.config.get("auto_mapping")
+    found = cast("Mapping[str, object]", written).get("base_model_class") if isinstance(written, Mapping) else None
+    return found if isinstance(found, str) else None
+
+
 def _revision(adapter: Adapter) -> str | None:
     return None if adapter.revision in (None, "main") else adapter.revision
+
+
+def check_device(device: torch.device | str | None) -> torch.device:
+    """The device to compute on; an error if this machine has none of the kind."""
+    try:
+        found = torch.device(device or "cpu")
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise MethodError(f"device={str(device)!r} cannot be used: {error}") from None
+    return found
 
 
 def check_numbers(scale: float, rank: int | float | str | None) -> None:

@@ -27,6 +27,7 @@ class AdapterSummary:
     layers: int
     ranks: str
     alphas: str
+    scalings: str
     dtype: str
     norm: float
     modules_to_save: tuple[str, ...]
@@ -73,9 +74,10 @@ class Inspection:
     def __str__(self) -> str:
         blocks = [
             table(
-                ["adapter", "base", "kind", "layers", "ranks", "alphas", "dtype", "norm", "saved modules"],
+                ["adapter", "base", "kind", "layers", "ranks", "alphas", "scaling", "dtype", "norm", "saved modules"],
                 [
-                    [a.label, a.base_model or "-", a.kinds, a.layers, a.ranks, a.alphas, a.dtype, f"{a.norm:.4g}",
+                    [a.label, a.base_model or "-", a.kinds, a.layers, a.ranks, a.alphas, a.scalings, a.dtype,
+                     f"{a.norm:.4g}",
                      ", ".join(a.modules_to_save) or "-"]
                     for a in self.adapters
                 ],
@@ -175,6 +177,7 @@ def _summary(adapter: Adapter, norm: float) -> AdapterSummary:
         layers=len(modules),
         ranks=_listed({module.rank for module in modules}),
         alphas=_listed({module.alpha for module in modules}),
+        scalings=_listed({module.scaling for module in modules}),
         dtype=_listed({str(module.dtype).removeprefix("torch.") for module in modules}),
         norm=norm,
         modules_to_save=tuple(sorted({tensor.rpartition(".")[0] for tensor in adapter.saved})),

@@ -16,21 +16,20 @@ from typing import Any
 
 import torch
 
-from sapmerge import sinks
+from sapmerge import methods, sinks
 from sapmerge.adapter import Adapter, Module
 from sapmerge.anchors.losses import Loss, loss_name
 from sapmerge.compose import prepare
 from sapmerge.errors import MethodError, NonFiniteError, SapmergeWarning
 from sapmerge.heads import HeadPolicy, Heads, plan_heads
-from sapmerge.inputs import Adapters, Base, check_mergeable, check_numbers, load_adapters, resolve_weights
+from sapmerge.inputs import Adapters, Base, check_device, check_mergeable, check_numbers, load_adapters, resolve_weights
 from sapmerge.layer import Dense, Layer, LowRank, Method, Update
 from sapmerge.linalg import one_thread
 from sapmerge.lowrank import truncate
-from sapmerge.methods import sap
 from sapmerge.models import base_of, find_modules, find_saved, model_names
 from sapmerge.recipe import recipe
 from sapmerge.report import LayerReport, Report, describe, describe_adapters
-from sapmerge.stream import AdapterLayers
+from sapmerge.stream import AdapterLayers, with_progress
 
 __all__ = ["Merged", "merge"]
 
@@ -89,7 +88,7 @@ def merge(
     numbers = resolve_weights(weights, opened)
     base = check_mergeable(opened, base_model)
     heads = plan_heads(opened, numbers, modules_to_save)
-    stream = AdapterLayers.of(opened, numbers, torch.device(device or "cpu"))
+    stream = AdapterLayers.of(opened, numbers, check_device(device))
     if anchor_loader is not None:
         stream = stream.with_anchors(anchor_loader, model, loss, cache)
     elif model is not None:
@@ -118,7 +117,7 @@ def merge(
     )
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Merged:
     """A merge that is ready to run. Every sink streams the layers once; memory does not grow with the model's depth."""
 
@@ -130,12 +129,15 @@ class Merged:
     scale: float
     rank: int | float | str | None
     stream: AdapterLayers
-    prepared: Method = field(repr=False)
-    names: Mapping[str, str] = field(repr=False)
-    progress: bool = field(repr=False, default=False)
-    _applied: bool = field(repr=False, default=False)
-    _report: Report | None = field(repr=False, default=None)
-    _stored: dict[str, Update] = field(repr=False, default_factory=dict[str, Update])
+    prepared: Method
+    names: Mapping[str, str]
+    progress: bool = field(default=False)
+    _applied: bool = field(default=False)
+    _report: Report | None = field(default=None)
+    _stored: dict[str, Update] = field(default_factory=dict[str, Update])
+
+    def __repr__(self) -> str:
+        return f"Merged({len(self.adapters)} adapters, {len(self.stream.modules)} layers, {recipe(self.method)})"
 
     def updates(self) -> Iterator[tuple[str, Update]]:
         """(module, merged update) for every layer, exact: scale applied, nothing truncated or rounded."""
@@ -222,7 +224,7 @@ class Merged:
             yield self.stream.modules[layer.name], kept, row
 
     def _merged(self) -> Iterator[tuple[Layer, Update, dict[str, Any]]]:
-        for name in _with_progress(self.stream.modules, self.progress):
+        for name in with_progress(self.stream.modules, self.progress):
             notes: dict[str, Any] = {}
             with one_thread():
                 layer = self.stream.layer(name, notes.__setitem__)
@@ -274,10 +276,17 @@ class Merged:
 
 
 def _check_method(method: Method | None, anchor_loader: Any, model: Any) -> Method:
+    if callable(anchor_loader) and not hasattr(anchor_loader, "__iter__"):
+        raise MethodError(
+            f"the second argument of merge is a loader of anchors; got a {type(anchor_loader).__name__}. A method is "
+            "method=..., a model is the third argument"
+        )
+    if model is not None and not hasattr(model, "named_modules"):
+        raise MethodError(f"model must be a torch module; got a {type(model).__name__}: merge(adapters, loader, model)")
     if anchor_loader is not None and model is None:
         raise MethodError("anchors need a model: merge(adapters, anchor_loader, model)")
     if method is None and anchor_loader is not None:
-        return sap()
+        return methods.sap()
     if method is None:
         raise MethodError(
             "without anchors a method must be given: merge(adapters, method=sm.mean()), or sm.ties(density=0.2), "
@@ -285,15 +294,11 @@ def _check_method(method: Method | None, anchor_loader: Any, model: Any) -> Meth
         )
     if isinstance(method, str):
         raise MethodError(f"method={method!r} is text; pass a method, e.g. sm.ties(), or sm.parse({method!r})")
+    name = getattr(method, "__name__", "")
+    if isinstance(method, type) or (name in methods.__all__ and getattr(methods, name) is method):
+        raise MethodError(
+            f"the method {name} is not called yet: write method={name}(...) with its arguments, or {name}()"
+        )
     if not callable(method):
         raise MethodError(f"a method maps a Layer to one update; {method!r} cannot be called")
     return method
-
-
-def _with_progress(names: Mapping[str, Module], show: bool) -> Iterator[str]:
-    if not show:
-        yield from names
-        return
-    from tqdm import tqdm
-
-    yield from tqdm(names, desc="merging", unit="layer", leave=False)

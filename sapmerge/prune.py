@@ -49,6 +49,11 @@ class Prune:
     fitted: Mapping[str, MaskBuilder] | None = field(default=None, repr=False)
     decided: Mapping[tuple[str, int], _Decision] | None = field(default=None, repr=False)
 
+    def __post_init__(self) -> None:
+        for name, given in (("scorer", self.scorer), ("mask", self.mask), ("rescaler", self.rescaler)):
+            if isinstance(given, type) or not callable(given):
+                raise MethodError(f"Prune's {name} is a part or a function, e.g. Magnitude(); got {given!r:.80}")
+
     def prepare(self, layers: LayerStream) -> Prune:
         """Fit a mask that needs the whole adapter; with gradients, decide every mask, so that only masks are kept."""
         first = next(iter(layers), None)
@@ -115,13 +120,15 @@ class Prune:
             count.add(float((keep != 0).sum()), keep.numel())
             if seen is not None:
                 score.add(float(scores[keep != 0].abs().sum()), float(scores.abs().sum()))
-                one, other = (
-                    mask(self.scorer(values, self._stats(layer, k, name, seen, half))) != 0 for half in (0, 1)
-                )
+                halves = [self.scorer(values, stats_of(layer, k, name, seen, half)) for half in (0, 1)]
+                if torch.equal(*halves):  # one anchor, or scores that are all 0: nothing was decided twice
+                    continue
+                one, other = (mask(half) != 0 for half in halves)
                 overlap.add(float((one & other).sum()), float(one.sum() + other.sum()) / 2)
         notes = {"density": count.value}
         if seen is not None:
-            notes |= {"score_kept": score.value, "anchor_stability": overlap.value}
+            found = {"score_kept": score, "anchor_stability": overlap}
+            notes |= {name: share.value for name, share in found.items() if share.whole}
         return masks, notes
 
     def _scored(
@@ -130,18 +137,16 @@ class Prune:
         """(part, values, scores) of adapter k."""
         where = f"layer {layer.name!r} of adapter {layer.adapters[k]!r}"
         for name, values in coordinates.values.items():
-            scores = self.scorer(values, self._stats(layer, k, name, seen, None))
-            if scores.shape != values.shape:
+            scores = self.scorer(values, stats_of(layer, k, name, seen))
+            if not isinstance(scores, Tensor) or scores.shape != values.shape:  # pyright: ignore[reportUnnecessaryIsInstance]
+                got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__  # pyright: ignore[reportUnnecessaryIsInstance]
                 raise MethodError(
-                    f"{self.scorer!r} must return one score per value: got {tuple(scores.shape)} for "
+                    f"{self.scorer!r} must return one score per value, as a tensor: got {got} for "
                     f"{tuple(values.shape)} in {where}"
                 )
             if not bool(torch.isfinite(scores).all()):
                 raise NonFiniteError(f"{self.scorer!r} gives NaN or infinite scores in {where}")
             yield name, values, scores
-
-    def _stats(self, layer: Layer, k: int, name: str, seen: Observation | None, half: int | None) -> Stats:
-        return stats_of(layer, k, name, seen, half)
 
 
 def stats_of(layer: Layer, k: int, part: str, seen: Observation | None, half: int | None = None) -> Stats:

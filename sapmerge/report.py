@@ -89,8 +89,8 @@ class AdapterReport:
     Args:
         energy_share: of sum_k ||w_k D_k||^2 over all layers.
         loudness: ||w D|| over the median of all adapters.
-        outlier: robust z-score of log ||w D||, from median and MAD (three adapters or more; else None). Beyond 5 the
-            adapter is marked in the table: look at it, or bound it with `CapShare`.
+        outlier: robust z-score of log ||w D||, from median and MAD (None for fewer than three non-zero adapters).
+            Beyond 5 the adapter is marked in the table: look at it, or bound it with `CapShare`.
     """
 
     label: str
@@ -183,11 +183,19 @@ def describe_adapters(
 
 def _loudness(energies: Sequence[float]) -> list[tuple[float, float | None]]:
     """Norm over the median norm, and the robust z-score of its logarithm. Plain z-scores cannot exceed sqrt(K - 1)."""
-    logs = [0.5 * math.log(max(energy, 1e-300)) for energy in energies]
+    logs = [0.5 * math.log(energy) for energy in energies if energy > 0]
+    if not logs:
+        return [(0.0, None) for _ in energies]
     middle = statistics.median(logs)
-    spread = 1.4826 * statistics.median([abs(value - middle) for value in logs])
-    enough = len(logs) >= 3
-    return [(math.exp(value - middle), (value - middle) / max(spread, 0.1) if enough else None) for value in logs]
+    spread = max(1.4826 * statistics.median([abs(value - middle) for value in logs]), 0.1)
+
+    def place(energy: float) -> tuple[float, float | None]:
+        if energy <= 0:  # a weight or an update of zero: silent, and no outlier
+            return 0.0, None
+        distance = 0.5 * math.log(energy) - middle
+        return math.exp(distance), distance / spread if len(logs) >= 3 else None
+
+    return [place(energy) for energy in energies]
 
 
 def _span(ranks: Sequence[int]) -> str:

@@ -120,6 +120,7 @@ class ModelStock:
     not share: adapters of unrelated tasks (c = 0) give the base model, and c < 0 points away from their mean. Made for
     adapters of one task. With weights, p = w / sum w: c is the mean over pairs weighted by p_i p_j, and N = 1 / sum
     p^2. The cosine with a zero update is 0; where 1 + (N - 1) c vanishes so does the mean direction, and t is 0.
+    So it is in a layer that only one adapter has: the others count as zero updates.
 
     Args:
         scope: "layer" (the paper) or "row": a t for every row (mergekit's `filter_wise`).

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sapmerge.adapter import Module
-from sapmerge.errors import MethodError, ModelMismatchError, NonFiniteError, OutputExistsError
+from sapmerge.errors import MethodError, ModelMismatchError, NonFiniteError, OutputError, OutputExistsError
 from sapmerge.io.writing import CheckpointWriter
 from sapmerge.layer import LowRank, Update
 from sapmerge.models import check_untied, find_modules, find_saved, model_names, tensor_name, weight_view
@@ -31,6 +31,9 @@ _PREFIX = "base_model.model."
 def save(merged: Merged, path: str | os.PathLike[str], *, overwrite: bool) -> tuple[LayerReport, ...]:
     """Write a checkpoint folder, streaming the layers; the config is built from scratch, scaling is exactly 1."""
     rows, ranks = list[LayerReport](), dict[str, int]()
+    for adapter in merged.adapters:
+        if adapter.files and os.path.realpath(adapter.source) == os.path.realpath(path):
+            raise OutputError(f"the output {os.fspath(path)!r} is one of the inputs; write to another folder")
     with CheckpointWriter(path, overwrite=overwrite) as writer:
         for module, update, row in merged.stored():
             name = merged.names.get(module.name, module.name)

@@ -14,7 +14,7 @@ from sapmerge.anchors import Anchors
 from sapmerge.anchors.losses import Loss
 from sapmerge.layer import Layer, LowRank, Update, absent
 
-__all__ = ["AdapterLayers"]
+__all__ = ["AdapterLayers", "with_progress"]
 
 
 @dataclass(frozen=True)
@@ -72,3 +72,13 @@ class AdapterLayers:
 
     def _absent(self, name: str) -> LowRank:
         return absent(self.modules[name].shape, torch.empty(0, device=self.device))
+
+
+def with_progress(names: Mapping[str, Module], show: bool) -> Iterator[str]:
+    """The names of the layers, with a progress bar on stderr."""
+    if not show:
+        yield from names
+        return
+    from tqdm import tqdm
+
+    yield from tqdm(names, desc="merging", unit="layer", leave=False)

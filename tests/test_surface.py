@@ -59,6 +59,7 @@ DISK = {
     "demo": "writes its results",
     "inputs": "asks whether the name of an adapter is a folder too",
     "anchors.loading": "opens the images that the user names",
+    "sinks": "asks whether the output is one of the inputs",
     "verification": "merges again into a temporary folder",
 }
 AUTOGRAD = {"anchors": "gradients of the anchors' loss", "demo": "trains"}

@@ -44,6 +44,8 @@ def centered_alignment(model: nn.Module, batch: Batch) -> Tensor:
 def contrastive(model: nn.Module, batch: Batch) -> Tensor:
     """Symmetric InfoNCE at the model's temperature (1 / 0.07 if it has none); other pairs are negatives."""
     image, text = embeddings(model, batch)
+    if len(image) < 2:
+        raise AnchorError("contrastive takes its negatives from the batch, and this one has a single pair")
     learned = getattr(model, "logit_scale", None)
     scale = learned.exp() if isinstance(learned, Tensor) else 1 / 0.07
     logits = (image @ text.T) * scale

@@ -17,7 +17,7 @@ from sapmerge.prune import Prune
 from sapmerge.recipe import recipe
 from sapmerge.rescalers import MatchNorm
 from sapmerge.scorers import Taylor
-from sapmerge.units import Factors, Units
+from sapmerge.units import Factors, Layers, Units
 
 __all__ = ["fisher", "regmean", "sap", "sap_original", "tune"]
 
@@ -44,7 +44,8 @@ def sap(
 
     Needs anchors and a model. `sap_original` is the method to the letter.
     """
-    return MatchEnergy(Chain(Prune(scorer, TopFraction(density), rescaler, units), merger))
+    scope = "adapter" if isinstance(units, Layers) else "layer"  # a layer holds one unit: itself
+    return MatchEnergy(Chain(Prune(scorer, TopFraction(density, scope), rescaler, units), merger))
 
 
 def sap_original(density: float = 0.5) -> Method:
