@@ -35,17 +35,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.showwarning = _show_warning
     try:
         options.run(options)
-    except SapmergeError as error:
+    except Exception as error:
         if options.debug:
             raise
-        print(f"sapmerge: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except Exception as error:  # of the user's own function, say
-        if options.debug:
-            raise
-        print(
-            f"sapmerge: {type(error).__name__}: {' '.join(str(error).split())} (--debug shows where)", file=sys.stderr
-        )
+        if isinstance(error, SapmergeError):
+            text = str(error)
+        else:  # of the user's own function, say
+            text = f"{type(error).__name__}: {' '.join(str(error).split())} (--debug shows where)"
+        print(f"sapmerge: {text}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

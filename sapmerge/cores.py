@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sapmerge.errors import MethodError
-from sapmerge.layer import Dense, Layer, LowRank, Update, absent
+from sapmerge.layer import Dense, Layer, LowRank, Update
 from sapmerge.linalg import RTOL, norm, qr, svd
 
 __all__ = [
@@ -30,7 +30,6 @@ __all__ = [
     "polar",
     "rank_of",
     "size_of",
-    "zero_of",
 ]
 
 POLAR_RTOL = 1e-5
@@ -138,12 +137,6 @@ def in_form_of(left: Tensor, right: Tensor, like: Update) -> Update:
     if isinstance(like, Dense):
         return Dense((left @ right).to(like.dtype))
     return LowRank(left.to(like.dtype), right.to(like.dtype))
-
-
-def zero_of(update: Update) -> LowRank:
-    """The zero update, of rank 0."""
-    like = update.matrix if isinstance(update, Dense) else update.A
-    return absent(update.shape, like)
 
 
 def check_rank(owner: str, rank: int | None) -> None:

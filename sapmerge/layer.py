@@ -156,6 +156,12 @@ def absent(shape: tuple[int, int], like: Tensor) -> LowRank:
     return LowRank(like.new_zeros(shape[0], 0), like.new_zeros(0, shape[1]))
 
 
+def zero_of(update: Update) -> LowRank:
+    """The zero update of the same shape, dtype and device: rank 0."""
+    like = update.matrix if isinstance(update, Dense) else update.A
+    return absent(update.shape, like)
+
+
 def _no_record(key: str, value: object) -> None:
     """Where notes go when nobody asked for a report."""
 

@@ -19,6 +19,7 @@ __all__ = [
     "numerical_rank",
     "one_thread",
     "qr",
+    "split_evenly",
     "svd",
     "top_svd",
 ]
@@ -64,6 +65,12 @@ def factor_svd(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Qa, Ra = qr(A.T)
     U, sigma, Vh = svd(Rb @ Ra.T)
     return Qb @ U, sigma, Vh @ Qa.T
+
+
+def split_evenly(U: Tensor, sigma: Tensor, Vh: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+    """B = U sqrt(sigma) and A = sqrt(sigma) V^T of the first `keep` triplets: factors of equal weight."""
+    root = sigma[:keep].sqrt()
+    return U[:, :keep] * root, root[:, None] * Vh[:keep]
 
 
 def top_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:

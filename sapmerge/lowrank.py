@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sapmerge.layer import Dense, LowRank, Update
-from sapmerge.linalg import factor_inner, numerical_rank, top_svd
+from sapmerge.linalg import factor_inner, numerical_rank, split_evenly, top_svd
 
 __all__ = ["balanced", "concatenate", "gram", "inner", "truncate"]
 
@@ -66,9 +66,8 @@ def balanced(update: Update) -> LowRank:
     Singular values below `linalg.RTOL` are dropped: their directions are arbitrary.
     """
     U, sigma, Vh = update.svd()
-    keep = numerical_rank(sigma)
-    root = sigma[:keep].sqrt()
-    return LowRank((U[:, :keep] * root).to(update.dtype), (root[:, None] * Vh[:keep]).to(update.dtype))
+    B, A = split_evenly(U, sigma, Vh, numerical_rank(sigma))
+    return LowRank(B.to(update.dtype), A.to(update.dtype))
 
 
 def truncate(update: Update, rank: int | float | str | None, default: int) -> tuple[LowRank, float]:
@@ -105,6 +104,5 @@ def truncate(update: Update, rank: int | float | str | None, default: int) -> tu
         keep = min(default, full)
     else:
         keep = full
-    root = sigma[:keep].sqrt()
-    kept = LowRank((U[:, :keep] * root).to(update.dtype), (root[:, None] * Vh[:keep]).to(update.dtype))
-    return kept, min(1.0, float(energy[:keep].sum()) / total)
+    B, A = split_evenly(U, sigma, Vh, keep)
+    return LowRank(B.to(update.dtype), A.to(update.dtype)), min(1.0, float(energy[:keep].sum()) / total)

@@ -32,6 +32,18 @@ def weighted_sum(layer: Layer, weights: tuple[float, ...]) -> Update:
     return Dense(total)
 
 
+def total_weight(layer: Layer, advice: str) -> float:
+    """The sum of the weights, by which a mean divides.
+
+    Raises:
+        MethodError: it is zero; `advice` ends the message.
+    """
+    total = sum(layer.weights)
+    if abs(total) <= 1e-12 * sum(abs(weight) for weight in layer.weights):
+        raise MethodError(f"the weights {layer.weights} sum to zero, so they have no mean{advice}")
+    return total
+
+
 @part
 class Sum:
     """sum_k w_k D_k (task arithmetic, Ilharco et al., https://arxiv.org/abs/2212.04089)."""
@@ -49,9 +61,7 @@ class Mean:
     """
 
     def __call__(self, layer: Layer) -> Update:
-        total = sum(layer.weights)
-        if abs(total) <= 1e-12 * sum(abs(weight) for weight in layer.weights):
-            raise MethodError(f"the weights {layer.weights} sum to zero, so they have no mean; use Sum()")
+        total = total_weight(layer, "; use Sum()")
         return weighted_sum(layer, tuple(weight / total for weight in layer.weights))
 
 
@@ -108,9 +118,7 @@ class FactorMean:
         return self
 
     def __call__(self, layer: Layer) -> Update:
-        total = sum(layer.weights)
-        if abs(total) <= 1e-12 * sum(abs(weight) for weight in layer.weights):
-            raise MethodError(f"the weights {layer.weights} sum to zero, so they have no mean; use FactorSum()")
+        total = total_weight(layer, "; use FactorSum()")
         shares = [weight / total for weight in layer.weights]
         return _apart(layer, shares, shares)
 

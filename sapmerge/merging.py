@@ -131,9 +131,9 @@ class Merged:
     stream: AdapterLayers
     prepared: Method
     names: Mapping[str, str]
-    progress: bool = field(default=False)
-    _applied: bool = field(default=False)
-    _report: Report | None = field(default=None)
+    progress: bool = False
+    _applied: bool = False
+    _report: Report | None = None
     _stored: dict[str, Update] = field(default_factory=dict[str, Update])
 
     def __repr__(self) -> str:
@@ -268,10 +268,8 @@ class Merged:
         if anchors is None:
             return {}
         notes: dict[str, Any] = anchors.summary()
-        if self._applied:
-            notes["anchor loss"]["merged adapter"] = anchors.loss_of({})
-        elif len(self._stored) == len(layers):
-            notes["anchor loss"]["merged adapter"] = anchors.loss_of(self._stored)
+        if self._applied or len(self._stored) == len(layers):
+            notes["anchor loss"]["merged adapter"] = anchors.loss_of({} if self._applied else self._stored)
         return notes
 
 

@@ -175,23 +175,20 @@ class _Stats:
         return self.moment("mean")
 
     def moment(self, statistic: str, at: str = "adapter") -> Tensor:
-        if self.seen is None:
-            raise MethodError(
-                f"the scorer reads gradients, but there are none for layer {self.layer!r} of {self.adapter!r}: pass "
-                "anchors and a model, merge(adapters, anchor_loader, model, method=...), and score by gradients in the "
-                "first Prune of a chain"
-            )
-        return self._of(self.seen.moment(self.layer, self.index, self.part, statistic, at))
+        return self._of(self._observed("gradients").moment(self.layer, self.index, self.part, statistic, at))
 
     @property
     def activations(self) -> Tensor:
+        return self._of(self._observed("activations").activations(self.layer, self.index, self.part)).sqrt()
+
+    def _observed(self, what: str) -> Observation:
         if self.seen is None:
             raise MethodError(
-                f"the scorer reads activations, but there are none for layer {self.layer!r} of {self.adapter!r}: pass "
-                "anchors and a model, merge(adapters, anchor_loader, model, method=...), and score by activations in "
-                "the first Prune of a chain"
+                f"the scorer reads {what}, but there are none for layer {self.layer!r} of {self.adapter!r}: pass "
+                f"anchors and a model, merge(adapters, anchor_loader, model, method=...), and score by {what} in the "
+                "first Prune of a chain"
             )
-        return self._of(self.seen.activations(self.layer, self.index, self.part)).sqrt()
+        return self.seen
 
     def _of(self, halves: tuple[Tensor, Tensor]) -> Tensor:
         return (halves[0] + halves[1]) / 2 if self.half is None else halves[self.half]

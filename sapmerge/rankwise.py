@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from sapmerge.errors import MethodError
-from sapmerge.layer import Dense, Layer, LowRank, Update, absent, seed_of
-from sapmerge.linalg import numerical_rank
+from sapmerge.layer import Dense, Layer, LowRank, Update, seed_of, zero_of
+from sapmerge.linalg import numerical_rank, split_evenly
 from sapmerge.masks import TopFraction, check_density
 from sapmerge.recipe import part
 
@@ -44,7 +44,7 @@ class RobustSum:
     def __call__(self, layer: Layer) -> Update:
         tasks = [_Task.of(pair, self.density, alive=True) for pair in _factors(layer, self.balance)]
         if not tasks:
-            return _nothing(layer)
+            return zero_of(layer.updates[0])
         total = _per_rank([task.weight * task.scores for task in tasks])
         shares = [task.sign * _over(task.weight * task.scores, total[: len(task.scores)]) for task in tasks]
         return _rounded(
@@ -82,7 +82,7 @@ class RobustFactors:
     def __call__(self, layer: Layer) -> Update:
         tasks = [_Task.of(pair, self.density, alive=False) for pair in _factors(layer, balance=False)]
         if not tasks:
-            return _nothing(layer)
+            return zero_of(layer.updates[0])
         scores = [task.weight * self._clamped(task.scores) for task in tasks]
         total = _per_rank(scores)
         A = total.new_zeros(len(total), layer.shape[1])
@@ -140,7 +140,7 @@ class ClusterUnits:
         pairs = sorted(_factors(layer, self.balance), key=lambda pair: (pair.digest, pair.weight))
         pairs = [pair for pair in (pair.nonzero() for pair in pairs) if pair.A.shape[0]]
         if not pairs:
-            return _nothing(layer)
+            return zero_of(layer.updates[0])
         pairs = [pair.canonical() for pair in pairs]
         A = torch.cat([pair.A for pair in pairs])
         B = torch.cat([pair.B * pair.sign for pair in pairs], dim=1)
@@ -277,9 +277,7 @@ def _factors(layer: Layer, balance: bool) -> list[_Pair]:
             continue
         if isinstance(update, Dense) or balance:
             U, sigma, Vh = update.svd()
-            keep = numerical_rank(sigma)
-            root = sigma[:keep].sqrt()
-            pairs.append(_Pair(U[:, :keep] * root, root[:, None] * Vh[:keep], weight, digest))
+            pairs.append(_Pair(*split_evenly(U, sigma, Vh, numerical_rank(sigma)), weight, digest))
         else:
             pairs.append(_Pair(update.B.double(), update.A.double(), weight, digest))
     return pairs
@@ -301,8 +299,3 @@ def _over(values: Tensor, divisor: Tensor) -> Tensor:
 def _rounded(B: Tensor, A: Tensor, layer: Layer) -> LowRank:
     dtype = layer.updates[0].dtype
     return LowRank(B.to(dtype), A.to(dtype))
-
-
-def _nothing(layer: Layer) -> LowRank:
-    first = layer.updates[0]
-    return absent(layer.shape, torch.empty(0, dtype=first.dtype, device=first.device))

@@ -143,8 +143,9 @@ def describe(
     layer: Layer, merged: Update, stored_rank: int, energy_kept: float, notes: Mapping[str, Any]
 ) -> LayerReport:
     """The report of one layer."""
-    found = geometry([update for update in layer if update.rank] or list(layer))
-    energies = [(weight * update.norm()) ** 2 for update, weight in zip(layer, layer.weights, strict=True)]
+    there = [k for k, present in enumerate(layer.present) if present] or list(range(len(layer)))
+    found = geometry([layer.updates[k] for k in there])
+    brought = {layer.adapters[k]: layer.weights[k] ** 2 * float(found.norms[i]) ** 2 for i, k in enumerate(there)}
     return LayerReport(
         name=layer.name,
         shape=layer.shape,
@@ -154,7 +155,7 @@ def describe(
         norm=merged.norm(),
         cosine=off_diagonal_mean(found.cosine),
         sign_conflict=off_diagonal_mean(found.sign_conflict),
-        energies=dict(zip(layer.adapters, energies, strict=True)),
+        energies=dict.fromkeys(layer.adapters, 0.0) | brought,
         notes=notes,
     )
 

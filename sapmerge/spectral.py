@@ -26,12 +26,11 @@ from sapmerge.cores import (
     polar,
     rank_of,
     size_of,
-    zero_of,
 )
 from sapmerge.errors import MethodError
-from sapmerge.layer import Layer, LayerStream, Method, Update
+from sapmerge.layer import Layer, LayerStream, Method, Update, zero_of
 from sapmerge.linalg import RTOL, norm, svd
-from sapmerge.mergers import Sum
+from sapmerge.mergers import Sum, total_weight
 from sapmerge.recipe import part
 
 __all__ = ["CART", "Decorrelate", "Isotropic", "IsotropicCommonSpecific"]
@@ -197,9 +196,7 @@ class CART:
 
     def __call__(self, layer: Layer) -> Update:
         members = [k for k, weight in enumerate(layer.weights) if weight != 0]
-        total = sum(layer.weights)
-        if abs(total) <= 1e-12 * sum(abs(weight) for weight in layer.weights):
-            raise MethodError(f"the weights {layer.weights} sum to zero, so they have no mean to add to")
+        total = total_weight(layer, " to add to")
         core = cores_of(layer)
         if not core.sizes or not any(core.sizes):
             return zero_of(layer.updates[0])

@@ -22,10 +22,9 @@ from sapmerge.cores import (
     polar,
     rank_of,
     size_of,
-    zero_of,
 )
 from sapmerge.errors import MethodError
-from sapmerge.layer import Dense, Layer, LayerStream, LowRank, Method, Update, absent
+from sapmerge.layer import Dense, Layer, LayerStream, LowRank, Method, Update, absent, zero_of
 from sapmerge.linalg import RTOL, norm, svd
 from sapmerge.masks import check_density, count_kept
 from sapmerge.recipe import part

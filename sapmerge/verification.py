@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sapmerge.adapter import Adapter
+from sapmerge.adapter import CONFIG, WEIGHTS, Adapter
 from sapmerge.errors import AnchorError, IncompatibleAdaptersError
 from sapmerge.io.provenance import Provenance, read_provenance
 from sapmerge.merging import merge
@@ -16,8 +16,6 @@ from sapmerge.recipe import parse
 from sapmerge.version import __version__
 
 __all__ = ["reproduce", "verify"]
-
-_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def verify(path: str | os.PathLike[str], inputs: Sequence[str | os.PathLike[str]] = ()) -> list[str]:
@@ -84,7 +82,7 @@ def reproduce(
         merged.save_pretrained(Path(folder) / "again")
         problems += [
             f"{name} differs" + ("" if found.version == __version__ else f" (written by sapmerge {found.version})")
-            for name in _FILES
+            for name in (CONFIG, WEIGHTS)
             if (Path(folder) / "again" / name).read_bytes() != (Path(path) / name).read_bytes()
         ]
     return problems

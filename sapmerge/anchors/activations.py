@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from sapmerge.anchors.gradients import TokenGradient, token_gradient
+from sapmerge.anchors.hooks import looked_at, removed
 from sapmerge.bases import Frames
-from sapmerge.errors import AnchorError, MethodError, NonFiniteError
+from sapmerge.errors import MethodError, NonFiniteError
 from sapmerge.layer import Layer, LayerStream
 from sapmerge.units import Coordinates, Layers, Units
 
@@ -31,21 +32,12 @@ def seeing(modules: Mapping[str, nn.Module], watched: Mapping[str, Seen], size: 
 
     def hook(name: str, see: Seen) -> Callable[[nn.Module, Any, Any], None]:
         def look(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            if not inputs or not isinstance(inputs[0], Tensor) or not isinstance(output, Tensor):
-                raise AnchorError(
-                    f"anchors cannot look at layer {name!r} ({type(module).__name__}): its first argument and its "
-                    "output must be tensors"
-                )
-            see(token_gradient(module, [(inputs[0], output)], size), size, before)
+            see(token_gradient(module, [looked_at(name, module, inputs, output)], size), size, before)
 
         return look
 
-    handles = [modules[name].register_forward_hook(hook(name, see)) for name, see in watched.items()]
-    try:
+    with removed([modules[name].register_forward_hook(hook(name, see)) for name, see in watched.items()]):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class InputSizes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, cast
@@ -10,6 +10,7 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.hooks import RemovableHandle
 
 from sapmerge.anchors.gradients import Call, embed_scale, finite
 from sapmerge.errors import AnchorError, NonFiniteError
@@ -131,10 +132,14 @@ def attached(
     Raises:
         NonFiniteError: the output of one of the layers is not finite. Later ones may hide it: attention can.
     """
-    handles = [
-        modules[name].register_forward_hook(_hook(name, updates.get(name), who, watch))
-        for name in {**updates, **({} if watch is None else watch.sinks)}
-    ]
+    names = {**updates, **({} if watch is None else watch.sinks)}
+    with removed([modules[name].register_forward_hook(_hook(name, updates.get(name), who, watch)) for name in names]):
+        yield
+
+
+@contextmanager
+def removed(handles: Sequence[RemovableHandle]) -> Generator[None]:
+    """Hooks that are gone on the way out."""
     try:
         yield
     finally:
@@ -142,14 +147,23 @@ def attached(
             handle.remove()
 
 
+def looked_at(name: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> tuple[Tensor, Tensor]:
+    """The input and the output of a layer, both tensors.
+
+    Raises:
+        AnchorError: they are not.
+    """
+    if not inputs or not isinstance(inputs[0], Tensor) or not isinstance(output, Tensor):
+        raise AnchorError(
+            f"anchors cannot look at layer {name!r} ({type(module).__name__}): its first argument and its output "
+            "must be tensors"
+        )
+    return inputs[0], output
+
+
 def _hook(name: str, update: Update | None, who: str, watch: Watch | None) -> Callable[[nn.Module, Any, Any], Any]:
     def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
-        if not inputs or not isinstance(inputs[0], Tensor) or not isinstance(output, Tensor):
-            raise AnchorError(
-                f"anchors cannot look at layer {name!r} ({type(module).__name__}): its first argument and its output "
-                "must be tensors"
-            )
-        x = inputs[0]
+        x, output = looked_at(name, module, inputs, output)
         if update is not None:
             output = (output + _output_of(module, x, update)).to(output.dtype)
         if not finite(output):

@@ -15,7 +15,7 @@ from sapmerge.adapter import Module
 from sapmerge.anchors.activations import Seen, seeing, stream_grams
 from sapmerge.anchors.gradients import Call, TokenGradient, finite, token_gradient, wide
 from sapmerge.anchors.halving import Half
-from sapmerge.anchors.hooks import Watch, attached, frozen
+from sapmerge.anchors.hooks import Watch, attached, frozen, removed
 from sapmerge.anchors.loading import Batches, batch_size
 from sapmerge.anchors.losses import (
     INPUTS,
@@ -298,9 +298,5 @@ def _stopping_at(modules: Iterable[nn.Module]) -> Generator[None]:
     def stop(module: nn.Module, inputs: Any) -> None:
         raise _Adapted
 
-    handles = [module.register_forward_pre_hook(stop) for module in modules]
-    try:
+    with removed([module.register_forward_pre_hook(stop) for module in modules]):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sapmerge.errors import MethodError
-from sapmerge.layer import Dense, Layer, LayerStream, LowRank, Update, absent
+from sapmerge.layer import Dense, Layer, LayerStream, LowRank, Update, zero_of
 from sapmerge.recipe import part
 
 __all__ = ["NormalEquations", "RegMean", "each_gram"]
@@ -98,7 +98,7 @@ class NormalEquations:
         """X = (sum w D G) S^+ + unseen mean(D) (I - S S^+)."""
         like = layer.updates[0]
         if self.total is None or not (self.low or self.dense):
-            return absent(layer.shape, torch.empty(0, dtype=like.dtype, device=like.device))
+            return zero_of(like)
         solve, left_out = inverse(self.total)
         total: Tensor | None = None
         for product, matrix in self.dense:

@@ -12,7 +12,7 @@ from torch import Tensor
 from sapmerge.compose import Chain
 from sapmerge.depth import block_of
 from sapmerge.errors import MethodError, NonFiniteError
-from sapmerge.layer import Layer, LayerStream, Merger, Method, Scorer, Stats, absent
+from sapmerge.layer import Layer, LayerStream, Merger, Method, Scorer, Stats, zero_of
 from sapmerge.masks import TopFraction, check_density
 from sapmerge.mergers import Mean
 from sapmerge.prune import stats_of
@@ -122,9 +122,8 @@ class PruneLayers:
         present = [k for k, update in enumerate(layer) if update.rank]
         layer.record("layer_score", {layer.adapters[k]: self.scores[layer.name, k] for k in present})
         layer.record("density", {layer.adapters[k]: float((layer.name, k) not in self.dropped) for k in present})
-        like = torch.empty(0, dtype=layer.updates[0].dtype, device=layer.updates[0].device)
         return layer.with_updates(
-            [absent(layer.shape, like) if (layer.name, k) in self.dropped else update for k, update in enumerate(layer)]
+            [zero_of(update) if (layer.name, k) in self.dropped else update for k, update in enumerate(layer)]
         )
 
     def _group(self, name: str) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 from sapmerge.anchors.regression import NormalEquations, check_reduction, each_gram, inverse, reduced, times
 from sapmerge.compose import Chain
 from sapmerge.errors import MethodError
-from sapmerge.layer import Layer, LayerStream, LowRank, Method, Update, absent
+from sapmerge.layer import Layer, LayerStream, LowRank, Method, Update, zero_of
 from sapmerge.linalg import RTOL, norm
 from sapmerge.recipe import part
 
@@ -166,7 +166,7 @@ def shared(layer: Layer, factor: str) -> Tensor | None:
 def _with_shared_B(layer: Layer, problem: NormalEquations) -> Update:
     B, like = shared(layer, "B"), layer.updates[0]
     if B is None or problem.total is None or not problem.low:
-        return absent(layer.shape, torch.empty(0, dtype=like.dtype, device=like.device))
+        return zero_of(like)
     weights = [w for update, w in zip(layer, layer.weights, strict=True) if update.rank and w != 0]
     rows = torch.stack([w * product for w, (_, product, _) in zip(weights, problem.low, strict=True)]).sum(0)
     return LowRank(B.to(like.dtype), inverse(problem.total)[0](rows).to(like.dtype))
@@ -175,5 +175,5 @@ def _with_shared_B(layer: Layer, problem: NormalEquations) -> Update:
 def _with_shared_A(layer: Layer, A: Tensor | None, left: Tensor | float, right: Tensor | float) -> Update:
     like = layer.updates[0]
     if A is None or not isinstance(left, Tensor) or not isinstance(right, Tensor):
-        return absent(layer.shape, torch.empty(0, dtype=like.dtype, device=like.device))
+        return zero_of(like)
     return LowRank(inverse(right)[0](left).to(like.dtype), A.to(like.dtype))

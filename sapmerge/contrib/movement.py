@@ -11,7 +11,18 @@ from torch import Tensor
 
 from sapmerge.compose import Chain, Mapped
 from sapmerge.errors import MethodError, NonFiniteError
-from sapmerge.layer import Dense, Layer, LayerStream, MaskBuilder, Merger, Method, Observation, Rescaler, Update, absent
+from sapmerge.layer import (
+    Dense,
+    Layer,
+    LayerStream,
+    MaskBuilder,
+    Merger,
+    Method,
+    Observation,
+    Rescaler,
+    Update,
+    zero_of,
+)
 from sapmerge.masks import TopFraction
 from sapmerge.mergers import Mean
 from sapmerge.prune import PackedMask, stats_of
@@ -112,8 +123,7 @@ class PruneRuns:
         for k in last:
             update = layer.updates[k]
             if not update.rank:
-                like = torch.empty(0, dtype=update.dtype, device=update.device)
-                updates.append(absent(layer.shape, like))
+                updates.append(zero_of(update))
                 continue
             keep = self.kept[layer.name, layer.adapters[k]].unpacked().to(update.device)
             density[layer.adapters[k]] = float((keep != 0).double().mean())

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sapmerge.compose import Chain
 from sapmerge.errors import MethodError
-from sapmerge.layer import Dense, Layer, LowRank, Method, Update, absent
+from sapmerge.layer import Dense, Layer, LowRank, Method, Update, zero_of
 from sapmerge.linalg import RTOL, norm, numerical_rank, qr, svd
 from sapmerge.mergers import weighted_sum
 from sapmerge.recipe import part
@@ -58,7 +58,7 @@ class WUDI:
     def __call__(self, layer: Layer) -> Update:
         problem = _Problem.of(layer)
         if problem is None:
-            return _nothing(layer)
+            return zero_of(layer.updates[0])
         roots = [abs(term.weight) ** 0.5 for term in problem.terms]
         stacked = torch.cat([root * term.unit for root, term in zip(roots, problem.terms, strict=True)])
         left = [
@@ -95,7 +95,7 @@ class WUDISteps:
     def __call__(self, layer: Layer) -> Update:
         problem = _Problem.of(layer)
         if problem is None:
-            return _nothing(layer)
+            return zero_of(layer.updates[0])
         G = torch.stack([abs(t.weight) * t.unit.T @ t.unit for t in problem.terms]).sum(0)
         H = torch.stack([t.frame @ (t.unit @ t.unit.T @ t.unit) * (t.weight * t.norm) for t in problem.terms]).sum(0)
         X = weighted_sum(layer, layer.weights).dense().double().clone()
@@ -158,8 +158,3 @@ def _factors(update: Update) -> tuple[Tensor, Tensor]:
     U, sigma, Vh = update.svd()
     keep = numerical_rank(sigma)
     return U[:, :keep] * sigma[:keep], Vh[:keep]
-
-
-def _nothing(layer: Layer) -> LowRank:
-    first = layer.updates[0]
-    return absent(layer.shape, torch.empty(0, dtype=first.dtype, device=first.device))

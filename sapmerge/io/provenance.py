@@ -9,14 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from sapmerge.adapter import Adapter
+from sapmerge.adapter import CONFIG, WEIGHTS, Adapter
 from sapmerge.errors import AdapterFormatError
 from sapmerge.io.container import RegularFile, shown
 from sapmerge.io.writing import CONFIG_DIGEST_KEY, TENSORS_DIGEST_KEY, digest_of
 
 __all__ = ["Provenance", "read_provenance"]
 
-_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _CHUNK = 1 << 22
 
 
@@ -47,7 +46,7 @@ def read_provenance(path: str | os.PathLike[str]) -> Provenance:
     folder = os.fspath(path)
     files = Adapter.load(folder).files  # whatever is wrong with the files is refused here
     where = f"output {shown(folder)}"
-    with RegularFile(os.path.join(folder, _WEIGHTS), f"{where}, {_WEIGHTS}") as file:
+    with RegularFile(os.path.join(folder, WEIGHTS), f"{where}, {WEIGHTS}") as file:
         length = int.from_bytes(file.read(0, 8), "little")
         header = cast("dict[str, Any]", json.loads(bytes(file.read(8, length))))
         metadata = cast("dict[str, str]", header.pop("__metadata__", {}))
@@ -55,10 +54,10 @@ def read_provenance(path: str | os.PathLike[str]) -> Provenance:
             raise AdapterFormatError(f"{where}: was not written by sapmerge (its metadata holds no recipe)")
         found = {name: _hash(file, 8 + length, entry["data_offsets"]) for name, entry in header.items()}
     problems: list[str] = []
-    if metadata.get(CONFIG_DIGEST_KEY) != files[_CONFIG]:
-        problems.append(f"{_CONFIG} is not the one that was written")
+    if metadata.get(CONFIG_DIGEST_KEY) != files[CONFIG]:
+        problems.append(f"{CONFIG} is not the one that was written")
     if metadata.get(TENSORS_DIGEST_KEY) != digest_of(found):
-        problems.append(f"the tensors of {_WEIGHTS} are not those that were written")
+        problems.append(f"the tensors of {WEIGHTS} are not those that were written")
     try:
         recipe, inputs = json.loads(metadata["sapmerge.recipe"]), json.loads(metadata["sapmerge.inputs"])
         labels = [str(entry["label"]) for entry in inputs]

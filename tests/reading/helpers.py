@@ -14,27 +14,9 @@ from torch import Tensor
 
 from sapmerge.adapter import Adapter
 from sapmerge.errors import SapmergeError, SapmergeWarning
+from tests.corpus.build import PREFIX, good_config, module
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
-PREFIX = "base_model.model."
-
-
-def good_config(**changes: object) -> dict[str, object]:
-    config: dict[str, object] = {
-        "peft_type": "LORA",
-        "r": 4,
-        "lora_alpha": 8,
-        "target_modules": ["q_proj", "v_proj"],
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": "tiny/llama",
-        "bias": "none",
-        "inference_mode": True,
-    }
-    return {key: value for key, value in (config | changes).items() if value is not ...}
-
-
-def module(layer: int, part: str) -> str:
-    return f"model.layers.{layer}.self_attn.{part}"
 
 
 def good_tensors(dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, Tensor]:
