@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import torch
@@ -86,12 +87,19 @@ class LowRank:
         """`factor` times the update."""
         return LowRank(self.B * factor, self.A)
 
-    def svd(self) -> tuple[Tensor, Tensor, Tensor]:
-        """U (m, k), sigma (k), Vh (k, n) with k = min(r, m, n), in float64, without an (m, n) matrix."""
-        return factor_svd(self.B, self.A)
+    def svd(self, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """U (m, k), sigma (k), Vh (k, n) with k = min(r, m, n), in float64, without an (m, n) matrix.
+
+        With `rank` U and Vh have the first `rank` singular vectors only, which is faster.
+        """
+        return factor_svd(self.B, self.A, rank)
 
     def norm(self) -> float:
         """The Frobenius norm, from the Gram matrices of the factors, in float64."""
+        return self._norm
+
+    @cached_property
+    def _norm(self) -> float:
         return max(factor_inner(self.B, self.A, self.B, self.A), 0.0) ** 0.5
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LowRank:
@@ -137,11 +145,16 @@ class Dense:
     def scaled(self, factor: float) -> Dense:
         return Dense(self.matrix * factor)
 
-    def svd(self) -> tuple[Tensor, Tensor, Tensor]:
-        """U (m, k), sigma (k), Vh (k, n) with k = min(m, n), in float64."""
-        return svd(self.matrix)
+    def svd(self, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """U (m, k), sigma (k), Vh (k, n) with k = min(m, n), in float64; with `rank` the first singular vectors."""
+        U, sigma, Vh = svd(self.matrix)
+        return U[:, :rank], sigma, Vh[:rank]
 
     def norm(self) -> float:
+        return self._norm
+
+    @cached_property
+    def _norm(self) -> float:
         return norm(self.matrix)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Dense:

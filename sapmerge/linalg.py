@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+import math
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import cast
@@ -15,6 +16,7 @@ __all__ = [
     "all_threads",
     "factor_inner",
     "factor_svd",
+    "finite",
     "norm",
     "numerical_rank",
     "one_thread",
@@ -26,6 +28,8 @@ __all__ = [
 
 RTOL = 1e-6
 """Singular values below RTOL times the largest one are noise of float32 factors: no direction to build on."""
+
+_BLOCK = 1 << 18  # entries that fit into a cache
 
 
 def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -42,29 +46,54 @@ def qr(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def norm(values: Tensor, p: int = 2) -> float:
-    """The p-norm of all entries, accumulated in float64."""
-    return float(
-        cast(
-            "Tensor",
-            torch.linalg.vector_norm(values, ord=p, dtype=torch.float64),  # pyright: ignore[reportUnknownMemberType]
-        )
+    """The p-norm of all entries, accumulated in float64; in blocks, so that no float64 copy of a matrix is made."""
+    flat = values.flatten()
+    starts = range(0, max(flat.numel(), 1), _BLOCK)
+    return float(_norm(torch.stack([_norm(flat[start : start + _BLOCK], p) for start in starts]), p))
+
+
+def _norm(values: Tensor, p: int) -> Tensor:
+    return cast(
+        "Tensor",
+        torch.linalg.vector_norm(values, ord=p, dtype=torch.float64),  # pyright: ignore[reportUnknownMemberType]
     )
 
 
-def factor_svd(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Thin SVD of B @ A from two QR decompositions and one small SVD: no (m, n) matrix.
+def finite(values: Tensor) -> bool:
+    """Whether no entry is NaN or infinite: a sum tells, unless it overflows."""
+    return math.isfinite(float(values.sum())) or bool(torch.isfinite(values).all())
+
+
+def factor_svd(B: Tensor, A: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Thin SVD of B @ A from two QR decompositions and one small SVD: no (m, n) matrix for r < min(m, n).
 
     Args:
         B: (m, r).
         A: (r, n).
+        rank: how many singular vectors are wanted; all of them by default.
 
     Returns:
-        U (m, k), sigma (k), Vh (k, n) with k = min(m, r, n), in float64.
+        U (m, j), sigma (k), Vh (j, n) with k = min(m, r, n) and j = min(k, rank), in float64.
     """
-    Qb, Rb = qr(B)
-    Qa, Ra = qr(A.T)
+    if B.shape[1] >= min(B.shape[0], A.shape[1]):  # then the product is smaller than its factors
+        whole = svd(B.double() @ A.double())
+        return whole[0][:, :rank], whole[1], whole[2][:rank]
+    left, Rb = _reflectors(B)
+    right, Ra = _reflectors(A.T)
     U, sigma, Vh = svd(Rb @ Ra.T)
-    return Qb @ U, sigma, Vh @ Qa.T
+    return left(U[:, :rank]), sigma, right(Vh[:rank].T).T
+
+
+def _reflectors(matrix: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """A QR decomposition whose Q is not formed: X -> Q X, and R. Half the time where X has few columns."""
+    found, tau = torch.geqrf(matrix.double())
+    size = min(matrix.shape)
+
+    def apply(coordinates: Tensor) -> Tensor:
+        below = coordinates.new_zeros(matrix.shape[0] - size, coordinates.shape[1])
+        return torch.ormqr(found[:, :size], tau, torch.cat([coordinates, below]))
+
+    return apply, found[:size].triu()
 
 
 def split_evenly(U: Tensor, sigma: Tensor, Vh: Tensor, keep: int) -> tuple[Tensor, Tensor]:
@@ -105,7 +134,7 @@ def top_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
             Q, R = qr(images)
             left, sigma, right = svd(R.T)
             u, v = basis.double() @ left[:, :rank], Q @ right[:rank].T
-            residual = matrix.double() @ v - u * sigma[:rank]
+            residual = (matrix @ v.to(matrix.dtype)).double() - u * sigma[:rank]  # its rounding is far below the bound
             if float(residual.square().sum()) <= 1e-10 * float(sigma[:rank].square().sum()):
                 return u, sigma[:rank], v.T
     return _gram_svd(matrix, rank)
@@ -129,8 +158,13 @@ def _gram_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def factor_inner(Bx: Tensor, Ax: Tensor, By: Tensor, Ay: Tensor) -> float:
-    """<Bx Ax, By Ay> from the Gram matrices of the factors, in float64."""
-    return float(((Ax.double() @ Ay.double().T) * (Bx.double().T @ By.double())).sum())
+    """<Bx Ax, By Ay> in float64: by Gram matrices of the factors, or by the products where those are smaller."""
+    wide_a, wide_b = Ax.double(), Bx.double()
+    other_a = wide_a if Ay is Ax else Ay.double()
+    other_b = wide_b if By is Bx else By.double()
+    if Ax.shape[0] * Ay.shape[0] > Bx.shape[0] * Ax.shape[1]:
+        return float(torch.dot((wide_b @ wide_a).flatten(), (other_b @ other_a).flatten()))
+    return float(torch.dot((wide_a @ other_a.T).flatten(), (wide_b.T @ other_b).flatten()))
 
 
 def numerical_rank(sigma: Tensor, rtol: float = RTOL) -> int:

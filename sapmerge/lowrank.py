@@ -15,6 +15,8 @@ from sapmerge.linalg import factor_inner, numerical_rank, split_evenly, top_svd
 
 __all__ = ["balanced", "concatenate", "gram", "inner", "truncate"]
 
+_ROWS = 512  # of a matrix with the sum of all ranks on a side
+
 
 def inner(x: Update, y: Update) -> float:
     """The Frobenius inner product <x, y>, in float64."""
@@ -40,15 +42,19 @@ def gram(updates: Sequence[Update]) -> Tensor:
 
 
 def _factor_gram(updates: Sequence[LowRank]) -> Tensor:
-    """All inner products at once: block sums of (A A^T) * (B^T B) over the stacked factors."""
+    """All inner products at once: block sums of (A A^T) * (B^T B) over the stacked factors, some rows at a time."""
     A = torch.cat([update.A for update in updates]).double()
     B = torch.cat([update.B for update in updates], dim=1).double()
-    products = ((A @ A.T) * (B.T @ B)).cpu()
     owner = torch.repeat_interleave(torch.arange(len(updates)), torch.tensor([update.rank for update in updates]))
     select = torch.zeros(len(updates), len(owner), dtype=torch.float64)
     select[owner, torch.arange(len(owner))] = 1.0
-    out = select @ products @ select.T
-    return (out + out.T) / 2
+    out = torch.zeros(len(updates), len(updates), dtype=torch.float64)
+    for start in range(0, len(owner), _ROWS):
+        rows = slice(start, start + _ROWS)
+        products = ((A[rows] @ A[start:].T) * (B[:, rows].T @ B[:, start:])).cpu()
+        products[:, :_ROWS] /= 2  # the block on the diagonal is its own mirror image
+        out.index_add_(0, owner[rows], products @ select[:, start:].T)
+    return out + out.T
 
 
 def concatenate(updates: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
@@ -89,7 +95,8 @@ def truncate(update: Update, rank: int | float | str | None, default: int) -> tu
             return update, 1.0
     wanted = default if rank is None else rank
     only_top = isinstance(update, Dense) and isinstance(wanted, int)
-    U, sigma, Vh = top_svd(update.dense(), int(wanted)) if only_top else update.svd()
+    cap = rank if isinstance(rank, int) else None
+    U, sigma, Vh = top_svd(update.dense(), int(wanted)) if only_top else update.svd(cap)
     full = numerical_rank(sigma)
     energy = sigma.square()
     total = update.norm() ** 2 if only_top else float(energy.sum())

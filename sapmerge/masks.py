@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -61,13 +62,11 @@ class TopFraction:
             return torch.ones_like(scores, dtype=torch.bool)
         flat = scores.flatten()
         kept = count_kept(self.density, total)
-        cut = torch.kthvalue(flat, total - kept + 1).values
-        if self.scope == "adapter":
-            return scores >= cut
-        above = flat > cut
-        tied = (flat == cut).nonzero().flatten()[: kept - int(above.sum())]
-        above[tied] = True
-        return above.view(scores.shape)
+        cut, keep = _at_least_kth(flat, total - kept)
+        surplus = int(torch.count_nonzero(keep)) - kept
+        if self.scope == "layer" and surplus:
+            keep[(flat == cut).nonzero().flatten()[-surplus:]] = False
+        return keep.view(scores.shape)
 
     def fit(self, scores: Callable[[], Iterable[tuple[str, Tensor]]]) -> Mapping[str, Threshold] | None:
         """For scope "adapter": the exact threshold of each adapter, from two streamed passes over its scores.
@@ -220,6 +219,16 @@ def descending_ranks(scores: Tensor) -> Tensor:
     order = torch.argsort(scores, dim=-1, descending=True, stable=True)
     places = torch.arange(scores.shape[-1], device=scores.device).expand_as(scores)
     return torch.empty_like(order).scatter_(-1, order, places)
+
+
+def _at_least_kth(flat: Tensor, place: int) -> tuple[Tensor, Tensor]:
+    """The value at a place of the sorted values, and which values reach it. On the CPU numpy is ten times as fast."""
+    if flat.device.type == "cpu" and flat.dtype in (torch.float32, torch.float64):
+        values = flat.detach().numpy()
+        cut = np.partition(values, place)[place]
+        return flat.new_tensor(cut), torch.from_numpy(values >= cut)  # pyright: ignore[reportUnknownMemberType]
+    cut = torch.kthvalue(flat, place + 1).values
+    return cut, flat >= cut
 
 
 def kth_largest(values: Callable[[], Iterable[tuple[str, Tensor]]], position: Callable[[int], int]) -> dict[str, float]:

@@ -28,7 +28,7 @@ def weighted_sum(layer: Layer, weights: tuple[float, ...]) -> Update:
         return layer.updates[0] if factors is None else factors
     total = torch.zeros_like(dense[0][0].matrix) if factors is None else factors.dense()
     for update, weight in dense:
-        total = total + update.matrix * weight
+        total.add_(update.matrix, alpha=weight)
     return Dense(total)
 
 
@@ -79,8 +79,8 @@ class DisjointMean:
         total, count = torch.zeros_like(present[0][0]), torch.zeros_like(present[0][0])
         for matrix, weight in present:
             total.add_(matrix, alpha=weight)
-            count.add_((matrix != 0).to(count.dtype), alpha=abs(weight))
-        return Dense(total.div_(count.masked_fill_(count == 0, 1.0)))  # where nobody counts, the total is 0
+            count.add_(matrix.sign().abs_(), alpha=abs(weight))
+        return Dense(total.div_(count.clamp_min_(torch.finfo(count.dtype).tiny)))  # where nobody counts, the total is 0
 
 
 @part

@@ -29,7 +29,7 @@ from sapmerge.lowrank import truncate
 from sapmerge.models import base_of, find_modules, find_saved, model_names
 from sapmerge.recipe import recipe
 from sapmerge.report import LayerReport, Report, describe, describe_adapters
-from sapmerge.stream import AdapterLayers, with_progress
+from sapmerge.stream import AdapterLayers, in_order, with_progress
 
 __all__ = ["Merged", "merge"]
 
@@ -58,7 +58,8 @@ def merge(
         anchor_loader: a re-iterable of batches, for methods that read gradients.
         model: the base model. Without anchors it is only used to check names and shapes; the output spells its modules
             as the model does (without one, as transformers 5 does).
-        method: e.g. `ties(density=0.2)`; with anchors `sap()` by default.
+        method: e.g. `ties(density=0.2)`; with anchors `sap()` by default. It may see several layers at the same time,
+            in threads: functions of your own should keep nothing from one layer to the next.
         weights: one number per adapter, 1 by default; also a mapping label -> number.
         scale: multiplies the merged update.
         rank: None: exact where the result is low-rank, else the largest rank of the inputs. An int caps the rank, a
@@ -141,8 +142,8 @@ class Merged:
 
     def updates(self) -> Iterator[tuple[str, Update]]:
         """(module, merged update) for every layer, exact: scale applied, nothing truncated or rounded."""
-        for layer, update, _ in self._merged():
-            yield layer.name, update
+        for name in with_progress(self.stream.modules, len(self.stream.modules), self.progress):
+            yield name, self._merged(name)[1]
 
     def save_pretrained(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Write a PEFT checkpoint: `PeftModel.from_pretrained(base, path)`. The folder appears whole or not at all.
@@ -215,32 +216,37 @@ class Merged:
             lossless: give the update as it is; otherwise factors of the rank that was asked for.
         """
         default = max((module.rank for adapter in self.adapters for module in adapter.modules.values()), default=1)
-        for layer, update, notes in self._merged():
-            with one_thread():
-                kept, energy = (update, 1.0) if lossless else truncate(update, self.rank, default)
-                row = describe(layer, update, kept.rank, energy, notes)
-            if self.stream.anchors is not None and isinstance(kept, LowRank):
-                self._stored[layer.name] = kept
-            yield self.stream.modules[layer.name], kept, row
 
-    def _merged(self) -> Iterator[tuple[Layer, Update, dict[str, Any]]]:
-        for name in with_progress(self.stream.modules, self.progress):
-            notes: dict[str, Any] = {}
+        def finished(name: str) -> tuple[str, Update, LayerReport]:
             with one_thread():
-                layer = self.stream.layer(name, notes.__setitem__)
-                update = self.prepared(layer)
-                if not isinstance(update, (LowRank, Dense)):  # pyright: ignore[reportUnnecessaryIsInstance]
-                    raise MethodError(
-                        f"a method returns an update, LowRank(B, A) or Dense(matrix); {self.method!r} returned a "
-                        f"{type(update).__name__} for layer {name!r}"
-                    )
-                if self.scale != 1.0:
-                    update = update.scaled(self.scale)
-                if update.shape != layer.shape:
-                    raise MethodError(f"{self.method!r} made an update {update.shape} for layer {name!r} {layer.shape}")
-                if not math.isfinite(update.norm()):
-                    raise NonFiniteError(f"the merged update of layer {name!r} is NaN or infinite: {self.method!r}")
-            yield layer, update, notes
+                layer, update, notes = self._merged(name)
+                kept, energy = (update, 1.0) if lossless else truncate(update, self.rank, default)
+                return name, kept, describe(layer, update, kept.rank, energy, notes)
+
+        layers = in_order(finished, self.stream.modules, self.stream.layers_at_once())
+        for name, kept, row in with_progress(layers, len(self.stream.modules), self.progress):
+            if self.stream.anchors is not None and isinstance(kept, LowRank):
+                self._stored[name] = kept
+            yield self.stream.modules[name], kept, row
+
+    def _merged(self, name: str) -> tuple[Layer, Update, dict[str, Any]]:
+        """A layer, its merged update, and what the parts of the method recorded."""
+        notes: dict[str, Any] = {}
+        with one_thread():
+            layer = self.stream.layer(name, notes.__setitem__)
+            update = self.prepared(layer)
+            if not isinstance(update, (LowRank, Dense)):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise MethodError(
+                    f"a method returns an update, LowRank(B, A) or Dense(matrix); {self.method!r} returned a "
+                    f"{type(update).__name__} for layer {name!r}"
+                )
+            if self.scale != 1.0:
+                update = update.scaled(self.scale)
+            if update.shape != layer.shape:
+                raise MethodError(f"{self.method!r} made an update {update.shape} for layer {name!r} {layer.shape}")
+            if not math.isfinite(update.norm()):
+                raise NonFiniteError(f"the merged update of layer {name!r} is NaN or infinite: {self.method!r}")
+        return layer, update, notes
 
     def _report_of(self, layers: tuple[LayerReport, ...]) -> Report:
         report = Report(

@@ -18,6 +18,11 @@ __all__ = ["AnchorPass", "Observation", "Stats"]
 class AnchorPass(Protocol):
     """Gradients and losses on the anchors, for the pre-pass of a part."""
 
+    @property
+    def pairs(self) -> bool:
+        """Whether the anchors are image-text pairs in batches of several, which a loss can compare with each other."""
+        ...
+
     def observe(self, layers: LayerStream, units: Units) -> Observation:
         """Gradients in the coordinates of `units`; nothing runs before the first one is asked for."""
         ...

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sapmerge.errors import MethodError, NonFiniteError
 from sapmerge.layer import Layer, LayerStream, MaskBuilder, Observation, Rescaler, Scorer, Stats, seed_of
+from sapmerge.linalg import finite
 from sapmerge.recipe import part
 from sapmerge.rescalers import Keep
 from sapmerge.units import Coordinates, Entries, Units
@@ -85,7 +86,7 @@ class Prune:
             else:
                 decision = self.decided[layer.name, k]
                 masks, notes = {name: mask.unpacked() for name, mask in decision.masks.items()}, decision.notes
-            kept = {name: values * masks[name].to(values.device) for name, values in coordinates.values.items()}
+            kept = {name: _masked(values, masks[name]) for name, values in coordinates.values.items()}
             pruned[k] = self.rescaler(coordinates.join(kept), layer.updates[k])
             for key, value in notes.items():
                 recorded.setdefault(key, {})[layer.adapters[k]] = value
@@ -117,7 +118,7 @@ class Prune:
             if keep.shape != values.shape:
                 raise MethodError(f"{mask!r} made a mask {tuple(keep.shape)} for values {tuple(values.shape)}")
             masks[name] = keep
-            count.add(float((keep != 0).sum()), keep.numel())
+            count.add(float(torch.count_nonzero(keep)), keep.numel())
             if seen is not None:
                 score.add(float(scores[keep != 0].abs().sum()), float(scores.abs().sum()))
                 halves = [self.scorer(values, stats_of(layer, k, name, seen, half)) for half in (0, 1)]
@@ -144,7 +145,7 @@ class Prune:
                     f"{self.scorer!r} must return one score per value, as a tensor: got {got} for "
                     f"{tuple(values.shape)} in {where}"
                 )
-            if not bool(torch.isfinite(scores).all()):
+            if not finite(scores):
                 raise NonFiniteError(f"{self.scorer!r} gives NaN or infinite scores in {where}")
             yield name, values, scores
 
@@ -152,6 +153,13 @@ class Prune:
 def stats_of(layer: Layer, k: int, part: str, seen: Observation | None, half: int | None = None) -> Stats:
     """What a scorer may know about one part of update k; half: None for all anchors, 0 or 1 for one half of them."""
     return _Stats(layer.adapters[k], layer.name, part, layer.digests[k], k, seen, half)
+
+
+def _masked(values: Tensor, mask: Tensor) -> Tensor:
+    """values * mask. In steps of one dtype, which run faster than a product that converts."""
+    if mask.dtype != torch.bool:
+        return values * mask.to(values.device)
+    return mask.to(values).mul_(values)
 
 
 def _present(layer: Layer) -> list[int]:

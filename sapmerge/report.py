@@ -69,8 +69,10 @@ def geometry(updates: Sequence[Update], rows: int | None = _SAMPLED_ROWS) -> Geo
     both, opposed = torch.zeros(count, count, dtype=torch.float64), torch.zeros(count, count, dtype=torch.float64)
     for start in range(0, looked_at, block):
         chunk = index[start : start + block].to(updates[0].device)
-        signs = torch.stack([torch.sign(update.rows(chunk)).flatten() for update in updates]).float()
-        shared, agreement = (signs.abs() @ signs.abs().T).double().cpu(), (signs @ signs.T).double().cpu()
+        signs = torch.stack([update.rows(chunk).flatten() for update in updates]).float().sign_()
+        agreement = (signs @ signs.T).double().cpu()
+        signs.abs_()
+        shared = (signs @ signs.T).double().cpu()
         both += shared
         opposed += (shared - agreement) / 2
     return Geometry(gram(updates), both, opposed)

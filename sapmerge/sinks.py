@@ -17,6 +17,7 @@ from sapmerge.adapter import Module
 from sapmerge.errors import MethodError, ModelMismatchError, NonFiniteError, OutputError, OutputExistsError
 from sapmerge.io.writing import CheckpointWriter
 from sapmerge.layer import LowRank, Update
+from sapmerge.linalg import finite
 from sapmerge.models import check_untied, find_modules, find_saved, model_names, tensor_name, weight_view
 from sapmerge.report import LayerReport, table
 
@@ -126,7 +127,7 @@ def _factors(module: Module, update: Update, dtype: torch.dtype) -> dict[str, Te
     b, a = update.B.to("cpu", dtype), update.A.to("cpu", dtype)
     if update.rank == 0:  # PEFT knows no rank 0
         b, a = b.new_zeros(b.shape[0], 1), a.new_zeros(1, a.shape[1])
-    if not bool(torch.isfinite(a).all() and torch.isfinite(b).all()):
+    if not (finite(a) and finite(b)):
         raise NonFiniteError(f"the merged update of layer {module.name!r} overflows the output's {dtype}")
     if module.kind == "embedding":
         return {"lora_embedding_A": a.contiguous(), "lora_embedding_B": b.contiguous()}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -14,7 +17,12 @@ from sapmerge.anchors import Anchors
 from sapmerge.anchors.losses import Loss
 from sapmerge.layer import Layer, LowRank, Update, absent
 
-__all__ = ["AdapterLayers", "with_progress"]
+__all__ = ["AdapterLayers", "in_order", "with_progress"]
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+_MOST, _IN_FLIGHT = 4, 1 << 30  # layers, and bytes of their updates as matrices
 
 
 @dataclass(frozen=True)
@@ -70,15 +78,48 @@ class AdapterLayers:
         )
         return layer if record is None else replace(layer, record=record)
 
+    def layers_at_once(self) -> int:
+        """How many layers may be worked on together: one per thread, if all updates fit in 1 GiB as matrices.
+
+        One at a time with anchors, whose model can run in one thread only, and on a device, which is busy with one.
+        """
+        if self.anchors is not None or self.device.type != "cpu":
+            return 1
+        largest = max(math.prod(module.shape) for module in self.modules.values())
+        return max(1, min(torch.get_num_threads(), _MOST, _IN_FLIGHT // (4 * largest * len(self.adapters))))
+
     def _absent(self, name: str) -> LowRank:
         return absent(self.modules[name].shape, torch.empty(0, device=self.device))
 
 
-def with_progress(names: Mapping[str, Module], show: bool) -> Iterator[str]:
-    """The names of the layers, with a progress bar on stderr."""
+def in_order(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
+    """function(item) of every item, in their order; `workers` at a time, each on one thread of torch.
+
+    Small layers keep one thread busy, not several. What is computed does not depend on the number of workers, and the
+    first item that fails raises its error when its turn comes.
+    """
+    if workers < 2:
+        yield from map(function, items)
+        return
+    threads, waiting = torch.get_num_threads(), deque[Future[R]]()
+    pool = ThreadPoolExecutor(workers, "sapmerge", torch.set_num_threads, (1,))
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)  # what the workers have set holds for threads made later
+
+
+def with_progress(items: Iterable[T], total: int, show: bool) -> Iterator[T]:
+    """The items, one per layer, with a progress bar on stderr."""
     if not show:
-        yield from names
+        yield from items
         return
     from tqdm import tqdm
 
-    yield from tqdm(names, desc="merging", unit="layer", leave=False)
+    yield from tqdm(items, desc="merging", total=total, unit="layer", leave=False)

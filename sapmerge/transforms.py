@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import torch
@@ -45,14 +44,18 @@ class ElectSign:
                 total.add_(matrix, alpha=weight)
             else:
                 total += torch.sign(weight * matrix)
-        sign = torch.sign(total)
-        sign = torch.where(sign == 0, torch.sign(sign.sum()), sign)
+        sign = total.sign_()
+        majority = float(torch.sign(sign.sum()))
+        sign.addcmul_(sign, sign, value=-majority).add_(majority)  # majority where the sign is 0, else as it is
         kept = iter([Dense(_agreeing(matrix, weight, sign)) for matrix, weight in voters])
         return layer.with_updates([next(kept) if update.rank else update for update in layer])
 
 
 def _agreeing(matrix: Tensor, weight: float, sign: Tensor) -> Tensor:
-    return torch.where((matrix * sign) * math.copysign(1.0, weight) > 0, matrix, 0.0) if weight else matrix * 0.0
+    """The entries for which matrix * weight has the sign; the others are 0."""
+    along = matrix * sign
+    along = along.clamp_min_(0) if weight > 0 else along.clamp_max_(0) if weight < 0 else along.zero_()
+    return along.mul_(sign)
 
 
 @part

@@ -67,13 +67,23 @@ class View:
 
 
 class LinearLoss:
-    """Anchors whose loss is linear in the weights, two of them: gradients that are the same wherever they are taken."""
+    """Anchors whose loss is linear in the weights, two of them: gradients that are the same wherever they are taken.
+
+    Args:
+        layers: whose adapters have `losses`.
+    """
+
+    pairs = False
+
+    def __init__(self, layers: Sequence[sm.Layer] = ()) -> None:
+        self.layers = layers
 
     def observe(self, layers: sm.LayerStream, units: sm.Units) -> LinearLoss._Seen:
         return self._Seen(layers, units)
 
     def losses(self, loss: Callable[..., Tensor] | None = None) -> Sequence[float]:
-        raise NotImplementedError
+        count = max(len(layer) for layer in self.layers)
+        return [self.loss_of({layer.name: layer.updates[k] for layer in self.layers}) for k in range(count)]
 
     def loss_of(self, updates: Mapping[str, sm.Update], loss: Callable[..., Tensor] | None = None) -> float:
         return sum(float((_gradient(name, u.shape, 1) * u.dense().double()).sum()) for name, u in updates.items())
@@ -157,7 +167,8 @@ def run(method: sm.Method, layers: Sequence[sm.Layer]) -> dict[str, sm.Update]:
 
     Anchors are there for the methods that read gradients; the others must not look at them.
     """
-    layers = [replace(layer, anchors=LinearLoss()) for layer in layers]
+    anchors = LinearLoss(layers)
+    layers = [replace(layer, anchors=anchors) for layer in layers]
     prepared = sm.prepare(method, layers)
     return {layer.name: prepared(layer) for layer in layers}
 

@@ -320,7 +320,7 @@ def test_the_method(pair: list[Path]) -> None:
     refuses(sm.MethodError, "a method must be given", "sm.mean()", "sm.ties(density=0.2)", adapters=pair)
     refuses(sm.MethodError, "method='ties' is text", "sm.ties()", "sm.parse('ties')", adapters=pair, method="ties")
     refuses(sm.MethodError, "cannot be called", adapters=pair, method=3)
-    refuses(sm.MethodError, "pass anchors and a model", adapters=pair, method=sm.sap())
+    refuses(sm.MethodError, "needs anchors and a model", adapters=pair, method=sm.sap())
     refuses(sm.MethodError, "need a model", adapters=pair, anchor_loader=[{}])
     with pytest.raises(sm.MethodError, match=r"for 20 % write 0\.2"):
         sm.ties(density=20)

@@ -59,7 +59,8 @@ def test_named_methods_can_be_called_in_a_recipe(name: str) -> None:
 def test_preparing_does_not_show() -> None:
     """What a pre-pass found out is not part of the recipe."""
     for method in METHODS:
-        layers = [dataclasses.replace(layer, anchors=LinearLoss()) for layer in make_layers([3, 3])]
+        made = make_layers([3, 3])
+        layers = [dataclasses.replace(layer, anchors=LinearLoss(made)) for layer in made]
         assert repr(sm.prepare(method, layers)) == repr(method)
 
 

@@ -9,8 +9,12 @@ This package is the only place with autograd.
     observing.py  statistics of gradients over the anchors, within a budget of memory
     activations.py  inputs of the layers: their sizes and Gram matrices
     halving.py    two halves of the anchors
+    towers.py     embeddings of a tower that no adapter touches
+    prefix.py     outputs of what runs before the first adapted layer, kept for the next adapter
+    calls.py      one call of a module, and whether another one is the same
     passes.py     the anchors of one merge: forward and backward passes
     weighing.py   whole adapters, weighed by their loss
+    scaling.py    the length of the merged update
     fishers.py, regression.py, tuning.py   the parts of `fisher`, `regmean` and `tune`
 """
 
@@ -19,6 +23,7 @@ from sapmerge.anchors.loading import from_pairs
 from sapmerge.anchors.losses import alignment, centered_alignment, contrastive, entropy, language_modeling
 from sapmerge.anchors.passes import Anchors
 from sapmerge.anchors.regression import RegMean
+from sapmerge.anchors.scaling import ScaleByAnchors
 from sapmerge.anchors.tuning import Tune
 from sapmerge.anchors.weighing import WeighByAnchors
 
@@ -26,6 +31,7 @@ __all__ = [
     "Anchors",
     "FisherMean",
     "RegMean",
+    "ScaleByAnchors",
     "Tune",
     "WeighByAnchors",
     "alignment",

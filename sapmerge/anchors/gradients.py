@@ -30,8 +30,11 @@ def wide(tensor: Tensor) -> Tensor:
 
 
 def finite(tensor: Tensor) -> bool:
-    """Whether no entry is NaN or infinite. The extrema show it (NaN is both), ten times as fast as `isfinite`."""
-    return tensor.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(tensor.detach()))).all())
+    """Whether no entry is NaN or infinite. If the sum is finite, so are all; it may also overflow, extrema cannot."""
+    tensor = tensor.detach()
+    if tensor.numel() == 0 or bool(torch.isfinite(tensor.sum())):
+        return True
+    return bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +57,7 @@ class TokenGradient:
 
     def right(self, A: Tensor) -> Tensor:
         """G A^T: (samples, m, r)."""
-        return self.g.mT @ self._through(A)
+        return (self._through(A).mT @ self.g).mT
 
     def diagonal(self, U: Tensor, Vh: Tensor) -> Tensor:
         """u_i^T G v_i: (samples, k)."""
@@ -118,10 +121,10 @@ def token_gradient(module: nn.Module, calls: Sequence[Call], samples: int, loss_
     """
     embeds = isinstance(module, nn.Embedding)
     shape = _looked_up if embeds else _rows
-    shaped = [shape(module, x, wide(g) / loss_scale) for x, g in calls]
+    shaped = [shape(module, x, wide(g) if loss_scale == 1 else wide(g) / loss_scale) for x, g in calls]
     if not all(len(x) == samples for x, _ in shaped):
         shaped = [(x.flatten(0, 1)[None], g.flatten(0, 1)[None]) for x, g in shaped]
-    x, g = (torch.cat(side, 1) for side in zip(*shaped, strict=True))
+    x, g = shaped[0] if len(shaped) == 1 else (torch.cat(side, 1) for side in zip(*shaped, strict=True))
     return TokenGradient(x, g, module.num_embeddings if embeds else None)
 
 

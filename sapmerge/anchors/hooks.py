@@ -65,7 +65,7 @@ def _switch(tuner: nn.Module, on: bool) -> None:
 class Watch:
     """What passes through the watched layers in one forward and one backward pass.
 
-    A zero is added to every watched output. It asks for a gradient, so a graph is built from the first watched layer
+    A zero is added in every watched layer. It asks for a gradient, so a graph is built from the first watched layer
     on and not below it; and by differentiating with respect to it, nothing else receives a `.grad`.
 
     Args:
@@ -80,13 +80,16 @@ class Watch:
     _calls: dict[str, list[Call]] = field(default_factory=dict[str, list[Call]])
     _closed: bool = False
 
-    def see(self, name: str, x: Tensor, output: Tensor) -> Tensor:
-        """The output of a layer, watched."""
+    def zero(self, name: str, device: torch.device) -> Tensor | None:
+        """What is to be added in a layer, wherever the output depends on it; None if the layer is not watched."""
         if name not in self.sinks or not torch.is_grad_enabled():
-            return output
-        if output.device not in self._zeros:
-            self._zeros[output.device] = torch.zeros((), device=output.device, requires_grad=True)
-        output = output + self._zeros[output.device]
+            return None
+        if device not in self._zeros:
+            self._zeros[device] = torch.zeros((), device=device, requires_grad=True)
+        return self._zeros[device]
+
+    def see(self, name: str, x: Tensor, output: Tensor) -> None:
+        """The output of a layer to which the zero was added."""
         if not self._closed:  # what checkpointing runs again during the backward pass was seen before
             self._expected[name] = self._expected.get(name, 0) + 1
             x, version = x.detach(), x._version  # pyright: ignore[reportPrivateUsage]
@@ -99,7 +102,6 @@ class Watch:
                     self.sinks[name](name, self._calls.pop(name))
 
             output.register_hook(received)  # pyright: ignore[reportUnknownMemberType]
-        return output
 
     def backward(self, loss: Tensor) -> None:
         """Run the backward pass."""
@@ -164,13 +166,31 @@ def looked_at(name: str, module: nn.Module, inputs: tuple[Any, ...], output: Any
 def _hook(name: str, update: Update | None, who: str, watch: Watch | None) -> Callable[[nn.Module, Any, Any], Any]:
     def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
         x, output = looked_at(name, module, inputs, output)
-        if update is not None:
-            output = (output + _output_of(module, x, update)).to(output.dtype)
+        zero = None if watch is None else watch.zero(name, output.device)
+        if isinstance(update, LowRank) and type(module) is nn.Linear and x.dtype == output.dtype == update.dtype:
+            output = _with_factors(x, output, update, zero)
+        else:
+            if update is not None:
+                output = (output + _output_of(module, x, update)).to(output.dtype)
+            if zero is not None:
+                output = output + zero
         if not finite(output):
             raise NonFiniteError(f"the output of layer {name!r} on the anchors is NaN or infinite in {who}")
-        return output if watch is None else watch.see(name, x, output)
+        if watch is not None and zero is not None:
+            watch.see(name, x, output)
+        return output
 
     return hook
+
+
+def _with_factors(x: Tensor, output: Tensor, update: LowRank, zero: Tensor | None) -> Tensor:
+    """output + B (A x + zero) in one step: large outputs are written once, and the zero meets thin ones."""
+    thin = x.reshape(-1, x.shape[-1]) @ update.A.T
+    if zero is not None:
+        thin = thin + zero
+    flat = torch.addmm(output.reshape(-1, output.shape[-1]), thin, update.B.T)
+    # A view would lose its hook if an activation changed it in place.
+    return cast("Tensor", torch.ops.aten._unsafe_view.default(flat, output.shape))  # pyright: ignore
 
 
 def _output_of(module: nn.Module, x: Tensor, update: Update) -> Tensor:

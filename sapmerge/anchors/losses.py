@@ -6,6 +6,7 @@ batch if it holds `image_embeds` or `text_embeds` already.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias, cast
 
@@ -15,6 +16,7 @@ from torch.nn import functional
 
 from sapmerge.anchors.gradients import wide
 from sapmerge.errors import AnchorError
+from sapmerge.protocols import AnchorPass
 
 __all__ = ["alignment", "centered_alignment", "contrastive", "entropy", "language_modeling"]
 
@@ -90,10 +92,21 @@ def language_modeling(model: nn.Module, batch: Batch) -> Tensor:
         if isinstance(image_token, int):
             labels[labels == image_token] = -100
         batch = {**batch, "labels": labels}
+    if "use_cache" not in batch and _keeps_cache(model):  # keys and values for tokens that nobody generates
+        batch = {**batch, "use_cache": False}
     loss = getattr(model(**batch), "loss", None)
     if not isinstance(loss, Tensor):
         raise AnchorError(f"{type(model).__name__} returns no loss for a batch with {sorted(batch)}; pass loss=...")
     return loss
+
+
+def _keeps_cache(model: nn.Module) -> bool:
+    """Whether a forward pass keeps keys and values unless it is told not to."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    taken = inspect.signature(model.forward).parameters
+    named = "use_cache" in taken or any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
+    return getattr(text, "use_cache", None) is True and named
 
 
 def embeddings(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -143,6 +156,11 @@ def default_loss(model: nn.Module) -> Loss:
         f"{type(model).__name__} is neither a two-tower image-text model nor a language model; say which loss its "
         "anchors have: loss=lambda model, batch: ..."
     )
+
+
+def comparing(anchors: AnchorPass) -> Loss | None:
+    """The loss that tells adapters apart by default: one that compares pairs; None, the anchors' own, for others."""
+    return centered_alignment if anchors.pairs else None
 
 
 def loss_name(loss: Loss) -> str:

@@ -14,14 +14,13 @@ from sapmerge.anchors.gradients import TokenGradient
 from sapmerge.bases import Frames
 from sapmerge.errors import AnchorError, MethodError, SapmergeWarning
 from sapmerge.layer import LayerStream
-from sapmerge.units import Entries, GradientView, Units
+from sapmerge.units import Coordinates, Entries, Units
 
 if TYPE_CHECKING:
     from sapmerge.anchors.passes import Anchors
 
 __all__ = ["GradientStatistics"]
 
-Pull = Callable[[GradientView], Mapping[str, Tensor]]
 Halves = dict[str, tuple[Tensor, Tensor]]
 
 
@@ -74,8 +73,8 @@ class GradientStatistics:
                 frames[layer.name] = layer.frames
                 for k, update in enumerate(layer):
                     if update.rank:
-                        pull, shape = self._units(update).pull, self._anchors.modules[layer.name].shape
-                        sums[layer.name, k] = _Sums(pull, layer.frames, statistic, shape, update.device)
+                        unit, shape = self._units(update), self._anchors.modules[layer.name].shape
+                        sums[layer.name, k] = _Sums(unit, layer.frames, statistic, shape, update.device)
         if at == "base":
             count = self._anchors.backward(
                 None, {n: _all([s for (m, _), s in sums.items() if m == n]) for n, _ in sums}
@@ -129,9 +128,15 @@ class _Sums:
     """Sums of a gradient statistic over the samples of even and of odd number."""
 
     def __init__(
-        self, pull: Pull, frames: tuple[Frames, ...], statistic: str, shape: tuple[int, int], device: torch.device
+        self,
+        unit: Coordinates,
+        frames: tuple[Frames, ...],
+        statistic: str,
+        shape: tuple[int, int],
+        device: torch.device,
     ) -> None:
-        self._pull, self._frames, self._statistic = pull, frames, statistic
+        self._pull, self._frames, self._statistic = unit.pull, frames, statistic
+        self._count = sum(values.numel() for values in unit.values.values())
         self._shape, self.device = shape, device
         self._sums: list[dict[str, Tensor]] = [{}, {}]
         self.seen = 0
@@ -141,15 +146,12 @@ class _Sums:
         gradient = gradient.inside(self._frames)
         if self._statistic == "batch square":
             for half in (0, 1):  # a batch is not divided: both halves are the whole
-                self._accumulate(half, gradient, size)
+                self._accumulate(half, gradient.together(), size)
         elif len(gradient.x) == size:
-            for start in (0, 1):
-                chosen = gradient.samples(slice(start, None, 2))
-                if len(chosen.x):
-                    self._accumulate((self.seen + start) % 2, chosen, size)
+            self._add_samples(gradient, size)
         elif self._statistic == "mean":
             for half in (0, 1):  # the samples cannot be told apart: both halves are the whole
-                self._accumulate(half, gradient, size / 2)
+                self._accumulate(half, gradient.together(), size / 2)
         else:
             raise AnchorError(
                 "the scorer reads gradients per sample, but a layer mixes the samples of a batch "
@@ -157,22 +159,31 @@ class _Sums:
             )
         self.seen += size
 
-    def _accumulate(self, half: int, gradient: TokenGradient, factor: float) -> None:
-        if self._statistic in ("mean", "batch square"):
-            parts = [gradient.together()]
+    def _add_samples(self, gradient: TokenGradient, size: int) -> None:
+        if self._count <= gradient.x[0].numel() + gradient.g[0].numel():  # all samples at once are no larger than x, g
+            parts = [(0, gradient)]
+        elif self._statistic == "mean":
+            parts = [(start, gradient.samples(slice(start, None, 2)).together()) for start in range(min(size, 2))]
         else:  # one at a time: a whole batch of dense gradients would not fit
-            parts = [gradient.samples(slice(s, s + 1)) for s in range(len(gradient.x))]
-        sums = self._sums[half]
-        for part in parts:
-            for name, value in self._pull(part).items():
-                each = value[0] * factor
-                if self._statistic == "absolute":
-                    each = each.abs()
-                elif self._statistic == "square":
-                    each = each.square()
-                elif self._statistic == "batch square":
-                    each = each.square() / 2
+            parts = [(start, gradient.samples(slice(start, start + 1))) for start in range(size)]
+        for start, part in parts:
+            self._accumulate((self.seen + start) % 2, part, size)
+
+    def _accumulate(self, half: int, gradient: TokenGradient, factor: float) -> None:
+        """Add the parts of the gradient to the two halves in turn, the first one to `half`."""
+        for name, values in self._pull(gradient).items():
+            for start in range(min(len(values), 2)):
+                sums, each = self._sums[(half + start) % 2], self._of(values[start::2] * factor)
                 sums[name] = sums[name].add_(each) if name in sums else each
+
+    def _of(self, gradients: Tensor) -> Tensor:
+        if self._statistic == "absolute":
+            gradients = gradients.abs()
+        elif self._statistic == "square":
+            gradients = gradients.square()
+        elif self._statistic == "batch square":
+            gradients = gradients.square() / 2
+        return gradients.sum(0) if len(gradients) > 1 else gradients[0]
 
     def halves(self, count: int) -> Halves:
         """Two estimates whose mean is the statistic over all `count` samples; zero for a layer without a gradient."""

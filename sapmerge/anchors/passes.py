@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -15,20 +15,20 @@ from sapmerge.adapter import Module
 from sapmerge.anchors.activations import Seen, seeing, stream_grams
 from sapmerge.anchors.gradients import Call, TokenGradient, finite, token_gradient, wide
 from sapmerge.anchors.halving import Half
-from sapmerge.anchors.hooks import Watch, attached, frozen, removed
+from sapmerge.anchors.hooks import Watch, attached, frozen
 from sapmerge.anchors.loading import Batches, batch_size
 from sapmerge.anchors.losses import (
-    INPUTS,
     Loss,
     alignment,
     centered_alignment,
     contrastive,
     default_loss,
-    embedding,
     loss_name,
 )
 from sapmerge.anchors.observing import GradientStatistics
+from sapmerge.anchors.prefix import Prefix
 from sapmerge.anchors.resuming import Resume
+from sapmerge.anchors.towers import embedded, stand_in
 from sapmerge.errors import AnchorError, NonFiniteError
 from sapmerge.layer import Layer, LayerStream, Update
 from sapmerge.models import device_of, find_modules
@@ -52,6 +52,7 @@ class Anchors:
         adapters: per adapter its label and a function that gives its updates, layer -> update.
         loss: (model, batch) -> scalar; None: by what the model is.
         budget: bytes of gradient statistics that may be held at once; more is computed a group of layers at a time.
+            Half as much may be held of outputs that are the same for every adapter (`Prefix`).
 
     Raises:
         AnchorError: no batches, batches that change, no loss for this model.
@@ -79,6 +80,7 @@ class Anchors:
         self.resume: Resume | None = None
         self._known: dict[int | None, float] = {}
         self._embedded: dict[str, list[Tensor]] | None = None
+        self._prefix = Prefix(self.targets.values(), budget // 2)
 
     def resume_in(self, folder: str | os.PathLike[str], digests: Sequence[str]) -> None:
         """Keep the statistics of every adapter in a folder, and take from there what an earlier run has left.
@@ -99,6 +101,11 @@ class Anchors:
         """Gradients in the coordinates of `units`; nothing runs before the first one is asked for."""
         return GradientStatistics(self, layers, units)
 
+    @property
+    def pairs(self) -> bool:
+        """See `sapmerge.layer.AnchorPass`."""
+        return self.loss in _PAIR_LOSSES and all(batch_size(batch) > 1 for batch in self.batches)
+
     def losses(self, loss: Loss | None = None) -> list[float]:
         """The mean loss on the anchors at base + adapter, for every adapter.
 
@@ -113,7 +120,7 @@ class Anchors:
         """The mean loss on the anchors at base + updates."""
         self.used = True
         loss, total, count = loss or self.loss, 0.0, 0
-        with frozen(self.model) as base, torch.no_grad(), attached(self.targets, self._moved(updates), who):
+        with self._running() as base, torch.no_grad(), attached(self.targets, self._moved(updates), who):
             for batch, size in self._batches(base, loss):
                 total, count = total + float(self._value(loss, base, batch, who)) * size, count + size
         return total / count
@@ -150,6 +157,7 @@ class Anchors:
         for number, half in enumerate(halves):
             half.batches = Batches(Half(self.batches, number), device_of(self.model))
             half._known, half._embedded, half.resume = {}, None, None  # a cache is of all anchors
+            half._prefix = Prefix(self.targets.values(), self.budget // 2)
         return halves
 
     def summary(self) -> dict[str, object]:
@@ -178,7 +186,7 @@ class Anchors:
         self.used = True
         who, updates = self._place(adapter)
         moved, total, count = self._moved(updates), 0.0, 0
-        with frozen(self.model) as base, torch.enable_grad():
+        with self._running() as base, torch.enable_grad():
             scales = _HALF_SCALES if any(p.dtype == torch.float16 for p in base.parameters()) else (1.0,)
             for batch, size in self._batches(base, self.loss):
 
@@ -208,7 +216,7 @@ class Anchors:
         """One pass without gradients, at base + adapter: layer -> what to do with its inputs. The number of samples."""
         self.used = True
         (who, updates), count = self._place(adapter), 0
-        with frozen(self.model) as base, torch.no_grad(), attached(self.targets, self._moved(updates), who):
+        with self._running() as base, torch.no_grad(), attached(self.targets, self._moved(updates), who):
             for batch, size in self._batches(base, self.loss):
                 with seeing(self.targets, watched, size, count):
                     self._value(self.loss, base, batch, who)
@@ -242,7 +250,16 @@ class Anchors:
             self._known[adapter] = found
         return self._known[adapter]
 
+    @contextmanager
+    def _running(self) -> Generator[nn.Module]:
+        with frozen(self.model) as base:
+            if self._prefix.outdated(base):
+                self._embedded = None
+            with self._prefix.reused(base):
+                yield base
+
     def _value(self, loss: Loss, base: nn.Module, batch: Any, who: str) -> Tensor:
+        self._prefix.start()
         value = cast("object", loss(base, batch))
         if not isinstance(value, Tensor) or value.numel() != 1:
             shown = f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
@@ -260,24 +277,19 @@ class Anchors:
 
     def _batches(self, base: nn.Module, loss: Loss) -> Iterator[tuple[Any, int]]:
         """Batches and their sizes; the embeddings of a tower that no adapter touches stand in for its inputs."""
-        if self._embedded is None and loss in _PAIR_LOSSES:
-            found = {side: self._embeddings(base, side) for side in INPUTS}
-            self._embedded = {side: embeddings for side, embeddings in found.items() if embeddings is not None}
-        embedded = self._embedded or {} if loss in _PAIR_LOSSES else {}
+        alike = loss in _PAIR_LOSSES
+        if self._embedded is None and alike:
+            self._embedded = embedded(base, self.targets.values(), self._tried)
         for number, batch in enumerate(self.batches):
             size = batch_size(batch)
-            for side, embeddings in embedded.items():
-                batch = {key: value for key, value in batch.items() if key not in INPUTS[side]}
-                batch[f"{side}_embeds"] = embeddings[number]
-            yield batch, size
+            self._prefix.on(number)
+            yield (stand_in(batch, number, self._embedded or {}) if alike else batch), size
 
-    def _embeddings(self, base: nn.Module, side: str) -> list[Tensor] | None:
-        """The embeddings of one side, once for all adapters; None if an adapted layer takes part in them."""
-        try:
-            with torch.no_grad(), _stopping_at(self.targets.values()):
-                return [embedding(base, batch, side) for batch in self.batches]
-        except _Adapted:
-            return None
+    def _tried(self) -> Iterator[Any]:
+        """The batches. Of the first, outputs are kept: if an adapted layer is reached, it was not run for nothing."""
+        for number, batch in enumerate(self.batches):
+            self._prefix.on(0 if number == 0 else None)
+            yield batch
 
 
 def _check_finite(base: nn.Module, targets: Mapping[str, nn.Module]) -> None:
@@ -287,16 +299,3 @@ def _check_finite(base: nn.Module, targets: Mapping[str, nn.Module]) -> None:
             raise NonFiniteError(
                 f"the base model's weight of {names.get(id(parameter), name)!r} has NaN or infinite entries"
             )
-
-
-class _Adapted(Exception):
-    """An adapted layer is reached."""
-
-
-@contextmanager
-def _stopping_at(modules: Iterable[nn.Module]) -> Generator[None]:
-    def stop(module: nn.Module, inputs: Any) -> None:
-        raise _Adapted
-
-    with removed([module.register_forward_pre_hook(stop) for module in modules]):
-        yield

@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from sapmerge.anchors.losses import contrastive
+from sapmerge.anchors.losses import comparing
 from sapmerge.compose import Mapped, prepare
 from sapmerge.errors import MethodError
 from sapmerge.layer import Layer, LayerStream, Method, Update
@@ -27,7 +27,8 @@ class WeighByAnchors:
 
     Args:
         method: any method.
-        loss: (model, batch) -> scalar. `contrastive` by default: a loss without negatives cannot tell good from bad.
+        loss: (model, batch) -> scalar. None: `centered_alignment` for image-text pairs, because a loss that does not
+            compare pairs cannot tell good from bad, and the anchors' own loss for others.
         temperature: of the softmax, in units of the loss.
 
     Raises:
@@ -35,8 +36,8 @@ class WeighByAnchors:
     """
 
     method: Method
-    loss: Callable[..., Tensor] | None = contrastive
-    temperature: float = 0.1
+    loss: Callable[..., Tensor] | None = None
+    temperature: float = 0.2
     shares: Mapping[int, float] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -47,7 +48,7 @@ class WeighByAnchors:
         first = next(iter(layers), None)
         if first is None or first.anchors is None:
             raise MethodError("WeighByAnchors needs anchors and a model: merge(adapters, anchor_loader, model, ...)")
-        losses = torch.tensor(first.anchors.losses(self.loss), dtype=torch.float64)
+        losses = torch.tensor(first.anchors.losses(self.loss or comparing(first.anchors)), dtype=torch.float64)
         softmax = torch.softmax(-losses / self.temperature, 0) * len(losses)
         weighed = replace(self, shares={k: float(share) for k, share in enumerate(softmax)})
         return replace(weighed, method=prepare(self.method, Mapped(layers, weighed._weighed)))

@@ -16,6 +16,7 @@ from sapmerge.io.container import Limits, Weights, shown
 from sapmerge.io.keys import sort_tensors
 from sapmerge.io.spelling import canonical
 from sapmerge.layer import LowRank
+from sapmerge.linalg import factor_inner
 
 __all__ = ["Contents", "Module", "SavedTensor", "sort_contents"]
 
@@ -81,8 +82,7 @@ class Contents:
         odd: list[tuple[float, str]] = []
         for name, module in self.modules.items():
             a, b = (weights.facts[tensor].norm for tensor in self.tensors[name])
-            # Norms bound the product; only where the bound is too weak does the product have to be formed.
-            if abs(module.scaling) * max(b, a * b) > _LARGEST:
+            if not self._bounded(module):
                 self.update(name, source)
             if min(a, b) > _FLOOR and not 1 / _BALANCE <= a / b <= _BALANCE:
                 odd.append((a / b, name))
@@ -96,16 +96,19 @@ class Contents:
         if double is not None:
             _warn(f"{weights.where}: tensor {shown(double)} is float64; computations round it to float32")
 
+    def _bounded(self, module: Module) -> bool:
+        """Whether the norms of the factors tell that the product is finite; else it has to be formed."""
+        a, b = (self.weights.facts[tensor].norm for tensor in self.tensors[module.name])
+        return abs(module.scaling) * max(b, a * b) <= _LARGEST
+
     def update(self, name: str, source: str) -> LowRank:
         """B @ A of one module in float32, scaling folded into B."""
         module = self.modules[name]
         a_name, b_name = self.tensors[name]
         a = self.weights.read(a_name).float().reshape(module.rank, module.shape[1])
         b = self.weights.read(b_name).float().reshape(module.shape[0], module.rank) * module.scaling
-        wide_a, wide_b = a.double(), b.double()
-        square = float(((wide_b.T @ wide_b) * (wide_a @ wide_a.T)).sum())
         # Written so that NaN fails too.
-        if not square <= _LARGEST**2:
+        if not (self._bounded(module) or factor_inner(b, a, b, a) <= _LARGEST**2):
             raise NonFiniteError(
                 f"adapter {shown(source)}, module {shown(name)}: the update (scaling {module.scaling:g} times "
                 "lora_B lora_A) is not finite in float32"

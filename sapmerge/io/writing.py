@@ -20,6 +20,7 @@ from typing_extensions import Self
 
 from sapmerge.errors import NonFiniteError, OutputError
 from sapmerge.io.atomic import CONFIG_NAME, StagedFolder, explained, write_all
+from sapmerge.linalg import finite
 
 __all__ = ["CONFIG_DIGEST_KEY", "TENSORS_DIGEST_KEY", "CheckpointWriter", "digest_of"]
 
@@ -111,9 +112,8 @@ class CheckpointWriter:
         if tensor.dtype not in _DTYPES:
             raise OutputError(f"{self._folder.path!r}: tensor {name!r} has the unsupported dtype {tensor.dtype}")
         flat = tensor.detach().cpu().contiguous().reshape(-1)
-        finite = torch.isfinite(flat)
-        if not bool(finite.all()):
-            count = flat.numel() - int(finite.sum())
+        if not finite(flat):
+            count = int((~torch.isfinite(flat)).sum())
             raise NonFiniteError(
                 f"{self._folder.path!r}: tensor {name!r} has {count} NaN or infinite values of {flat.numel()}; "
                 "nothing is written"

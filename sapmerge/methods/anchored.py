@@ -8,8 +8,10 @@ from torch import Tensor
 
 from sapmerge.anchors.fishers import FisherMean
 from sapmerge.anchors.regression import RegMean
+from sapmerge.anchors.scaling import ScaleByAnchors
 from sapmerge.anchors.tuning import Tune
-from sapmerge.compose import Chain, MatchEnergy
+from sapmerge.anchors.weighing import WeighByAnchors
+from sapmerge.compose import Chain
 from sapmerge.layer import Merger, Method, Rescaler, Scorer
 from sapmerge.masks import TopFraction
 from sapmerge.mergers import Mean
@@ -23,17 +25,21 @@ __all__ = ["fisher", "regmean", "sap", "sap_original", "tune"]
 
 
 def sap(
-    density: float = 0.8,
+    density: float = 0.9,
     units: Units = Factors(),
     scorer: Scorer = Taylor(),
     rescaler: Rescaler = MatchNorm(),
     merger: Merger = Mean(),
+    temperature: float = 0.2,
+    trust: float = 0.5,
 ) -> Method:
-    """Semantically-Anchored Pruning: drop what the anchors' loss does not depend on, give the energy back, average.
+    """Semantically-Anchored Pruning: the anchors weigh the adapters, prune each of them, and say how far to go.
 
-    1. Per adapter: S = |w dL/dw| on the anchors, at base + adapter; the lowest share is set to zero.
-    2. The norm that pruning took from each layer is given back.
-    3. The adapters are averaged, and the norm that averaging took from the whole is given back (`MatchEnergy`).
+    1. Every adapter is weighed by the anchors' loss at base + adapter (`WeighByAnchors`).
+    2. Per adapter: S = |w dL/dw| on the anchors, at base + adapter; the lowest share is set to zero, and the norm that
+       this took from each layer is given back.
+    3. The adapters are averaged, and the merged update is scaled to a length between the mean norm of its inputs and
+       the one that the anchors choose (`ScaleByAnchors`).
 
     Args:
         density: the fraction of units kept per layer; rho of the method's description is 1 - density.
@@ -41,11 +47,14 @@ def sap(
         scorer: the saliency.
         rescaler: what is given back after pruning.
         merger: how the pruned adapters are combined.
+        temperature: of the weights of the adapters; infinite: all have the same say.
+        trust: in the anchors' length: 0 takes the mean norm of the inputs, 1 the anchors' alone.
 
-    Needs anchors and a model. `sap_original` is the method to the letter.
+    Needs anchors and a model. `sap_original` is the method to the letter. Why these defaults: docs/evidence.md.
     """
     scope = "adapter" if isinstance(units, Layers) else "layer"  # a layer holds one unit: itself
-    return MatchEnergy(Chain(Prune(scorer, TopFraction(density, scope), rescaler, units), merger))
+    pruned = Chain(Prune(scorer, TopFraction(density, scope), rescaler, units), merger)
+    return WeighByAnchors(ScaleByAnchors(pruned, trust=trust), temperature=temperature)
 
 
 def sap_original(density: float = 0.5) -> Method:

@@ -462,3 +462,18 @@ def test_what_is_not_finite_is_found_anywhere(dtype: torch.dtype, bad: float) ->
             assert not finite(tensor)
             assert not finite(torch.full_like(tensor, bad))
     assert finite(torch.zeros(0, 3))
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (4, 3, 6), (4, 3, 2, 6)])
+def test_activations_in_place(shape: tuple[int, ...]) -> None:
+    """The gradient of a layer is that of its output before it was changed."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(inplace=True), nn.Linear(5, 4), nn.Hardtanh(inplace=True)).double()
+    batches = [{"input": torch.randn(shape, dtype=torch.float64)}]
+    loss = lambda model, batch: model(**batch).square().mean()  # noqa: E731
+    updates = random_updates(model, ["0", "2"], 2, 1)
+    wanted = dense_gradients(model, updates, batches, loss)[1]
+    found = spied(anchored(model, batches, [updates], loss)[1], sm.Entries()).gradient
+    for name, gradient in wanted.items():
+        assert float(gradient.norm()) > 1e-3
+        assert error(found["a0", name, "entries"], gradient) < 1e-12

@@ -52,7 +52,7 @@ def test_the_model_comes_back() -> None:
     adapters, _ = models.adapters(model, [models.BOTH_TARGETS, models.VISION_TARGETS])
     before = state_of(model)
     batches = copy.deepcopy(loader)
-    models.merge(adapters, loader, model, method=sm.WeighByAnchors(sm.sap())).report
+    models.merge(adapters, loader, model, method=sm.sap()).report
     assert_same_state(before, state_of(model))
     for batch, was in zip(loader, batches):
         assert all(torch.equal(batch[key], was[key]) for key in was)
@@ -229,10 +229,10 @@ def test_a_tower_that_no_adapter_touches_runs_once_per_batch(targets: str, idle:
     model, loader = models.clip(), models.pairs()
     adapters, _ = models.adapters(model, [targets] * 3)
     idle_calls, busy_calls = calls_of(getattr(model, idle)), calls_of(getattr(model, busy))
-    merged = models.merge(adapters, loader, model, method=sm.WeighByAnchors(sm.sap()))
+    merged = models.merge(adapters, loader, model, method=sm.sap())
     assert merged.report.notes["anchor loss"].keys() == {"base model", "a0", "a1", "a2", "merged adapter"}
     assert len(idle_calls) == 2  # one per batch, for all passes together
-    assert len(busy_calls) == 2 * (3 + 3 + 1 + 1)  # gradients and contrastive losses of three, base, merged
+    assert len(busy_calls) == 2 * (3 + 3 + 6 + 1 + 1)  # gradients and losses of three, six lengths, base, merged
 
 
 def test_both_towers_run_where_both_are_adapted() -> None:

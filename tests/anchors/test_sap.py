@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import sapmerge as sm
-from sapmerge.anchors import alignment, contrastive, language_modeling
+from sapmerge.anchors import alignment, centered_alignment, contrastive, language_modeling
 from sapmerge.errors import AnchorError, MethodError, SapmergeWarning
 from sapmerge.lowrank import balanced
 from tests.anchors import models
@@ -126,11 +126,22 @@ def test_sap_original_without_pruning_is_the_mean() -> None:
         assert error(update.dense(), mean[name].dense()) < 1e-6
 
 
+def test_sap_without_anchored_weights_and_length_is_the_original_with_its_energy_matched() -> None:
+    model, loader = models.clip(), models.pairs()
+    adapters, _ = models.adapters(model, [models.BOTH_TARGETS, models.VISION_TARGETS, models.TEXT_TARGETS])
+    plain = sm.MatchEnergy(sm.sap_original(density=0.6))
+    wanted = dict(models.merge(adapters, loader, model, method=plain).updates())
+    method = sm.sap(density=0.6, temperature=math.inf, trust=0)
+    for name, update in models.merge(adapters, loader, model, method=method).updates():
+        assert error(update.dense(), wanted[name].dense()) < 1e-6
+
+
 @pytest.mark.parametrize("units", [sm.Factors(), sm.Directions(), sm.Entries()])
 def test_sap_keeps_the_count_and_gives_the_norm_back(units: Any) -> None:
     model, loader = models.clip(), models.pairs()
     adapters, _ = models.adapters(model, [models.VISION_TARGETS] * 3)
-    merged = models.merge(adapters, loader, model, method=sm.sap(density=0.7, units=units), rank="exact")
+    method = sm.sap(density=0.7, units=units, temperature=math.inf, trust=0)
+    merged = models.merge(adapters, loader, model, method=method, rank="exact")
     for row in merged.report.layers:
         m, n = row.shape
         for label, rank in zip(("a0", "a1", "a2"), (3, 2, 4)):
@@ -179,13 +190,13 @@ def mean_loss(model: nn.Module, loader: list[Any], loss: Any) -> float:
         return sum(n * float(loss(model, batch)) for n, batch in zip(sizes, loader)) / sum(sizes)
 
 
-@pytest.mark.parametrize("loss", [contrastive, alignment, None])
+@pytest.mark.parametrize("loss", [contrastive, alignment, None])  # None: centered_alignment
 def test_weights_by_anchors(loss: Any) -> None:
     model, loader = models.clip(), models.pairs((7, 4))
     adapters, pefts = models.adapters(model, [models.BOTH_TARGETS] * 3)
     method = sm.WeighByAnchors(sm.mean(), loss=loss, temperature=0.3)
     merged = models.merge(adapters, loader, model, method=method, weights=[1.0, 2.0, 1.0])
-    losses = torch.tensor([mean_loss(p.get_base_model(), loader, loss or alignment) for p in pefts])
+    losses = torch.tensor([mean_loss(p.get_base_model(), loader, loss or centered_alignment) for p in pefts])
     shares = torch.softmax(-losses / 0.3, 0)
     weights = shares * torch.tensor([1.0, 2.0, 1.0])
     for row in merged.report.layers:
@@ -199,9 +210,9 @@ def test_weights_by_anchors_around_sap() -> None:
     model, loader = models.clip(), models.pairs()
     adapters, _ = models.adapters(model, [models.VISION_TARGETS] * 2)
     plain = models.merge(adapters, loader, model, method=sm.WeighByAnchors(sm.mean())).report.layers[0]
-    around = models.merge(adapters, loader, model, method=sm.WeighByAnchors(sm.sap())).report.layers[0]
+    around = models.merge(adapters, loader, model, method=sm.sap()).report.layers[0]
     assert around.notes["anchor_weights"] == plain.notes["anchor_weights"]
-    assert {"score_kept", "anchor_stability", "energy_factor", "density"} <= around.notes.keys()
+    assert {"score_kept", "anchor_stability", "energy_factor", "density", "length"} <= around.notes.keys()
     for temperature in (0, -1.0, math.nan):
         with pytest.raises(MethodError, match="temperature must be positive"):
             sm.WeighByAnchors(sm.mean(), temperature=temperature)
@@ -253,9 +264,9 @@ def test_what_is_missing_is_said_before_any_work() -> None:
     adapters, _ = models.adapters(model, [models.VISION_TARGETS] * 2)
     calls: list[int] = []
     model.register_forward_hook(lambda *_: calls.append(1))
-    with pytest.raises(MethodError, match="pass anchors and a model"):
+    with pytest.raises(MethodError, match="needs anchors and a model"):
         models.merge(adapters, method=sm.sap())
-    with pytest.raises(MethodError, match="pass anchors and a model"):
+    with pytest.raises(MethodError, match="needs anchors and a model"):
         models.merge(adapters, None, model, method=sm.sap())
     with pytest.raises(MethodError, match="anchors need a model"):
         models.merge(adapters, loader)

@@ -380,6 +380,7 @@ def test_tune_prepares_on_one_half_and_looks_at_the_other() -> None:
 
     class Halves(conftest.LinearLoss):
         def __init__(self, name: str) -> None:
+            super().__init__()
             self.name = name
 
         def halves(self) -> tuple[Halves, Halves]:
@@ -394,7 +395,7 @@ def test_tune_prepares_on_one_half_and_looks_at_the_other() -> None:
             return super().loss_of(updates, loss)
 
     layers = [replace(layer, anchors=Halves("all")) for layer in make_layers()]
-    sm.prepare(sm.tune((sm.sap(0.5), sm.mean())), layers)
+    sm.prepare(sm.tune((sm.sap_original(0.5), sm.mean())), layers)
     assert asked[:3] == [("observe", "even"), ("loss", "odd"), ("loss", "odd")]
     assert set(asked[3:]) <= {("observe", "all")}
 
