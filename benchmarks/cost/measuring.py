@@ -1,0 +1,113 @@
+"""Time and memory of scoring, beside those of plain passes through a PeftModel."""
+
+from __future__ import annotations
+
+import gc
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import sapmerge as sm
+from sapmerge.anchors import alignment, language_modeling
+from sapmerge.stream import AdapterLayers
+
+from .setups import Setup
+
+Work = Callable[[], object]
+
+
+def floor(made: Setup, k: int) -> None:
+    """One adapter: forward, and backward to the LoRA parameters alone; all batches."""
+    model = made.wrapped
+    model.set_adapter(f"a{k}")
+    chosen = [p for name, p in model.named_parameters() if f".a{k}." in name]
+    inner = model.get_base_model()
+    loss = alignment if hasattr(inner, "get_text_features") else language_modeling
+    total = [torch.zeros_like(p) for p in chosen]
+    for batch in made.batches:
+        for sums, grad in zip(total, torch.autograd.grad(loss(inner, batch), chosen, allow_unused=True)):
+            if grad is not None:
+                sums += grad
+
+
+def gradients(made: Setup, units: Any, statistic: str, at: str) -> None:
+    """The statistics of all adapters' gradients, in two halves of the anchors, in the coordinates of the units."""
+    layers = AdapterLayers.of(made.adapters, [1.0] * len(made.adapters), torch.device("cpu"))
+    layers = layers.with_anchors(made.batches, made.base, None)
+    assert layers.anchors is not None
+    seen = layers.anchors.observe(layers, units)
+    for layer in layers:
+        for k, update in enumerate(layer):
+            if update.rank:
+                for part in _PARTS[type(units)]:
+                    seen.moment(layer.name, k, part, statistic, at)
+
+
+_PARTS = {sm.Factors: ("A", "B"), sm.Directions: ("directions",), sm.Entries: ("entries",)}
+
+
+def merge(made: Setup, units: Any, scorer: Any) -> None:
+    """The whole call: gradients, scores, masks, and the energy of the result. Nothing is written."""
+    sm.merge(made.adapters, made.batches, made.base, method=sm.sap(units=units, scorer=scorer), progress=False)
+
+
+def seconds(work: Work) -> float:
+    """Of this process, on all its threads: other programs on the machine count as little as can be."""
+    gc.collect()
+    start = time.process_time()
+    work()
+    return time.process_time() - start
+
+
+def interleaved(peer: Work, works: list[Work]) -> tuple[float, list[float]]:
+    """Seconds of the peer (the median of its runs before, between and after), and of each work."""
+    beside, found = [seconds(peer)], list[float]()
+    for work in works:
+        found.append(seconds(work))
+        beside.append(seconds(peer))
+    return statistics.median(beside), found
+
+
+def extra_memory(work: Work) -> int:
+    """Bytes by which the peak of this process exceeds what it holds before."""
+    gc.collect()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    except OSError:
+        return _peak() - _resident()
+    before = _resident()
+    work()
+    return _peak() - before
+
+
+def _status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field))
+
+
+def _resident() -> int:
+    return _status("VmRSS")
+
+
+def _peak() -> int:
+    try:
+        return _status("VmHWM")
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+
+def in_fresh_process(script: Path, question: dict[str, Any]) -> int:
+    """Ask the script for the extra memory of one piece of work."""
+    command = [sys.executable, str(script), "--memory", json.dumps(question)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{question}: {done.stderr[-2000:]}")
+    return int(done.stdout.split()[-1])
