@@ -20,10 +20,11 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from dg import contenders, data, encoders, summary
@@ -32,6 +33,8 @@ from dg.contenders import Contender
 from dg.trial import AS_IS, Place, Server
 
 import sapmerge as sm
+
+T = TypeVar("T")
 
 HERE = Path(__file__).parent
 
@@ -75,7 +78,7 @@ def world(options: Options) -> tuple[encoders.Encoder, dict[str, data.Task], Pla
         encoder = encoders.tiny(options.data / "vit-tiny", options.device)
         tasks = {"pacs": data.pacs(options.data), "digits": data.digits(options.data)}
     else:
-        clip = encoders.clip(options.model, options.device)
+        clip = encoders.Clip(options.model, options.device)
         encoder = clip.encoder
         tasks = {options.data.name: data.folder(options.data, options.anchors, clip)}
     return encoder, tasks, Place(encoder.model)
@@ -87,15 +90,12 @@ def clients_of(trial: Trial, options: Options) -> Clients:
     return Clients(encoder, tasks[trial.task], other, trial.regime, trial.seed, options.cache)
 
 
-def fit(trial: Trial, options: Options) -> None:
-    """Train what a trial needs."""
+def fit(trials: list[Trial], options: Options) -> None:
+    """Train what some trials need. Trials that share adapters go to one process: each is trained once."""
     _quiet(options.threads)
-    clients = clients_of(trial, options)
-    clients.received(trial.target, trial.setting)
-    if trial.setting == "equal" and "references" in options.suites:
-        clients.own(trial.target)
-    if trial.setting == "equal" and "upper" in options.suites:
-        clients.together(trial.target)
+    for trial in trials:
+        clients = clients_of(trial, options)
+        _references(trial, options, clients, clients.received(trial.target, trial.setting))
 
 
 def run(trial: Trial, options: Options, done: frozenset[tuple[object, ...]]) -> Iterator[Row]:
@@ -155,12 +155,7 @@ def chosen(options: Options) -> list[Contender]:
 def rows_of(trial: Trial, options: Options) -> list[Row]:
     """The rows of a trial that are asked for: from its file, completed by a run."""
     _quiet(options.threads)
-    path = (
-        options.cache
-        / "rows"
-        / (options.model or "vit-tiny").replace("/", "--")
-        / f"{str(trial).replace('/', '-')}.jsonl"
-    )
+    path = options.cache / "rows" / world(options)[0].name / f"{str(trial).replace('/', '-')}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     found = {_key(row): row for row in rows if row["test"] == options.test}
@@ -187,14 +182,21 @@ def _quiet(threads: int) -> None:
 
 def main() -> None:
     options, trials, name, jobs = _arguments()
+    together: dict[tuple[object, ...], list[Trial]] = {}
+    for trial in trials:
+        together.setdefault((trial.task, trial.regime, trial.seed), []).append(trial)
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        for phase, work in (("trained", fit), ("tried", rows_of)):
-            futures = {pool.submit(work, trial, options): trial for trial in trials}
-            for number, future in enumerate(as_completed(futures)):
-                future.result()
-                print(f"{phase} {number + 1} of {len(trials)}: {futures[future]}", file=sys.stderr, flush=True)
-        rows = [row for trial in trials for row in pool.submit(rows_of, trial, options).result()]
-    summary.write(name, rows)
+        _each("trained", [pool.submit(fit, group, options) for group in together.values()])
+        rows = _each("tried", [pool.submit(rows_of, trial, options) for trial in trials])
+    summary.write(name, [row for found in rows for row in found])
+
+
+def _each(what: str, futures: list[Future[T]]) -> list[T]:
+    """The results in their order, with a line for every one that is there."""
+    for number, future in enumerate(as_completed(futures)):
+        future.result()
+        print(f"{what} {number + 1} of {len(futures)}", file=sys.stderr, flush=True)
+    return [future.result() for future in futures]
 
 
 def _arguments() -> tuple[Options, list[Trial], str, int]:

@@ -121,8 +121,8 @@ def measure(shape: Shape, script: Path) -> list[Result]:
                 if not shape.slow and count <= 4:
                     works.append(partial(merge, made, row.units, row.scorer))
                 if not found:
-                    floor(made, 0)  # the first pass is slower than the next
-                once, times = interleaved(partial(floor, made, 0), works)
+                    floor(made)  # the first pass is slower than the next
+                once, times = interleaved(partial(floor, made), works)
                 ratios = [seconds / (count * once) for seconds in times]
                 memory = None
                 if count == 4:
@@ -149,7 +149,7 @@ def _answer(question: dict[str, Any]) -> int:
     shape = next(shape for shape in (*FULL, *QUICK) if shape.title == question["model"])
     row = next(row for row in ROWS if row.title == question["row"])
     made = setup(shape, question["where"], question["count"])
-    return extra_memory(partial(floor, made, 0) if question["floor"] else _work(made, row))
+    return extra_memory(partial(floor, made) if question["floor"] else _work(made, row))
 
 
 def _scaled(shape: Shape) -> str:

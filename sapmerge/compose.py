@@ -15,7 +15,7 @@ from typing import TypeVar, cast
 
 from sapmerge.bases import Basis, Frames
 from sapmerge.errors import MethodError
-from sapmerge.layer import Dense, Layer, LayerStream, LowRank, Merger, Method, Transform, Update
+from sapmerge.layer import AnchorPass, Dense, Layer, LayerStream, LowRank, Merger, Method, Transform, Update
 from sapmerge.recipe import part, recipe
 
 __all__ = ["ByModule", "CapShare", "Chain", "In", "Mapped", "MatchEnergy", "prepare"]
@@ -88,6 +88,17 @@ def _transforms(steps: tuple[Transform | Merger, ...]) -> Callable[[Layer], Laye
         return layer
 
     return run
+
+
+def anchors_of(layer: Layer | None, owner: str, advice: str = "") -> AnchorPass:
+    """The anchors of a merge, from its first layer.
+
+    Raises:
+        MethodError: there are none; `owner` begins the message, `advice` ends it.
+    """
+    if layer is None or layer.anchors is None:
+        raise MethodError(f"{owner} needs anchors and a model: merge(adapters, anchor_loader, model, ...){advice}")
+    return layer.anchors
 
 
 @part

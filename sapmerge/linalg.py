@@ -60,8 +60,11 @@ def _norm(values: Tensor, p: int) -> Tensor:
 
 
 def finite(values: Tensor) -> bool:
-    """Whether no entry is NaN or infinite: a sum tells, unless it overflows."""
-    return math.isfinite(float(values.sum())) or bool(torch.isfinite(values).all())
+    """Whether no entry is NaN or infinite: a finite sum tells, and where the sum overflows, the extrema do."""
+    values = values.detach()
+    if values.numel() == 0 or math.isfinite(float(values.sum())):
+        return True
+    return bool(torch.isfinite(torch.stack(torch.aminmax(values))).all())
 
 
 def factor_svd(B: Tensor, A: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,31 +4,31 @@ from __future__ import annotations
 
 import gc
 import json
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from process import memory
 
 import sapmerge as sm
+from cost.setups import Setup
 from sapmerge.anchors import alignment, language_modeling
 from sapmerge.stream import AdapterLayers
-
-from .setups import Setup
 
 Work = Callable[[], object]
 
 
-def floor(made: Setup, k: int) -> None:
+def floor(made: Setup) -> None:
     """One adapter: forward, and backward to the LoRA parameters alone; all batches."""
     model = made.wrapped
-    model.set_adapter(f"a{k}")
-    chosen = [p for name, p in model.named_parameters() if f".a{k}." in name]
+    model.set_adapter("a0")
+    chosen = [p for name, p in model.named_parameters() if ".a0." in name]
     inner = model.get_base_model()
     loss = alignment if hasattr(inner, "get_text_features") else language_modeling
     total = [torch.zeros_like(p) for p in chosen]
@@ -79,29 +79,11 @@ def interleaved(peer: Work, works: list[Work]) -> tuple[float, list[float]]:
 def extra_memory(work: Work) -> int:
     """Bytes by which the peak of this process exceeds what it holds before."""
     gc.collect()
-    try:
+    with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    except OSError:
-        return _peak() - _resident()
-    before = _resident()
+    before = memory("VmRSS")
     work()
-    return _peak() - before
-
-
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field))
-
-
-def _resident() -> int:
-    return _status("VmRSS")
-
-
-def _peak() -> int:
-    try:
-        return _status("VmHWM")
-    except (OSError, StopIteration):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    return memory("VmHWM") - before
 
 
 def in_fresh_process(script: Path, question: dict[str, Any]) -> int:

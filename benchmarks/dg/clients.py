@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -116,6 +116,5 @@ def _times(factor: float, source: Path, path: Path) -> Path:
         tensors = load_file(source / "adapter_model.safetensors")
         altered = {name: value * factor if "lora_B" in name else value for name, value in tensors.items()}
         save_file(altered, path / "adapter_model.safetensors", metadata={"format": "pt"})
-        config = json.loads((source / "adapter_config.json").read_text(encoding="utf-8"))
-        (path / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+        shutil.copyfile(source / "adapter_config.json", path / "adapter_config.json")
     return path

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from sapmerge.anchors.losses import embedding
 
-__all__ = ["Clip", "Encoder", "TinyDualEncoder", "accuracy", "clip", "predictions", "tiny"]
+__all__ = ["Clip", "Encoder", "TinyDualEncoder", "accuracy", "predictions", "tiny", "unit"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +81,7 @@ def tiny(folder: Path, device: str) -> Encoder:
 
 
 class Clip:
-    """A CLIP with its processor: an `Encoder`, and embeddings of texts."""
+    """A CLIP from a hub or a folder: an `Encoder`, and embeddings of texts."""
 
     def __init__(self, name: str, device: str) -> None:
         from transformers import AutoProcessor, CLIPModel
@@ -99,11 +99,6 @@ class Clip:
         """(texts, d) unit embeddings."""
         inputs = self.processor.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
         return embedding(self.encoder.model, inputs.to(self.encoder.device), "text").cpu()
-
-
-def clip(name: str, device: str) -> Clip:
-    """A CLIP from a hub or a folder."""
-    return Clip(name, device)
 
 
 @torch.no_grad()

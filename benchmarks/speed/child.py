@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib
 import json
-import resource
 import sys
 import time
 from collections.abc import Generator
 from contextlib import contextmanager
 
 import torch
+from process import memory
 from torch import Tensor
 
 __all__ = ["Clock", "Updates", "read_updates", "write_factors"]
@@ -38,17 +38,8 @@ class Clock:
         self._start = memory("VmRSS")
 
     def outcome(self) -> dict[str, object]:
-        peak = memory("VmHWM") - self._start
+        peak = (memory("VmHWM") - self._start) / (1 << 20)
         return {"seconds": sum(self.parts.values()), "parts": self.parts, "peak": peak}
-
-
-def memory(kind: str) -> float:
-    """VmRSS (now) or VmHWM (at most so far) of this process, in MB. Elsewhere than on Linux: ru_maxrss for both."""
-    try:
-        with open("/proc/self/status", encoding="ascii") as status:
-            return next(int(line.split()[1]) / 1024 for line in status if line.startswith(kind))
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20)  # macOS counts bytes
 
 
 def read_updates(adapters: list[str]) -> Updates:

@@ -8,7 +8,7 @@ from dataclasses import field, replace
 import torch
 from torch import Tensor
 
-from sapmerge.compose import Mapped
+from sapmerge.compose import Mapped, anchors_of
 from sapmerge.errors import MethodError
 from sapmerge.layer import Dense, Layer, LayerStream, LowRank, Observation, Update
 from sapmerge.linalg import norm
@@ -52,13 +52,10 @@ class FisherMean:
         first = next(iter(layers), None)
         if first is None:
             return self
-        if first.anchors is None:
-            raise MethodError(
-                "FisherMean needs anchors and a model: merge(adapters, anchor_loader, model, ...); and nothing may "
-                "prune before it, since gradients are those of the adapters as read"
-            )
+        advice = "; and nothing may prune before it, since gradients are those of the adapters as read"
+        anchors = anchors_of(first, "FisherMean", advice)
         filled = Mapped(layers, _filled)
-        seen = first.anchors.observe(filled, Entries())
+        seen = anchors.observe(filled, Entries())
         sizes = self._sizes(filled, seen)
         return replace(self, merged={layer.name: self._merge(layer, seen, sizes) for layer in filled})
 

@@ -18,7 +18,7 @@ from sapmerge.bases import Frames
 from sapmerge.errors import AnchorError
 from sapmerge.layer import LowRank, Update
 
-__all__ = ["Call", "TokenGradient", "embed_scale", "finite", "token_gradient", "wide"]
+__all__ = ["Call", "TokenGradient", "embed_scale", "token_gradient", "wide"]
 
 Call = tuple[Tensor, Tensor]
 """(input, gradient of the output) of one call of a module."""
@@ -27,14 +27,6 @@ Call = tuple[Tensor, Tensor]
 def wide(tensor: Tensor) -> Tensor:
     """float32, or float64 where it is that already: half-precision gradients are never summed as they are."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def finite(tensor: Tensor) -> bool:
-    """Whether no entry is NaN or infinite. If the sum is finite, so are all; it may also overflow, extrema cannot."""
-    tensor = tensor.detach()
-    if tensor.numel() == 0 or bool(torch.isfinite(tensor.sum())):
-        return True
-    return bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
-from sapmerge.anchors.gradients import Call, embed_scale, finite
+from sapmerge.anchors.gradients import Call, embed_scale
 from sapmerge.errors import AnchorError, NonFiniteError
 from sapmerge.layer import LowRank, Update
-from sapmerge.linalg import all_threads
+from sapmerge.linalg import all_threads, finite
 from sapmerge.models import base_of, weight_view
 
 __all__ = ["Watch", "attached", "frozen"]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sapmerge.adapter import Module
 from sapmerge.anchors.activations import Seen, seeing, stream_grams
-from sapmerge.anchors.gradients import Call, TokenGradient, finite, token_gradient, wide
+from sapmerge.anchors.gradients import Call, TokenGradient, token_gradient, wide
 from sapmerge.anchors.halving import Half
 from sapmerge.anchors.hooks import Watch, attached, frozen
 from sapmerge.anchors.loading import Batches, batch_size
@@ -31,6 +31,7 @@ from sapmerge.anchors.resuming import Resume
 from sapmerge.anchors.towers import embedded, stand_in
 from sapmerge.errors import AnchorError, NonFiniteError
 from sapmerge.layer import Layer, LayerStream, Update
+from sapmerge.linalg import finite
 from sapmerge.models import device_of, find_modules
 from sapmerge.units import Units
 

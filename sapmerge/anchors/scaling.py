@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import field, replace
 from typing import cast
 
 from torch import Tensor
 
 from sapmerge.anchors.losses import comparing
-from sapmerge.anchors.tuning import outermost
-from sapmerge.compose import MatchEnergy
+from sapmerge.anchors.tuning import loss_curve
+from sapmerge.compose import MatchEnergy, anchors_of
 from sapmerge.errors import MethodError
 from sapmerge.layer import Layer, LayerStream, Method, Update
 from sapmerge.recipe import part
 
 __all__ = ["ScaleByAnchors"]
 
-_STEPS = range(-3, 3)
-"""The multiples that are tried: 2^(k/2), from 0.35 to 2."""
+_SCALES = tuple(2 ** (step / 2) for step in range(-3, 3))
+"""The multiples that are tried, from 0.35 to 2: one step is a factor of sqrt(2)."""
 
 
 @part
@@ -54,23 +54,16 @@ class ScaleByAnchors:
     trust: float = 0.5
     energy_factor: float = field(default=1.0, repr=False)
     length: float | None = field(default=None, repr=False)
-    losses: Sequence[tuple[float, float]] = field(default=(), repr=False)
+    losses: Mapping[float, float] = field(default_factory=dict[float, float], repr=False)
 
     def __post_init__(self) -> None:
         if not (self.price >= 0 and 0 <= self.trust <= 1):
             raise MethodError(f"a price is not negative and a trust in [0, 1]; got {self.price!r} and {self.trust!r}")
 
     def prepare(self, layers: LayerStream) -> ScaleByAnchors:
-        first = next(iter(layers), None)
-        if first is None or first.anchors is None:
-            raise MethodError("ScaleByAnchors needs anchors and a model: merge(adapters, anchor_loader, model, ...)")
+        anchors = anchors_of(next(iter(layers), None), "ScaleByAnchors")
         matched = MatchEnergy(self.method).prepare(layers)
-        merged = {layer.name: outermost(layer, matched(layer)) for layer in layers}
-        loss = self.loss or comparing(first.anchors)
-        curve: list[tuple[float, float]] = []
-        for step in _STEPS:
-            scaled = {name: update.scaled(2 ** (step / 2)) for name, update in merged.items()}
-            curve.append((2 ** (step / 2), first.anchors.loss_of(scaled, loss)))
+        curve = loss_curve(matched, layers, anchors, _SCALES, self.loss or comparing(anchors))
         length = _lowest(curve, self.price) ** self.trust
         return replace(self, method=matched.method, energy_factor=matched.factor, length=length, losses=curve)
 
@@ -79,18 +72,17 @@ class ScaleByAnchors:
             return self.prepare(cast("LayerStream", [layer]))(layer)
         layer.record("energy_factor", self.energy_factor)
         layer.record("length", self.length)
-        layer.record("losses_by_length", dict(self.losses))
+        layer.record("losses_by_length", self.losses)
         return self.method(layer).scaled(self.energy_factor * self.length)
 
 
-def _lowest(curve: Sequence[tuple[float, float]], price: float) -> float:
+def _lowest(curve: Mapping[float, float], price: float) -> float:
     """The s with the least L(s) - price log s: the lowest point of the parabola in log s through the best three."""
-    values = [loss - price * math.log(s) for s, loss in curve]
+    values = [loss - price * math.log(s) for s, loss in curve.items()]
     best = min(range(len(values)), key=values.__getitem__)
     if 0 < best < len(values) - 1:
         left, here, right = values[best - 1 : best + 2]
         bend = left - 2 * here + right
         if bend > 0:
-            step = math.log(curve[best + 1][0] / curve[best][0])
-            return curve[best][0] * math.exp(step * (left - right) / (2 * bend))
-    return curve[best][0]
+            return _SCALES[best] * 2 ** ((left - right) / (4 * bend))
+    return _SCALES[best]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field, replace
 
 from torch import Tensor
 
-from sapmerge.compose import Mapped, prepare
+from sapmerge.compose import Mapped, anchors_of, prepare
 from sapmerge.errors import MethodError
 from sapmerge.layer import AnchorPass, Layer, LayerStream, Method, Update
 from sapmerge.recipe import part
@@ -53,11 +53,12 @@ class Tune:
         first = next(iter(layers), None)
         if first is None:
             return self
-        if first.anchors is None:
-            raise MethodError("Tune needs anchors and a model: merge(adapters, anchor_loader, model, ...)")
-        seen, held = first.anchors.halves()
+        seen, held = anchors_of(first, "Tune").halves()
         on_half = Mapped(layers, lambda layer: replace(layer, anchors=seen))
-        curve = {name: self._losses(method, on_half, held) for name, method in self.candidates.items()}
+        curve = {
+            name: loss_curve(prepare(method, on_half), on_half, held, self.scales, self.loss)
+            for name, method in self.candidates.items()
+        }
         name, scale = min(((n, s) for n in curve for s in self.scales), key=lambda choice: curve[choice[0]][choice[1]])
         notes = {"chosen": str(name), "scale": scale, "loss": {str(name): losses for name, losses in curve.items()}}
         return replace(self, chosen=prepare(self.candidates[name], layers), scale=scale, notes=notes)
@@ -69,13 +70,20 @@ class Tune:
         update = self.chosen(layer)
         return update if self.scale == 1.0 else update.scaled(self.scale)
 
-    def _losses(self, method: Method, layers: LayerStream, held: AnchorPass) -> dict[float, float]:
-        prepared = prepare(method, layers)
-        merged = {layer.name: outermost(layer, prepared(layer)) for layer in layers}
-        return {
-            scale: held.loss_of({name: update.scaled(scale) for name, update in merged.items()}, self.loss)
-            for scale in self.scales
-        }
+
+def loss_curve(
+    prepared: Method,
+    layers: LayerStream,
+    anchors: AnchorPass,
+    scales: Sequence[float],
+    loss: Callable[..., Tensor] | None,
+) -> dict[float, float]:
+    """Scale -> the loss at base + scale times the merged update, which is held whole."""
+    merged = {layer.name: outermost(layer, prepared(layer)) for layer in layers}
+    return {
+        scale: anchors.loss_of({name: update.scaled(scale) for name, update in merged.items()}, loss)
+        for scale in scales
+    }
 
 
 def outermost(layer: Layer, update: Update) -> Update:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sapmerge.anchors.losses import comparing
-from sapmerge.compose import Mapped, prepare
+from sapmerge.compose import Mapped, anchors_of, prepare
 from sapmerge.errors import MethodError
 from sapmerge.layer import Layer, LayerStream, Method, Update
 from sapmerge.recipe import part
@@ -45,10 +45,8 @@ class WeighByAnchors:
             raise MethodError(f"the temperature must be positive; got {self.temperature!r}")
 
     def prepare(self, layers: LayerStream) -> WeighByAnchors:
-        first = next(iter(layers), None)
-        if first is None or first.anchors is None:
-            raise MethodError("WeighByAnchors needs anchors and a model: merge(adapters, anchor_loader, model, ...)")
-        losses = torch.tensor(first.anchors.losses(self.loss or comparing(first.anchors)), dtype=torch.float64)
+        anchors = anchors_of(next(iter(layers), None), "WeighByAnchors")
+        losses = torch.tensor(anchors.losses(self.loss or comparing(anchors)), dtype=torch.float64)
         softmax = torch.softmax(-losses / self.temperature, 0) * len(losses)
         weighed = replace(self, shares={k: float(share) for k, share in enumerate(softmax)})
         return replace(weighed, method=prepare(self.method, Mapped(layers, weighed._weighed)))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sapmerge.anchors.tuning import outermost
-from sapmerge.compose import Chain
+from sapmerge.compose import Chain, anchors_of
 from sapmerge.errors import MethodError
 from sapmerge.layer import Layer, LayerStream, Method
 from sapmerge.mergers import Sum, weighted_sum
@@ -58,11 +58,7 @@ class FitCoefficients:
         first = next(iter(layers), None)
         if first is None:
             return self
-        if first.anchors is None:
-            raise MethodError(
-                "FitCoefficients needs anchors and a model: merge(adapters, anchor_loader, model, ...); put it before "
-                "whatever drops them (a transform)"
-            )
+        anchors = anchors_of(first, "FitCoefficients", "; put it before whatever drops them (a transform)")
         names = sorted(layer.name for layer in layers)
         start = torch.full((len(names), len(first)), float(self.init), dtype=torch.float64)
         state, losses = _Adam(start, self.lr), list[float]()
@@ -70,7 +66,7 @@ class FitCoefficients:
             given = dict(zip(names, state.rows(), strict=True))
             updates = {x.name: outermost(x, weighted_sum(x, _products(x.weights, given[x.name]))) for x in layers}
             directions = {x.name: [outermost(x, update) for update in x] for x in layers}
-            loss, slopes = first.anchors.slopes(updates, directions, self.loss)
+            loss, slopes = anchors.slopes(updates, directions, self.loss)
             losses.append(loss)
             weights = torch.tensor(first.weights, dtype=torch.float64)
             gradient = torch.stack([slopes[name] * weights for name in names])

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import sapmerge as sm
 from sapmerge.anchors import alignment, centered_alignment, contrastive, language_modeling
-from sapmerge.anchors.gradients import finite
 from sapmerge.bases import Frames
 from sapmerge.errors import AnchorError, MethodError
+from sapmerge.linalg import finite
 from tests.anchors import models
 from tests.anchors.models import anchored, dense_gradients, random_updates, spied
 from tests.conftest import error
