@@ -127,19 +127,20 @@ def top_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         return U[:, :rank], sigma[:rank], Vh[:rank]
     start = torch.randn(matrix.shape[1], block, generator=torch.Generator().manual_seed(0)).to(matrix)
     basis = _orthonormal(matrix @ start)
-    images = matrix.T @ basis
+    images = (basis.T @ matrix).T
     while basis.shape[1] + block <= small // 3:
         step = matrix @ images[:, -block:]
         for _ in range(2):  # twice is enough
             step = _orthonormal(step - basis @ (basis.T @ step))
-        basis, images = torch.cat([basis, step], 1), torch.cat([images, matrix.T @ step], 1)
+        basis, images = torch.cat([basis, step], 1), torch.cat([images, (step.T @ matrix).T], 1)
         if basis.shape[1] % (2 * block) == 0:
-            Q, R = qr(images)
-            left, sigma, right = svd(R.T)
-            u, v = basis.double() @ left[:, :rank], Q @ right[:rank].T
-            residual = (matrix @ v.to(matrix.dtype)).double() - u * sigma[:rank]  # its rounding is far below the bound
-            if float(residual.square().sum()) <= 1e-10 * float(sigma[:rank].square().sum()):
-                return u, sigma[:rank], v.T
+            seen = images.double()
+            best = _eigh(seen.T @ seen)[1][:, -rank:]  # M^T is largest on these combinations of the basis
+            left, sigma, right = svd((seen @ best).T)
+            u, v = basis.double() @ (best @ left), right.T
+            residual = (matrix @ v.to(matrix.dtype)).double() - u * sigma  # its rounding is far below the bound
+            if float(residual.square().sum()) <= 1e-10 * float(sigma.square().sum()):
+                return u, sigma, right
     return _gram_svd(matrix, rank)
 
 
@@ -153,11 +154,14 @@ def _gram_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         right, sigma, left = _gram_svd(matrix.T, rank)
         return left.T, sigma, right.T
     wide = matrix.double()
-    found = cast("tuple[Tensor, Tensor]", torch.linalg.eigh(wide.T @ wide))  # pyright: ignore[reportUnknownMemberType]
-    V = found[1][:, -rank:].flip(1)
+    V = _eigh(wide.T @ wide)[1][:, -rank:].flip(1)
     image = wide @ V
     sigma = image.square().sum(0).sqrt()
     return image / torch.where(sigma > 0, sigma, 1.0), sigma, V.T
+
+
+def _eigh(symmetric: Tensor) -> tuple[Tensor, Tensor]:
+    return cast("tuple[Tensor, Tensor]", torch.linalg.eigh(symmetric))  # pyright: ignore[reportUnknownMemberType]
 
 
 def factor_inner(Bx: Tensor, Ax: Tensor, By: Tensor, Ay: Tensor) -> float:

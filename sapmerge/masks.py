@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -221,14 +222,37 @@ def descending_ranks(scores: Tensor) -> Tensor:
     return torch.empty_like(order).scatter_(-1, order, places)
 
 
+_SAMPLE = 1 << 15
+
+
 def _at_least_kth(flat: Tensor, place: int) -> tuple[Tensor, Tensor]:
     """The value at a place of the sorted values, and which values reach it. On the CPU numpy is ten times as fast."""
     if flat.device.type == "cpu" and flat.dtype in (torch.float32, torch.float64):
         values = flat.detach().numpy()
-        cut = np.partition(values, place)[place]
+        cut = _kth(values, place)
         return flat.new_tensor(cut), torch.from_numpy(values >= cut)  # pyright: ignore[reportUnknownMemberType]
     cut = torch.kthvalue(flat, place + 1).values
     return cut, flat >= cut
+
+
+def _kth(values: npt.NDArray[np.float64], place: int) -> float:
+    """`np.partition(values, place)[place]`, four times as fast: a sample brackets it, and only what lies between the
+    brackets is partitioned. A sample that is not like the rest costs time, not exactness.
+
+    Source: Floyd and Rivest, "Expected time bounds for selection", https://doi.org/10.1145/360680.360691
+    """
+    step = values.size // _SAMPLE
+    if step > 1:
+        sample = np.sort(values[:: step | 1])  # an odd step: it goes through all columns of most matrices
+        share = place / values.size
+        middle, slack = share * sample.size, 4 * math.sqrt(share * (1 - share) * sample.size) + 2
+        low, high = sample[max(int(middle - slack), 0)], sample[min(int(middle + slack), sample.size - 1)]
+        reach = values >= low
+        rest = place - (values.size - int(np.count_nonzero(reach)))
+        between = values[reach & (values <= high)]
+        if 0 <= rest < between.size:
+            return np.partition(between, rest)[rest]
+    return np.partition(values, place)[place]
 
 
 def kth_largest(values: Callable[[], Iterable[tuple[str, Tensor]]], position: Callable[[int], int]) -> dict[str, float]:

@@ -76,10 +76,10 @@ class DisjointMean:
         present = [(update.dense(), weight) for update, weight in zip(layer, layer.weights, strict=True) if update.rank]
         if not present:
             return layer.updates[0]
-        total, count = torch.zeros_like(present[0][0]), torch.zeros_like(present[0][0])
+        total, count, here = torch.zeros(3, *layer.shape).to(present[0][0])
         for matrix, weight in present:
             total.add_(matrix, alpha=weight)
-            count.add_(matrix.sign().abs_(), alpha=abs(weight))
+            count.add_(torch.sign(matrix, out=here).abs_(), alpha=abs(weight))
         return Dense(total.div_(count.clamp_min_(torch.finfo(count.dtype).tiny)))  # where nobody counts, the total is 0
 
 

@@ -43,6 +43,25 @@ def test_ties_at_the_cut() -> None:
     assert sm.TopFraction(0.4, scope="adapter")(scores).tolist() == [True, True, True, True, False]
 
 
+@pytest.mark.parametrize("density", [1e-6, 0.003, 0.2, 0.5, 0.9, 0.99999])
+@pytest.mark.parametrize("kind", ["random", "float64", "ascending", "two values", "constant", "columns", "one outlier"])
+def test_the_highest_of_many_scores(kind: str, density: float) -> None:
+    """Large tensors are cut where a sample says, whatever the sample is like: as sorting does it, ties by index."""
+    scores = torch.rand(300, 1000, generator=torch.Generator().manual_seed(0))
+    scores = {
+        "random": scores,
+        "float64": scores.double(),
+        "ascending": torch.arange(300_000.0).view(300, 1000),
+        "two values": (scores > 0.4).float(),
+        "constant": torch.ones(300, 1000),
+        "columns": scores * (torch.arange(1000) % 9 == 0),
+        "one outlier": torch.zeros(300, 1000).index_fill_(1, torch.tensor([7]), 3.0),
+    }[kind]
+    wanted = torch.zeros(300_000, dtype=torch.bool)
+    wanted[scores.flatten().sort(descending=True, stable=True).indices[: max(1, int(density * 300_000 + 1e-9))]] = True
+    assert torch.equal(sm.TopFraction(density)(scores), wanted.view(300, 1000))
+
+
 def test_adapter_scope_can_empty_a_layer() -> None:
     """One threshold for the whole adapter: the layer with small updates vanishes, the other one stays whole."""
     layers = [replace(one(), name="large"), replace(one(D * 1e-3), name="small")]
