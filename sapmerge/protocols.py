@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -25,6 +25,13 @@ class AnchorPass(Protocol):
 
     def observe(self, layers: LayerStream, units: Units) -> Observation:
         """Gradients in the coordinates of `units`; nothing runs before the first one is asked for."""
+        ...
+
+    def in_turn(self, layers: LayerStream, units: Units) -> Iterator[tuple[Sequence[int], Observation]]:
+        """Some adapters, as many as can be held together, and what `observe` says of them; until all had their turn.
+
+        For a part that looks at one adapter at a time: it holds less, and every adapter runs once.
+        """
         ...
 
     def losses(self, loss: Callable[..., Tensor] | None = None) -> Sequence[float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -64,17 +64,17 @@ class Prune:
         if first.anchors is None or reads is False:
             for k in _present(first):
                 list(self._scored(first, k, None, self.units(first.updates[k])))  # what cannot work fails here, early
-            return replace(self, fitted=self._fit(layers, None))
-        seen = first.anchors.observe(layers, self.units)
-        fitted = replace(self, fitted=self._fit(layers, seen))
+            return replace(self, fitted=self._fit(layers, range(len(first)), None))
         decided: dict[tuple[str, int], _Decision] = {}
-        for layer in layers:
-            for k in _present(layer):
-                masks, notes = fitted._decide(layer, k, seen, self.units(layer.updates[k]))
-                decided[layer.name, k] = _Decision(
-                    {name: PackedMask.packed(keep) for name, keep in masks.items()}, notes
-                )
-        return replace(fitted, decided=decided)
+        for turn, seen in first.anchors.in_turn(layers, self.units):
+            fitted = replace(self, fitted=self._fit(layers, turn, seen))
+            for layer in layers:
+                for k in _present(layer, turn):
+                    masks, notes = fitted._decide(layer, k, seen, self.units(layer.updates[k]))
+                    decided[layer.name, k] = _Decision(
+                        {name: PackedMask.packed(keep) for name, keep in masks.items()}, notes
+                    )
+        return replace(self, decided=decided)
 
     def __call__(self, layer: Layer) -> Layer:
         pruned = list(layer.updates)
@@ -94,14 +94,16 @@ class Prune:
             layer.record(key, values)
         return layer.with_updates(pruned)
 
-    def _fit(self, layers: LayerStream, seen: Observation | None) -> Mapping[str, MaskBuilder] | None:
+    def _fit(
+        self, layers: LayerStream, adapters: Container[int], seen: Observation | None
+    ) -> Mapping[str, MaskBuilder] | None:
         fit = getattr(self.mask, "fit", None)
         if fit is None:
             return None
 
         def scores() -> Iterable[tuple[str, Tensor]]:
             for layer in layers:
-                for k in _present(layer):
+                for k in _present(layer, adapters):
                     for _, _, scored in self._scored(layer, k, seen, self.units(layer.updates[k])):
                         yield layer.adapters[k], scored
 
@@ -162,8 +164,9 @@ def _masked(values: Tensor, mask: Tensor) -> Tensor:
     return mask.to(values).mul_(values)
 
 
-def _present(layer: Layer) -> list[int]:
-    return [k for k, update in enumerate(layer) if update.rank]
+def _present(layer: Layer, adapters: Container[int] | None = None) -> list[int]:
+    """Those of the adapters, of all by default, that have the layer."""
+    return [k for k, update in enumerate(layer) if update.rank and (adapters is None or k in adapters)]
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import pytest
@@ -80,6 +80,10 @@ class LinearLoss:
 
     def observe(self, layers: sm.LayerStream, units: sm.Units) -> LinearLoss._Seen:
         return self._Seen(layers, units)
+
+    def in_turn(self, layers: sm.LayerStream, units: sm.Units) -> Iterator[tuple[Sequence[int], LinearLoss._Seen]]:
+        for k in range(max(len(layer) for layer in layers)):
+            yield [k], self.observe(layers, units)
 
     def losses(self, loss: Callable[..., Tensor] | None = None) -> Sequence[float]:
         count = max(len(layer) for layer in self.layers)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,22 +13,56 @@ from sapmerge.anchors.activations import InputSizes
 from sapmerge.anchors.gradients import TokenGradient
 from sapmerge.bases import Frames
 from sapmerge.errors import AnchorError, MethodError, SapmergeWarning
-from sapmerge.layer import LayerStream
+from sapmerge.layer import LayerStream, Update
 from sapmerge.units import Coordinates, Entries, Units
 
 if TYPE_CHECKING:
     from sapmerge.anchors.passes import Anchors
 
-__all__ = ["GradientStatistics"]
+__all__ = ["GradientStatistics", "in_turn"]
 
 Halves = dict[str, tuple[Tensor, Tensor]]
 
+_TOGETHER = 256 << 20
+"""Bytes of statistics of several adapters that are held together: layers are read once for all of them."""
+
+
+def in_turn(anchors: Anchors, layers: LayerStream, units: Units) -> Iterator[tuple[Sequence[int], GradientStatistics]]:
+    """Statistics of some adapters at a time, of one where several would be too much to hold.
+
+    Every adapter runs once, unless its own statistics exceed the budget.
+    """
+    sizes = dict[int, int]()
+    for layer in layers:
+        for k, update in enumerate(layer):
+            sizes[k] = sizes.get(k, 0) + _bytes_of(update, units)
+    turns = list[list[int]]()
+    for k, size in sizes.items():
+        if turns and sum(sizes[j] for j in turns[-1]) + size <= min(_TOGETHER, anchors.budget):
+            turns[-1].append(k)
+        else:
+            turns.append([k])
+    for adapters in turns:
+        yield adapters, GradientStatistics(anchors, layers, units, adapters)
+
+
+def _bytes_of(update: Update, units: Units) -> int:
+    """Of the two halves of a statistic, in float32."""
+    m, n = update.shape
+    return 8 * (m * n if isinstance(units, Entries) else update.rank * (m + n)) if update.rank else 0
+
 
 class GradientStatistics:
-    """An `Observation`: computed a group of layers at a time, when the first of the group is asked for."""
+    """An `Observation`: computed a group of layers at a time, when the first of the group is asked for.
 
-    def __init__(self, anchors: Anchors, layers: LayerStream, units: Units) -> None:
-        self._anchors, self._layers, self._units = anchors, layers, units
+    Args:
+        adapters: that will be asked for; by default all.
+    """
+
+    def __init__(
+        self, anchors: Anchors, layers: LayerStream, units: Units, adapters: Sequence[int] | None = None
+    ) -> None:
+        self._anchors, self._layers, self._units, self._adapters = anchors, layers, units, adapters
         self._groups: dict[str, int] = {}
         self._held: dict[tuple[int, str, str], dict[tuple[str, int], Halves]] = {}
         self._sizes: InputSizes | None = None
@@ -58,12 +92,13 @@ class GradientStatistics:
         """Split the layers into groups whose statistics fit the budget."""
         group, size = 0, 0
         for layer in self._layers:
-            m, n = layer.shape
-            entries = isinstance(self._units, Entries)
-            need = sum(8 * (m * n if entries else update.rank * (m + n)) for update in layer if update.rank)
+            need = sum(_bytes_of(update, self._units) for k, update in enumerate(layer) if self._asked(k))
             if size and size + need > self._anchors.budget:
                 group, size = group + 1, 0
             self._groups[layer.name], size = group, size + need
+
+    def _asked(self, adapter: int) -> bool:
+        return self._adapters is None or adapter in self._adapters
 
     def _run(self, group: int, statistic: str, at: str) -> dict[tuple[str, int], Halves]:
         sums: dict[tuple[str, int], _Sums] = {}
@@ -72,7 +107,7 @@ class GradientStatistics:
             if self._groups[layer.name] == group:
                 frames[layer.name] = layer.frames
                 for k, update in enumerate(layer):
-                    if update.rank:
+                    if update.rank and self._asked(k):
                         unit, shape = self._units(update), self._anchors.modules[layer.name].shape
                         sums[layer.name, k] = _Sums(unit, layer.frames, statistic, shape, update.device)
         if at == "base":

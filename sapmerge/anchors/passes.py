@@ -25,7 +25,7 @@ from sapmerge.anchors.losses import (
     default_loss,
     loss_name,
 )
-from sapmerge.anchors.observing import GradientStatistics
+from sapmerge.anchors.observing import GradientStatistics, in_turn
 from sapmerge.anchors.prefix import Prefix
 from sapmerge.anchors.resuming import Resume
 from sapmerge.anchors.towers import embedded, stand_in
@@ -101,6 +101,10 @@ class Anchors:
     def observe(self, layers: LayerStream, units: Units) -> GradientStatistics:
         """Gradients in the coordinates of `units`; nothing runs before the first one is asked for."""
         return GradientStatistics(self, layers, units)
+
+    def in_turn(self, layers: LayerStream, units: Units) -> Iterator[tuple[Sequence[int], GradientStatistics]]:
+        """See `sapmerge.layer.AnchorPass`."""
+        return in_turn(self, layers, units)
 
     @property
     def pairs(self) -> bool:

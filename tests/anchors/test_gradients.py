@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -326,7 +327,11 @@ def test_gradients_at_the_base_take_one_pass_for_all_adapters(plain: Any) -> Non
 def test_a_small_budget_changes_passes_and_nothing_else(plain: Any, units: Any, scope: str) -> None:
     model, batches, updates = plain
     results, passes = [], []
-    for budget in (1 << 30, 1):
+    entries = units == sm.Entries()
+    sizes = [
+        sum(8 * (math.prod(u.shape) if entries else u.rank * sum(u.shape)) for u in found.values()) for found in updates
+    ]
+    for budget in (1 << 30, max(sizes), 1):
         anchors, layers = anchored(model, batches, updates, models.plain_loss, budget=budget)
         count, run = [0], anchors.backward
         anchors.backward = lambda *args, count=count, run=run: (count.append(1), run(*args))[1]  # type: ignore
@@ -338,10 +343,27 @@ def test_a_small_budget_changes_passes_and_nothing_else(plain: Any, units: Any, 
         method = sm.prepare(sm.Prune(both, sm.TopFraction(0.5, scope), units=units), layers)
         results.append([update.dense() for layer in layers for update in method(layer)])
         passes.append(sum(count))
-    for one, other in zip(*results):
-        assert torch.equal(one, other)
+    for same in zip(*results):
+        assert all(torch.equal(same[0], other) for other in same[1:])
     sweeps = 1 if scope == "layer" else 3
-    assert passes == [4, 2 * sweeps * (6 + 4)]  # two statistics of two adapters; per layer of each
+    assert passes == [4, 4, 2 * sweeps * (6 + 4)]  # two statistics of two adapters, also in turn; per layer of each
+
+
+def test_adapters_that_do_not_fit_together_have_their_turns(plain: Any) -> None:
+    model, batches, updates = plain
+    anchors, layers = anchored(model, batches, updates, models.plain_loss)
+    assert [turn for turn, _ in anchors.in_turn(layers, sm.Factors())] == [[0, 1]]
+    anchors.budget = 1000
+    turns = [
+        (turn, seen, seen.moment("head", turn[0], "B", "mean", "adapter"))
+        for turn, seen in anchors.in_turn(layers, sm.Factors())
+    ]
+    assert [turn for turn, _, _ in turns] == [[0], [1]]
+    whole = anchored(model, batches, updates, models.plain_loss)[0].observe(layers, sm.Factors())
+    for (k,), seen, halves in turns:
+        assert all(map(torch.equal, halves, whole.moment("head", k, "B", "mean", "adapter")))
+        with pytest.raises(KeyError):
+            seen.moment("head", 1 - k, "B", "mean", "adapter")
 
 
 def test_samples_that_a_layer_mixes() -> None:

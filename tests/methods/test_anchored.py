@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -396,8 +397,10 @@ def test_tune_prepares_on_one_half_and_looks_at_the_other() -> None:
 
     layers = [replace(layer, anchors=Halves("all")) for layer in make_layers()]
     sm.prepare(sm.tune((sm.sap_original(0.5), sm.mean())), layers)
-    assert asked[:3] == [("observe", "even"), ("loss", "odd"), ("loss", "odd")]
-    assert set(asked[3:]) <= {("observe", "all")}
+    steps = [step for step, _ in groupby(asked)]
+    assert steps[:2] == [("observe", "even"), ("loss", "odd")]
+    assert set(steps[2:]) <= {("observe", "all")}
+    assert asked.count(("loss", "odd")) == 2
 
 
 def test_tune_in_a_basis_measures_the_update_itself() -> None:
