@@ -43,12 +43,12 @@ def gradients(made: Setup, units: Any, statistic: str, at: str) -> None:
     layers = AdapterLayers.of(made.adapters, [1.0] * len(made.adapters), torch.device("cpu"))
     layers = layers.with_anchors(made.batches, made.base, None)
     assert layers.anchors is not None
-    seen = layers.anchors.observe(layers, units)
-    for layer in layers:
-        for k, update in enumerate(layer):
-            if update.rank:
-                for part in _PARTS[type(units)]:
-                    seen.moment(layer.name, k, part, statistic, at)
+    for turn, seen in layers.anchors.in_turn(layers, units):
+        for layer in layers:
+            for k in turn:
+                if layer.updates[k].rank:
+                    for part in _PARTS[type(units)]:
+                        seen.moment(layer.name, k, part, statistic, at)
 
 
 _PARTS = {sm.Factors: ("A", "B"), sm.Directions: ("directions",), sm.Entries: ("entries",)}
