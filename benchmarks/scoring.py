@@ -187,13 +187,14 @@ def main() -> None:
 
 NOTES = """## Reading the tables
 
-Gradients are statistics in two halves of the anchors (for `anchor_stability`), with everything that is needed for them:
-checks of the loader and of the weights, singular vectors of the adapters. The whole `merge` adds scores, masks and the
-energy of the result, and `sap()` looks at losses: at base + every adapter for the weights, and at six lengths of the
-result, which is a third of a floor each time. Aims for time: 1.1 floors at base + adapter, below the floor where something is shared (from
-K = 4: one adapter has nobody to share with). The aim for memory is the floor's and one adapter's gradients; with dense
-gradients, the floor's and the budget. What is kept of the unadapted prefix counts, and so do the statistics of several
-adapters, which are held together up to 256 MB, so that layers are read once for all of them."""
+Gradients are statistics in two halves of the anchors (for `anchor_stability`), with everything that is needed for
+them: checks of the loader and of the weights, singular vectors of the adapters. The whole `merge` adds scores, masks
+and the energy of the result, and `sap()` looks at losses: at base + every adapter for the weights, and at six lengths
+of the result, which is a third of a floor each time. Aims for time: 1.1 floors at base + adapter, below the floor
+where something is shared (from K = 4: one adapter has nobody to share with). The aim for memory is the floor's and
+one adapter's gradients; with dense gradients, the floor's and the budget. What is kept of the unadapted prefix
+counts, and so do the statistics of several adapters, which are held together up to 256 MB, so that layers are read
+once for all of them."""
 
 
 if __name__ == "__main__":

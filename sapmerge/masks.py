@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from sapmerge.errors import MethodError
 from sapmerge.recipe import part
+from sapmerge.selection import at_least_kth, streamed_kth
 
 __all__ = ["DropOutliers", "NtoM", "PerRow", "Reciprocal", "Threshold", "TopFraction"]
 
@@ -63,7 +63,7 @@ class TopFraction:
             return torch.ones_like(scores, dtype=torch.bool)
         flat = scores.flatten()
         kept = count_kept(self.density, total)
-        cut, keep = _at_least_kth(flat, total - kept)
+        cut, keep = at_least_kth(flat, total - kept)
         surplus = int(torch.count_nonzero(keep)) - kept
         if self.scope == "layer" and surplus:
             keep[(flat == cut).nonzero().flatten()[-surplus:]] = False
@@ -80,19 +80,8 @@ class TopFraction:
         """
         if self.scope == "layer" or self.density == 1:
             return None
-        high = _coarse(scores)
-        wanted = {
-            adapter: _bin_of(counts, count_kept(self.density, int(counts.sum()))) for adapter, counts in high.items()
-        }
-        low = {adapter: torch.zeros(1 << 16, dtype=torch.int64) for adapter in wanted}
-        for adapter, values in scores():
-            bits = _ordered_bits(values)
-            inside = bits[(bits >> 16) == wanted[adapter][0]] & 0xFFFF
-            low[adapter] += torch.bincount(inside, minlength=1 << 16)
-        return {
-            adapter: Threshold(_value_of((top << 16) | _bin_of(low[adapter], rest)[0]))
-            for adapter, (top, rest) in wanted.items()
-        }
+        cuts = streamed_kth(scores, partial(count_kept, self.density))
+        return {adapter: Threshold(cut.value) for adapter, cut in cuts.items()}
 
 
 @part
@@ -220,92 +209,3 @@ def descending_ranks(scores: Tensor) -> Tensor:
     order = torch.argsort(scores, dim=-1, descending=True, stable=True)
     places = torch.arange(scores.shape[-1], device=scores.device).expand_as(scores)
     return torch.empty_like(order).scatter_(-1, order, places)
-
-
-_SAMPLE = 1 << 15
-
-
-def _at_least_kth(flat: Tensor, place: int) -> tuple[Tensor, Tensor]:
-    """The value at a place of the sorted values, and which values reach it. On the CPU numpy is ten times as fast."""
-    if flat.device.type == "cpu" and flat.dtype in (torch.float32, torch.float64):
-        values = flat.detach().numpy()
-        cut = _kth(values, place)
-        return flat.new_tensor(cut), torch.from_numpy(values >= cut)  # pyright: ignore[reportUnknownMemberType]
-    cut = torch.kthvalue(flat, place + 1).values
-    return cut, flat >= cut
-
-
-def _kth(values: npt.NDArray[np.float64], place: int) -> float:
-    """`np.partition(values, place)[place]`, four times as fast: a sample brackets it, and only what lies between the
-    brackets is partitioned. A sample that is not like the rest costs time, not exactness.
-
-    Source: Floyd and Rivest, "Expected time bounds for selection", https://doi.org/10.1145/360680.360691
-    """
-    step = values.size // _SAMPLE
-    if step > 1:
-        sample = np.sort(values[:: step | 1])  # an odd step: it goes through all columns of most matrices
-        share = place / values.size
-        middle, slack = share * sample.size, 4 * math.sqrt(share * (1 - share) * sample.size) + 2
-        low, high = sample[max(int(middle - slack), 0)], sample[min(int(middle + slack), sample.size - 1)]
-        reach = values >= low
-        rest = place - (values.size - int(np.count_nonzero(reach)))
-        between = values[reach & (values <= high)]
-        if 0 <= rest < between.size:
-            return np.partition(between, rest)[rest]
-    return np.partition(values, place)[place]
-
-
-def kth_largest(values: Callable[[], Iterable[tuple[str, Tensor]]], position: Callable[[int], int]) -> dict[str, float]:
-    """The `position(n)`-th largest (1: the largest) of the n values of each adapter, exactly, over all its layers.
-
-    Three streamed passes: two find the value as a float32 (see `TopFraction.fit`), the third looks at the few wider
-    values that round to it.
-
-    Args:
-        values: call it to iterate over (adapter, values of one tensor); it is called three times.
-        position: the number of an adapter's values -> the place that is wanted.
-    """
-    counts = _coarse(values)
-    wanted = {adapter: _bin_of(count, position(int(count.sum()))) for adapter, count in counts.items()}
-    low = {adapter: torch.zeros(1 << 16, dtype=torch.int64) for adapter in wanted}
-    for adapter, tensor in values():
-        bits = _ordered_bits(tensor)
-        low[adapter] += torch.bincount(bits[(bits >> 16) == wanted[adapter][0]] & 0xFFFF, minlength=1 << 16)
-    places = {adapter: _bin_of(low[adapter], rest) for adapter, (_, rest) in wanted.items()}
-    same: dict[str, list[Tensor]] = {adapter: [] for adapter in wanted}
-    for adapter, tensor in values():
-        bits, order = _ordered_bits(tensor), (wanted[adapter][0] << 16) | places[adapter][0]
-        same[adapter].append(tensor.detach().flatten().cpu()[bits == order].double())
-    return {
-        adapter: float(torch.cat(found).sort(descending=True).values[places[adapter][1] - 1])
-        for adapter, found in same.items()
-    }
-
-
-def _coarse(values: Callable[[], Iterable[tuple[str, Tensor]]]) -> dict[str, Tensor]:
-    """How many of each adapter's values fall into each of the 2^16 bins of their highest bits."""
-    counts: dict[str, Tensor] = {}
-    for adapter, tensor in values():
-        more = torch.bincount(_ordered_bits(tensor) >> 16, minlength=1 << 16)
-        counts[adapter] = counts[adapter] + more if adapter in counts else more
-    return counts
-
-
-def _ordered_bits(values: Tensor) -> Tensor:
-    """float32 -> integers in [0, 2^32) in the same order: the bit pattern, with negative numbers reversed."""
-    bits = values.detach().flatten().float().cpu().add(0.0).contiguous().view(torch.int32).to(torch.int64)
-    return torch.where(bits >= 0, bits + (1 << 31), -1 - bits)
-
-
-def _value_of(order: int) -> float:
-    """The float32 whose `_ordered_bits` is `order`."""
-    bits = order - (1 << 31) if order >= 1 << 31 else -1 - order
-    return float(torch.tensor([bits], dtype=torch.int64).to(torch.int32).view(torch.float32))
-
-
-def _bin_of(counts: Tensor, kept: int) -> tuple[int, int]:
-    """The highest bin at or above which at least `kept` values lie, and how many of them must come from that bin."""
-    from_top = torch.cumsum(counts.flip(0), 0)
-    position = int(torch.searchsorted(from_top, torch.tensor(kept)))
-    above = int(from_top[position - 1]) if position else 0
-    return len(counts) - 1 - position, kept - above

@@ -12,8 +12,9 @@ from torch import Tensor
 from sapmerge.compose import Chain
 from sapmerge.errors import MethodError
 from sapmerge.layer import Dense, Layer, LayerStream, Method, Update
-from sapmerge.masks import check_density, count_kept, kth_largest
+from sapmerge.masks import check_density, count_kept
 from sapmerge.recipe import part
+from sapmerge.selection import kth_largest
 
 __all__ = ["Compete", "ExpSquare", "TanhMixed", "TanhNormalised", "TanhRaw", "pcb"]
 
