@@ -42,7 +42,7 @@ class Row:
         units: of `sap`.
         statistic, at: of the gradients.
         aim: what the time should be, in floors, from K = `since` on; None: no aim was set.
-        extra: a variant without an aim for time: only on models that are not slow, and up to K = 4.
+        extra: a variant without an aim for time: only on models that are not slow, and for K = 4.
     """
 
     title: str
@@ -115,10 +115,10 @@ def measure(shape: Shape, script: Path) -> list[Result]:
         for count in shape.adapters:
             made = setup(shape, where, count)
             for row in rows:
-                if row.where != where or (row.extra and count > 4):
+                if row.where != where or (row.extra and count != 4):
                     continue
                 works = [_work(made, row)]
-                if not shape.slow and count <= 4:
+                if not (shape.slow or row.extra) and count == 4:
                     works.append(partial(merge, made, row.units, row.scorer))
                 if not found:
                     floor(made)  # the first pass is slower than the next
@@ -160,7 +160,7 @@ def _scaled(shape: Shape) -> str:
             "per adapter or per model does not grow, and weighs more here."
         )
     if shape.adapters[-1] < 16:
-        said.append("K = 16 is left out: what is shared costs less with every further adapter, the rest as much.")
+        said.append("Only K = 4: what is shared costs less with every further adapter, the rest as much.")
     return " ".join(said)
 
 
