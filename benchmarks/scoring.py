@@ -193,8 +193,7 @@ and the energy of the result, and `sap()` looks at losses: at base + every adapt
 of the result, which is a third of a floor each time. Aims for time: 1.1 floors at base + adapter, below the floor
 where something is shared (from K = 4: one adapter has nobody to share with). The aim for memory is the floor's and
 one adapter's gradients; with dense gradients, the floor's and the budget. What is kept of the unadapted prefix
-counts, and so do the statistics of several adapters, which are held together up to 256 MB, so that layers are read
-once for all of them."""
+counts, and so do the statistics of a quarter of the adapters, which are held together."""
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ class AnchorPass(Protocol):
         ...
 
     def in_turn(self, layers: LayerStream, units: Units) -> Iterator[tuple[Sequence[int], Observation]]:
-        """Some adapters, as many as can be held together, and what `observe` says of them; until all had their turn.
+        """Some of the adapters, and what `observe` says of them, until all have had their turn.
 
         For a part that looks at one adapter at a time: it holds less, and every adapter runs once.
         """

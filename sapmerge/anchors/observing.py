@@ -23,12 +23,12 @@ __all__ = ["GradientStatistics", "in_turn"]
 
 Halves = dict[str, tuple[Tensor, Tensor]]
 
-_TOGETHER = 256 << 20
-"""Bytes of statistics of several adapters that are held together: layers are read once for all of them."""
+_LEAST, _TURNS = 64 << 20, 4
+"""Bytes that are always held, and how many turns are worth their cost: all layers are read again in each."""
 
 
 def in_turn(anchors: Anchors, layers: LayerStream, units: Units) -> Iterator[tuple[Sequence[int], GradientStatistics]]:
-    """Statistics of some adapters at a time, of one where several would be too much to hold.
+    """Statistics of a quarter of the adapters at a time, or of as many as the budget holds.
 
     Every adapter runs once, unless its own statistics exceed the budget.
     """
@@ -36,9 +36,9 @@ def in_turn(anchors: Anchors, layers: LayerStream, units: Units) -> Iterator[tup
     for layer in layers:
         for k, update in enumerate(layer):
             sizes[k] = sizes.get(k, 0) + _bytes_of(update, units)
-    turns = list[list[int]]()
+    turns, limit = list[list[int]](), min(anchors.budget, max(_LEAST, sum(sizes.values()) // _TURNS))
     for k, size in sizes.items():
-        if turns and sum(sizes[j] for j in turns[-1]) + size <= min(_TOGETHER, anchors.budget):
+        if turns and sum(sizes[j] for j in turns[-1]) + size <= limit:
             turns[-1].append(k)
         else:
             turns.append([k])
