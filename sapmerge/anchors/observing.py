@@ -30,20 +30,25 @@ _LEAST, _TURNS = 64 << 20, 4
 def in_turn(anchors: Anchors, layers: LayerStream, units: Units) -> Iterator[tuple[Sequence[int], GradientStatistics]]:
     """Statistics of a quarter of the adapters at a time, or of as many as the budget holds.
 
-    Every adapter runs once, unless its own statistics exceed the budget.
+    Every adapter runs once, unless its own statistics exceed the budget; and the base once, if those of all do not.
     """
     sizes = dict[int, int]()
     for layer in layers:
         for k, update in enumerate(layer):
             sizes[k] = sizes.get(k, 0) + _bytes_of(update, units)
-    turns, limit = list[list[int]](), min(anchors.budget, max(_LEAST, sum(sizes.values()) // _TURNS))
+    total = sum(sizes.values())
+    enough = max(_LEAST, total / _TURNS)
+    turns, held = list[list[int]](), 0
     for k, size in sizes.items():
-        if turns and sum(sizes[j] for j in turns[-1]) + size <= limit:
+        if turns and held < enough and held + size <= anchors.budget:
             turns[-1].append(k)
+            held += size
         else:
             turns.append([k])
+            held = size
+    at_base = GradientStatistics(anchors, layers, units) if total <= anchors.budget else None
     for adapters in turns:
-        yield adapters, GradientStatistics(anchors, layers, units, adapters)
+        yield adapters, GradientStatistics(anchors, layers, units, adapters, at_base)
 
 
 def _bytes_of(update: Update, units: Units) -> int:
@@ -57,11 +62,18 @@ class GradientStatistics:
 
     Args:
         adapters: that will be asked for; by default all.
+        at_base: whom to ask for gradients at the base, which are the same pass for all adapters; by default it runs.
     """
 
     def __init__(
-        self, anchors: Anchors, layers: LayerStream, units: Units, adapters: Sequence[int] | None = None
+        self,
+        anchors: Anchors,
+        layers: LayerStream,
+        units: Units,
+        adapters: Sequence[int] | None = None,
+        at_base: GradientStatistics | None = None,
     ) -> None:
+        self._at_base = at_base
         self._anchors, self._layers, self._units, self._adapters = anchors, layers, units, adapters
         self._groups: dict[str, int] = {}
         self._held: dict[tuple[int, str, str], dict[tuple[str, int], Halves]] = {}
@@ -74,6 +86,8 @@ class GradientStatistics:
                 "a gradient statistic is 'mean', 'absolute' or 'square' (or 'batch square'), at the 'adapter' or at "
                 f"the 'base'; got {statistic!r} at {at!r}"
             )
+        if at == "base" and self._at_base is not None:
+            return self._at_base.moment(layer, adapter, part, statistic, at)
         if not self._groups:
             self._plan()
         key = (self._groups[layer], statistic, at)
@@ -111,9 +125,10 @@ class GradientStatistics:
                         unit, shape = self._units(update), self._anchors.modules[layer.name].shape
                         sums[layer.name, k] = _Sums(unit, layer.frames, statistic, shape, update.device)
         if at == "base":
-            count = self._anchors.backward(
-                None, {n: _all([s for (m, _), s in sums.items() if m == n]) for n, _ in sums}
-            )
+            of_layer: dict[str, list[_Sums]] = {}
+            for (name, _), found in sums.items():
+                of_layer.setdefault(name, []).append(found)
+            count = self._anchors.backward(None, {name: _all(found) for name, found in of_layer.items()})
             self._warn_of_unused({name for (name, _), found in sums.items() if not found.seen})
             return {key: found.halves(count) for key, found in sums.items()}
         out: dict[tuple[str, int], Halves] = {}
