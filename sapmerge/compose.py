@@ -238,10 +238,9 @@ class ByModule:
         def group(pattern: str | None) -> Mapped:
             return Mapped(layers, lambda layer: layer if self._pattern(layer.name) == pattern else None)
 
-        return ByModule(
-            {pattern: prepare(method, group(pattern)) for pattern, method in self.methods.items()},
-            prepare(self.default, group(None)),
-        )
+        prepared = {pattern: prepare(method, group(pattern)) for pattern, method in self.methods.items()}
+        rest = any(self._pattern(name) is None for name in names)
+        return ByModule(prepared, prepare(self.default, group(None)) if rest else self.default)
 
     def __call__(self, layer: Layer) -> Update:
         pattern = self._pattern(layer.name)

@@ -125,23 +125,38 @@ def top_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     if small <= 8 * block:
         U, sigma, Vh = svd(matrix)
         return U[:, :rank], sigma[:rank], Vh[:rank]
+    peak = float(matrix.abs().max())
+    if peak > 1e15:  # squares would overflow
+        left, sigma, right = top_svd(matrix / peak, rank)
+        return left, sigma * peak, right
     start = torch.randn(matrix.shape[1], block, generator=torch.Generator().manual_seed(0)).to(matrix)
     basis = _orthonormal(matrix @ start)
     images = (basis.T @ matrix).T
     while basis.shape[1] + block <= small // 3:
         step = matrix @ images[:, -block:]
-        for _ in range(2):  # twice is enough
-            step = _orthonormal(step - basis @ (basis.T @ step))
+        size = norm(step)
+        step = step - basis @ (basis.T @ step)
+        exhausted = norm(step) <= 1e-5 * size  # the basis has all of the matrix: what is left is rounding
+        if exhausted or basis.shape[1] % (2 * block) == 0:
+            best = _best_within(matrix, basis, images, rank)
+            if best is not None:
+                return best
+        if exhausted:
+            break
+        step = _orthonormal(step)
+        step = _orthonormal(step - basis @ (basis.T @ step))  # twice is enough
         basis, images = torch.cat([basis, step], 1), torch.cat([images, (step.T @ matrix).T], 1)
-        if basis.shape[1] % (2 * block) == 0:
-            seen = images.double()
-            best = _eigh(seen.T @ seen)[1][:, -rank:]  # M^T is largest on these combinations of the basis
-            left, sigma, right = svd((seen @ best).T)
-            u, v = basis.double() @ (best @ left), right.T
-            residual = (matrix @ v.to(matrix.dtype)).double() - u * sigma  # its rounding is far below the bound
-            if float(residual.square().sum()) <= 1e-10 * float(sigma.square().sum()):
-                return u, sigma, right
-    return _gram_svd(matrix, rank)
+    return _best_within(matrix, basis, images, rank) or _gram_svd(matrix, rank)
+
+
+def _best_within(matrix: Tensor, basis: Tensor, images: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The largest triplets with U inside a basis, from images = M^T basis; None if they are not those of the matrix."""
+    seen = images.double()
+    top = _eigh(seen.T @ seen)[1][:, -rank:]
+    left, sigma, Vh = svd((seen @ top).T)
+    U = basis.double() @ (top @ left)
+    residual = (matrix @ Vh.T.to(matrix.dtype)).double() - U * sigma  # its rounding is far below the bound
+    return (U, sigma, Vh) if float(residual.square().sum()) <= 1e-10 * float(sigma.square().sum()) else None
 
 
 def _orthonormal(matrix: Tensor) -> Tensor:
@@ -191,7 +206,7 @@ def one_thread() -> Generator[None]:
     token = _outside.set(threads)
     torch.set_num_threads(1)
     try:
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():
             yield
     finally:
         torch.set_num_threads(threads)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import sapmerge as sm
+from sapmerge.linalg import top_svd
 from sapmerge.lowrank import balanced, concatenate, gram, inner, truncate
 from tests import oracles
 from tests.conftest import error, low_rank
@@ -238,3 +239,29 @@ def test_frames_of_one_side() -> None:
         Q = torch.eye(6) if right is None else right @ right.T
         back = frames.outside(frames.inside(sm.Dense(matrix)))
         torch.testing.assert_close(back.dense(), P @ matrix @ Q, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e19, 1e-19])
+@pytest.mark.parametrize("kind", ["masked", "low rank", "few rows", "more rows", "one direction", "zero", "flat"])
+def test_the_largest_triplets_of_a_large_matrix(kind: str, scale: float) -> None:
+    """As numpy's SVD has them; also where the iteration runs out of directions, or squares would overflow."""
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(500, 12, generator=generator) @ torch.randn(12, 400, generator=generator)
+    rows = torch.arange(500)[:, None]
+    matrix = {
+        "masked": matrix * (matrix.abs() > 3),
+        "low rank": matrix,
+        "few rows": matrix * (rows < 5),
+        "more rows": torch.randn(500, 400, generator=generator) * (rows < 30),
+        "one direction": matrix + 1e4 * torch.ones(500, 400),
+        "zero": matrix * 0,
+        "flat": torch.linalg.qr(torch.randn(500, 400, generator=generator))[0],
+    }[kind]
+    U, sigma, Vh = top_svd(matrix * scale, 16)
+    wanted = np.linalg.svd(matrix.double().numpy(), compute_uv=False)[:16] * scale
+    assert np.abs(sigma.numpy() - wanted).max() <= 1e-6 * wanted.max()
+    assert float((U.T @ U - torch.eye(16)).abs().max()) < 1e-6
+    assert float((Vh @ Vh.T - torch.eye(16)).abs().max()) < 1e-6
+    missed = float((matrix.double() * scale - (U * sigma) @ Vh).norm() ** 2)
+    best = float((matrix.double().norm() * scale) ** 2) - float((wanted**2).sum())
+    assert missed <= best + 1e-7 * float((matrix.double().norm() * scale) ** 2)

@@ -275,6 +275,8 @@ def test_user_parts_with_a_pre_pass() -> None:
         merged = dense(run(method, layers))
         torch.testing.assert_close(merged["x"], D / 40)
         torch.testing.assert_close(merged["y"], D / 4)
+    nobody = sm.ByModule({"*": sm.mean()}, default=sm.sap())  # it needs anchors, but no module is left for it
+    torch.testing.assert_close(sm.prepare(nobody, layers)(layers[0]).dense(), D)
 
 
 # --- wrappers ---------------------------------------------------------------------------------------------------------

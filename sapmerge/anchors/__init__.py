@@ -8,6 +8,7 @@ This package is the only place with autograd.
     gradients.py  the gradient of a layer, seen through products
     observing.py  statistics of gradients over the anchors, within a budget of memory
     activations.py  inputs of the layers: their sizes and Gram matrices
+    resuming.py, identity.py   what is kept on disk for a later run, under a key of everything it depends on
     halving.py    two halves of the anchors
     towers.py     embeddings of a tower that no adapter touches
     prefix.py     outputs of what runs before the first adapted layer, kept for the next adapter
@@ -20,7 +21,14 @@ This package is the only place with autograd.
 
 from sapmerge.anchors.fishers import FisherMean
 from sapmerge.anchors.loading import from_pairs
-from sapmerge.anchors.losses import alignment, centered_alignment, contrastive, entropy, language_modeling
+from sapmerge.anchors.losses import (
+    alignment,
+    centered_alignment,
+    contrastive,
+    entropy,
+    language_modeling,
+    outputs_only,
+)
 from sapmerge.anchors.passes import Anchors
 from sapmerge.anchors.regression import RegMean
 from sapmerge.anchors.scaling import ScaleByAnchors
@@ -40,4 +48,5 @@ __all__ = [
     "entropy",
     "from_pairs",
     "language_modeling",
+    "outputs_only",
 ]

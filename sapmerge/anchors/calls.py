@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import FunctionType, ModuleType
 from typing import Any, cast
 
 import torch
@@ -12,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 __all__ = ["Call", "Traces", "version_of"]
 
+_MOST = 100_000
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
 
@@ -104,10 +107,11 @@ def _inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Plain | None:
 
 @dataclass(frozen=True, eq=False)
 class Traces:
-    """All that a module could leave a trace in: attributes, what is in their containers, and the random state.
+    """All that a module could leave a trace in: attributes, what is in their containers and objects, and the random
+    state. Not what it finds by a global name.
 
     Args:
-        values: attributes and what they contain, of the module and all its parts; held, so that no id is used again.
+        values: attributes and what they hold, of the module and all its parts; kept, so that no id is used again.
         versions: of the tensors among them.
         random: the states of the generators.
     """
@@ -118,14 +122,16 @@ class Traces:
 
     @staticmethod
     def of(module: nn.Module) -> Traces:
-        values = list[Any]()
-        for part in module.modules():
-            for value in vars(part).values():
-                values.append(value)
-                if isinstance(value, dict):
-                    values += cast("dict[Any, Any]", value).values()
-                elif isinstance(value, (list, tuple, set)):
-                    values += cast("list[Any]", value)
+        values, seen = list[Any](), set[int]()
+        pending = [value for part in module.modules() for value in vars(part).values()]
+        while pending and len(values) < _MOST:
+            value = pending.pop()
+            values.append(value)
+            if id(value) not in seen:
+                seen.add(id(value))
+                pending += _held(value)
+        if pending:
+            values.append(object())  # too much to watch: never the same
         random = [torch.random.get_rng_state()]
         if torch.cuda.is_initialized():
             random += torch.cuda.get_rng_state_all()
@@ -139,6 +145,17 @@ class Traces:
             and self.versions == other.versions
             and all(map(torch.equal, self.random, other.random))
         )
+
+
+def _held(value: Any) -> list[Any]:
+    """What a container or an object holds."""
+    if isinstance(value, dict):
+        return list(cast("dict[Any, Any]", value).values())
+    if isinstance(value, (list, tuple, set, deque)):
+        return list(cast("list[Any]", value))
+    if isinstance(value, (nn.Module, Tensor, type, FunctionType, ModuleType)) or not hasattr(value, "__dict__"):
+        return []
+    return list(cast("dict[str, Any]", vars(value)).values())
 
 
 def _is_data(leaf: Any) -> bool:

@@ -18,7 +18,7 @@ from sapmerge.layer import LowRank, Update
 from sapmerge.linalg import all_threads, finite
 from sapmerge.models import base_of, weight_view
 
-__all__ = ["Watch", "attached", "frozen"]
+__all__ = ["Watch", "attached", "check_base", "frozen"]
 
 Sink: TypeAlias = Callable[[str, list[Call]], None]
 """(layer, all its calls that had a gradient): called once per backward pass, as soon as the last of them is there."""
@@ -29,9 +29,14 @@ def frozen(model: Any) -> Generator[nn.Module]:
     """The base model in eval mode, its own adapters off, no parameter asking for a gradient; all is put back after.
 
     Raises:
-        AnchorError: an adapter of the model is merged into its weights: they are not the base's.
+        AnchorError: an adapter of the model is merged into its weights: they are not the base's; or the model was made
+            in inference mode.
     """
     base = base_of(model)
+    if any(parameter.is_inference() for parameter in base.parameters()):
+        raise AnchorError(
+            "the base model was made inside torch.inference_mode(), where nothing has a gradient: load it outside"
+        )
     training = {module: module.training for module in base.modules()}
     asking = {parameter: parameter.requires_grad for parameter in base.parameters()}
     tuners = [module for module in base.modules() if isinstance(getattr(module, "disable_adapters", None), bool)]
@@ -59,6 +64,20 @@ def frozen(model: Any) -> Generator[nn.Module]:
 def _switch(tuner: nn.Module, on: bool) -> None:
     """PEFT's switch of one layer; it also touches `requires_grad`."""
     cast("Callable[[bool], None]", tuner.enable_adapters)(on)
+
+
+def check_base(base: nn.Module, targets: Mapping[str, nn.Module]) -> None:
+    """Refuse weights of which gradients mean nothing.
+
+    Raises:
+        NonFiniteError: a weight is NaN or infinite.
+    """
+    names = {id(module.weight): name for name, module in targets.items()}
+    for name, parameter in base.named_parameters():
+        if not (parameter.is_meta or not parameter.is_floating_point() or "lora_" in name or finite(parameter)):
+            raise NonFiniteError(
+                f"the base model's weight of {names.get(id(parameter), name)!r} has NaN or infinite entries"
+            )
 
 
 @dataclass(eq=False)
@@ -95,6 +114,11 @@ class Watch:
             x, version = x.detach(), x._version  # pyright: ignore[reportPrivateUsage]
 
             def received(g: Tensor) -> None:
+                if not self._closed:
+                    raise AnchorError(
+                        f"the loss takes gradients itself, through layer {name!r}: what it returns has to depend on "
+                        "the model's outputs, not on their derivatives"
+                    )
                 if x._version != version:  # pyright: ignore[reportPrivateUsage]
                     raise AnchorError(f"the input of layer {name!r} is changed in place after it was used")
                 self._calls.setdefault(name, []).append((x, g.detach()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
@@ -10,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from sapmerge.anchors.identity import digest
 from sapmerge.errors import AnchorError
 
 __all__ = ["Batches", "from_pairs"]
@@ -25,7 +25,7 @@ def from_pairs(
         texts: captions; for LLaVA, prompts with the image token.
         processor: a transformers processor: called with `images=`, `text=`, `return_tensors="pt"`, `padding=True`
             (SigLIP's with "max_length", as it was trained).
-        batch_size: pairs per batch; contrastive losses take their negatives from the batch.
+        batch_size: pairs per batch at most, dealt out evenly; contrastive losses take their negatives from the batch.
 
     Returns:
         A list of dict batches: an `anchor_loader` for `merge`.
@@ -43,8 +43,9 @@ def from_pairs(
         raise AnchorError(f"batch_size is a number of pairs, at least 1; got {batch_size!r}")
     padding = "max_length" if type(processor).__name__.lower().startswith("siglip") else True
     batches: list[dict[str, Any]] = []
-    for start in range(0, len(texts), batch_size):
-        chosen = slice(start, start + batch_size)
+    count = -(-len(texts) // batch_size)
+    for number in range(count):
+        chosen = slice(number * len(texts) // count, (number + 1) * len(texts) // count)
         made = processor(
             images=[_image(image) for image in images[chosen]],
             text=list(texts[chosen]),
@@ -82,7 +83,7 @@ class Batches:
                 "read once; pass a list of batches or a DataLoader"
             )
         self._loader, self._device = loader, device
-        self._digests = [_digest(batch) for batch in loader]
+        self._digests = [digest(batch, everything=False) for batch in loader]
         if not self._digests:
             raise AnchorError("there are no anchors: the loader yields no batch")
         for _ in self:  # a loader that shuffles shows itself now, not in the scores
@@ -91,7 +92,7 @@ class Batches:
     def __iter__(self) -> Iterator[Any]:
         count = 0
         for number, batch in enumerate(self._loader):
-            if number >= len(self._digests) or _digest(batch) != self._digests[number]:
+            if number >= len(self._digests) or digest(batch, everything=False) != self._digests[number]:
                 raise AnchorError(
                     f"the anchors are not the same on every pass: batch {number} changed. Switch shuffling and random "
                     "augmentation off (DataLoader(..., shuffle=False))"
@@ -104,7 +105,7 @@ class Batches:
     @property
     def digest(self) -> str:
         """sha256 over all batches."""
-        return hashlib.sha256("".join(self._digests).encode()).hexdigest()
+        return digest(list(self._loader))
 
 
 def batch_size(batch: Any) -> int:
@@ -129,7 +130,7 @@ def _leaves(batch: Any) -> Iterator[Any]:
 
 def _moved(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, Tensor):
-        return batch.to(device)
+        return batch.clone().to(device) if batch.is_inference() else batch.to(device)
     if isinstance(batch, Mapping):
         return {key: _moved(value, device) for key, value in cast("Mapping[str, Any]", batch).items()}
     if isinstance(batch, (tuple, list)):
@@ -138,14 +139,3 @@ def _moved(batch: Any, device: torch.device) -> Any:
             return type(cast("Any", batch))(*moved)
         return moved if isinstance(batch, list) else tuple(moved)
     return batch
-
-
-def _digest(batch: Any) -> str:
-    found = hashlib.sha256()
-    for leaf in _leaves(batch):
-        if isinstance(leaf, Tensor):
-            found.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
-            found.update(leaf.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        elif isinstance(leaf, (str, bytes, int, float)):
-            found.update(repr(leaf).encode())
-    return found.hexdigest()

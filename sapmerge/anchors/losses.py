@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +18,13 @@ from sapmerge.anchors.gradients import wide
 from sapmerge.errors import AnchorError
 from sapmerge.protocols import AnchorPass
 
-__all__ = ["alignment", "centered_alignment", "contrastive", "entropy", "language_modeling"]
+__all__ = ["alignment", "centered_alignment", "contrastive", "entropy", "language_modeling", "outputs_only"]
 
 Loss: TypeAlias = Callable[[Any, Any], Tensor]
 Batch: TypeAlias = Mapping[str, Any]
+L = TypeVar("L", bound=Callable[..., Tensor])
+
+_MARK = "_sapmerge_outputs_only"
 
 INPUTS = {
     "image": ("pixel_values", "interpolate_pos_encoding", "pixel_attention_mask", "spatial_shapes"),
@@ -30,12 +33,34 @@ INPUTS = {
 """What each tower takes from a batch."""
 
 
+def outputs_only(loss: L) -> L:
+    """Say of a loss that it looks at what the model returns, and at nothing that modules leave behind while they run.
+
+    Then what runs before the first adapted layer need not run again for every adapter. sapmerge's own losses are so.
+
+    Example:
+        >>> from sapmerge import anchors
+        >>> @anchors.outputs_only
+        ... def loss(model, batch):
+        ...     return model(**batch).logits.square().mean()
+    """
+    setattr(loss, _MARK, True)
+    return loss
+
+
+def is_outputs_only(loss: Loss) -> bool:
+    """Whether that was said."""
+    return getattr(loss, _MARK, False) is True
+
+
+@outputs_only
 def alignment(model: nn.Module, batch: Batch) -> Tensor:
     """1 - cos(V, T), averaged over the pairs: the loss of SAP. Needs no negatives, and is small when all collapse."""
     image, text = embeddings(model, batch)
     return 1 - (image * text).sum(-1).mean()
 
 
+@outputs_only
 def centered_alignment(model: nn.Module, batch: Batch) -> Tensor:
     """1 - cos(V - mean V, T - mean T): what all images (all texts) of a batch share cannot lower it."""
     image, text = embeddings(model, batch)
@@ -43,6 +68,7 @@ def centered_alignment(model: nn.Module, batch: Batch) -> Tensor:
     return 1 - (image * text).sum(-1).mean()
 
 
+@outputs_only
 def contrastive(model: nn.Module, batch: Batch) -> Tensor:
     """Symmetric InfoNCE at the model's temperature (1 / 0.07 if it has none); other pairs are negatives."""
     image, text = embeddings(model, batch)
@@ -55,6 +81,7 @@ def contrastive(model: nn.Module, batch: Batch) -> Tensor:
     return (functional.cross_entropy(logits, target) + functional.cross_entropy(logits.T, target)) / 2
 
 
+@outputs_only
 def entropy(model: nn.Module, batch: Batch) -> Tensor:
     """The mean entropy of the predictions; needs no labels (AdaMerging).
 
@@ -80,6 +107,7 @@ def _entropy(logits: Tensor) -> Tensor:
     return -(logs.exp() * logs).sum(-1)
 
 
+@outputs_only
 def language_modeling(model: nn.Module, batch: Batch) -> Tensor:
     """The model's own loss. Without `labels`, these are the input tokens except padding and image tokens."""
     if not isinstance(batch, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]

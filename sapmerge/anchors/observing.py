@@ -116,14 +116,14 @@ class GradientStatistics:
 
     def _run(self, group: int, statistic: str, at: str) -> dict[tuple[str, int], Halves]:
         sums: dict[tuple[str, int], _Sums] = {}
-        frames: dict[str, tuple[Frames, ...]] = {}
+        seen: dict[tuple[str, int], tuple[Update, tuple[Frames, ...]]] = {}
         for layer in self._layers:
             if self._groups[layer.name] == group:
-                frames[layer.name] = layer.frames
                 for k, update in enumerate(layer):
                     if update.rank and self._asked(k):
                         unit, shape = self._units(update), self._anchors.modules[layer.name].shape
                         sums[layer.name, k] = _Sums(unit, layer.frames, statistic, shape, update.device)
+                        seen[layer.name, k] = update, layer.frames
         if at == "base":
             of_layer: dict[str, list[_Sums]] = {}
             for (name, _), found in sums.items():
@@ -134,16 +134,20 @@ class GradientStatistics:
         out: dict[tuple[str, int], Halves] = {}
         for k in sorted({k for _, k in sums}):
             mine = {name: found for (name, j), found in sums.items() if j == k}
-            for name, halves in self._of_adapter(k, mine, statistic, {name: frames[name] for name in mine}).items():
+            for name, halves in self._of_adapter(k, mine, statistic, {name: seen[name, k] for name in mine}).items():
                 out[name, k] = halves
         return out
 
     def _of_adapter(
-        self, k: int, sums: Mapping[str, _Sums], statistic: str, frames: Mapping[str, tuple[Frames, ...]]
+        self,
+        k: int,
+        sums: Mapping[str, _Sums],
+        statistic: str,
+        seen: Mapping[str, tuple[Update, tuple[Frames, ...]]],
     ) -> Mapping[str, Halves]:
         """One adapter's statistics: from an earlier run if a cache holds them, else from a pass over the anchors."""
         resume = self._anchors.resume
-        key = "" if resume is None else resume.key(k, statistic, self._units, frames)
+        key = "" if resume is None else resume.key(k, statistic, self._units, seen)
         kept = None if resume is None else resume.get(key)
         if kept is not None:
             found, notes = kept

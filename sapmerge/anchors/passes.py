@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -15,7 +16,7 @@ from sapmerge.adapter import Module
 from sapmerge.anchors.activations import Seen, seeing, stream_grams
 from sapmerge.anchors.gradients import Call, TokenGradient, token_gradient, wide
 from sapmerge.anchors.halving import Half
-from sapmerge.anchors.hooks import Watch, attached, frozen
+from sapmerge.anchors.hooks import Watch, attached, check_base, frozen
 from sapmerge.anchors.loading import Batches, batch_size
 from sapmerge.anchors.losses import (
     Loss,
@@ -23,13 +24,14 @@ from sapmerge.anchors.losses import (
     centered_alignment,
     contrastive,
     default_loss,
+    is_outputs_only,
     loss_name,
 )
 from sapmerge.anchors.observing import GradientStatistics, in_turn
 from sapmerge.anchors.prefix import Prefix
 from sapmerge.anchors.resuming import Resume
 from sapmerge.anchors.towers import embedded, stand_in
-from sapmerge.errors import AnchorError, NonFiniteError
+from sapmerge.errors import AnchorError, NonFiniteError, SapmergeWarning
 from sapmerge.layer import Layer, LayerStream, Update
 from sapmerge.linalg import finite
 from sapmerge.models import device_of, find_modules
@@ -75,7 +77,7 @@ class Anchors:
         self.batches = Batches(loader, device_of(model))
         with frozen(model) as base:
             self.loss: Loss = default_loss(base) if loss is None else loss
-            _check_finite(base, self.targets)
+            check_base(base, self.targets)
         self.used = False
         self.unused = set[str]()
         self.resume: Resume | None = None
@@ -109,7 +111,17 @@ class Anchors:
     @property
     def pairs(self) -> bool:
         """See `sapmerge.layer.AnchorPass`."""
-        return self.loss in _PAIR_LOSSES and all(batch_size(batch) > 1 for batch in self.batches)
+        if self.loss not in _PAIR_LOSSES:
+            return False
+        sizes = [batch_size(batch) for batch in self.batches]
+        if min(sizes) < 2 <= max(sizes):
+            warnings.warn(
+                f"batch {sizes.index(min(sizes))} of the anchors holds one pair, which has none to be compared with: "
+                f"adapters are weighed by {loss_name(self.loss)!r} alone. Deal the pairs out evenly",
+                SapmergeWarning,
+                stacklevel=2,
+            )
+        return min(sizes) > 1
 
     def losses(self, loss: Loss | None = None) -> list[float]:
         """The mean loss on the anchors at base + adapter, for every adapter.
@@ -125,7 +137,7 @@ class Anchors:
         """The mean loss on the anchors at base + updates."""
         self.used = True
         loss, total, count = loss or self.loss, 0.0, 0
-        with self._running() as base, torch.no_grad(), attached(self.targets, self._moved(updates), who):
+        with self._running(loss) as base, torch.no_grad(), attached(self.targets, self._moved(updates), who):
             for batch, size in self._batches(base, loss):
                 total, count = total + float(self._value(loss, base, batch, who)) * size, count + size
         return total / count
@@ -191,7 +203,7 @@ class Anchors:
         self.used = True
         who, updates = self._place(adapter)
         moved, total, count = self._moved(updates), 0.0, 0
-        with self._running() as base, torch.enable_grad():
+        with self._running(self.loss) as base, torch.enable_grad():
             scales = _HALF_SCALES if any(p.dtype == torch.float16 for p in base.parameters()) else (1.0,)
             for batch, size in self._batches(base, self.loss):
 
@@ -201,11 +213,13 @@ class Anchors:
                     watch = Watch(dict.fromkeys(watched, self._sink(watched, size, scale, who)), hold)
                     with attached(self.targets, moved, who, watch):
                         value = self._value(self.loss, base, batch, who)
-                        if not value.requires_grad:
+                        if value.requires_grad:
+                            watch.backward(wide(value) * scale)
+                        elif len(watched) == len(updates or self.targets):  # of some layers it need not depend on any
                             raise AnchorError(
-                                f"the loss {loss_name(self.loss)!r} depends on no layer that the adapters change"
+                                f"the loss {loss_name(self.loss)!r} depends on no layer that the adapters change (or "
+                                "the model uses reentrant checkpointing: use_reentrant=False)"
                             )
-                        watch.backward(wide(value) * scale)
                     return float(value.detach()), watch
 
                 value, watch = run(scales[0], len(scales) > 1)
@@ -221,7 +235,7 @@ class Anchors:
         """One pass without gradients, at base + adapter: layer -> what to do with its inputs. The number of samples."""
         self.used = True
         (who, updates), count = self._place(adapter), 0
-        with self._running() as base, torch.no_grad(), attached(self.targets, self._moved(updates), who):
+        with self._running(self.loss) as base, torch.no_grad(), attached(self.targets, self._moved(updates), who):
             for batch, size in self._batches(base, self.loss):
                 with seeing(self.targets, watched, size, count):
                     self._value(self.loss, base, batch, who)
@@ -256,11 +270,11 @@ class Anchors:
         return self._known[adapter]
 
     @contextmanager
-    def _running(self) -> Generator[nn.Module]:
+    def _running(self, loss: Loss) -> Generator[nn.Module]:
         with frozen(self.model) as base:
             if self._prefix.outdated(base):
                 self._embedded = None
-            with self._prefix.reused(base):
+            with self._prefix.reused(base) if is_outputs_only(loss) else nullcontext():
                 yield base
 
     def _value(self, loss: Loss, base: nn.Module, batch: Any, who: str) -> Tensor:
@@ -295,12 +309,3 @@ class Anchors:
         for number, batch in enumerate(self.batches):
             self._prefix.on(0 if number == 0 else None)
             yield batch
-
-
-def _check_finite(base: nn.Module, targets: Mapping[str, nn.Module]) -> None:
-    names = {id(module.weight): name for name, module in targets.items()}
-    for name, parameter in base.named_parameters():
-        if not (parameter.is_meta or not parameter.is_floating_point() or "lora_" in name or finite(parameter)):
-            raise NonFiniteError(
-                f"the base model's weight of {names.get(id(parameter), name)!r} has NaN or infinite entries"
-            )

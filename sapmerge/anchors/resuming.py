@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -11,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sapmerge.anchors.identity import digest, digest_of_model
 from sapmerge.bases import Frames
 from sapmerge.io.cache import Cache
-from sapmerge.recipe import recipe
+from sapmerge.layer import LowRank, Update
 from sapmerge.version import __version__
 
 __all__ = ["Resume"]
@@ -25,9 +25,8 @@ Found = Mapping[str, Mapping[str, tuple[Tensor, Tensor]]]
 class Resume:
     """The cache of one merge.
 
-    A result is used again only if the adapter, the base model's weights, the anchors, the loss, the statistic, the
-    units, the coordinate systems and the version of the library are the same, by content. A user's function counts by
-    its name and its bytecode.
+    A result is used again only if the adapter, the update that is scored, the base model, the anchors, the loss, the
+    statistic, the units, the coordinate systems and the version of the library are the same, by content (`identity`).
 
     Args:
         folder: of the cache.
@@ -46,14 +45,22 @@ class Resume:
         loss: Callable[..., Any],
     ) -> None:
         self._cache, self._digests = Cache(folder), digests
-        self._common = [__version__, torch.__version__, _weights(base), anchors, _identity(loss)]
+        self._common = [__version__, torch.__version__, digest_of_model(base), anchors, digest(loss)]
 
     def key(
-        self, adapter: int, statistic: str, units: Callable[..., Any], frames: Mapping[str, Sequence[Frames]]
+        self,
+        adapter: int,
+        statistic: str,
+        units: Callable[..., Any],
+        layers: Mapping[str, tuple[Update, Sequence[Frames]]],
     ) -> str:
-        """Everything that the statistics of one adapter in these layers depend on, as text."""
-        systems = {name: [_frame(frame) for frame in nested] for name, nested in sorted(frames.items())}
-        return json.dumps([*self._common, self._digests[adapter], statistic, _identity(units), systems])
+        """Everything that the statistics of one adapter in these layers depend on, as text.
+
+        Args:
+            layers: name -> the update that is scored, and the frames that it is seen in.
+        """
+        seen = {name: [_update(update), *map(_frame, frames)] for name, (update, frames) in sorted(layers.items())}
+        return json.dumps([*self._common, self._digests[adapter], statistic, digest(units), seen])
 
     def get(self, key: str) -> tuple[Found, dict[str, Any]] | None:
         """Statistics and notes of an earlier run."""
@@ -70,38 +77,14 @@ class Resume:
         """Keep statistics and notes for a later run."""
         places = [(layer, part) for layer, parts in found.items() for part in parts]
         halves = [found[layer][part] for layer, part in places]
-        tensors = {f"{number}.{half}": pair[half] for number, pair in enumerate(halves) for half in (0, 1)}
+        tensors = {f"{number}.0": one for number, (one, _) in enumerate(halves)}
+        tensors |= {f"{number}.1": other.clone() for number, (_, other) in enumerate(halves)}  # it may be the same one
         self._cache.put(key, tensors, {**notes, "places": places})
 
 
-def _identity(function: Callable[..., Any]) -> str:
-    """A part by its recipe, a function by its name and bytecode (and that of the functions defined inside it)."""
-    code = getattr(function, "__code__", None)
-    if code is None:
-        return recipe(function)
-    parts, pending = list[str](), [code]
-    while pending:
-        current = pending.pop()
-        parts.append(f"{current.co_code.hex()} {current.co_names}")
-        for constant in current.co_consts:
-            if hasattr(constant, "co_code"):
-                pending.append(constant)
-            else:
-                parts.append(repr(constant))
-    return f"{recipe(function)} {hashlib.sha256(chr(10).join(parts).encode()).hexdigest()}"
+def _update(update: Update) -> str:
+    return digest([update.B, update.A] if isinstance(update, LowRank) else update.matrix)
 
 
-def _weights(base: nn.Module) -> str:
-    found = hashlib.sha256()
-    for name, tensor in sorted(base.state_dict().items()):
-        if "lora_" not in name:
-            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return found.hexdigest()
-
-
-def _frame(frame: Frames) -> list[str]:
-    return [
-        "" if part is None else hashlib.sha256(part.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
-        for part in (frame.U, frame.V, frame.scale)
-    ]
+def _frame(frame: Frames) -> str:
+    return digest([frame.U, frame.V, frame.scale])

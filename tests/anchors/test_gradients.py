@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import sapmerge as sm
-from sapmerge.anchors import alignment, centered_alignment, contrastive, language_modeling
+from sapmerge.anchors import alignment, centered_alignment, contrastive, language_modeling, observing
 from sapmerge.bases import Frames
 from sapmerge.errors import AnchorError, MethodError
 from sapmerge.linalg import finite
@@ -364,6 +364,44 @@ def test_adapters_that_do_not_fit_together_have_their_turns(plain: Any) -> None:
         assert all(map(torch.equal, halves, whole.moment("head", k, "B", "mean", "adapter")))
         with pytest.raises(KeyError):
             seen.moment("head", 1 - k, "B", "mean", "adapter")
+
+
+@pytest.mark.parametrize("count", [2, 4, 5, 7, 9, 16])
+def test_all_have_had_their_turn_after_four(plain: Any, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """And what is the same for all of them ran once."""
+    model, batches, updates = plain
+    anchors, layers = anchored(model, batches, [updates[0]] * count, models.plain_loss)
+    monkeypatch.setattr(observing, "_LEAST", 1)
+    passes: list[int | None] = []
+    run = anchors.backward
+    anchors.backward = lambda adapter, watched: (passes.append(adapter), run(adapter, watched))[1]  # type: ignore
+    turns = [turn for turn, _ in anchors.in_turn(layers, sm.Factors())]
+    assert [k for turn in turns for k in turn] == list(range(count))
+    assert len(turns) == min(count, len(turns)) <= 4
+    spied(layers, sm.Factors(), at="base")
+    assert passes == [None]
+    spied(layers, sm.Factors())
+    assert passes[1:] == list(range(count))
+
+
+def test_a_layer_without_gradient_in_a_group_of_its_own(plain: Any) -> None:
+    """It is a warning with a small budget, too; a loss that depends on no layer at all is an error."""
+
+    def loss(model: Any, batch: Any) -> Tensor:
+        return model.head(batch["x"]).square().mean()
+
+    model, _, updates = plain
+    inputs = [{"x": torch.randn(3, model.head.in_features).to(next(model.parameters()))}]
+    found = []
+    for budget in (1 << 30, 1):
+        _, layers = anchored(model, inputs, updates, loss, budget=budget)
+        with pytest.warns(sm.SapmergeWarning, match="take no part in the anchor loss"):
+            method = sm.prepare(sm.sap_original(0.5), layers)
+        found.append({layer.name: method(layer).dense() for layer in layers})
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    _, layers = anchored(model, inputs, updates, lambda model, batch: batch["x"].sum())
+    with pytest.raises(AnchorError, match="depends on no layer that the adapters change"):
+        sm.prepare(sm.sap_original(0.5), layers)
 
 
 def test_samples_that_a_layer_mixes() -> None:

@@ -126,8 +126,8 @@ def test_pairs_for_any_processor(tmp_path: Path) -> None:
     images = [paths[0], str(paths[1]), *(Image.open(path) for path in paths[2:])]
     processor = FakeProcessor()
     batches = from_pairs(images, ("a", "b", "c", "d", "e"), processor, batch_size=2)
-    assert [batch_size(batch) for batch in batches] == [2, 2, 1]
-    assert [call["text"] for call in processor.calls] == [["a", "b"], ["c", "d"], ["e"]]
+    assert [batch_size(batch) for batch in batches] == [1, 2, 2]
+    assert [call["text"] for call in processor.calls] == [["a"], ["b", "c"], ["d", "e"]]
     assert all(call["return_tensors"] == "pt" and call["padding"] is True for call in processor.calls)
     modes = [image.mode for call in processor.calls for image in call["images"]]
     assert modes == ["RGB"] * 5
@@ -185,7 +185,7 @@ def test_pairs_for_a_processor_of_transformers(tmp_path: Path) -> None:
     )
     whole = from_pairs(images, ["a b", "c", "d e f", "g", "h i"], processor, batch_size=3)
     assert Batches(loader, CPU).digest == Batches(whole, CPU).digest
-    assert loader[0]["pixel_values"].shape == (3, 3, 8, 8)
+    assert loader[1]["pixel_values"].shape == (3, 3, 8, 8)
     model = models.clip()
     adapters, _ = models.adapters(model, [models.BOTH_TARGETS] * 2)
     report = models.merge(adapters, loader, model).report

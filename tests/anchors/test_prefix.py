@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import sapmerge as sm
-from sapmerge.anchors import prefix
+from sapmerge.anchors import outputs_only, prefix
+from sapmerge.errors import AnchorError
 from sapmerge.layer import Update
 from tests.anchors import models
 from tests.anchors.models import anchored, assert_same_state, random_updates, state_of
@@ -75,7 +76,7 @@ def batches(count: int = 2) -> list[dict[str, Tensor]]:
 def scored(model: nn.Module, loader: Any, loss: Any, budget: int = 1 << 30, names: Sequence[str] = ("adapted",)) -> Any:
     """Gradients at base + each of three adapters, losses, slopes; and how often a `Part` ran for them."""
     updates: list[Mapping[str, Update]] = [random_updates(model, names, 2, k, torch.float32) for k in range(3)]
-    anchors, layers = anchored(model, loader, updates, loss, budget)
+    anchors, layers = anchored(model, loader, updates, outputs_only(loss), budget)
     calls[0] = 0
     spy = models.spied(layers, sm.Entries())
     value, slopes = anchors.slopes(updates[1], {name: [updates[2][name]] for name in names})
@@ -325,7 +326,7 @@ def test_a_loss_that_looks_inside() -> None:
 
 
 def test_a_loss_with_gradients_of_its_own() -> None:
-    """A penalty on the gradient in the inputs: it goes through everything."""
+    """What depends on the adapters through derivatives is no product of inputs and output gradients: refused."""
 
     def penalty(model: Any, batch: Any) -> Tensor:
         with torch.enable_grad():
@@ -334,8 +335,62 @@ def test_a_loss_with_gradients_of_its_own() -> None:
             (slope,) = torch.autograd.grad(value, x, create_graph=True)
         return value + slope.square().sum()
 
-    ran, runs = assert_same(Net(), batches(), penalty)
-    assert ran == runs
+    with pytest.raises(AnchorError, match="takes gradients itself, through layer 'adapted'"):
+        scored(Net(), batches(), penalty)
+    model = Net()
+    updates = random_updates(model, ["adapted"], 2, 0, torch.float32)
+    assert anchored(model, batches(), [updates], penalty)[0].loss_of(updates) > 0
+
+
+class Recorder:
+    """A plain object in which a module leaves something."""
+
+    def __init__(self) -> None:
+        self.maps: dict[str, list[Tensor]] = {"seen": []}
+
+
+class Records(Part):
+    def __init__(self) -> None:
+        super().__init__()
+        self.record = Recorder()
+
+    def work(self, x: Tensor) -> Any:
+        self.record.maps["seen"] = [torch.tanh(self.inner(x))]
+        return self.record.maps["seen"][0]
+
+
+GLOBAL: list[Tensor] = []
+
+
+class Global(Part):
+    def work(self, x: Tensor) -> Any:
+        GLOBAL[:] = [torch.tanh(self.inner(x))]
+        return GLOBAL[0]
+
+
+def test_a_loss_that_finds_what_modules_left_behind() -> None:
+    """In an object of the module, or anywhere: the blocks run each time, unless a loss is said to be `outputs_only`."""
+
+    def order(net: Net, x: Tensor) -> Tensor:
+        return net.last(torch.tanh(net.adapted(net.first(x))))
+
+    def recorded(model: Any, batch: Any) -> Tensor:
+        return loss(model, batch) * (1 + model.first.record.maps["seen"][0].square().mean())
+
+    def found(model: Any, batch: Any) -> Tensor:
+        return loss(model, batch) * (1 + GLOBAL[0].square().mean())
+
+    for kind, looking in ((Records, recorded), (Global, found)):
+        model = Net(order=order)
+        model.first = kind()
+        updates = random_updates(model, ["adapted"], 2, 0, torch.float32)
+        once = [anchored(model, batches(), [updates], looking)[0].loss_of(updates) for _ in range(2)]
+        anchors, _ = anchored(model, batches(), [updates], looking)
+        assert [anchors.loss_of(updates), anchors.loss_of(updates)] == once
+        assert anchored(model, batches(), [updates], outputs_only(loss))[0].loss_of(updates) > 0
+    model = Net(order=order)
+    model.first = Records()
+    assert_same(model, batches(), recorded)
 
 
 def test_autocast_in_one_loss_and_not_in_another() -> None:

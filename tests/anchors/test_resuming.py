@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch import Tensor
 
 import sapmerge as sm
 from sapmerge.anchors import passes
+from sapmerge.errors import AnchorError
 from tests.anchors import models
 
 TARGETS = [r".*vision_model.*(q_proj|v_proj)", r".*vision_model.*(q_proj|fc1)", r".*text_model.*v_proj"]
@@ -53,25 +56,28 @@ def test_the_second_run_needs_no_pass_and_gives_the_same_bits(tmp_path: Path, co
     assert again.report.notes["anchor loss"] == pytest.approx(plain.report.notes["anchor loss"], rel=1e-6)
 
 
+LEFT = {"calls": 0}
+
+
+def dying(model: Any, batch: Any) -> Tensor:
+    if torch.is_grad_enabled():
+        LEFT["calls"] -= 1
+        if LEFT["calls"] < 0:
+            raise KeyboardInterrupt
+    return sm.alignment(model, batch)
+
+
 def test_a_run_that_died_goes_on_with_the_adapters_that_are_missing(
     tmp_path: Path, counted: list[int | None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = models.clip()
     made, _ = models.adapters(base, TARGETS)
-    calls = {"left": 2 * len(models.pairs())}
-
-    def dying(model: Any, batch: Any) -> Tensor:
-        if torch.is_grad_enabled():
-            calls["left"] -= 1
-            if calls["left"] < 0:
-                raise KeyboardInterrupt
-        return sm.alignment(model, batch)
-
+    LEFT["calls"] = 2 * len(models.pairs())
     with pytest.raises(KeyboardInterrupt):
         models.merge(made, models.pairs(), base, loss=dying, cache=tmp_path)
     assert len(list(tmp_path.glob("*.safetensors"))) == 2
     counted.clear()
-    calls["left"] = 1000
+    LEFT["calls"] = 1000
     models.merge(made, models.pairs(), base, loss=dying, cache=tmp_path)
     assert len(counted) == 1
 
@@ -112,6 +118,92 @@ def test_two_lambdas_of_one_name_are_two_losses(tmp_path: Path, counted: list[in
         loss = eval(f"lambda model, batch: sm.alignment(model, batch) * {factor}", {"sm": sm})
         models.merge(made, models.pairs(), base, loss=loss, cache=tmp_path)
     assert len(counted) == 2
+
+
+class Weighted:
+    def __init__(self, factor: float) -> None:
+        self.factor = torch.tensor(factor)
+
+    def __call__(self, model: Any, batch: Any) -> Tensor:
+        return sm.alignment(model, batch) * self.factor
+
+    def method(self, model: Any, batch: Any) -> Tensor:
+        return self(model, batch)
+
+
+def weighted(model: Any, batch: Any, factor: float = 1.0) -> Tensor:
+    return sm.alignment(model, batch) * factor
+
+
+def _closure(factor: float) -> Any:
+    return lambda model, batch: sm.alignment(model, batch) * factor
+
+
+def _default(factor: float) -> Any:
+    def loss(model: Any, batch: Any, factor: float = factor) -> Tensor:
+        return sm.alignment(model, batch) * factor
+
+    return loss
+
+
+@pytest.mark.parametrize(
+    "make", [_closure, _default, Weighted, lambda f: Weighted(f).method, lambda f: partial(weighted, factor=f)]
+)
+def test_what_a_loss_holds_is_a_part_of_it(tmp_path: Path, counted: list[int | None], make: Any) -> None:
+    base = models.clip()
+    made, _ = models.adapters(base, TARGETS[:1], (3,))
+    for factor in (1.0, 2.0, 1.0):
+        models.merge(made, models.pairs(), base, loss=make(factor), cache=tmp_path)
+    assert len(counted) == 2
+
+
+def test_a_loss_of_unknown_content_has_no_cache(tmp_path: Path) -> None:
+    base = models.clip()
+    made, _ = models.adapters(base, TARGETS[:1], (3,))
+    lock = threading.Lock()
+
+    def loss(model: Any, batch: Any) -> Tensor:
+        with lock:
+            return sm.alignment(model, batch)
+
+    with pytest.raises(AnchorError, match=r"whether a lock is the same .* without a cache"):
+        models.merge(made, models.pairs(), base, loss=loss, cache=tmp_path)
+    models.merge(made, models.pairs(), base, loss=loss)
+
+
+def test_one_anchor_with_a_cache(tmp_path: Path) -> None:
+    base = models.clip()
+    made, _ = models.adapters(base, TARGETS)
+    found = [models.merge(made, models.pairs((1,)), base, cache=tmp_path) for _ in range(2)]
+    for name, update in updates_of(found[0]).items():
+        assert torch.equal(update, updates_of(found[1])[name])
+
+
+@pytest.mark.parametrize("what", ["activation", "buffer"])
+def test_another_forward_of_the_same_weights_is_another_model(
+    tmp_path: Path, counted: list[int | None], what: str
+) -> None:
+    base = models.clip()
+    made, _ = models.adapters(base, TARGETS[:1], (3,))
+    models.merge(made, models.pairs(), base, cache=tmp_path)
+    mlp = base.vision_model.encoder.layers[0].mlp
+    if what == "activation":
+        mlp.activation_fn = torch.nn.Tanh()
+    else:
+        mlp.register_buffer("shift", torch.ones(3), persistent=False)
+    models.merge(made, models.pairs(), base, cache=tmp_path)
+    assert len(counted) == 2
+
+
+def test_the_update_that_is_scored_counts(tmp_path: Path) -> None:
+    """CapShare changes the factors that are scored, not the adapter."""
+    base = models.clip()
+    made, _ = models.adapters(base, TARGETS)
+    for share in (0.9, 0.35):
+        method = sm.CapShare(sm.sap_original(0.3), share)
+        cached = updates_of(models.merge(made, models.pairs(), base, method=method, cache=tmp_path))
+        fresh = updates_of(models.merge(made, models.pairs(), base, method=method))
+        assert all(torch.equal(cached[name], fresh[name]) for name in fresh)
 
 
 def test_a_damaged_file_is_computed_again(tmp_path: Path, counted: list[int | None]) -> None:

@@ -331,3 +331,23 @@ def test_a_plain_module_needs_a_loss(tmp_path: Any) -> None:
         losses = [float(models.plain_loss(loaded.get_base_model(), batch)) for batch in loader]
     wanted = sum(n * value for n, value in zip(sizes, losses)) / sum(sizes)
     assert merged.report.notes["anchor loss"]["merged adapter"] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_inside_inference_mode() -> None:
+    model = models.clip()
+    made, _ = models.adapters(model, [models.BOTH_TARGETS] * 2)
+    wanted = {name: update.dense() for name, update in models.merge(made, models.pairs(), model).updates()}
+    with torch.inference_mode():
+        loader = [{key: value.clone() for key, value in batch.items()} for batch in models.pairs()]
+        for name, update in models.merge(made, loader, model).updates():
+            assert torch.equal(update.dense(), wanted[name])
+        born_in_it = models.clip()
+    with pytest.raises(sm.AnchorError, match=r"was made inside torch.inference_mode\(\)"):
+        models.merge(made, models.pairs(), born_in_it)
+
+
+def test_one_pair_left_over_is_said() -> None:
+    model = models.clip()
+    made, _ = models.adapters(model, [models.BOTH_TARGETS] * 2)
+    with pytest.warns(sm.SapmergeWarning, match="batch 1 of the anchors holds one pair"):
+        models.merge(made, models.pairs((3, 1)), model)
