@@ -115,12 +115,8 @@ class Anchors:
             return False
         sizes = [batch_size(batch) for batch in self.batches]
         if min(sizes) < 2 <= max(sizes):
-            warnings.warn(
-                f"batch {sizes.index(min(sizes))} of the anchors holds one pair, which has none to be compared with: "
-                f"adapters are weighed by {loss_name(self.loss)!r} alone. Deal the pairs out evenly",
-                SapmergeWarning,
-                stacklevel=2,
-            )
+            message = f"batch {sizes.index(1)} of the anchors holds one pair, so none are compared: deal them out evenly"
+            warnings.warn(message, SapmergeWarning, stacklevel=2)
         return min(sizes) > 1
 
     def losses(self, loss: Loss | None = None) -> list[float]:
