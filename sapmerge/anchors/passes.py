@@ -115,7 +115,7 @@ class Anchors:
             return False
         sizes = [batch_size(batch) for batch in self.batches]
         if min(sizes) < 2 <= max(sizes):
-            message = f"batch {sizes.index(1)} of the anchors holds one pair, so none are compared: deal them out evenly"
+            message = f"batch {sizes.index(1)} of the anchors holds one pair, so none are compared; deal them evenly"
             warnings.warn(message, SapmergeWarning, stacklevel=2)
         return min(sizes) > 1
 
