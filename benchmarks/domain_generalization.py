@@ -1,6 +1,6 @@
 """Does a merge do well on a domain nobody trained on? Leave each domain out in turn; every method, several seeds.
 
-    python benchmarks/domain_generalization.py --data BUNDLE --quick           # minutes
+    python benchmarks/domain_generalization.py --data BUNDLE --quick           # three to four minutes
     python benchmarks/domain_generalization.py --data BUNDLE --seeds 10-14     # hours on two CPU cores
     python benchmarks/domain_generalization.py --data PACS --model openai/clip-vit-base-patch32 --anchors COCO
 
