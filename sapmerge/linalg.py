@@ -125,7 +125,7 @@ def top_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     if small <= 8 * block:
         U, sigma, Vh = svd(matrix)
         return U[:, :rank], sigma[:rank], Vh[:rank]
-    peak = float(matrix.abs().max())
+    peak = max(abs(float(extreme)) for extreme in torch.aminmax(matrix))
     if peak > 1e15:  # squares would overflow
         left, sigma, right = top_svd(matrix / peak, rank)
         return left, sigma * peak, right
@@ -133,15 +133,14 @@ def top_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     basis = _orthonormal(matrix @ start)
     images = (basis.T @ matrix).T
     while basis.shape[1] + block <= small // 3:
-        step = matrix @ images[:, -block:]
-        size = norm(step)
-        step = step - basis @ (basis.T @ step)
-        exhausted = norm(step) <= 1e-5 * size  # the basis has all of the matrix: what is left is rounding
-        if exhausted or basis.shape[1] % (2 * block) == 0:
+        if basis.shape[1] % (2 * block) == 0:
             best = _best_within(matrix, basis, images, rank)
             if best is not None:
                 return best
-        if exhausted:
+        step = matrix @ images[:, -block:]
+        size = norm(step)
+        step = step - basis @ (basis.T @ step)
+        if norm(step) <= 1e-5 * size:  # the basis has all of the matrix: what is left is rounding
             break
         step = _orthonormal(step)
         step = _orthonormal(step - basis @ (basis.T @ step))  # twice is enough

@@ -76,7 +76,7 @@ class DisjointMean:
         present = [(update.dense(), weight) for update, weight in zip(layer, layer.weights, strict=True) if update.rank]
         if not present:
             return layer.updates[0]
-        total, count, here = torch.zeros(3, *layer.shape).to(present[0][0])
+        total, count, here = present[0][0].new_zeros(3, *layer.shape)
         for matrix, weight in present:
             total.add_(matrix, alpha=weight)
             count.add_(torch.sign(matrix, out=here).abs_(), alpha=abs(weight))

@@ -64,7 +64,7 @@ class Prune:
         if first.anchors is None or reads is False:
             for k in _present(first):
                 list(self._scored(first, k, None, self.units(first.updates[k])))  # what cannot work fails here, early
-            return replace(self, fitted=self._fit(layers, range(len(first)), None))
+            return replace(self, fitted=self._fit(layers))
         decided: dict[tuple[str, int], _Decision] = {}
         for turn, seen in first.anchors.in_turn(layers, self.units):
             fitted = replace(self, fitted=self._fit(layers, turn, seen))
@@ -95,7 +95,7 @@ class Prune:
         return layer.with_updates(pruned)
 
     def _fit(
-        self, layers: LayerStream, adapters: Container[int], seen: Observation | None
+        self, layers: LayerStream, adapters: Container[int] | None = None, seen: Observation | None = None
     ) -> Mapping[str, MaskBuilder] | None:
         fit = getattr(self.mask, "fit", None)
         if fit is None:

@@ -32,7 +32,7 @@ def digest(value: Any, everything: bool = True) -> str:
     """
     found = hashlib.sha256()
     for piece in _pieces(value, set(), everything):
-        found.update(piece if isinstance(piece, bytes) else piece.encode())
+        found.update(piece.encode() if isinstance(piece, str) else piece)
         found.update(b"\0")
     return found.hexdigest()
 
@@ -48,14 +48,14 @@ def digest_of_model(base: nn.Module) -> str:
     return digest([parts, dict(sorted(tensors.items())), settings])
 
 
-def _pieces(value: Any, within: set[int], everything: bool) -> Iterator[str | bytes]:
+def _pieces(value: Any, within: set[int], everything: bool) -> Iterator[str | bytes | memoryview]:
     """A description, piece by piece; `within` are the objects that it is inside of."""
     if isinstance(value, _PLAIN):
         yield repr(value)
         return
     if isinstance(value, Tensor):
         yield f"{value.dtype} {tuple(value.shape)}"
-        yield value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        yield value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
         return
     if isinstance(value, (np.ndarray, np.generic)):
         array = np.asarray(cast("Any", value))

@@ -168,6 +168,10 @@ def embedding(model: nn.Module, batch: Batch, side: str) -> Tensor:
     return functional.normalize(wide(pooled), dim=-1)
 
 
+PAIR_LOSSES = (alignment, centered_alignment, contrastive)
+"""Those of image-text pairs."""
+
+
 def default_loss(model: nn.Module) -> Loss:
     """`alignment` for a model with both towers, its own loss for a transformers model that has one.
 

@@ -115,39 +115,42 @@ class GradientStatistics:
         return self._adapters is None or adapter in self._adapters
 
     def _run(self, group: int, statistic: str, at: str) -> dict[tuple[str, int], Halves]:
-        sums: dict[tuple[str, int], _Sums] = {}
-        seen: dict[tuple[str, int], tuple[Update, tuple[Frames, ...]]] = {}
+        resume = self._anchors.resume if at == "adapter" else None
+        sums: dict[int, dict[str, _Sums]] = {}  # adapter -> layer -> its sums
+        contents: dict[int, dict[str, str]] = {}
         for layer in self._layers:
             if self._groups[layer.name] == group:
                 for k, update in enumerate(layer):
                     if update.rank and self._asked(k):
                         unit, shape = self._units(update), self._anchors.modules[layer.name].shape
-                        sums[layer.name, k] = _Sums(unit, layer.frames, statistic, shape, update.device)
-                        seen[layer.name, k] = update, layer.frames
+                        found = _Sums(unit, layer.frames, statistic, shape, update.device)
+                        sums.setdefault(k, {})[layer.name] = found
+                        if resume is not None:
+                            contents.setdefault(k, {})[layer.name] = resume.content(update, layer.frames)
         if at == "base":
-            of_layer: dict[str, list[_Sums]] = {}
-            for (name, _), found in sums.items():
+            return self._at_the_base(sums)
+        return {
+            (name, k): halves
+            for k, mine in sorted(sums.items())
+            for name, halves in self._of_adapter(k, mine, statistic, contents.get(k, {})).items()
+        }
+
+    def _at_the_base(self, sums: Mapping[int, Mapping[str, _Sums]]) -> dict[tuple[str, int], Halves]:
+        """All adapters' statistics from one pass."""
+        of_layer: dict[str, list[_Sums]] = {}
+        for mine in sums.values():
+            for name, found in mine.items():
                 of_layer.setdefault(name, []).append(found)
-            count = self._anchors.backward(None, {name: _all(found) for name, found in of_layer.items()})
-            self._warn_of_unused({name for (name, _), found in sums.items() if not found.seen})
-            return {key: found.halves(count) for key, found in sums.items()}
-        out: dict[tuple[str, int], Halves] = {}
-        for k in sorted({k for _, k in sums}):
-            mine = {name: found for (name, j), found in sums.items() if j == k}
-            for name, halves in self._of_adapter(k, mine, statistic, {name: seen[name, k] for name in mine}).items():
-                out[name, k] = halves
-        return out
+        count = self._anchors.backward(None, {name: _all(found) for name, found in of_layer.items()})
+        self._warn_of_unused({name for name, found in of_layer.items() if not found[0].seen})
+        return {(name, k): found.halves(count) for k, mine in sums.items() for name, found in mine.items()}
 
     def _of_adapter(
-        self,
-        k: int,
-        sums: Mapping[str, _Sums],
-        statistic: str,
-        seen: Mapping[str, tuple[Update, tuple[Frames, ...]]],
+        self, k: int, sums: Mapping[str, _Sums], statistic: str, contents: Mapping[str, str]
     ) -> Mapping[str, Halves]:
         """One adapter's statistics: from an earlier run if a cache holds them, else from a pass over the anchors."""
         resume = self._anchors.resume
-        key = "" if resume is None else resume.key(k, statistic, self._units, seen)
+        key = "" if resume is None else resume.key(k, statistic, self._units, contents)
         kept = None if resume is None else resume.get(key)
         if kept is not None:
             found, notes = kept

@@ -18,15 +18,7 @@ from sapmerge.anchors.gradients import Call, TokenGradient, token_gradient, wide
 from sapmerge.anchors.halving import Half
 from sapmerge.anchors.hooks import Watch, attached, check_base, frozen
 from sapmerge.anchors.loading import Batches, batch_size
-from sapmerge.anchors.losses import (
-    Loss,
-    alignment,
-    centered_alignment,
-    contrastive,
-    default_loss,
-    is_outputs_only,
-    loss_name,
-)
+from sapmerge.anchors.losses import PAIR_LOSSES, Loss, default_loss, is_outputs_only, loss_name
 from sapmerge.anchors.observing import GradientStatistics, in_turn
 from sapmerge.anchors.prefix import Prefix
 from sapmerge.anchors.resuming import Resume
@@ -39,7 +31,6 @@ from sapmerge.units import Units
 
 __all__ = ["Anchors"]
 
-_PAIR_LOSSES = (alignment, centered_alignment, contrastive)
 _BUDGET = 2 << 30
 _HALF_SCALES = (2.0**14, 2.0**8, 2.0**3, 1.0)
 """What the loss is multiplied by in a float16 model, where gradients below 6e-8 are 0 and above 65504 infinite."""
@@ -111,7 +102,7 @@ class Anchors:
     @property
     def pairs(self) -> bool:
         """See `sapmerge.layer.AnchorPass`."""
-        if self.loss not in _PAIR_LOSSES:
+        if self.loss not in PAIR_LOSSES:
             return False
         sizes = [batch_size(batch) for batch in self.batches]
         if min(sizes) < 2 <= max(sizes):
@@ -292,7 +283,7 @@ class Anchors:
 
     def _batches(self, base: nn.Module, loss: Loss) -> Iterator[tuple[Any, int]]:
         """Batches and their sizes; the embeddings of a tower that no adapter touches stand in for its inputs."""
-        alike = loss in _PAIR_LOSSES
+        alike = loss in PAIR_LOSSES
         if self._embedded is None and alike:
             self._embedded = embedded(base, self.targets.values(), self._tried)
         for number, batch in enumerate(self.batches):

@@ -47,20 +47,18 @@ class Resume:
         self._cache, self._digests = Cache(folder), digests
         self._common = [__version__, torch.__version__, digest_of_model(base), anchors, digest(loss)]
 
-    def key(
-        self,
-        adapter: int,
-        statistic: str,
-        units: Callable[..., Any],
-        layers: Mapping[str, tuple[Update, Sequence[Frames]]],
-    ) -> str:
+    def key(self, adapter: int, statistic: str, units: Callable[..., Any], contents: Mapping[str, str]) -> str:
         """Everything that the statistics of one adapter in these layers depend on, as text.
 
         Args:
-            layers: name -> the update that is scored, and the frames that it is seen in.
+            contents: layer -> its `content`.
         """
-        seen = {name: [_update(update), *map(_frame, frames)] for name, (update, frames) in sorted(layers.items())}
-        return json.dumps([*self._common, self._digests[adapter], statistic, digest(units), seen])
+        return json.dumps([*self._common, self._digests[adapter], statistic, digest(units), sorted(contents.items())])
+
+    def content(self, update: Update, frames: Sequence[Frames]) -> str:
+        """What an update that is scored is, and the frames that it is seen in."""
+        factors = [update.B, update.A] if isinstance(update, LowRank) else [update.matrix]
+        return digest([factors, [(frame.U, frame.V, frame.scale) for frame in frames]])
 
     def get(self, key: str) -> tuple[Found, dict[str, Any]] | None:
         """Statistics and notes of an earlier run."""
@@ -80,11 +78,3 @@ class Resume:
         tensors = {f"{number}.0": one for number, (one, _) in enumerate(halves)}
         tensors |= {f"{number}.1": other.clone() for number, (_, other) in enumerate(halves)}  # it may be the same one
         self._cache.put(key, tensors, {**notes, "places": places})
-
-
-def _update(update: Update) -> str:
-    return digest([update.B, update.A] if isinstance(update, LowRank) else update.matrix)
-
-
-def _frame(frame: Frames) -> str:
-    return digest([frame.U, frame.V, frame.scale])

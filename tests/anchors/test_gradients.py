@@ -377,7 +377,7 @@ def test_all_have_had_their_turn_after_four(plain: Any, monkeypatch: pytest.Monk
     anchors.backward = lambda adapter, watched: (passes.append(adapter), run(adapter, watched))[1]  # type: ignore
     turns = [turn for turn, _ in anchors.in_turn(layers, sm.Factors())]
     assert [k for turn in turns for k in turn] == list(range(count))
-    assert len(turns) == min(count, len(turns)) <= 4
+    assert 1 < len(turns) <= 4
     spied(layers, sm.Factors(), at="base")
     assert passes == [None]
     spied(layers, sm.Factors())

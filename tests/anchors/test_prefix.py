@@ -339,7 +339,10 @@ def test_a_loss_with_gradients_of_its_own() -> None:
         scored(Net(), batches(), penalty)
     model = Net()
     updates = random_updates(model, ["adapted"], 2, 0, torch.float32)
-    assert anchored(model, batches(), [updates], penalty)[0].loss_of(updates) > 0
+    moved = copy.deepcopy(model)
+    moved.adapted.weight.data += updates["adapted"].dense()
+    wanted = sum(float(penalty(moved, batch)) for batch in batches()) / 2
+    assert anchored(model, batches(), [updates], penalty)[0].loss_of(updates) == pytest.approx(wanted, rel=1e-5)
 
 
 class Recorder:
@@ -387,7 +390,8 @@ def test_a_loss_that_finds_what_modules_left_behind() -> None:
         once = [anchored(model, batches(), [updates], looking)[0].loss_of(updates) for _ in range(2)]
         anchors, _ = anchored(model, batches(), [updates], looking)
         assert [anchors.loss_of(updates), anchors.loss_of(updates)] == once
-        assert anchored(model, batches(), [updates], outputs_only(loss))[0].loss_of(updates) > 0
+        said, _ = anchored(model, batches(), [updates], outputs_only(loss))
+        assert said.loss_of(updates) == said.loss_of(updates) != once[0]
     model = Net(order=order)
     model.first = Records()
     assert_same(model, batches(), recorded)
