@@ -19,6 +19,7 @@ from sapmerge import (
     mergers,
     merging,
     methods,
+    outliers,
     prune,
     rankwise,
     rescalers,
@@ -45,6 +46,7 @@ from sapmerge.masks import *
 from sapmerge.mergers import *
 from sapmerge.merging import *
 from sapmerge.methods import *
+from sapmerge.outliers import *
 from sapmerge.prune import *
 from sapmerge.rankwise import *
 from sapmerge.recipe import parse
@@ -71,6 +73,7 @@ RECIPE_NAMES = frozenset(
         masks,
         mergers,
         methods,
+        outliers,
         prune,
         rankwise,
         rescalers,
@@ -103,6 +106,7 @@ __all__ += masks.__all__
 __all__ += mergers.__all__
 __all__ += merging.__all__
 __all__ += methods.__all__
+__all__ += outliers.__all__
 __all__ += prune.__all__
 __all__ += rankwise.__all__
 __all__ += rescalers.__all__

@@ -106,11 +106,14 @@ def components(core: Cores, layer: Layer, rank: int | None) -> list[Piece]:
     return kept
 
 
-def polar(matrix: Tensor) -> Tensor:
-    """The nearest matrix with orthonormal columns; on the span of the columns where they are dependent."""
+def polar(matrix: Tensor, strength: float = 1.0) -> Tensor:
+    """The nearest matrix with orthonormal columns; on the span of the columns where they are dependent.
+
+    A strength below 1 goes only that far: X (X^T X)^(-strength / 2).
+    """
     U, sigma, Vh = svd(matrix)
     keep = int((sigma > POLAR_RTOL * sigma[0]).sum())
-    return U[:, :keep] @ Vh[:keep]
+    return (U[:, :keep] * sigma[:keep] ** (1 - strength)) @ Vh[:keep]
 
 
 def size_of(update: Update) -> float:

@@ -61,6 +61,10 @@ class AnchorPass(Protocol):
         """
         ...
 
+    def scaled(self, factors: Mapping[int, float]) -> AnchorPass:
+        """The same, with some of the adapters multiplied by a factor."""
+        ...
+
     def halves(self) -> tuple[AnchorPass, AnchorPass]:
         """Two halves of the anchors: one to decide on, one to check the decision."""
         ...

@@ -89,6 +89,9 @@ class Decorrelate:
 
     Args:
         rank: components per adapter instead of floor(min(m, n) / K), which is at least 1.
+        strength: how far to go, in [0, 1]: with X = [U_1 | ... | U_K] the P_k are blocks of X (X^T X)^(-strength / 2).
+            0 leaves the vectors as they are; halfway K copies of an adapter become D / sqrt(K) each. Below 1 nothing
+            has to be orthogonal, so all components fit and are kept, unless there is a `rank`.
 
     Returns:
         A layer of low-rank updates (dense where they were) with at most that many components each.
@@ -97,17 +100,20 @@ class Decorrelate:
     """
 
     rank: int | None = None
+    strength: float = 1.0
 
     def __post_init__(self) -> None:
         check_rank("Decorrelate", self.rank)
+        check_fraction("Decorrelate's strength", self.strength)
 
     def __call__(self, layer: Layer) -> Layer:
         core = cores_of(layer)
         updates: list[Update] = [zero_of(update) for update in layer]
-        pieces = components(core, layer, self.rank)
+        rank = min(layer.shape) if self.rank is None and self.strength < 1 else self.rank
+        pieces = components(core, layer, rank)
         if pieces:
-            left = polar(torch.cat([piece.U for piece in pieces], dim=1))
-            right = polar(torch.cat([piece.Vh for piece in pieces]).T).T
+            left = polar(torch.cat([piece.U for piece in pieces], dim=1), self.strength)
+            right = polar(torch.cat([piece.Vh for piece in pieces]).T, self.strength).T
             start = 0
             for piece in pieces:
                 columns = slice(start, start + len(piece.sigma))

@@ -117,6 +117,12 @@ class LinearLoss:
                     gram = gram if frames.V is None else frames.V.double().T @ gram @ frames.V.double()
                 fold(layer, k, gram)
 
+    def scaled(self, factors: Mapping[int, float]) -> LinearLoss:
+        def times(layer: sm.Layer) -> sm.Layer:
+            return replace(layer, updates=tuple(u.scaled(factors.get(k, 1.0)) for k, u in enumerate(layer)))
+
+        return LinearLoss([times(layer) for layer in self.layers])
+
     def halves(self) -> tuple[LinearLoss, LinearLoss]:
         return self, self
 

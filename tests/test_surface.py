@@ -43,7 +43,7 @@ LEVELS = (
         "entrywise",
         "rankwise",
     ),
-    ("prune", "compose", "depth", "spectral", "subspaces"),
+    ("prune", "compose", "depth", "spectral", "subspaces", "outliers"),
     ("models", "report", "inputs", "heads"),
     ("anchors",),
     ("methods", "contrib"),

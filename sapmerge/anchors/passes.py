@@ -72,7 +72,8 @@ class Anchors:
         self.used = False
         self.unused = set[str]()
         self.resume: Resume | None = None
-        self._known: dict[int | None, float] = {}
+        self._factors: Mapping[int, float] = {}
+        self._known: dict[tuple[int, float] | None, float] = {}  # by adapter and factor; None: the base
         self._embedded: dict[str, list[Tensor]] | None = None
         self._prefix = Prefix(self.targets.values(), budget // 2)
 
@@ -89,7 +90,7 @@ class Anchors:
     def note_loss(self, adapter: int, loss: float) -> None:
         """The anchors' loss at base + adapter, known from an earlier run."""
         self.used = True
-        self._known[adapter] = loss
+        self._known[self._key(adapter)] = loss
 
     def observe(self, layers: LayerStream, units: Units) -> GradientStatistics:
         """Gradients in the coordinates of `units`; nothing runs before the first one is asked for."""
@@ -137,7 +138,8 @@ class Anchors:
     ) -> tuple[float, dict[str, Tensor]]:
         """The mean loss at base + updates, and its derivatives <G, D> along directions: layer -> (K,), float64."""
         here = copy.copy(self)
-        here.adapters, here.loss, here._known = [("the merged adapter", lambda: updates)], loss or self.loss, {}
+        here.adapters, here.loss = [("the merged adapter", lambda: updates)], loss or self.loss
+        here._factors, here._known = {}, {}
         found = {name: torch.zeros(len(along), dtype=torch.float64) for name, along in directions.items()}
 
         def along(name: str) -> Callable[[TokenGradient, int], None]:
@@ -148,17 +150,23 @@ class Anchors:
 
         count = here.backward(0, {name: along(name) for name in directions})
         self.used, self._embedded = True, here._embedded
-        return here._known[0], {name: sums / count for name, sums in found.items()}
+        return here._known[0, 1.0], {name: sums / count for name, sums in found.items()}
 
     def grams(self, layers: LayerStream, fold: Callable[[Layer, int, Tensor], None]) -> None:
         """See `sapmerge.layer.AnchorPass`: the Gram matrices of the layers' inputs, streamed within the budget."""
         stream_grams(self, layers, fold)
 
+    def scaled(self, factors: Mapping[int, float]) -> Anchors:
+        """See `sapmerge.layer.AnchorPass`."""
+        self.used, other = True, copy.copy(self)
+        other._factors = {**self._factors, **{k: factor * self._factors.get(k, 1.0) for k, factor in factors.items()}}
+        other.resume = None if self.resume is None else self.resume.scaled(factors)
+        return other
+
     def halves(self) -> tuple[Anchors, Anchors]:
         """The same with every other batch, and with the rest; of a single batch, with every other sample (`Half`)."""
         self.used = True
-        halves = copy.copy(self), copy.copy(self)
-        for number, half in enumerate(halves):
+        for number, half in enumerate(halves := (copy.copy(self), copy.copy(self))):
             half.batches = Batches(Half(self.batches, number), device_of(self.model))
             half._known, half._embedded, half.resume = {}, None, None  # a cache is of all anchors
             half._prefix = Prefix(self.targets.values(), self.budget // 2)
@@ -215,7 +223,7 @@ class Anchors:
                         value, watch = run(scale, True)
                 watch.deliver()
                 total, count = total + value * size, count + size
-        self._known[adapter] = total / count
+        self._known[self._key(adapter)] = total / count
         return count
 
     def forward(self, adapter: int, watched: Mapping[str, Seen]) -> int:
@@ -242,19 +250,23 @@ class Anchors:
     def _place(self, adapter: int | None) -> tuple[str, Mapping[str, Update]]:
         if adapter is None:
             return "the base model", {}
-        label, updates = self.adapters[adapter]
-        return f"adapter {label!r}", updates()
+        (label, load), factor = self.adapters[adapter], self._factors.get(adapter, 1.0)
+        updates = load()
+        return f"adapter {label!r}", {n: u.scaled(factor) for n, u in updates.items()} if factor != 1.0 else updates
+
+    def _key(self, adapter: int | None) -> tuple[int, float] | None:
+        return None if adapter is None else (adapter, self._factors.get(adapter, 1.0))
 
     def loss_at(self, adapter: int | None, loss: Loss | None = None) -> float:
         """The mean loss at base + one adapter, or at the base for None; the anchors' own loss is measured once."""
-        loss = loss or self.loss
-        if loss is not self.loss or adapter not in self._known:
-            who, updates = self._place(adapter)
-            found = self.loss_of(updates, loss, who)
-            if loss is not self.loss:
-                return found
-            self._known[adapter] = found
-        return self._known[adapter]
+        loss, key = loss or self.loss, self._key(adapter)
+        if loss is self.loss and key in self._known:
+            return self._known[key]
+        who, updates = self._place(adapter)
+        found = self.loss_of(updates, loss, who)
+        if loss is self.loss:
+            self._known[key] = found
+        return found
 
     @contextmanager
     def _running(self, loss: Loss) -> Generator[nn.Module]:

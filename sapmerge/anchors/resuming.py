@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -46,6 +47,12 @@ class Resume:
     ) -> None:
         self._cache, self._digests = Cache(folder), digests
         self._common = [__version__, torch.__version__, digest_of_model(base), anchors, digest(loss)]
+
+    def scaled(self, factors: Mapping[int, float]) -> Resume:
+        """The cache of a merge of the same adapters, some of them scaled."""
+        other = copy.copy(self)
+        other._digests = [f"{factors[k]} {found}" if k in factors else found for k, found in enumerate(self._digests)]
+        return other
 
     def key(self, adapter: int, statistic: str, units: Callable[..., Any], contents: Mapping[str, str]) -> str:
         """Everything that the statistics of one adapter in these layers depend on, as text.

@@ -22,14 +22,16 @@ __all__ = ["WeighByAnchors"]
 class WeighByAnchors:
     """Weigh every adapter by the anchor loss at base + adapter: saliency on the level of whole adapters.
 
-    The weights are the given ones times softmax(-loss / temperature), scaled to keep their mean. Among good adapters
-    they are nearly equal; an adapter that was trained on wrong labels loses its voice.
+    The weights are the given ones times softmax(-excess / temperature), scaled to keep their mean; the excess is
+    that over the lowest loss plus `margin`, at least 0. Among good adapters they are nearly equal; an adapter that was
+    trained on wrong labels loses its voice. One of weight 0 has none.
 
     Args:
         method: any method.
         loss: (model, batch) -> scalar. None: `centered_alignment` for image-text pairs, because a loss that does not
             compare pairs cannot tell good from bad, and the anchors' own loss for others.
         temperature: of the softmax, in units of the loss.
+        margin: losses this close to the lowest one count as equal to it, in units of the loss.
 
     Raises:
         MethodError: there are no anchors.
@@ -38,23 +40,30 @@ class WeighByAnchors:
     method: Method
     loss: Callable[..., Tensor] | None = None
     temperature: float = 0.2
+    margin: float = 0.0
     shares: Mapping[int, float] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
             raise MethodError(f"the temperature must be positive; got {self.temperature!r}")
+        if not self.margin >= 0:
+            raise MethodError(f"the margin is a difference of losses, at least 0; got {self.margin!r}")
 
     def prepare(self, layers: LayerStream) -> WeighByAnchors:
-        anchors = anchors_of(next(iter(layers), None), "WeighByAnchors")
+        first = next(iter(layers), None)
+        anchors = anchors_of(first, "WeighByAnchors")
         losses = torch.tensor(anchors.losses(self.loss or comparing(anchors)), dtype=torch.float64)
-        softmax = torch.softmax(-losses / self.temperature, 0) * len(losses)
-        weighed = replace(self, shares={k: float(share) for k, share in enumerate(softmax)})
+        heard = [k for k, weight in enumerate(first.weights if first else ()) if weight != 0]
+        excess = (losses[heard] - losses[heard].min() - self.margin).clamp_min(0) if heard else losses[heard]
+        softmax = torch.softmax(-excess / self.temperature, 0) * len(heard)
+        shares = dict.fromkeys(range(len(losses)), 0.0) | {k: float(s) for k, s in zip(heard, softmax, strict=True)}
+        weighed = replace(self, shares=shares)
         return replace(weighed, method=prepare(self.method, Mapped(layers, weighed._weighed)))
 
     def __call__(self, layer: Layer) -> Update:
         if self.shares is None:
             return self.prepare(cast("LayerStream", [layer]))(layer)
-        total = sum(self.shares.values())
+        total = sum(self.shares.values()) or 1.0
         layer.record("anchor_weights", {label: self.shares[k] / total for k, label in enumerate(layer.adapters)})
         return self.method(self._weighed(layer))
 

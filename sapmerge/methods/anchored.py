@@ -15,10 +15,12 @@ from sapmerge.compose import Chain
 from sapmerge.layer import Merger, Method, Rescaler, Scorer
 from sapmerge.masks import TopFraction
 from sapmerge.mergers import Mean
+from sapmerge.outliers import ClipNorms, WeighByAgreement
 from sapmerge.prune import Prune
 from sapmerge.recipe import recipe
 from sapmerge.rescalers import MatchNorm
 from sapmerge.scorers import Taylor
+from sapmerge.spectral import Decorrelate
 from sapmerge.units import Factors, Layers, Units
 
 __all__ = ["fisher", "regmean", "sap", "sap_original", "tune"]
@@ -29,17 +31,19 @@ def sap(
     units: Units = Factors(),
     scorer: Scorer = Taylor(),
     rescaler: Rescaler = MatchNorm(),
-    merger: Merger = Mean(),
+    merger: Merger = Chain(Decorrelate(strength=0.5), Mean()),
     temperature: float = 0.2,
     trust: float = 0.5,
 ) -> Method:
     """Semantically-Anchored Pruning: the anchors weigh the adapters, prune each of them, and say how far to go.
 
-    1. Every adapter is weighed by the anchors' loss at base + adapter (`WeighByAnchors`).
+    1. Every adapter is weighed by its agreement with the others (`WeighByAgreement`), shortened if it is more than
+       twice as long as their median (`ClipNorms`), and weighed by the anchors' loss at it (`WeighByAnchors`).
     2. Per adapter: S = |w dL/dw| on the anchors, at base + adapter; the lowest share is set to zero, and the norm that
        this took from each layer is given back.
-    3. The adapters are averaged, and the merged update is scaled to a length between the mean norm of its inputs and
-       the one that the anchors choose (`ScaleByAnchors`).
+    3. The adapters are averaged, directions that they share counting between once and K times (`Decorrelate`), and the
+       result is scaled to a length between the mean norm of its inputs and that which the anchors choose
+       (`ScaleByAnchors`).
 
     Args:
         density: the fraction of units kept per layer; rho of the method's description is 1 - density.
@@ -47,14 +51,15 @@ def sap(
         scorer: the saliency.
         rescaler: what is given back after pruning.
         merger: how the pruned adapters are combined.
-        temperature: of the weights of the adapters; infinite: all have the same say.
+        temperature: of the anchors' weights; infinite: the anchors give all adapters the same say.
         trust: in the anchors' length: 0 takes the mean norm of the inputs, 1 the anchors' alone.
 
     Needs anchors and a model. `sap_original` is the method to the letter. Why these defaults: docs/evidence.md.
     """
     scope = "adapter" if isinstance(units, Layers) else "layer"  # a layer holds one unit: itself
     pruned = Chain(Prune(scorer, TopFraction(density, scope), rescaler, units), merger)
-    return WeighByAnchors(ScaleByAnchors(pruned, trust=trust), temperature=temperature)
+    anchored = WeighByAnchors(ScaleByAnchors(pruned, trust=trust), temperature=temperature, margin=0.05)
+    return WeighByAgreement(ClipNorms(anchored))
 
 
 def sap_original(density: float = 0.5) -> Method:

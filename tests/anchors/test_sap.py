@@ -126,12 +126,12 @@ def test_sap_original_without_pruning_is_the_mean() -> None:
         assert error(update.dense(), mean[name].dense()) < 1e-6
 
 
-def test_sap_without_anchored_weights_and_length_is_the_original_with_its_energy_matched() -> None:
+def test_sap_is_the_original_where_only_anchored_weights_length_and_merger_differ() -> None:
     model, loader = models.clip(), models.pairs()
     adapters, _ = models.adapters(model, [models.BOTH_TARGETS, models.VISION_TARGETS, models.TEXT_TARGETS])
-    plain = sm.MatchEnergy(sm.sap_original(density=0.6))
+    plain = sm.WeighByAgreement(sm.MatchEnergy(sm.sap_original(density=0.6)))
     wanted = dict(models.merge(adapters, loader, model, method=plain).updates())
-    method = sm.sap(density=0.6, temperature=math.inf, trust=0)
+    method = sm.sap(density=0.6, temperature=math.inf, trust=0, merger=sm.Mean())
     for name, update in models.merge(adapters, loader, model, method=method).updates():
         assert error(update.dense(), wanted[name].dense()) < 1e-6
 
@@ -150,7 +150,8 @@ def test_sap_keeps_the_count_and_gives_the_norm_back(units: Any) -> None:
             assert row.notes["density"][label] == pytest.approx(kept / sum(sizes), rel=1e-12)
     norms = [math.sqrt(sum(a.update(name).norm() ** 2 for name in a.modules)) for a in adapters]
     norm = math.sqrt(sum(update.norm() ** 2 for _, update in merged.updates()))
-    assert norm == pytest.approx(sum(norms) / 3, rel=1e-5)
+    shares = [merged.report.layers[0].notes["agreement"][adapter.label] for adapter in adapters]
+    assert norm == pytest.approx(sum(s * size for s, size in zip(shares, norms, strict=True)), rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["clip", "llava"])
@@ -190,14 +191,16 @@ def mean_loss(model: nn.Module, loader: list[Any], loss: Any) -> float:
         return sum(n * float(loss(model, batch)) for n, batch in zip(sizes, loader)) / sum(sizes)
 
 
+@pytest.mark.parametrize("margin", [0.0, 0.01, math.inf])
 @pytest.mark.parametrize("loss", [contrastive, alignment, None])  # None: centered_alignment
-def test_weights_by_anchors(loss: Any) -> None:
+def test_weights_by_anchors(loss: Any, margin: float) -> None:
     model, loader = models.clip(), models.pairs((7, 4))
     adapters, pefts = models.adapters(model, [models.BOTH_TARGETS] * 3)
-    method = sm.WeighByAnchors(sm.mean(), loss=loss, temperature=0.3)
+    method = sm.WeighByAnchors(sm.mean(), loss=loss, temperature=0.3, margin=margin)
     merged = models.merge(adapters, loader, model, method=method, weights=[1.0, 2.0, 1.0])
     losses = torch.tensor([mean_loss(p.get_base_model(), loader, loss or centered_alignment) for p in pefts])
-    shares = torch.softmax(-losses / 0.3, 0)
+    shares = torch.softmax(-torch.relu(losses - min(losses) - margin) / 0.3, 0)
+    assert (max(shares) - min(shares) < 1e-6) == (margin == math.inf)
     weights = shares * torch.tensor([1.0, 2.0, 1.0])
     for row in merged.report.layers:
         assert row.notes["anchor_weights"] == pytest.approx({f"a{k}": float(s) for k, s in enumerate(shares)}, rel=1e-4)
@@ -209,15 +212,31 @@ def test_weights_by_anchors(loss: Any) -> None:
 def test_weights_by_anchors_around_sap() -> None:
     model, loader = models.clip(), models.pairs()
     adapters, _ = models.adapters(model, [models.VISION_TARGETS] * 2)
-    plain = models.merge(adapters, loader, model, method=sm.WeighByAnchors(sm.mean())).report.layers[0]
+    weighed = sm.WeighByAnchors(sm.mean(), margin=0.05)
+    plain = models.merge(adapters, loader, model, method=weighed).report.layers[0]
     around = models.merge(adapters, loader, model, method=sm.sap()).report.layers[0]
     assert around.notes["anchor_weights"] == plain.notes["anchor_weights"]
     assert {"score_kept", "anchor_stability", "energy_factor", "density", "length"} <= around.notes.keys()
     for temperature in (0, -1.0, math.nan):
         with pytest.raises(MethodError, match="temperature must be positive"):
             sm.WeighByAnchors(sm.mean(), temperature=temperature)
+    for margin in (-0.1, math.nan):
+        with pytest.raises(MethodError, match="margin is a difference of losses"):
+            sm.WeighByAnchors(sm.mean(), margin=margin)
     with pytest.raises(MethodError, match="WeighByAnchors needs anchors"):
         models.merge(adapters, method=sm.WeighByAnchors(sm.mean()))
+
+
+def test_who_has_no_weight_is_not_weighed_by_anchors() -> None:
+    model, loader = models.clip(), models.pairs()
+    adapters, _ = models.adapters(model, [models.VISION_TARGETS] * 3)
+    method = sm.WeighByAnchors(sm.mean(), temperature=0.1)
+    one = models.merge(adapters, loader, model, method=method, weights=[1.0, 0.0, 2.0])
+    two = models.merge([adapters[0], adapters[2]], loader, model, method=method, weights=[1.0, 2.0])
+    wanted = {"a1": 0.0} | two.report.layers[0].notes["anchor_weights"]
+    assert one.report.layers[0].notes["anchor_weights"] == pytest.approx(wanted, rel=1e-9)
+    for (name, update), (_, other) in zip(one.updates(), two.updates(), strict=True):
+        assert error(update.dense(), other.dense()) < 1e-5, name
 
 
 def test_one_threshold_for_a_whole_adapter() -> None:

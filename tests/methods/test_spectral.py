@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -288,6 +288,34 @@ def test_decorrelated_directions_are_orthogonal() -> None:
             assert float((updates[i].dense() @ updates[j].dense().T).abs().max()) < 1e-10
 
 
+@pytest.mark.parametrize("strength", [0.0, 0.25, 0.5, 1.0])
+def test_partly_decorrelated_directions(strength: float) -> None:
+    """X (X^T X)^(-strength / 2), with the power from an eigendecomposition."""
+    layer = make_layers([2, 3, 2], {"l": (20, 15)})[0]
+    pieces = [update.svd() for update in layer]
+    ranks = [update.rank for update in layer]
+
+    def moved(X: Tensor) -> Sequence[Tensor]:
+        values, vectors = torch.linalg.eigh(X.T @ X)
+        return (X @ (vectors * values ** (-strength / 2)) @ vectors.T).split(ranks, dim=1)
+
+    left = moved(torch.cat([U[:, :rank] for (U, _, _), rank in zip(pieces, ranks)], dim=1))
+    right = moved(torch.cat([Vh[:rank].T for (_, _, Vh), rank in zip(pieces, ranks)], dim=1))
+    for k, update in enumerate(sm.Decorrelate(strength=strength)(layer)):
+        wanted = left[k] * pieces[k][1][: ranks[k]] @ right[k].T
+        assert error(update.dense(), wanted) < 1e-10
+        assert (error(update.dense(), layer.updates[k].dense()) < 1e-10) == (strength == 0)
+
+
+def test_copies_share_what_they_have_in_common() -> None:
+    update = low_rank((9, 8), 2, 0)
+    for count in (2, 3):
+        layer = sm.Layer("l", (update,) * count)
+        for strength in (0.0, 0.5, 1.0):
+            for one in sm.Decorrelate(strength=strength)(layer):
+                assert error(one.dense(), update.dense() / count**strength) < 1e-10
+
+
 # --- rank, memory -------------------------------------------------------------------------------------------------
 
 EVERY: dict[str, sm.Method] = {
@@ -468,6 +496,7 @@ def test_equal_scores_are_kept_together() -> None:
         lambda: sm.dc_merge(density=20),
         lambda: sm.SmoothSpectrum(ratio=0.5),
         lambda: sm.Decorrelate(0),
+        lambda: sm.Decorrelate(strength=1.5),
         lambda: sm.Decorrelate(2.0),  # type: ignore[arg-type]
         lambda: sm.InCoverSpace(sm.mean(), rank=-1),
         lambda: sm.TuckerSpace(rounds=0),

@@ -1,0 +1,189 @@
+"""Adapters held against each other: agreement against cosines of dense matrices, clipping against medians."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import sapmerge as sm
+from sapmerge.anchors import alignment, centered_alignment
+from tests.anchors import models
+from tests.conftest import dense, error, low_rank, make_layers, run
+
+
+def common(count: int, noise: float = 1.0) -> list[list[Tensor]]:
+    """Updates of two layers, as so many adapters have them that share a part."""
+    made = []
+    for number in range(2):
+        shared = low_rank((9, 8), 3, 50 + number).dense()
+        made.append([shared + noise * low_rank((9, 8), 3, 10 * number + k).dense() for k in range(count)])
+    return made
+
+
+def layers_of(matrices: Sequence[Sequence[Tensor]], weights: Sequence[float] = ()) -> list[sm.Layer]:
+    return [
+        sm.Layer(f"l{number}", tuple(sm.Dense(matrix) for matrix in found), weights=tuple(weights))
+        for number, found in enumerate(matrices)
+    ]
+
+
+def shares(layers: Sequence[sm.Layer], **options: float) -> tuple[float, ...]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", sm.SapmergeWarning)
+        found = sm.prepare(sm.WeighByAgreement(sm.mean(), **options), layers).shares
+    assert found is not None
+    return found
+
+
+def cosines(layers: Sequence[sm.Layer]) -> Tensor:
+    count = len(layers[0])
+    whole = torch.stack([torch.cat([layer.updates[k].dense().flatten() for layer in layers]) for k in range(count)])
+    return torch.nn.functional.cosine_similarity(whole[:, None], whole[None], dim=-1)
+
+
+@pytest.mark.parametrize("weights", [(), (1.0, 2.0, 0.5, 3.0)])
+def test_agreement_is_the_mean_cosine_with_the_others(weights: Sequence[float]) -> None:
+    layers = layers_of(common(4), weights)
+    votes = (cosines(layers) + 0.02).clamp_min(0).fill_diagonal_(0).sum(1)
+    wanted = votes / votes.mean()
+    assert shares(layers) == pytest.approx(wanted.tolist(), rel=1e-9)
+    given = torch.tensor(weights or [1.0] * 4, dtype=torch.float64) * wanted
+    merged = dense(run(sm.WeighByAgreement(sm.mean()), layers))
+    for layer in layers:
+        mean = sum(w * update.dense() for w, update in zip(given, layer, strict=True)) / given.sum()
+        assert error(merged[layer.name], mean) < 1e-9
+
+
+def test_low_rank_adapters_that_lack_layers() -> None:
+    layers = make_layers([2, 0, 3])
+    votes = (cosines(layers).nan_to_num() + 0.5).clamp_min(0).fill_diagonal_(0)
+    votes[1], votes[:, 1] = 0, 0
+    assert shares(layers, prior=0.5) == pytest.approx((votes.sum(1) * 2 / votes.sum()).tolist(), rel=1e-9)
+
+
+def test_a_flipped_adapter_has_no_say() -> None:
+    matrices = common(3)
+    flipped = [[*found, -found[0]] for found in matrices]
+    with pytest.warns(sm.SapmergeWarning, match="'adapter3': agree with hardly any other"):
+        got = dense(run(sm.WeighByAgreement(sm.mean()), layers_of(flipped)))
+    without = dense(run(sm.WeighByAgreement(sm.mean()), layers_of(matrices)))
+    assert all(error(got[name], without[name]) < 1e-9 for name in got)
+
+
+def test_copies_share_one_say() -> None:
+    matrices = common(2)
+    copies = [[found[0], 10 * found[0], found[1]] for found in matrices]
+    assert shares(layers_of(copies)) == pytest.approx((0.75, 0.75, 1.5), rel=1e-9)
+    assert shares(layers_of([[found[0]] * 3 for found in matrices])) == (1.0, 1.0, 1.0)
+
+
+def test_those_who_have_nothing_in_common_weigh_the_same() -> None:
+    rows = torch.eye(4, dtype=torch.float64)
+    assert shares(layers_of([[row[None] for row in rows]])) == pytest.approx((1.0,) * 4)
+    triangle = [torch.tensor([[math.cos(a), math.sin(a)]], dtype=torch.float64) for a in (0.0, 2.1, 4.2)]
+    assert shares(layers_of([triangle])) == (1.0, 1.0, 1.0)
+    assert shares(layers_of([[rows[:1], -rows[:1]]])) == (1.0, 1.0)
+
+
+def test_who_has_no_weight_is_not_asked_and_a_negative_one_is_meant() -> None:
+    matrices = common(4)
+    three = [[found[0], found[1], found[3]] for found in matrices]
+    wanted = shares(layers_of(three))
+    got = shares(layers_of(matrices, [1.0, 1.0, 0.0, -1.0]))
+    assert (got[0], got[1], got[3]) == pytest.approx(wanted, rel=1e-12)
+    assert got[2] == 0
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 5])
+def test_norms_are_clipped_at_a_multiple_of_the_median(count: int) -> None:
+    matrices = [[matrix * (10.0 if k == 0 else 1.0) for k, matrix in enumerate(found)] for found in common(count)]
+    layers = layers_of(matrices)
+    norms = [math.sqrt(sum(float(found[k].square().sum()) for found in matrices)) for k in range(count)]
+    bound = 2 * (norms[0] if count == 2 else statistics.median_high(norms))
+    prepared = sm.prepare(sm.ClipNorms(sm.mean()), layers)
+    wanted = {k: pytest.approx(bound / norm, rel=1e-9) for k, norm in enumerate(norms) if norm > bound}
+    assert prepared.scales == wanted
+    assert set(wanted) == ({0} if count > 2 else set())
+    for layer, found in zip(layers, matrices, strict=True):
+        mean = sum(matrix * min(1.0, bound / norm) for matrix, norm in zip(found, norms, strict=True)) / count
+        assert error(prepared(layer).dense(), mean) < 1e-9
+
+
+def times(adapter: sm.Adapter, factor: float) -> sm.Adapter:
+    """The same adapter with another scaling."""
+    state = {}
+    for name, module in adapter.modules.items():
+        update = adapter.update(name)
+        assert isinstance(update, sm.LowRank)
+        state[f"base_model.model.{module.spelled}.lora_A.weight"] = update.A
+        state[f"base_model.model.{module.spelled}.lora_B.weight"] = update.B * factor
+    rank = next(iter(adapter.modules.values())).rank
+    targets = sorted(module.spelled for module in adapter.modules.values())
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": targets}
+    return sm.Adapter.from_state_dict(config, state, label=adapter.label)
+
+
+def test_anchors_see_the_clipped_adapter(tmp_path: Any) -> None:
+    """As if the adapter had been that short in its file: losses, gradients and masks, with and without a cache."""
+    model, loader = models.clip(), models.pairs()
+    made, _ = models.adapters(model, [models.VISION_TARGETS] * 3)
+    loud = [*made[:2], times(made[2], 30.0)]
+    norms = sorted(math.sqrt(sum(a.update(name).norm() ** 2 for name in a.modules)) for a in loud)
+    short = [*made[:2], times(made[2], 30.0 * 2 * norms[1] / norms[2])]
+    inner = sm.WeighByAnchors(sm.ScaleByAnchors(sm.sap_original(0.6)))
+    wanted = dict(models.merge(short, loader, model, method=inner).updates())
+    plain = dict(models.merge(loud, loader, model, method=inner).updates())
+    for cache in (None, tmp_path, tmp_path):
+        models.merge(loud, loader, model, method=inner, cache=cache)
+        merged = models.merge(loud, loader, model, method=sm.ClipNorms(inner), cache=cache)
+        assert merged.report.layers[0].notes["clipped"] == {"a2": pytest.approx(2 * norms[1] / norms[2], rel=1e-5)}
+        for name, update in merged.updates():
+            assert error(update.dense(), wanted[name].dense()) < 1e-4
+            assert error(update.dense(), plain[name].dense()) > 0.1
+
+
+def test_losses_of_scaled_adapters() -> None:
+    model, loader = models.clip(), models.pairs()
+    updates = [models.random_updates(model, ["visual_projection"], 2, k, torch.float32) for k in range(2)]
+    anchors, _ = models.anchored(model, loader, updates, alignment)
+    plain = anchors.losses()
+    twice = anchors.scaled({1: 2.0})
+    halved = twice.scaled({1: 0.5, 0: 3.0})
+
+    def at(k: int, factor: float, loss: Any = None) -> float:
+        return anchors.loss_of({name: update.scaled(factor) for name, update in updates[k].items()}, loss)
+
+    assert twice.losses() == pytest.approx([plain[0], at(1, 2.0)], rel=1e-6)
+    assert twice.losses(centered_alignment)[1] == pytest.approx(at(1, 2.0, centered_alignment), rel=1e-6)
+    assert halved.losses() == pytest.approx([at(0, 3.0), plain[1]], rel=1e-6)
+    assert anchors.losses() == plain
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: sm.WeighByAgreement(sm.mean(), prior=-0.1),
+        lambda: sm.WeighByAgreement(sm.mean(), prior=1.0),
+        lambda: sm.WeighByAgreement(sm.mean(), copies=0.0),
+        lambda: sm.ClipNorms(sm.mean(), 0.9),
+        lambda: sm.ClipNorms(sm.mean(), math.nan),
+    ],
+)
+def test_numbers_out_of_range(make: Any) -> None:
+    with pytest.raises(sm.MethodError, match=r"(WeighByAgreement's prior|ClipNorms' ratio) is"):
+        make()
+
+
+@pytest.mark.parametrize("method", [sm.WeighByAgreement(sm.mean(), 0.1, 0.8), sm.ClipNorms(sm.ties(), 1.5)])
+def test_they_read_back_and_do_nothing_to_one_adapter(method: Any) -> None:
+    assert repr(sm.parse(repr(method))) == repr(method)
+    layers = make_layers([3])
+    got, wanted = dense(run(method, layers)), dense(run(method.method, layers))
+    assert all(error(got[name], wanted[name]) < 1e-12 for name in got)
