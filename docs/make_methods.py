@@ -79,7 +79,11 @@ INDEX: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("You want to subtract what an adapter does: `task_arithmetic` with a negative weight", ("task_arithmetic",)),
     ("Two checkpoints of one model, interpolated along the arc", ("slerp",)),
     ("Adapters of one task, trained apart", ("mean", "model_stock", "geometric_median")),
-    ("Some adapters may be broken or hostile", ("geometric_median", "coordinate_median", "trimmed_mean", "krum")),
+    (
+        "Some adapters may be broken or hostile",
+        ("WeighByAgreement", "geometric_median", "coordinate_median", "trimmed_mean", "krum"),
+    ),
+    ("One adapter is far louder than the others: a wrapper", ("ClipNorms", "CapShare")),
     ("Updates that barely share a subspace", ("knots", "core_space", "tsv", "iso_c", "iso_cts", "cart", "dc_merge")),
     ("Some may be broken, and you have anchors", ("sap", "WeighByAnchors")),
     ("A result of the inputs' rank, without truncation at the end", ("ctm", "lora_lego", "factor_average")),
