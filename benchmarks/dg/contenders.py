@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from inspect import Parameter, signature
 
@@ -12,7 +13,7 @@ from dg.trial import MATCHED, Contender
 from sapmerge.anchors import FisherMean, RegMean
 from sapmerge.recipe import parts
 
-__all__ = ["Contender", "library", "main", "study", "unequal"]
+__all__ = ["Contender", "library", "main", "study", "unequal", "without"]
 
 ASKING = (sm.WeighByAnchors, sm.ScaleByAnchors, sm.Tune, FisherMean, RegMean)
 
@@ -55,10 +56,28 @@ def unequal() -> list[Contender]:
     """Methods that a server could turn to when clients differ: robust means, and weights from the anchors."""
     names = ("mean", "ties", "tsv", "iso_c", "coordinate_median", "geometric_median", "krum", "trimmed_mean")
     found = [contender(name, getattr(sm, name)()) for name in (*names, "sap_original", "sap")]
+    found.append(contender("mean weighed by agreement", sm.WeighByAgreement(sm.mean())))
     for temperature in (0.1, 0.3):
         method = sm.WeighByAnchors(sm.mean(), sm.contrastive, temperature)
         found.append(contender(f"mean weighed by contrastive / {temperature}", method, matched_only=True))
     return found
+
+
+def without() -> list[Contender]:
+    """SAP, and SAP with one of its parts left out."""
+    whole = sm.sap()
+    assert isinstance(whole, sm.WeighByAgreement)
+    assert isinstance(whole.method, sm.ClipNorms)
+    kept = {
+        "sap": whole,
+        "sap without agreement": whole.method,
+        "sap without clipped norms": sm.WeighByAgreement(whole.method.method),
+        "sap without the anchors' weights": sm.sap(temperature=math.inf),
+        "sap without the anchors' length": sm.sap(trust=0.0),
+        "sap without pruning": sm.sap(density=1.0),
+        "sap without decorrelation": sm.sap(merger=sm.Mean()),
+    }
+    return [contender(name, method) for name, method in kept.items()]
 
 
 def pruned(scorer: sm.Scorer, density: float, units: sm.Units, rescaler: sm.Rescaler | None = None) -> sm.Method:
