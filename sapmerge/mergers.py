@@ -44,6 +44,19 @@ def total_weight(layer: Layer, advice: str) -> float:
     return total
 
 
+def shared_out(weights: Sequence[float], say: Sequence[float]) -> tuple[float, ...]:
+    """The weights times the say of each adapter; those of one sign keep their sum, and stay if none has a say."""
+    out = list(weights)
+    for sign in (1, -1):
+        group = [k for k, weight in enumerate(weights) if weight * sign > 0]
+        heard = sum(weights[k] * say[k] for k in group)
+        if heard != 0:
+            factor = sum(weights[k] for k in group) / heard
+            for k in group:
+                out[k] = weights[k] * say[k] * factor
+    return tuple(out)
+
+
 @part
 class Sum:
     """sum_k w_k D_k (task arithmetic, Ilharco et al., https://arxiv.org/abs/2212.04089)."""

@@ -19,6 +19,7 @@ import torch
 from sapmerge import methods, sinks
 from sapmerge.adapter import Adapter, Module
 from sapmerge.anchors.losses import Loss, loss_name
+from sapmerge.anchors.noting import notes_of
 from sapmerge.compose import prepare
 from sapmerge.errors import MethodError, NonFiniteError, SapmergeWarning
 from sapmerge.heads import HeadPolicy, Heads, plan_heads
@@ -167,7 +168,7 @@ class Merged:
         """
         anchors = self.stream.anchors
         if anchors is not None:
-            anchors.summary()  # measures the base and the adapters on it, before the base changes
+            notes_of(anchors)  # measures the base and the adapters on it, before the base changes
         rows = sinks.apply(self, model)
         self._applied = self._applied or (anchors is not None and base_of(model) is base_of(anchors.model))
         self._report = self._report_of(rows)
@@ -273,7 +274,7 @@ class Merged:
         anchors = self.stream.anchors
         if anchors is None:
             return {}
-        notes: dict[str, Any] = anchors.summary()
+        notes = notes_of(anchors)
         if self._applied or len(self._stored) == len(layers):
             notes["anchor loss"]["merged adapter"] = anchors.loss_of({} if self._applied else self._stored)
         return notes

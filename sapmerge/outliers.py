@@ -19,6 +19,7 @@ from sapmerge.compose import Mapped, prepare
 from sapmerge.errors import MethodError, SapmergeWarning
 from sapmerge.layer import Layer, LayerStream, Method, Update
 from sapmerge.lowrank import gram
+from sapmerge.mergers import shared_out
 from sapmerge.recipe import part
 
 __all__ = ["ClipNorms", "WeighByAgreement"]
@@ -34,16 +35,17 @@ class WeighByAgreement:
         weight_k ~ sum_{j != k} max(0, cos(D_k, D_j) + prior)
 
     Adapters of one base are nearly orthogonal; what they have learned in common makes their cosines positive. One that
-    was trained on wrong labels shares little with the others, and one with a flipped sign is opposed to them. A copy
-    does not vouch for its copies, which so share one say. Two adapters weigh the same, whatever they are.
+    was trained on wrong labels shares little with the others, and one with a flipped sign is opposed to them. Copies of
+    one adapter are asked once, and share its say. Two adapters weigh the same, whatever they are.
 
-    The given weights are multiplied, and keep their mean. Agreement is that of the updates without weights (who merges
-    with a negative weight means it), over all layers together; adapters of weight 0 or without updates are not asked.
+    The given weights are multiplied; those of one sign keep their sum. Agreement is that of the updates without weights
+    (who merges with a negative weight means it), over all layers together, inside `In` in its coordinates. Adapters of
+    weight 0 or without updates are not asked.
 
     Args:
         method: any method.
         prior: added to every cosine, in [0, 1): adapters that have nothing to do with each other weigh the same.
-        copies: from this cosine on, two adapters are copies of each other; in (0, 1].
+        copies: from this cosine on, two adapters are copies of each other; in (0, 1).
 
     Warns:
         SapmergeWarning: names adapters with less than a tenth of an equal share.
@@ -59,9 +61,9 @@ class WeighByAgreement:
     shares: tuple[float, ...] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        if not (0 <= self.prior < 1 and 0 < self.copies <= 1):
+        if not (0 <= self.prior < 1 and 0 < self.copies < 1):
             raise MethodError(
-                "WeighByAgreement's prior is a cosine in [0, 1), and copies one in (0, 1]; "
+                "WeighByAgreement's prior is a cosine in [0, 1), and copies one in (0, 1); "
                 f"got {self.prior!r} and {self.copies!r}"
             )
 
@@ -70,13 +72,7 @@ class WeighByAgreement:
         for layer in layers:
             found = gram(layer.updates)
             first, products = (layer, found) if first is None else (first, products + found)
-        shares = () if first is None else self._shares(products, first.weights)
-        asked = () if first is None else zip(first.adapters, first.weights, products.diagonal(), shares, strict=True)
-        few = [repr(label) for label, weight, square, share in asked if weight != 0 and square > 0 and share < _FEW]
-        if few:
-            message = f"{', '.join(few)}: agree with hardly any other adapter, and have next to no say"
-            warnings.warn(f"{message} (WeighByAgreement)", SapmergeWarning, stacklevel=2)
-        done = replace(self, shares=shares)
+        done = replace(self, shares=() if first is None else self._shares(products, first))
         return replace(done, method=prepare(self.method, Mapped(layers, done._weighed)))
 
     def __call__(self, layer: Layer) -> Update:
@@ -87,21 +83,27 @@ class WeighByAgreement:
         return self.method(self._weighed(layer))
 
     def _weighed(self, layer: Layer) -> Layer:
-        weights = tuple(w * share for w, share in zip(layer.weights, self.shares or (), strict=True))
-        return replace(layer, weights=weights)
+        return replace(layer, weights=shared_out(layer.weights, self.shares or ()))
 
-    def _shares(self, products: Tensor, weights: tuple[float, ...]) -> tuple[float, ...]:
+    def _shares(self, products: Tensor, first: Layer) -> tuple[float, ...]:
         """One factor per adapter, of mean 1 over those that are asked; 1 for all of them if none agrees with any."""
         norms = products.diagonal().sqrt()
-        asked = torch.tensor([weight != 0 for weight in weights]) & (norms > 0)
+        asked = (torch.tensor(first.weights) != 0) & (norms > 0)
+        both = torch.outer(asked, asked)
         units = torch.where(norms > 0, norms, 1.0)
         cosines = products / torch.outer(units, units)
-        votes = torch.where(cosines < self.copies, (cosines + self.prior).clamp_min(0), 0.0)
-        votes = votes * torch.outer(asked, asked).fill_diagonal_(False)
-        agreement = votes.sum(1)
+        same = (cosines >= self.copies) & both | torch.eye(len(first), dtype=torch.bool)
+        votes = torch.where(both & ~same, (cosines + self.prior).clamp_min(0), 0.0)
+        copies = same.sum(1)
+        agreement = (votes / copies).sum(1) / copies
         if not agreement.any():
-            return (1.0,) * len(weights)
-        return tuple(float(share) for share in agreement * asked.sum() / agreement.sum())
+            agreement = asked.double()
+        shares = [float(share) for share in agreement * asked.sum() / agreement.sum().clamp_min(1e-300)]
+        few = [repr(first.adapters[k]) for k, share in enumerate(shares) if asked[k] and share < _FEW]
+        if few:
+            message = f"{', '.join(few)}: agree with hardly any other adapter, and have next to no say"
+            warnings.warn(f"{message} (WeighByAgreement)", SapmergeWarning, stacklevel=3)
+        return tuple(shares)
 
 
 @part
@@ -109,11 +111,12 @@ class ClipNorms:
     """Shorten an adapter that is more than `ratio` times as long as the median of all to that length.
 
     Norm clipping, as federated servers do it, with a bound that is taken from the adapters: fewer than half of them
-    cannot raise it. Of an even number the longer of the two in the middle counts, so two adapters are never clipped.
+    cannot raise it above `ratio` times the longest of the others. Of an even number the longer of the two in the middle
+    counts, so two adapters are never clipped.
 
     Args:
         method: any method. Where it asks anchors, these see the shortened adapters too.
-        ratio: at least 1. An adapter with a weight of 0 or without any update has no norm here.
+        ratio: at least 1. An adapter of weight 0 or without updates does not count, and is left as it is.
 
     Source: Sun et al., "Can you really backdoor federated learning?", https://arxiv.org/abs/1911.07963
     """
@@ -127,15 +130,16 @@ class ClipNorms:
             raise MethodError(f"ClipNorms' ratio is a multiple of the median norm, at least 1; got {self.ratio!r}")
 
     def prepare(self, layers: LayerStream) -> ClipNorms:
-        first, squares = None, torch.zeros(0)
+        first, squares, names = None, torch.zeros(0), set[str]()
         for layer in layers:
             found = torch.tensor([update.norm() ** 2 for update in layer], dtype=torch.float64)
             first, squares = (layer, found) if first is None else (first, squares + found)
+            names.add(layer.name)
         scales = {} if first is None else self._scales(squares.sqrt(), first.weights)
         done = replace(self, scales=scales)
         anchors = None if first is None else first.anchors
         if anchors is not None and scales:
-            anchors = anchors.scaled(scales)
+            anchors = anchors.scaled(scales, names)
         seen = Mapped(layers, lambda layer: replace(done._clipped(layer), anchors=anchors))
         return replace(done, method=prepare(self.method, seen))
 
@@ -151,6 +155,6 @@ class ClipNorms:
         return replace(layer, updates=tuple(u.scaled(scales[k]) if k in scales else u for k, u in enumerate(layer)))
 
     def _scales(self, norms: Tensor, weights: tuple[float, ...]) -> dict[int, float]:
-        counted = [float(norm) for norm, weight in zip(norms, weights, strict=True) if weight != 0 and norm > 0]
-        bound = self.ratio * median_high(counted) if counted else math.inf
-        return {k: bound / float(norm) for k, norm in enumerate(norms) if norm > bound}
+        counted = {k: float(norm) for k, norm in enumerate(norms) if weights[k] != 0 and norm > 0}
+        bound = self.ratio * median_high(counted.values()) if counted else math.inf
+        return {k: bound / norm for k, norm in counted.items() if norm > bound}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -61,8 +61,8 @@ class AnchorPass(Protocol):
         """
         ...
 
-    def scaled(self, factors: Mapping[int, float]) -> AnchorPass:
-        """The same, with some of the adapters multiplied by a factor."""
+    def scaled(self, factors: Mapping[int, float], layers: Collection[str]) -> AnchorPass:
+        """The same, with some of the adapters multiplied by a factor in these layers."""
         ...
 
     def halves(self) -> tuple[AnchorPass, AnchorPass]:

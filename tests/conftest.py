@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import pytest
@@ -117,8 +117,10 @@ class LinearLoss:
                     gram = gram if frames.V is None else frames.V.double().T @ gram @ frames.V.double()
                 fold(layer, k, gram)
 
-    def scaled(self, factors: Mapping[int, float]) -> LinearLoss:
+    def scaled(self, factors: Mapping[int, float], layers: Collection[str]) -> LinearLoss:
         def times(layer: sm.Layer) -> sm.Layer:
+            if layer.name not in layers:
+                return layer
             return replace(layer, updates=tuple(u.scaled(factors.get(k, 1.0)) for k, u in enumerate(layer)))
 
         return LinearLoss([times(layer) for layer in self.layers])

@@ -6,6 +6,7 @@ import math
 import statistics
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -62,10 +63,14 @@ def test_agreement_is_the_mean_cosine_with_the_others(weights: Sequence[float]) 
 
 
 def test_low_rank_adapters_that_lack_layers() -> None:
-    layers = make_layers([2, 0, 3])
-    votes = (cosines(layers).nan_to_num() + 0.5).clamp_min(0).fill_diagonal_(0)
+    """a1 has no layer at all; a2 lacks the first, in which its part of the inner products is 0."""
+    layers = make_layers([2, 0, 3, 2])
+    first = layers[0]
+    lacking = sm.absent(first.shape, first.updates[0].dense())
+    layers[0] = replace(first, updates=(*first.updates[:2], lacking, first.updates[3]))
+    votes = (cosines(layers) + 0.3).clamp_min(0).fill_diagonal_(0)
     votes[1], votes[:, 1] = 0, 0
-    assert shares(layers, prior=0.5) == pytest.approx((votes.sum(1) * 2 / votes.sum()).tolist(), rel=1e-9)
+    assert shares(layers, prior=0.3) == pytest.approx((votes.sum(1) * 3 / votes.sum()).tolist(), rel=1e-9)
 
 
 def test_a_flipped_adapter_has_no_say() -> None:
@@ -77,10 +82,13 @@ def test_a_flipped_adapter_has_no_say() -> None:
     assert all(error(got[name], without[name]) < 1e-9 for name in got)
 
 
-def test_copies_share_one_say() -> None:
-    matrices = common(2)
-    copies = [[found[0], 10 * found[0], found[1]] for found in matrices]
-    assert shares(layers_of(copies)) == pytest.approx((0.75, 0.75, 1.5), rel=1e-9)
+@pytest.mark.parametrize("count", [2, 3, 7])
+def test_copies_are_asked_once_and_share_one_say(count: int) -> None:
+    matrices = common(3)
+    copies = [[*((k + 1.0) * found[0] for k in range(count)), *found[1:]] for found in matrices]
+    one, others = shares(layers_of(matrices)), shares(layers_of(copies))
+    assert others[:count] == pytest.approx((one[0] / count * (count + 2) / 3,) * count, rel=1e-9)
+    assert others[count:] == pytest.approx([share * (count + 2) / 3 for share in one[1:]], rel=1e-9)
     assert shares(layers_of([[found[0]] * 3 for found in matrices])) == (1.0, 1.0, 1.0)
 
 
@@ -99,6 +107,27 @@ def test_who_has_no_weight_is_not_asked_and_a_negative_one_is_meant() -> None:
     got = shares(layers_of(matrices, [1.0, 1.0, 0.0, -1.0]))
     assert (got[0], got[1], got[3]) == pytest.approx(wanted, rel=1e-12)
     assert got[2] == 0
+    nobody = layers_of([[found[0], -found[0], found[1]] for found in matrices], [1.0, 1.0, 0.0])
+    assert shares(nobody) == (1.0, 1.0, 0.0)
+
+
+def test_weights_of_one_sign_keep_their_sum() -> None:
+    """A say never turns the merge around: 1 + 1 - 1.9 stays above 0, whoever agrees with whom."""
+    matrices = common(4)
+    weights = (1.0, 1.0, 0.3, -2.2)
+    layers = layers_of(matrices, weights)
+    found = shares(layers)
+    positive = sum(w * s for w, s in zip(weights[:3], found[:3], strict=True)) / 2.3
+    merged = dense(run(sm.WeighByAgreement(sm.mean()), layers))
+    for number, (name, got) in enumerate(merged.items()):
+        terms = [w * s / positive * m for w, s, m in zip(weights[:3], found[:3], matrices[number][:3], strict=True)]
+        assert error(got, (sum(terms) - 2.2 * matrices[number][3]) / 0.1) < 1e-9, name
+
+
+def test_who_has_no_weight_is_not_clipped() -> None:
+    loud = [[found[0], found[1], found[2], 100 * found[3]] for found in common(4)]
+    assert sm.prepare(sm.ClipNorms(sm.mean()), layers_of(loud, [1.0, 1.0, 1.0, 0.0])).scales == {}
+    assert sm.prepare(sm.ClipNorms(sm.mean()), layers_of(loud, [1.0, 1.0, 1.0, -1.0])).scales.keys() == {3}
 
 
 @pytest.mark.parametrize("count", [2, 3, 4, 5])
@@ -122,8 +151,8 @@ def times(adapter: sm.Adapter, factor: float) -> sm.Adapter:
     for name, module in adapter.modules.items():
         update = adapter.update(name)
         assert isinstance(update, sm.LowRank)
-        state[f"base_model.model.{module.spelled}.lora_A.weight"] = update.A
-        state[f"base_model.model.{module.spelled}.lora_B.weight"] = update.B * factor
+        state[f"base_model.model.{module.spelled}.lora_A.weight"] = update.A * factor**0.5
+        state[f"base_model.model.{module.spelled}.lora_B.weight"] = update.B * factor**0.5
     rank = next(iter(adapter.modules.values())).rank
     targets = sorted(module.spelled for module in adapter.modules.values())
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": targets}
@@ -149,21 +178,78 @@ def test_anchors_see_the_clipped_adapter(tmp_path: Any) -> None:
             assert error(update.dense(), plain[name].dense()) > 0.1
 
 
+def test_a_cache_knows_how_long_the_adapter_was(tmp_path: Any) -> None:
+    """CapShare hides from the scored update how much ClipNorms took; the gradients are those of the clipped adapter."""
+    model, loader = models.clip(), models.pairs()
+    made, _ = models.adapters(model, [models.VISION_TARGETS] * 3)
+    loud = [*made[:2], times(made[2], 2.0**10)]
+    for ratio in (2.0, 8.0):
+        method = sm.ClipNorms(sm.CapShare(sm.sap_original(0.6), 0.4), ratio)
+        cached = dict(models.merge(loud, loader, model, method=method, cache=tmp_path).updates())
+        for name, update in models.merge(loud, loader, model, method=method).updates():
+            assert torch.equal(cached[name].dense(), update.dense())
+
+
+def test_an_adapter_that_overflows_the_model_is_merged_and_reported(tmp_path: Any) -> None:
+    model, loader = models.clip(), models.pairs()
+    made, _ = models.adapters(model, [models.VISION_TARGETS] * 3)
+    merged = models.merge([*made[:2], times(made[2], 1e20)], loader, model)
+    merged.save_pretrained(tmp_path / "out")
+    losses = merged.report.notes["anchor loss"]
+    assert losses["a2"] is None
+    assert all(math.isfinite(losses[label]) for label in ("base model", "a0", "a1", "merged adapter"))
+
+
+def test_in_a_group_only_its_layers_are_clipped() -> None:
+    """Anchors see what is merged: the other group's layers as they are."""
+    model, loader = models.clip(), models.pairs()
+    made, pefts = models.adapters(model, [models.BOTH_TARGETS] * 3)
+    loud = [*made[:2], times(made[2], 30.0)]
+    weighed = sm.WeighByAnchors(sm.mean(), centered_alignment)
+    method = sm.ByModule({"vision_model.*": sm.ClipNorms(weighed)}, default=sm.mean())
+    rows = {row.name: row.notes for row in models.merge(loud, loader, model, method=method).report.layers}
+    [scale] = {notes["clipped"]["a2"] for name, notes in rows.items() if name.startswith("vision_model")}
+    assert not any("clipped" in notes for name, notes in rows.items() if name.startswith("text_model"))
+    for name, module in pefts[2].get_base_model().named_modules():
+        if name.endswith("lora_B.default"):
+            module.weight.data *= 30.0 * (scale if name.startswith("vision_model") else 1.0)
+    losses = []
+    for peft in pefts:
+        with torch.no_grad():
+            values = [len(batch["input_ids"]) * centered_alignment(peft.get_base_model(), batch) for batch in loader]
+        losses.append(float(sum(values)) / sum(len(batch["input_ids"]) for batch in loader))
+    wanted = torch.softmax(-torch.tensor(losses) / 0.2, 0)
+    notes = next(notes for name, notes in rows.items() if name.startswith("vision_model"))
+    assert notes["anchor_weights"] == pytest.approx({f"a{k}": float(w) for k, w in enumerate(wanted)}, rel=1e-3)
+
+
 def test_losses_of_scaled_adapters() -> None:
     model, loader = models.clip(), models.pairs()
-    updates = [models.random_updates(model, ["visual_projection"], 2, k, torch.float32) for k in range(2)]
+    names = ["visual_projection"]
+    updates = [models.random_updates(model, names, 2, k, torch.float32) for k in range(2)]
     anchors, _ = models.anchored(model, loader, updates, alignment)
-    plain = anchors.losses()
-    twice = anchors.scaled({1: 2.0})
-    halved = twice.scaled({1: 0.5, 0: 3.0})
+    assert not anchors.used
+    twice = anchors.scaled({1: 2.0}, names)
+    assert not anchors.used
+    plain = twice.losses()[0], anchors.losses()[1]
+    assert anchors.used
+    halved = twice.scaled({1: 0.5, 0: 3.0}, names)
 
     def at(k: int, factor: float, loss: Any = None) -> float:
-        return anchors.loss_of({name: update.scaled(factor) for name, update in updates[k].items()}, loss)
+        fresh, _ = models.anchored(model, loader, updates, alignment)
+        return fresh.loss_of({name: update.scaled(factor) for name, update in updates[k].items()}, loss)
 
+    assert anchors.losses() == pytest.approx([at(0, 1.0), at(1, 1.0)], rel=1e-6)
     assert twice.losses() == pytest.approx([plain[0], at(1, 2.0)], rel=1e-6)
     assert twice.losses(centered_alignment)[1] == pytest.approx(at(1, 2.0, centered_alignment), rel=1e-6)
     assert halved.losses() == pytest.approx([at(0, 3.0), plain[1]], rel=1e-6)
-    assert anchors.losses() == plain
+    assert anchors.scaled({1: 2.0}, []).losses() == pytest.approx(list(plain), rel=1e-6)
+    with torch.no_grad():
+        model.text_projection.weight *= 1.3  # what was kept of the text tower is of no use any more
+        model.text_model.final_layer_norm.bias += 1.0
+    moved = {name: update.scaled(0.5) for name, update in updates[0].items()}
+    assert anchors.loss_of(moved) == pytest.approx(at(0, 0.5), rel=1e-6)
+    assert twice.loss_of(moved) == pytest.approx(at(0, 0.5), rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -172,6 +258,7 @@ def test_losses_of_scaled_adapters() -> None:
         lambda: sm.WeighByAgreement(sm.mean(), prior=-0.1),
         lambda: sm.WeighByAgreement(sm.mean(), prior=1.0),
         lambda: sm.WeighByAgreement(sm.mean(), copies=0.0),
+        lambda: sm.WeighByAgreement(sm.mean(), copies=1.0),
         lambda: sm.ClipNorms(sm.mean(), 0.9),
         lambda: sm.ClipNorms(sm.mean(), math.nan),
     ],

@@ -13,7 +13,7 @@ from dg.trial import MATCHED, Contender
 from sapmerge.anchors import FisherMean, RegMean
 from sapmerge.recipe import parts
 
-__all__ = ["Contender", "library", "main", "study", "unequal", "without"]
+__all__ = ["Contender", "contrib", "library", "main", "study", "unequal", "without"]
 
 ASKING = (sm.WeighByAnchors, sm.ScaleByAnchors, sm.Tune, FisherMean, RegMean)
 
@@ -44,6 +44,12 @@ def library() -> list[Contender]:
         if all(given.default is not Parameter.empty for given in signature(factory).parameters.values()):
             found.append(contender(name, factory()))
     return found
+
+
+def contrib() -> list[Contender]:
+    """`sapmerge.contrib`, without what needs more than adapters and anchors (lorm a shared factor, movement runs)."""
+    names = ("adamerging", "ctm", "emr", "gradpruner", "loraprune", "pcb", "wudi")
+    return [Contender(name, getattr(sm, name)(), anchors=32) for name in names]
 
 
 def main() -> list[Contender]:

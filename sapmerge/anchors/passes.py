@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import os
 import warnings
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, cast
+from threading import Event
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,8 @@ from sapmerge.models import device_of, find_modules
 from sapmerge.units import Units
 
 __all__ = ["Anchors"]
+
+_Load: TypeAlias = Callable[[], Mapping[str, Update]]
 
 _BUDGET = 2 << 30
 _HALF_SCALES = (2.0**14, 2.0**8, 2.0**3, 1.0)
@@ -59,7 +62,7 @@ class Anchors:
         model: Any,
         loader: Any,
         modules: Mapping[str, Module],
-        adapters: Sequence[tuple[str, Callable[[], Mapping[str, Update]]]],
+        adapters: Sequence[tuple[str, _Load]],
         loss: Loss | None = None,
         budget: int = _BUDGET,
     ) -> None:
@@ -69,12 +72,10 @@ class Anchors:
         with frozen(model) as base:
             self.loss: Loss = default_loss(base) if loss is None else loss
             check_base(base, self.targets)
-        self.used = False
+        self._used = Event()  # shared by copies
         self.unused = set[str]()
         self.resume: Resume | None = None
-        self._factors: Mapping[int, float] = {}
-        self._known: dict[tuple[int, float] | None, float] = {}  # by adapter and factor; None: the base
-        self._embedded: dict[str, list[Tensor]] | None = None
+        self._known: dict[_Load | None, float] = {}  # who gives an adapter -> its loss
         self._prefix = Prefix(self.targets.values(), budget // 2)
 
     def resume_in(self, folder: str | os.PathLike[str], digests: Sequence[str]) -> None:
@@ -89,7 +90,7 @@ class Anchors:
 
     def note_loss(self, adapter: int, loss: float) -> None:
         """The anchors' loss at base + adapter, known from an earlier run."""
-        self.used = True
+        self._used.set()
         self._known[self._key(adapter)] = loss
 
     def observe(self, layers: LayerStream, units: Units) -> GradientStatistics:
@@ -99,6 +100,11 @@ class Anchors:
     def in_turn(self, layers: LayerStream, units: Units) -> Iterator[tuple[Sequence[int], GradientStatistics]]:
         """See `sapmerge.layer.AnchorPass`."""
         return in_turn(self, layers, units)
+
+    @property
+    def used(self) -> bool:
+        """Whether anything was asked of the anchors."""
+        return self._used.is_set()
 
     @property
     def pairs(self) -> bool:
@@ -123,7 +129,7 @@ class Anchors:
         self, updates: Mapping[str, Update], loss: Loss | None = None, who: str = "the merged adapter"
     ) -> float:
         """The mean loss on the anchors at base + updates."""
-        self.used = True
+        self._used.set()
         loss, total, count = loss or self.loss, 0.0, 0
         with self._running(loss) as base, torch.no_grad(), attached(self.targets, self._moved(updates), who):
             for batch, size in self._batches(base, loss):
@@ -139,7 +145,7 @@ class Anchors:
         """The mean loss at base + updates, and its derivatives <G, D> along directions: layer -> (K,), float64."""
         here = copy.copy(self)
         here.adapters, here.loss = [("the merged adapter", lambda: updates)], loss or self.loss
-        here._factors, here._known = {}, {}
+        here._known = {}
         found = {name: torch.zeros(len(along), dtype=torch.float64) for name, along in directions.items()}
 
         def along(name: str) -> Callable[[TokenGradient, int], None]:
@@ -149,38 +155,33 @@ class Anchors:
             return add
 
         count = here.backward(0, {name: along(name) for name in directions})
-        self.used, self._embedded = True, here._embedded
-        return here._known[0, 1.0], {name: sums / count for name, sums in found.items()}
+        return here.loss_at(0), {name: sums / count for name, sums in found.items()}
 
     def grams(self, layers: LayerStream, fold: Callable[[Layer, int, Tensor], None]) -> None:
         """See `sapmerge.layer.AnchorPass`: the Gram matrices of the layers' inputs, streamed within the budget."""
         stream_grams(self, layers, fold)
 
-    def scaled(self, factors: Mapping[int, float]) -> Anchors:
+    def scaled(self, factors: Mapping[int, float], layers: Collection[str]) -> Anchors:
         """See `sapmerge.layer.AnchorPass`."""
-        self.used, other = True, copy.copy(self)
-        other._factors = {**self._factors, **{k: factor * self._factors.get(k, 1.0) for k, factor in factors.items()}}
-        other.resume = None if self.resume is None else self.resume.scaled(factors)
+
+        def times(load: _Load, factor: float) -> _Load:
+            return lambda: {name: u.scaled(factor) if name in layers else u for name, u in load().items()}
+
+        other = copy.copy(self)
+        other.adapters = [
+            (label, times(load, factors[k]) if k in factors else load) for k, (label, load) in enumerate(self.adapters)
+        ]
+        other.resume = None if self.resume is None else self.resume.scaled(factors, layers)
         return other
 
     def halves(self) -> tuple[Anchors, Anchors]:
         """The same with every other batch, and with the rest; of a single batch, with every other sample (`Half`)."""
-        self.used = True
+        self._used.set()
         for number, half in enumerate(halves := (copy.copy(self), copy.copy(self))):
             half.batches = Batches(Half(self.batches, number), device_of(self.model))
-            half._known, half._embedded, half.resume = {}, None, None  # a cache is of all anchors
+            half._known, half.resume = {}, None  # a cache is of all anchors
             half._prefix = Prefix(self.targets.values(), self.budget // 2)
         return halves
-
-    def summary(self) -> dict[str, object]:
-        """What a report says about the anchors."""
-        losses = {label: self.loss_at(k, self.loss) for k, (label, _) in enumerate(self.adapters)}
-        notes: dict[str, object] = {
-            "anchors": sum(batch_size(batch) for batch in self.batches),
-            "loss": loss_name(self.loss),
-            "anchor loss": {"base model": self.loss_at(None, self.loss), **losses},
-        }
-        return notes | ({"layers without gradient": sorted(self.unused)} if self.unused else {})
 
     def backward(self, adapter: int | None, watched: Mapping[str, Callable[[TokenGradient, int], None]]) -> int:
         """One pass over the anchors, at base + one adapter or at the base.
@@ -195,7 +196,7 @@ class Anchors:
         Raises:
             NonFiniteError: the loss, a gradient or the output of an adapted layer is.
         """
-        self.used = True
+        self._used.set()
         who, updates = self._place(adapter)
         moved, total, count = self._moved(updates), 0.0, 0
         with self._running(self.loss) as base, torch.enable_grad():
@@ -228,7 +229,7 @@ class Anchors:
 
     def forward(self, adapter: int, watched: Mapping[str, Seen]) -> int:
         """One pass without gradients, at base + adapter: layer -> what to do with its inputs. The number of samples."""
-        self.used = True
+        self._used.set()
         (who, updates), count = self._place(adapter), 0
         with self._running(self.loss) as base, torch.no_grad(), attached(self.targets, self._moved(updates), who):
             for batch, size in self._batches(base, self.loss):
@@ -250,12 +251,11 @@ class Anchors:
     def _place(self, adapter: int | None) -> tuple[str, Mapping[str, Update]]:
         if adapter is None:
             return "the base model", {}
-        (label, load), factor = self.adapters[adapter], self._factors.get(adapter, 1.0)
-        updates = load()
-        return f"adapter {label!r}", {n: u.scaled(factor) for n, u in updates.items()} if factor != 1.0 else updates
+        label, updates = self.adapters[adapter]
+        return f"adapter {label!r}", updates()
 
-    def _key(self, adapter: int | None) -> tuple[int, float] | None:
-        return None if adapter is None else (adapter, self._factors.get(adapter, 1.0))
+    def _key(self, adapter: int | None) -> _Load | None:
+        return None if adapter is None else self.adapters[adapter][1]
 
     def loss_at(self, adapter: int | None, loss: Loss | None = None) -> float:
         """The mean loss at base + one adapter, or at the base for None; the anchors' own loss is measured once."""
@@ -271,8 +271,7 @@ class Anchors:
     @contextmanager
     def _running(self, loss: Loss) -> Generator[nn.Module]:
         with frozen(self.model) as base:
-            if self._prefix.outdated(base):
-                self._embedded = None
+            self._prefix.check(base)
             with self._prefix.reused(base) if is_outputs_only(loss) else nullcontext():
                 yield base
 
@@ -296,12 +295,12 @@ class Anchors:
     def _batches(self, base: nn.Module, loss: Loss) -> Iterator[tuple[Any, int]]:
         """Batches and their sizes; the embeddings of a tower that no adapter touches stand in for its inputs."""
         alike = loss in PAIR_LOSSES
-        if self._embedded is None and alike:
-            self._embedded = embedded(base, self.targets.values(), self._tried)
+        if self._prefix.embedded is None and alike:
+            self._prefix.embedded = embedded(base, self.targets.values(), self._tried)
         for number, batch in enumerate(self.batches):
             size = batch_size(batch)
             self._prefix.on(number)
-            yield (stand_in(batch, number, self._embedded or {}) if alike else batch), size
+            yield (stand_in(batch, number, self._prefix.embedded or {}) if alike else batch), size
 
     def _tried(self) -> Iterator[Any]:
         """The batches. Of the first, outputs are kept: if an adapted layer is reached, it was not run for nothing."""

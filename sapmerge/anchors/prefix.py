@@ -40,19 +40,19 @@ class Prefix:
         self._storages: dict[int, int] = {}
         self._batch: int | None = None
         self._reached = self._inside = False
+        self.embedded: dict[str, list[Tensor]] | None = None
+        """What stands in for the inputs of a tower that no adapter touches: its embeddings, batch by batch."""
 
     @property
     def kept(self) -> int:
         """The bytes that are kept."""
         return sum(self._storages.values())
 
-    def outdated(self, base: nn.Module) -> bool:
-        """Whether a weight changed (by applying the merged adapter, say); then nothing is kept any more."""
+    def check(self, base: nn.Module) -> None:
+        """If a weight changed (by applying the merged adapter, say), nothing is kept any more."""
         before, self._weights = self._weights, _weights(base)
-        if self._weights == before:
-            return False
-        self._calls, self._storages = {}, {}
-        return True
+        if self._weights != before:
+            self._calls, self._storages, self.embedded = {}, {}, None
 
     @contextmanager
     def reused(self, base: nn.Module) -> Generator[None]:

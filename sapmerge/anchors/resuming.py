@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -48,10 +48,12 @@ class Resume:
         self._cache, self._digests = Cache(folder), digests
         self._common = [__version__, torch.__version__, digest_of_model(base), anchors, digest(loss)]
 
-    def scaled(self, factors: Mapping[int, float]) -> Resume:
-        """The cache of a merge of the same adapters, some of them scaled."""
-        other = copy.copy(self)
-        other._digests = [f"{factors[k]} {found}" if k in factors else found for k, found in enumerate(self._digests)]
+    def scaled(self, factors: Mapping[int, float], layers: Collection[str]) -> Resume:
+        """The cache of a merge of the same adapters, some of them scaled in these layers."""
+        other, where = copy.copy(self), digest(sorted(layers))
+        other._digests = [
+            f"{factors[k]} {where} {found}" if k in factors else found for k, found in enumerate(self._digests)
+        ]
         return other
 
     def key(self, adapter: int, statistic: str, units: Callable[..., Any], contents: Mapping[str, str]) -> str:

@@ -13,6 +13,7 @@ from sapmerge.anchors.losses import comparing
 from sapmerge.compose import Mapped, anchors_of, prepare
 from sapmerge.errors import MethodError
 from sapmerge.layer import Layer, LayerStream, Method, Update
+from sapmerge.mergers import shared_out
 from sapmerge.recipe import part
 
 __all__ = ["WeighByAnchors"]
@@ -22,9 +23,9 @@ __all__ = ["WeighByAnchors"]
 class WeighByAnchors:
     """Weigh every adapter by the anchor loss at base + adapter: saliency on the level of whole adapters.
 
-    The weights are the given ones times softmax(-excess / temperature), scaled to keep their mean; the excess is
-    that over the lowest loss plus `margin`, at least 0. Among good adapters they are nearly equal; an adapter that was
-    trained on wrong labels loses its voice. One of weight 0 has none.
+    The weights are the given ones times softmax(-excess / temperature), those of one sign scaled to keep their sum; the
+    excess is that over the lowest loss plus `margin`, at least 0. Among good adapters they are nearly equal; an adapter
+    that was trained on wrong labels loses its voice. One of weight 0 has none.
 
     Args:
         method: any method.
@@ -53,20 +54,18 @@ class WeighByAnchors:
         first = next(iter(layers), None)
         anchors = anchors_of(first, "WeighByAnchors")
         losses = torch.tensor(anchors.losses(self.loss or comparing(anchors)), dtype=torch.float64)
-        heard = [k for k, weight in enumerate(first.weights if first else ()) if weight != 0]
-        excess = (losses[heard] - losses[heard].min() - self.margin).clamp_min(0) if heard else losses[heard]
-        softmax = torch.softmax(-excess / self.temperature, 0) * len(heard)
-        shares = dict.fromkeys(range(len(losses)), 0.0) | {k: float(s) for k, s in zip(heard, softmax, strict=True)}
-        weighed = replace(self, shares=shares)
+        heard = [k for k, weight in enumerate(cast("Layer", first).weights) if weight != 0]
+        excess = (losses - losses[heard].min() - self.margin).clamp_min(0) if heard else losses
+        softmax = torch.softmax(-excess[heard] / self.temperature, 0)
+        weighed = replace(self, shares=dict(zip(heard, map(float, softmax), strict=True)))
         return replace(weighed, method=prepare(self.method, Mapped(layers, weighed._weighed)))
 
     def __call__(self, layer: Layer) -> Update:
         if self.shares is None:
             return self.prepare(cast("LayerStream", [layer]))(layer)
-        total = sum(self.shares.values()) or 1.0
-        layer.record("anchor_weights", {label: self.shares[k] / total for k, label in enumerate(layer.adapters)})
+        layer.record("anchor_weights", {label: self.shares.get(k, 0.0) for k, label in enumerate(layer.adapters)})
         return self.method(self._weighed(layer))
 
     def _weighed(self, layer: Layer) -> Layer:
         shares = self.shares or {}
-        return replace(layer, weights=tuple(weight * shares[k] for k, weight in enumerate(layer.weights)))
+        return replace(layer, weights=shared_out(layer.weights, [shares.get(k, 0.0) for k in range(len(layer))]))

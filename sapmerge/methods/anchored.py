@@ -21,7 +21,7 @@ from sapmerge.recipe import recipe
 from sapmerge.rescalers import MatchNorm
 from sapmerge.scorers import Taylor
 from sapmerge.spectral import Decorrelate
-from sapmerge.units import Factors, Layers, Units
+from sapmerge.units import Entries, Factors, Layers, Units
 
 __all__ = ["fisher", "regmean", "sap", "sap_original", "tune"]
 
@@ -31,7 +31,7 @@ def sap(
     units: Units = Factors(),
     scorer: Scorer = Taylor(),
     rescaler: Rescaler = MatchNorm(),
-    merger: Merger = Chain(Decorrelate(strength=0.5), Mean()),
+    merger: Merger | None = None,
     temperature: float = 0.2,
     trust: float = 0.5,
 ) -> Method:
@@ -50,13 +50,16 @@ def sap(
         units: what is pruned: `Factors()` (the LoRA parameters), `Directions()`, `Entries()` or `Layers()`.
         scorer: the saliency.
         rescaler: what is given back after pruning.
-        merger: how the pruned adapters are combined.
+        merger: how the pruned adapters are combined; by default `Chain(Decorrelate(strength=0.5), Mean())`, and for
+            `Entries()`, which leave updates of full rank that share all directions, `Mean()`.
         temperature: of the anchors' weights; infinite: the anchors give all adapters the same say.
         trust: in the anchors' length: 0 takes the mean norm of the inputs, 1 the anchors' alone.
 
     Needs anchors and a model. `sap_original` is the method to the letter. Why these defaults: docs/evidence.md.
     """
     scope = "adapter" if isinstance(units, Layers) else "layer"  # a layer holds one unit: itself
+    if merger is None:
+        merger = Mean() if isinstance(units, Entries) else Chain(Decorrelate(strength=0.5), Mean())
     pruned = Chain(Prune(scorer, TopFraction(density, scope), rescaler, units), merger)
     anchored = WeighByAnchors(ScaleByAnchors(pruned, trust=trust), temperature=temperature, margin=0.05)
     return WeighByAgreement(ClipNorms(anchored))

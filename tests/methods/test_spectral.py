@@ -290,8 +290,8 @@ def test_decorrelated_directions_are_orthogonal() -> None:
 
 @pytest.mark.parametrize("strength", [0.0, 0.25, 0.5, 1.0])
 def test_partly_decorrelated_directions(strength: float) -> None:
-    """X (X^T X)^(-strength / 2), with the power from an eigendecomposition."""
-    layer = make_layers([2, 3, 2], {"l": (20, 15)})[0]
+    """X (X^T X)^(-strength / 2), with the power from an eigendecomposition. 12 directions: more than 20 / 3 each."""
+    layer = make_layers([2, 3, 7], {"l": (20, 15)})[0] if strength < 1 else make_layers([2, 3, 2], {"l": (20, 15)})[0]
     pieces = [update.svd() for update in layer]
     ranks = [update.rank for update in layer]
 
@@ -305,6 +305,23 @@ def test_partly_decorrelated_directions(strength: float) -> None:
         wanted = left[k] * pieces[k][1][: ranks[k]] @ right[k].T
         assert error(update.dense(), wanted) < 1e-10
         assert (error(update.dense(), layer.updates[k].dense()) < 1e-10) == (strength == 0)
+
+
+def test_more_directions_than_dimensions() -> None:
+    """Below full strength none is cut: P_k = (X X^T)^(-1/4) U_k; a rank cuts at any strength."""
+    layer = make_layers([8, 8, 8], {"l": (9, 8)})[0]
+    pieces = [update.svd() for update in layer]
+
+    def power(vectors: Sequence[Tensor]) -> Tensor:
+        values, found = torch.linalg.eigh(sum((U @ U.T for U in vectors), torch.zeros(())))
+        return found @ torch.diag(values.clamp_min(1e-300) ** -0.25) @ found.T
+
+    left = power([U[:, :8] for U, _, _ in pieces])
+    right = power([Vh[:8].T for _, _, Vh in pieces])
+    for update, moved in zip(layer, sm.Decorrelate(strength=0.5)(layer), strict=True):
+        assert error(moved.dense(), left @ update.dense() @ right) < 1e-9
+    assert [update.rank for update in sm.Decorrelate(3, 0.5)(layer)] == [3, 3, 3]
+    assert [update.rank for update in sm.Decorrelate()(layer)] == [2, 2, 2]
 
 
 def test_copies_share_what_they_have_in_common() -> None:
