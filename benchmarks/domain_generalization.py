@@ -213,7 +213,7 @@ def _arguments() -> tuple[Options, list[Trial], str, int]:
     parser.add_argument("--tasks", default="pacs,digits")
     parser.add_argument("--regimes", default="A,B", help="see dg/training.py")
     parser.add_argument("--settings", default="equal", help=", ".join(SETTINGS))
-    parser.add_argument("--suites", default="references,upper,library,contrib,study", help="see dg/contenders.py")
+    parser.add_argument("--suites", default="references,upper,library,tuned,contrib,study", help="see dg/contenders.py")
     parser.add_argument("--own", type=Path, help="a file with contenders() -> list[Contender]: methods of your own")
     parser.add_argument("--seeds", default="0-4", help="first-last, or a list")
     parser.add_argument("--test", type=int, default=data.HELD, help="test images per class, at most 50")

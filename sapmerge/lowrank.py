@@ -5,15 +5,15 @@ Costs O((m + n) R^2 + R^3) for factors of rank R; small matrices are float64.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from sapmerge.layer import Dense, LowRank, Update
+from sapmerge.layer import Dense, Layer, LowRank, Update
 from sapmerge.linalg import factor_inner, numerical_rank, split_evenly, top_svd
 
-__all__ = ["balanced", "concatenate", "gram", "inner", "truncate"]
+__all__ = ["balanced", "concatenate", "gram", "inner", "truncate", "whole_gram"]
 
 _ROWS = 512  # of a matrix with the sum of all ranks on a side
 
@@ -39,6 +39,15 @@ def gram(updates: Sequence[Update]) -> Tensor:
         for j in range(i, count):
             out[i, j] = out[j, i] = inner(updates[i], updates[j])
     return out
+
+
+def whole_gram(layers: Iterable[Layer]) -> tuple[Tensor, Layer | None]:
+    """The inner products of whole adapters, summed over their layers; and one of the layers, None if there is none."""
+    total, last = torch.zeros(0, dtype=torch.float64), None
+    for layer in layers:
+        products = gram(layer.updates)
+        total, last = products if last is None else total + products, layer
+    return total, last
 
 
 def _factor_gram(updates: Sequence[LowRank]) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 from sapmerge.compose import Mapped, prepare
 from sapmerge.errors import MethodError, SapmergeWarning
 from sapmerge.layer import Layer, LayerStream, Method, Update
-from sapmerge.lowrank import gram
+from sapmerge.lowrank import whole_gram
 from sapmerge.mergers import shared_out
 from sapmerge.recipe import part
 
@@ -68,11 +68,8 @@ class WeighByAgreement:
             )
 
     def prepare(self, layers: LayerStream) -> WeighByAgreement:
-        first, products = None, torch.zeros(0)
-        for layer in layers:
-            found = gram(layer.updates)
-            first, products = (layer, found) if first is None else (first, products + found)
-        done = replace(self, shares=() if first is None else self._shares(products, first))
+        products, one = whole_gram(layers)
+        done = replace(self, shares=() if one is None else self._shares(products, one))
         return replace(done, method=prepare(self.method, Mapped(layers, done._weighed)))
 
     def __call__(self, layer: Layer) -> Update:
@@ -85,21 +82,21 @@ class WeighByAgreement:
     def _weighed(self, layer: Layer) -> Layer:
         return replace(layer, weights=shared_out(layer.weights, self.shares or ()))
 
-    def _shares(self, products: Tensor, first: Layer) -> tuple[float, ...]:
+    def _shares(self, products: Tensor, layer: Layer) -> tuple[float, ...]:
         """One factor per adapter, of mean 1 over those that are asked; 1 for all of them if none agrees with any."""
         norms = products.diagonal().sqrt()
-        asked = (torch.tensor(first.weights) != 0) & (norms > 0)
+        asked = (torch.tensor(layer.weights) != 0) & (norms > 0)
         both = torch.outer(asked, asked)
         units = torch.where(norms > 0, norms, 1.0)
         cosines = products / torch.outer(units, units)
-        same = (cosines >= self.copies) & both | torch.eye(len(first), dtype=torch.bool)
+        same = (cosines >= self.copies) & both | torch.eye(len(layer), dtype=torch.bool)
         votes = torch.where(both & ~same, (cosines + self.prior).clamp_min(0), 0.0)
         copies = same.sum(1)
         agreement = (votes / copies).sum(1) / copies
         if not agreement.any():
             agreement = asked.double()
         shares = [float(share) for share in agreement * asked.sum() / agreement.sum().clamp_min(1e-300)]
-        few = [repr(first.adapters[k]) for k, share in enumerate(shares) if asked[k] and share < _FEW]
+        few = [repr(layer.adapters[k]) for k, share in enumerate(shares) if asked[k] and share < _FEW]
         if few:
             message = f"{', '.join(few)}: agree with hardly any other adapter, and have next to no say"
             warnings.warn(f"{message} (WeighByAgreement)", SapmergeWarning, stacklevel=3)

@@ -18,7 +18,7 @@ from torch import Tensor
 from sapmerge.errors import MethodError
 from sapmerge.layer import Dense, Layer, LayerStream, LowRank, Update, absent
 from sapmerge.linalg import RTOL
-from sapmerge.lowrank import gram
+from sapmerge.lowrank import gram, whole_gram
 from sapmerge.mergers import weighted_sum
 from sapmerge.recipe import part
 
@@ -219,11 +219,8 @@ def _spread(layer: Layer, index: Sequence[int], coefficients: Tensor) -> tuple[f
 
 def _coefficients(layers: LayerStream | Sequence[Layer], rule: Rule) -> tuple[float, ...] | None:
     """What a rule makes of the Gram matrix summed over all layers; None without layers."""
-    total, last = None, None
-    for layer in layers:
-        products = gram(layer.updates)
-        total, last = products if total is None else total + products, layer
-    if total is None or last is None:
+    total, last = whole_gram(layers)
+    if last is None:
         return None
     index, signs, weights = members(last)
     chosen = rule(total[index][:, index] * torch.outer(signs, signs), weights)

@@ -13,7 +13,7 @@ from dg.trial import MATCHED, Contender
 from sapmerge.anchors import FisherMean, RegMean
 from sapmerge.recipe import parts
 
-__all__ = ["Contender", "contrib", "library", "main", "study", "unequal", "without"]
+__all__ = ["Contender", "contrib", "library", "main", "study", "tuned", "unequal", "without"]
 
 ASKING = (sm.WeighByAnchors, sm.ScaleByAnchors, sm.Tune, FisherMean, RegMean)
 
@@ -35,15 +35,21 @@ def _asks(method: sm.Method) -> bool:
 
 
 def library() -> list[Contender]:
-    """Every public method that needs no argument, except two that are no merge of K updates: slerp, factor_average."""
+    """Every public method that needs no argument, except slerp and factor_average, which are no merge of K updates, and
+    tune, which costs as much as five of them (`tuned`)."""
     found = []
     for name in sm.methods.__all__:
         factory = getattr(sm, name)
-        if name in ("slerp", "factor_average"):
+        if name in ("slerp", "factor_average", "tune"):
             continue
         if all(given.default is not Parameter.empty for given in signature(factory).parameters.values()):
             found.append(contender(name, factory()))
     return found
+
+
+def tuned() -> list[Contender]:
+    """`sap` at the best of five densities, by a held-out half of the anchors."""
+    return [contender("tune", sm.tune())]
 
 
 def contrib() -> list[Contender]:
