@@ -81,6 +81,7 @@ def without() -> list[Contender]:
     assert isinstance(whole, sm.WeighByAgreement)
     assert isinstance(whole.method, sm.ClipNorms)
     kept = {
+        "mean": sm.mean(),
         "sap": whole,
         "sap without agreement": whole.method,
         "sap without clipped norms": sm.WeighByAgreement(whole.method.method),

@@ -86,7 +86,7 @@ def write(name: str, rows: Sequence[Row]) -> None:
             for key in found
         ]
         blocks += [f"## {title}\n\nLeft out in turn: {', '.join(domains)}. Seeds {seeds}.", tables.table(header, lines)]
-    if len(groups) > 1:
+    if len(groups) > 1 and all(FAIR in found for found in groups.values()):
         blocks[:0] = ["## Differences to the energy-matched mean", overview(groups)]
     kept = {title: {" / ".join(key): values for key, values in found.items()} for title, found in groups.items()}
     path = tables.RESULTS / f"{name}.json"
