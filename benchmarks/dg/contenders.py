@@ -15,7 +15,16 @@ from sapmerge.recipe import parts
 
 __all__ = ["Contender", "contrib", "library", "main", "study", "tuned", "unequal", "without"]
 
-ASKING = (sm.WeighByAnchors, sm.ScaleByAnchors, sm.Tune, FisherMean, RegMean)
+ASKING = (
+    sm.WeighByAnchors,
+    sm.ScaleByAnchors,
+    sm.Tune,
+    sm.FitCoefficients,
+    sm.PruneGroups,
+    sm.PruneLayers,
+    FisherMean,
+    RegMean,
+)
 
 
 def contender(
@@ -55,7 +64,7 @@ def tuned() -> list[Contender]:
 def contrib() -> list[Contender]:
     """`sapmerge.contrib`, without what needs more than adapters and anchors (lorm a shared factor, movement runs)."""
     names = ("adamerging", "ctm", "emr", "gradpruner", "loraprune", "pcb", "wudi")
-    return [Contender(name, getattr(sm, name)(), anchors=32) for name in names]
+    return [contender(name, getattr(sm, name)()) for name in names]
 
 
 def main() -> list[Contender]:

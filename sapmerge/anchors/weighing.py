@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import field, replace
 from typing import cast
 
@@ -42,7 +42,7 @@ class WeighByAnchors:
     loss: Callable[..., Tensor] | None = None
     temperature: float = 0.2
     margin: float = 0.0
-    shares: Mapping[int, float] | None = field(default=None, repr=False)
+    shares: tuple[float, ...] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
@@ -54,18 +54,18 @@ class WeighByAnchors:
         first = next(iter(layers), None)
         anchors = anchors_of(first, "WeighByAnchors")
         losses = torch.tensor(anchors.losses(self.loss or comparing(anchors)), dtype=torch.float64)
-        heard = [k for k, weight in enumerate(cast("Layer", first).weights) if weight != 0]
-        excess = (losses - losses[heard].min() - self.margin).clamp_min(0) if heard else losses
-        softmax = torch.softmax(-excess[heard] / self.temperature, 0)
-        weighed = replace(self, shares=dict(zip(heard, map(float, softmax), strict=True)))
+        heard, shares = torch.tensor(cast("Layer", first).weights) != 0, torch.zeros_like(losses)
+        if heard.any():
+            excess = (losses[heard] - losses[heard].min() - self.margin).clamp_min(0)
+            shares[heard] = torch.softmax(-excess / self.temperature, 0)
+        weighed = replace(self, shares=tuple(map(float, shares)))
         return replace(weighed, method=prepare(self.method, Mapped(layers, weighed._weighed)))
 
     def __call__(self, layer: Layer) -> Update:
         if self.shares is None:
             return self.prepare(cast("LayerStream", [layer]))(layer)
-        layer.record("anchor_weights", {label: self.shares.get(k, 0.0) for k, label in enumerate(layer.adapters)})
+        layer.record("anchor_weights", dict(zip(layer.adapters, self.shares, strict=True)))
         return self.method(self._weighed(layer))
 
     def _weighed(self, layer: Layer) -> Layer:
-        shares = self.shares or {}
-        return replace(layer, weights=shared_out(layer.weights, [shares.get(k, 0.0) for k in range(len(layer))]))
+        return replace(layer, weights=shared_out(layer.weights, self.shares or ()))

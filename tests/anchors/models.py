@@ -146,6 +146,13 @@ def sentences(sizes: Sequence[int] = (3, 2)) -> list[dict[str, Tensor]]:
     return [{key: value for key, value in batch.items() if key != "pixel_values"} for batch in pairs(sizes)]
 
 
+def mean_loss(model: nn.Module, loader: list[Any], loss: Any) -> float:
+    """Of all samples of the batches, which may differ in size."""
+    sizes = [len(batch["input_ids"]) for batch in loader]
+    with torch.no_grad():
+        return sum(n * float(loss(model, batch)) for n, batch in zip(sizes, loader)) / sum(sizes)
+
+
 def plain_batches(sizes: Sequence[int] = (3, 4)) -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(7)
     return [

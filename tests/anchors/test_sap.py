@@ -172,10 +172,10 @@ def test_losses_in_the_report_are_those_of_peft(kind: str, tmp_path: Any) -> Non
     assert notes["anchors"] == sum(len(batch["input_ids"]) for batch in loader)
     assert notes["loss"] == loss.__name__
     wanted = {
-        "base model": mean_loss(model, loader, loss),
-        "a0": mean_loss(pefts[0].get_base_model(), loader, loss),
-        "a1": mean_loss(pefts[1].get_base_model(), loader, loss),
-        "merged adapter": mean_loss(models.load(model, tmp_path / "out").get_base_model(), loader, loss),
+        "base model": models.mean_loss(model, loader, loss),
+        "a0": models.mean_loss(pefts[0].get_base_model(), loader, loss),
+        "a1": models.mean_loss(pefts[1].get_base_model(), loader, loss),
+        "merged adapter": models.mean_loss(models.load(model, tmp_path / "out").get_base_model(), loader, loss),
     }
     assert dict(notes["anchor loss"]) == pytest.approx(wanted, rel=2e-5)
     assert len({round(value, 5) for value in wanted.values()}) == 4
@@ -185,12 +185,6 @@ def test_losses_in_the_report_are_those_of_peft(kind: str, tmp_path: Any) -> Non
         assert error(layer.get_delta_weight("default"), update.dense()) < 1e-5
 
 
-def mean_loss(model: nn.Module, loader: list[Any], loss: Any) -> float:
-    sizes = [len(batch["input_ids"]) for batch in loader]
-    with torch.no_grad():
-        return sum(n * float(loss(model, batch)) for n, batch in zip(sizes, loader)) / sum(sizes)
-
-
 @pytest.mark.parametrize("margin", [0.0, 0.01, math.inf])
 @pytest.mark.parametrize("loss", [contrastive, alignment, None])  # None: centered_alignment
 def test_weights_by_anchors(loss: Any, margin: float) -> None:
@@ -198,7 +192,7 @@ def test_weights_by_anchors(loss: Any, margin: float) -> None:
     adapters, pefts = models.adapters(model, [models.BOTH_TARGETS] * 3)
     method = sm.WeighByAnchors(sm.mean(), loss=loss, temperature=0.3, margin=margin)
     merged = models.merge(adapters, loader, model, method=method, weights=[1.0, 2.0, 1.0])
-    losses = torch.tensor([mean_loss(p.get_base_model(), loader, loss or centered_alignment) for p in pefts])
+    losses = torch.tensor([models.mean_loss(p.get_base_model(), loader, loss or centered_alignment) for p in pefts])
     shares = torch.softmax(-torch.relu(losses - min(losses) - margin) / 0.3, 0)
     assert (max(shares) - min(shares) < 1e-6) == (margin == math.inf)
     weights = shares * torch.tensor([1.0, 2.0, 1.0])

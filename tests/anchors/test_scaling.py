@@ -23,8 +23,7 @@ def dense_loss(model: nn.Module, loader: list[Any], deltas: dict[str, torch.Tens
     with torch.no_grad():
         for name, delta in deltas.items():
             moved.get_submodule(name).weight += delta
-        sizes = [len(batch["input_ids"]) for batch in loader]
-        return sum(float(loss(moved, batch)) * size for batch, size in zip(loader, sizes)) / sum(sizes)
+    return models.mean_loss(moved, loader, loss)
 
 
 def chosen(losses: list[float], price: float) -> float:
