@@ -23,8 +23,8 @@ SETTINGS = {
     "tiny": "one more client, with two images per class, and as many steps",
     "flipped": "one more client, which sends the negative of a good update",
     "scaled": "one more client, which sends ten times a good update",
-    "12 clients": "every source's images dealt out to 12 clients in all",
-    "48 clients": "every source's images dealt out to 48 clients in all",
+    "12 clients": "every source's images dealt out to 12 clients, who make half of the usual steps",
+    "48 clients": "every source's images dealt out to 48 clients, who make half of the usual steps",
 }
 
 
@@ -103,9 +103,10 @@ class Clients:
         for name in sources:
             data = self._train(name)
             order = torch.randperm(len(data.labels), generator=torch.Generator().manual_seed(self.seed))
+            regime = replace(self._regime, epochs=self._regime.epochs * each / 2)
             for part in range(each):
                 mine = data.take(order[part::each])
-                clients[f"{name}-{part}"] = self._fit(mine, f"{name}-{part}-of-{each}")
+                clients[f"{name}-{part}"] = self._fit(mine, f"{name}-{part}-of-{each}", regime)
         return clients
 
 
