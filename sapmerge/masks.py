@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sapmerge.errors import MethodError
 from sapmerge.recipe import part
-from sapmerge.selection import at_least_kth, streamed_kth
+from sapmerge.selection import at_least_kth, count_true, streamed_kth
 
 __all__ = ["DropOutliers", "NtoM", "PerRow", "Reciprocal", "Threshold", "TopFraction"]
 
@@ -64,7 +64,7 @@ class TopFraction:
         flat = scores.flatten()
         kept = count_kept(self.density, total)
         cut, keep = at_least_kth(flat, total - kept)
-        surplus = int(torch.count_nonzero(keep)) - kept
+        surplus = count_true(keep) - kept
         if self.scope == "layer" and surplus:
             keep[(flat == cut).nonzero().flatten()[-surplus:]] = False
         return keep.view(scores.shape)

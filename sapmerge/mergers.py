@@ -18,6 +18,8 @@ from sapmerge.recipe import part
 
 __all__ = ["DisjointMax", "DisjointMean", "FactorMean", "FactorSum", "Mean", "Sum"]
 
+_BLOCK = 1 << 17  # entries that fit into a cache
+
 
 def weighted_sum(layer: Layer, weights: tuple[float, ...]) -> Update:
     """sum_k weights[k] D_k; low-rank updates are concatenated, exactly."""
@@ -89,11 +91,17 @@ class DisjointMean:
         present = [(update.dense(), weight) for update, weight in zip(layer, layer.weights, strict=True) if update.rank]
         if not present:
             return layer.updates[0]
-        total, count, here = present[0][0].new_zeros(3, *layer.shape)
-        for matrix, weight in present:
-            total.add_(matrix, alpha=weight)
-            count.add_(torch.sign(matrix, out=here).abs_(), alpha=abs(weight))
-        return Dense(total.div_(count.clamp_min_(torch.finfo(count.dtype).tiny)))  # where nobody counts, the total is 0
+        total = torch.zeros_like(present[0][0])
+        rows = max(1, _BLOCK // max(layer.shape[1], 1))
+        for start in range(0, layer.shape[0], rows):
+            part = total[start : start + rows]
+            count = torch.zeros_like(part)
+            for matrix, weight in present:
+                some = matrix[start : start + rows]
+                part.add_(some, alpha=weight)
+                count.add_(some.sign().abs_(), alpha=abs(weight))
+            part.div_(count.clamp_min_(torch.finfo(count.dtype).tiny))  # where nobody counts, the total is 0
+        return Dense(total)
 
 
 @part

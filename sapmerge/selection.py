@@ -11,12 +11,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-__all__ = ["Cut", "Stream", "at_least_kth", "kth_largest", "streamed_kth"]
+__all__ = ["Cut", "Stream", "at_least_kth", "count_true", "kth_largest", "streamed_kth"]
 
 Stream = Callable[[], Iterable[tuple[str, Tensor]]]
 """Call it to iterate over (adapter, values of one tensor); it is called once per pass."""
 
 _SAMPLE = 1 << 15
+_BLOCK = 1 << 16  # values that fit into a cache
 _BINS = 1 << 16
 
 
@@ -28,6 +29,13 @@ def at_least_kth(flat: Tensor, place: int) -> tuple[Tensor, Tensor]:
         return flat.new_tensor(cut), torch.from_numpy(values >= cut)  # pyright: ignore[reportUnknownMemberType]
     cut = torch.kthvalue(flat, place + 1).values
     return cut, flat >= cut
+
+
+def count_true(mask: Tensor) -> int:
+    """How many entries of a mask are not 0. On the CPU numpy is five times as fast."""
+    if mask.device.type == "cpu" and mask.dtype == torch.bool:
+        return int(np.count_nonzero(mask.numpy()))
+    return int(torch.count_nonzero(mask))
 
 
 def _kth(values: npt.NDArray[np.float64], place: int) -> float:
@@ -42,9 +50,13 @@ def _kth(values: npt.NDArray[np.float64], place: int) -> float:
         share = place / values.size
         middle, slack = share * sample.size, 4 * math.sqrt(share * (1 - share) * sample.size) + 2
         low, high = sample[max(int(middle - slack), 0)], sample[min(int(middle + slack), sample.size - 1)]
-        reach = values >= low
-        rest = place - (values.size - int(np.count_nonzero(reach)))
-        between = values[reach & (values <= high)]
+        rest, found = place, list[npt.NDArray[np.float64]]()
+        for start in range(0, values.size, _BLOCK):
+            block = values[start : start + _BLOCK]
+            reach = block >= low
+            rest -= block.size - int(np.count_nonzero(reach))
+            found.append(block[np.logical_and(reach, block <= high, out=reach)])
+        between = np.concatenate(found)
         if 0 <= rest < between.size:
             return np.partition(between, rest)[rest]
     return np.partition(values, place)[place]
