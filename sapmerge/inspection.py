@@ -146,7 +146,7 @@ def _compare(adapters: Sequence[Adapter]) -> tuple[tuple[LayerSummary, ...], Geo
     for name in sorted({name for adapter in adapters for name in adapter.modules}):
         owners = [k for k, adapter in enumerate(adapters) if name in adapter.modules]
         updates = [adapters[k].update(name) for k in owners]
-        found = geometry(updates, rows=None)
+        found = geometry(updates)
         where = torch.tensor(owners)
         for total, part in ((overall.inner, found.inner), (overall.both, found.both), (overall.opposed, found.opposed)):
             total[where[:, None], where[None, :]] += part

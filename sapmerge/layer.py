@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sapmerge.errors import MethodError
-from sapmerge.linalg import factor_inner, factor_svd, norm, svd
+from sapmerge.linalg import factor_grams, factor_svd, norm, svd
 from sapmerge.protocols import AnchorPass, Observation, Stats
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ __all__ = [
     "Update",
     "absent",
 ]
+
+_COLUMNS = 512  # of factors, converted to float64 at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +94,10 @@ class LowRank:
 
         With `rank` U and Vh have the first `rank` singular vectors only, which is faster.
         """
-        return factor_svd(self.B, self.A, rank)
+        if self.rank < min(self.shape):
+            return factor_svd(self.B, self.A, self._grams, rank)
+        U, sigma, Vh = svd(self._product())
+        return U[:, :rank], sigma, Vh[:rank]
 
     def norm(self) -> float:
         """The Frobenius norm, from the Gram matrices of the factors, in float64."""
@@ -100,7 +105,22 @@ class LowRank:
 
     @cached_property
     def _norm(self) -> float:
-        return max(factor_inner(self.B, self.A, self.B, self.A), 0.0) ** 0.5
+        if self.rank >= min(self.shape):
+            return norm(self._product())
+        left, right = self._grams
+        return max(float(torch.dot(left.flatten(), right.flatten())), 0.0) ** 0.5
+
+    def _product(self) -> Tensor:
+        """The update in float64, where it is smaller than its factors: of these some columns at a time are copied."""
+        total = torch.zeros(self.shape, dtype=torch.float64, device=self.device)
+        for start in range(0, self.rank, _COLUMNS):
+            some = slice(start, start + _COLUMNS)
+            total.addmm_(self.B[:, some].double(), self.A[some].double())
+        return total
+
+    @cached_property
+    def _grams(self) -> tuple[Tensor, Tensor]:
+        return factor_grams(self.B, self.A)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LowRank:
         return LowRank(self.B.to(device=device, dtype=dtype), self.A.to(device=device, dtype=dtype))

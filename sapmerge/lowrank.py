@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from sapmerge.layer import Dense, Layer, LowRank, Update
-from sapmerge.linalg import factor_inner, numerical_rank, split_evenly, top_svd
+from sapmerge.linalg import factor_inner, norm, numerical_rank, split_evenly, top_svd
 
-__all__ = ["balanced", "concatenate", "gram", "inner", "truncate", "whole_gram"]
+__all__ = ["balanced", "concatenate", "gram", "inner", "mean_cosine", "truncate", "whole_gram"]
 
 _ROWS = 512  # of a matrix with the sum of all ranks on a side
 
@@ -48,6 +48,30 @@ def whole_gram(layers: Iterable[Layer]) -> tuple[Tensor, Layer | None]:
         products = gram(layer.updates)
         total, last = products if last is None else total + products, layer
     return total, last
+
+
+def mean_cosine(updates: Sequence[Update]) -> float | None:
+    """The mean cosine of all pairs, in float64; 0 with an update of zero, None for fewer than two updates.
+
+    From the norm of the sum of the updates, each scaled to norm 1: the pairs are never formed.
+    """
+    count = len(updates)
+    units = [(update, 1 / update.norm()) for update in updates if update.norm() > 0]
+    if count < 2 or not units:
+        return None if count < 2 else 0.0
+    low = [(update, scale) for update, scale in units if isinstance(update, LowRank)]
+    if len(low) == len(units) and sum(update.rank for update, _ in low) < min(low[0][0].shape):
+        B = torch.cat([update.B.double() * scale for update, scale in low], dim=1)
+        size = LowRank(B, torch.cat([update.A.double() for update, _ in low])).norm()
+    else:
+        total = torch.zeros(updates[0].shape, dtype=torch.float64, device=updates[0].device)
+        for update, scale in units:
+            if isinstance(update, LowRank):
+                total.addmm_(update.B.double(), update.A.double(), alpha=scale)
+            else:
+                total.add_(update.matrix, alpha=scale)
+        size = norm(total)
+    return (size**2 - len(units)) / (count * (count - 1))
 
 
 def _factor_gram(updates: Sequence[LowRank]) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sapmerge.adapter import Adapter
 from sapmerge.layer import Layer, Update
-from sapmerge.lowrank import gram
+from sapmerge.lowrank import gram, mean_cosine
 
 __all__ = ["AdapterReport", "Geometry", "LayerReport", "Report", "geometry", "table"]
 
@@ -55,12 +55,15 @@ class Geometry:
         return Geometry(self.inner + other.inner, self.both + other.both, self.opposed + other.opposed)
 
 
-def geometry(updates: Sequence[Update], rows: int | None = _SAMPLED_ROWS) -> Geometry:
-    """Inner products by Gram matrices of the factors, sign conflicts row block by row block: never an (m, n) matrix.
+def geometry(updates: Sequence[Update]) -> Geometry:
+    """Of the updates of one layer: inner products by Gram matrices of the factors, and sign conflicts of all rows."""
+    return Geometry(gram(updates), *_signs(updates))
 
-    Args:
-        updates: of one layer.
-        rows: look for sign conflicts in that many evenly spaced rows only; None: in all of them.
+
+def _signs(updates: Sequence[Update], rows: int | None = None) -> tuple[Tensor, Tensor]:
+    """`Geometry.both` and `Geometry.opposed`, row block by row block: never an (m, n) matrix.
+
+    rows: look at that many evenly spaced rows only; None: at all of them.
     """
     count, (m, n) = len(updates), updates[0].shape
     block = max(1, min(_SAMPLED_ROWS, 4_000_000 // max(1, count * n)))
@@ -75,7 +78,7 @@ def geometry(updates: Sequence[Update], rows: int | None = _SAMPLED_ROWS) -> Geo
         shared = (signs @ signs.T).double().cpu()
         both += shared
         opposed += (shared - agreement) / 2
-    return Geometry(gram(updates), both, opposed)
+    return both, opposed
 
 
 def off_diagonal_mean(matrix: Tensor) -> float | None:
@@ -146,8 +149,9 @@ def describe(
 ) -> LayerReport:
     """The report of one layer."""
     there = [k for k, present in enumerate(layer.present) if present] or list(range(len(layer)))
-    found = geometry([layer.updates[k] for k in there])
-    brought = {layer.adapters[k]: layer.weights[k] ** 2 * float(found.norms[i]) ** 2 for i, k in enumerate(there)}
+    inputs = [layer.updates[k] for k in there]
+    both, opposed = _signs(inputs, _SAMPLED_ROWS)
+    brought = {layer.adapters[k]: (layer.weights[k] * layer.updates[k].norm()) ** 2 for k in there}
     return LayerReport(
         name=layer.name,
         shape=layer.shape,
@@ -155,8 +159,8 @@ def describe(
         rank=stored_rank,
         energy_kept=energy_kept,
         norm=merged.norm(),
-        cosine=off_diagonal_mean(found.cosine),
-        sign_conflict=off_diagonal_mean(found.sign_conflict),
+        cosine=mean_cosine(inputs),
+        sign_conflict=off_diagonal_mean(opposed / both.clamp_min(1)),
         energies=dict.fromkeys(layer.adapters, 0.0) | brought,
         notes=notes,
     )

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import sapmerge as sm
-from sapmerge.linalg import top_svd
-from sapmerge.lowrank import balanced, concatenate, gram, inner, truncate
+from sapmerge.linalg import qr, top_svd
+from sapmerge.lowrank import balanced, concatenate, gram, inner, mean_cosine, truncate
 from tests import oracles
 from tests.conftest import error, low_rank
 
@@ -60,6 +60,59 @@ def test_inner_and_gram(m: int, n: int, several: list[int], seed: int, mixed: bo
         assert x.norm() == pytest.approx(np.sqrt(wanted[i, i]), abs=1e-6)
         for j, y in enumerate(updates):
             assert inner(x, y) == pytest.approx(wanted[i, j], abs=1e-10)
+
+
+@quick
+@given(sizes, sizes, st.lists(ranks, min_size=1, max_size=4), seeds, st.booleans())
+def test_mean_cosine_is_that_of_all_pairs(m: int, n: int, several: list[int], seed: int, mixed: bool) -> None:
+    updates: list[sm.Update] = [low_rank((m, n), rank, seed + k) for k, rank in enumerate(several)]
+    if mixed:
+        updates[-1] = sm.Dense(updates[-1].dense())
+    if len(updates) == 1:
+        assert mean_cosine(updates) is None
+        return
+    dense = [update.dense().numpy().ravel() for update in updates]
+    cosines = [
+        float(x @ y / (np.linalg.norm(x) * np.linalg.norm(y))) if x.any() and y.any() else 0.0
+        for i, x in enumerate(dense)
+        for y in dense[:i]
+    ]
+    assert mean_cosine(updates) == pytest.approx(np.mean(cosines), abs=1e-9)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e30, 1e-30, 1e200])
+@pytest.mark.parametrize("condition", [1.0, 1e2, 1e3, 1e5, 1e8, 1e12])
+@pytest.mark.parametrize("rows", [4, 9, 300])
+def test_qr_of_columns_that_are_nearly_dependent(rows: int, condition: float, scale: float) -> None:
+    """Orthonormal whatever the condition number; that of columns of very different lengths does not count."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(k, k, generator=generator).double())[0] for k in (rows, 9))
+    size = min(rows, 9)
+    middle = torch.logspace(0, -float(np.log10(condition)), size, dtype=torch.float64)
+    matrix = (left[:, :size] * middle) @ right[:size] * scale * torch.logspace(0, -20, 9, dtype=torch.float64)
+    Q, R = qr(matrix)
+    torch.testing.assert_close(Q.T @ Q, torch.eye(size, dtype=torch.float64), atol=3e-9, rtol=0)
+    assert torch.equal(R, R.triu())
+    lengths = matrix.norm(dim=0) if scale < 1e100 else (matrix / scale).norm(dim=0) * scale
+    assert float(((Q @ R - matrix) / lengths).abs().max()) < 1e-9
+    if condition > 1e4:  # Householder's, not Cholesky's
+        torch.testing.assert_close(Q.T @ Q, torch.eye(size, dtype=torch.float64), atol=1e-13, rtol=0)
+
+
+@pytest.mark.parametrize("condition", [1e2, 1e5, float("inf")])
+def test_svd_of_factors_with_nearly_dependent_columns(condition: float) -> None:
+    """Copies of columns, and differences of columns that are nearly copies."""
+    factors = [low_rank((60, 40), 6, seed) for seed in (1, 2, 3)]
+    near = sm.LowRank(factors[0].B + factors[1].B / condition, factors[0].A + factors[2].A / condition)
+    update = concatenate([factors[0], near, factors[1]], [1.0, -1.0, 1e-3])
+    U, sigma, Vh = update.svd()
+    wanted = np.linalg.svd(update.dense().numpy(), compute_uv=False)[: len(sigma)]
+    largest = float(factors[0].norm())
+    np.testing.assert_allclose(sigma.numpy(), wanted, atol=1e-8 * largest)
+    torch.testing.assert_close((U * sigma) @ Vh, update.dense(), atol=1e-8 * largest, rtol=0)
+    for frame in (U.T @ U, Vh @ Vh.T):
+        torch.testing.assert_close(frame, torch.eye(len(sigma), dtype=torch.float64), atol=1e-8, rtol=0)
+    assert update.norm() == pytest.approx(float(update.dense().norm()), rel=1e-6)
 
 
 @quick
