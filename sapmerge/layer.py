@@ -49,6 +49,8 @@ class LowRank:
     Args:
         B: (m, r), m = outputs of the layer.
         A: (r, n), n = inputs. Rank 0 means that the adapter does not have the layer.
+
+    The factors must not be changed in place: the norm and the Gram matrices are computed once.
     """
 
     B: Tensor
@@ -90,7 +92,7 @@ class LowRank:
         return LowRank(self.B * factor, self.A)
 
     def svd(self, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """U (m, k), sigma (k), Vh (k, n) with k = min(r, m, n), in float64, without an (m, n) matrix.
+        """U (m, k), sigma (k), Vh (k, n) with k = min(r, m, n), in float64; no (m, n) matrix for r < min(m, n).
 
         With `rank` U and Vh have the first `rank` singular vectors only, which is faster.
         """
@@ -100,7 +102,7 @@ class LowRank:
         return U[:, :rank], sigma, Vh[:rank]
 
     def norm(self) -> float:
-        """The Frobenius norm, from the Gram matrices of the factors, in float64."""
+        """The Frobenius norm, in float64; from the Gram matrices of the factors for r < min(m, n)."""
         return self._norm
 
     @cached_property
@@ -111,7 +113,7 @@ class LowRank:
         return max(float(torch.dot(left.flatten(), right.flatten())), 0.0) ** 0.5
 
     def _product(self) -> Tensor:
-        """The update in float64, where it is smaller than its factors: of these some columns at a time are copied."""
+        """B @ A in float64, for r >= min(m, n): no larger than the factors, which are converted piece by piece."""
         total = torch.zeros(self.shape, dtype=torch.float64, device=self.device)
         for start in range(0, self.rank, _COLUMNS):
             some = slice(start, start + _COLUMNS)

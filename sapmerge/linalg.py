@@ -30,7 +30,7 @@ __all__ = [
 RTOL = 1e-6
 """Singular values below RTOL times the largest one are noise of float32 factors: no direction to build on."""
 
-_BLOCK = 1 << 18  # entries that fit into a cache
+_BLOCK = 1 << 18  # entries of which a float64 copy fits into a cache
 
 
 def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -53,16 +53,18 @@ def qr(matrix: Tensor) -> tuple[Tensor, Tensor]:
 def _cholesky_qr(gram: Tensor) -> tuple[Tensor, Tensor] | None:
     """From X^T X the upper triangular T and R with X = (X T) R and orthonormal columns in X T: half the time of a QR.
 
-    None where the columns of X, scaled to norm 1, have a condition number that may exceed 1e4: X T is orthonormal
-    within 1e-16 times its square.
+    None where that would not be accurate. With the columns of X scaled to norm 1, X T is orthonormal within some 1e-16
+    ||R^-1||^2, and a norm (Frobenius's) above 1e3 is refused: below 1e-8 even for 200,000 rows.
 
-    Source: Yamamoto et al., "Roundoff error analysis of the CholeskyQR2 algorithm", ETNA 44 (2015)
+    Source: the first pass of Yamamoto et al., "Roundoff error analysis of the CholeskyQR2 algorithm", ETNA 44 (2015)
     """
     norms = gram.diagonal().sqrt()
+    if not bool((norms > 1e-140).all()):  # zero, NaN, or squares that underflow
+        return None
     lower, failed = cast("tuple[Tensor, Tensor]", torch.linalg.cholesky_ex(gram / norms / norms[:, None]))  # pyright: ignore[reportUnknownMemberType]
     eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     inverse = cast("Tensor", torch.linalg.solve_triangular(lower, eye, upper=False))  # pyright: ignore[reportUnknownMemberType]
-    if int(failed) or not norm(lower) * norm(inverse) < 1e4:  # NaN, too: a column of zeros
+    if int(failed) or not norm(inverse) < 1e3:  # or NaN
         return None
     return inverse.T / norms[:, None], lower.T * norms
 

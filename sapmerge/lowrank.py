@@ -10,10 +10,14 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from sapmerge.cores import size_of
 from sapmerge.layer import Dense, Layer, LowRank, Update
 from sapmerge.linalg import factor_inner, norm, numerical_rank, split_evenly, top_svd
 
 __all__ = ["balanced", "concatenate", "gram", "inner", "mean_cosine", "truncate", "whole_gram"]
+
+_ROUNDING = 1e-7
+"""A norm this small beside the factors is their rounding error: it comes from a difference of squares in float64."""
 
 _ROWS = 512  # of a matrix with the sum of all ranks on a side
 
@@ -53,12 +57,15 @@ def whole_gram(layers: Iterable[Layer]) -> tuple[Tensor, Layer | None]:
 def mean_cosine(updates: Sequence[Update]) -> float | None:
     """The mean cosine of all pairs, in float64; 0 with an update of zero, None for fewer than two updates.
 
-    From the norm of the sum of the updates, each scaled to norm 1: the pairs are never formed.
+    From the norm of the sum of the updates, each scaled to norm 1: the pairs are never formed. An update is zero where
+    nothing but rounding is left of its factors. Large ranks make the sum a matrix, no larger than the factors.
     """
     count = len(updates)
-    units = [(update, 1 / update.norm()) for update in updates if update.norm() > 0]
-    if count < 2 or not units:
-        return None if count < 2 else 0.0
+    if count < 2:
+        return None
+    units = [(update, 1 / update.norm()) for update in updates if update.norm() > _ROUNDING * size_of(update)]
+    if not units:
+        return 0.0
     low = [(update, scale) for update, scale in units if isinstance(update, LowRank)]
     if len(low) == len(units) and sum(update.rank for update, _ in low) < min(low[0][0].shape):
         B = torch.cat([update.B.double() * scale for update, scale in low], dim=1)
@@ -71,7 +78,7 @@ def mean_cosine(updates: Sequence[Update]) -> float | None:
             else:
                 total.add_(update.matrix, alpha=scale)
         size = norm(total)
-    return (size**2 - len(units)) / (count * (count - 1))
+    return max(-1.0, min(1.0, (size**2 - len(units)) / (count * (count - 1))))
 
 
 def _factor_gram(updates: Sequence[LowRank]) -> Tensor:

@@ -18,7 +18,7 @@ from sapmerge.recipe import part
 
 __all__ = ["DisjointMax", "DisjointMean", "FactorMean", "FactorSum", "Mean", "Sum"]
 
-_BLOCK = 1 << 17  # entries that fit into a cache
+_BLOCK = 1 << 17  # entries of which four arrays fit into a cache
 
 
 def weighted_sum(layer: Layer, weights: tuple[float, ...]) -> Update:
@@ -94,13 +94,13 @@ class DisjointMean:
         total = torch.zeros_like(present[0][0])
         rows = max(1, _BLOCK // max(layer.shape[1], 1))
         for start in range(0, layer.shape[0], rows):
-            part = total[start : start + rows]
-            count = torch.zeros_like(part)
+            block = total[start : start + rows]
+            count = torch.zeros_like(block)
             for matrix, weight in present:
                 some = matrix[start : start + rows]
-                part.add_(some, alpha=weight)
+                block.add_(some, alpha=weight)
                 count.add_(some.sign().abs_(), alpha=abs(weight))
-            part.div_(count.clamp_min_(torch.finfo(count.dtype).tiny))  # where nobody counts, the total is 0
+            block.div_(count.clamp_min_(torch.finfo(count.dtype).tiny))  # where nobody counts, the total is 0
         return Dense(total)
 
 

@@ -227,7 +227,7 @@ class Merged:
         layers = in_order(finished, self.stream.modules, self.stream.layers_at_once())
         for name, kept, row in with_progress(layers, len(self.stream.modules), self.progress):
             if self.stream.anchors is not None and isinstance(kept, LowRank):
-                self._stored[name] = kept
+                self._stored[name] = LowRank(kept.B, kept.A)  # without what it has computed
             yield self.stream.modules[name], kept, row
 
     def _merged(self, name: str) -> tuple[Layer, Update, dict[str, Any]]:

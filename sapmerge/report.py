@@ -27,7 +27,7 @@ class Geometry:
     Args:
         norms: (K,) Frobenius norms.
         inner: (K, K) inner products <D_i, D_j>.
-        both: (K, K) number of entries where both are non-zero, in the rows looked at.
+        both: (K, K) number of entries where both are non-zero.
         opposed: (K, K) how many of those have opposite signs.
     """
 
@@ -151,7 +151,7 @@ def describe(
     there = [k for k, present in enumerate(layer.present) if present] or list(range(len(layer)))
     inputs = [layer.updates[k] for k in there]
     both, opposed = _signs(inputs, _SAMPLED_ROWS)
-    brought = {layer.adapters[k]: (layer.weights[k] * layer.updates[k].norm()) ** 2 for k in there}
+    loud = {layer.adapters[k]: layer.weights[k] * layer.updates[k].norm() for k in there}
     return LayerReport(
         name=layer.name,
         shape=layer.shape,
@@ -161,7 +161,7 @@ def describe(
         norm=merged.norm(),
         cosine=mean_cosine(inputs),
         sign_conflict=off_diagonal_mean(opposed / both.clamp_min(1)),
-        energies=dict.fromkeys(layer.adapters, 0.0) | brought,
+        energies=dict.fromkeys(layer.adapters, 0.0) | {label: norm * norm for label, norm in loud.items()},
         notes=notes,
     )
 

@@ -17,7 +17,7 @@ Stream = Callable[[], Iterable[tuple[str, Tensor]]]
 """Call it to iterate over (adapter, values of one tensor); it is called once per pass."""
 
 _SAMPLE = 1 << 15
-_BLOCK = 1 << 16  # values that fit into a cache
+_BLOCK = 1 << 16  # values that fit into a cache, with two masks
 _BINS = 1 << 16
 
 
@@ -57,8 +57,10 @@ def _kth(values: npt.NDArray[np.float64], place: int) -> float:
             rest -= block.size - int(np.count_nonzero(reach))
             found.append(block[np.logical_and(reach, block <= high, out=reach)])
         between = np.concatenate(found)
+        del found
         if 0 <= rest < between.size:
-            return np.partition(between, rest)[rest]
+            between.partition(rest)
+            return between[rest]
     return np.partition(values, place)[place]
 
 

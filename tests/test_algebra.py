@@ -80,20 +80,54 @@ def test_mean_cosine_is_that_of_all_pairs(m: int, n: int, several: list[int], se
     assert mean_cosine(updates) == pytest.approx(np.mean(cosines), abs=1e-9)
 
 
-@pytest.mark.parametrize("scale", [1.0, 1e30, 1e-30, 1e200])
+def test_mean_cosine_of_updates_that_are_zero_but_for_rounding() -> None:
+    a, b = low_rank((40, 30), 3, 1, torch.float32), low_rank((40, 30), 3, 2, torch.float32)
+    order = torch.randperm(6, generator=torch.Generator().manual_seed(132))
+    nothing = sm.LowRank(torch.cat([b.B, -b.B], 1)[:, order], torch.cat([b.A, b.A])[order])
+    assert mean_cosine([nothing, a]) == 0.0
+    assert mean_cosine([nothing, nothing]) == 0.0
+    assert mean_cosine([a, a, nothing]) == pytest.approx(1 / 3, abs=1e-12)
+    assert mean_cosine([a, a]) == 1.0
+
+
+def test_a_rank_above_the_sides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The product is made of some columns at a time."""
+    monkeypatch.setattr(sm.layer, "_COLUMNS", 4)
+    update = low_rank((6, 5), 11, 0)
+    assert update.norm() == pytest.approx(float(np.linalg.norm(update.dense().numpy())), rel=1e-12)
+    np.testing.assert_allclose(update.svd()[1], np.linalg.svd(update.dense().numpy(), compute_uv=False), rtol=1e-12)
+
+
+def test_qr_of_well_conditioned_columns_needs_no_reflectors(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: torch.Tensor) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(torch.linalg, "qr", refuse)
+    monkeypatch.setattr(torch, "geqrf", refuse)
+    update = low_rank((40, 30), 6, 0)
+    assert qr(update.B)[0].shape == (40, 6)
+    assert update.svd()[0].shape == (40, 6)
+    with pytest.raises(AssertionError):
+        qr(torch.cat([update.B, update.B], 1))
+    with pytest.raises(AssertionError):
+        concatenate([update, update], [1.0, 1.0]).svd()
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e30, 1e-30, 1e-135, 1e200])
 @pytest.mark.parametrize("condition", [1.0, 1e2, 1e3, 1e5, 1e8, 1e12])
-@pytest.mark.parametrize("rows", [4, 9, 300])
+@pytest.mark.parametrize("rows", [4, 9, 300, 20_000])
 def test_qr_of_columns_that_are_nearly_dependent(rows: int, condition: float, scale: float) -> None:
     """Orthonormal whatever the condition number; that of columns of very different lengths does not count."""
     generator = torch.Generator().manual_seed(0)
-    left, right = (torch.linalg.qr(torch.randn(k, k, generator=generator).double())[0] for k in (rows, 9))
     size = min(rows, 9)
+    left = torch.linalg.qr(torch.randn(rows, size, generator=generator).double())[0]
+    right = torch.linalg.qr(torch.randn(9, 9, generator=generator).double())[0]
     middle = torch.logspace(0, -float(np.log10(condition)), size, dtype=torch.float64)
-    matrix = (left[:, :size] * middle) @ right[:size] * scale * torch.logspace(0, -20, 9, dtype=torch.float64)
+    matrix = (left * middle) @ right[:size] * scale * torch.logspace(0, -20, 9, dtype=torch.float64)
     Q, R = qr(matrix)
     torch.testing.assert_close(Q.T @ Q, torch.eye(size, dtype=torch.float64), atol=3e-9, rtol=0)
     assert torch.equal(R, R.triu())
-    lengths = matrix.norm(dim=0) if scale < 1e100 else (matrix / scale).norm(dim=0) * scale
+    lengths = (matrix / scale).norm(dim=0) * scale
     assert float(((Q @ R - matrix) / lengths).abs().max()) < 1e-9
     if condition > 1e4:  # Householder's, not Cholesky's
         torch.testing.assert_close(Q.T @ Q, torch.eye(size, dtype=torch.float64), atol=1e-13, rtol=0)

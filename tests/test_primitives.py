@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -60,6 +61,20 @@ def test_the_highest_of_many_scores(kind: str, density: float) -> None:
     wanted = torch.zeros(300_000, dtype=torch.bool)
     wanted[scores.flatten().sort(descending=True, stable=True).indices[: max(1, int(density * 300_000 + 1e-9))]] = True
     assert torch.equal(sm.TopFraction(density)(scores), wanted.view(300, 1000))
+
+
+def test_disjoint_mean_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that do not divide evenly into blocks, and a row longer than a block."""
+    generator = torch.Generator().manual_seed(0)
+    stack = torch.randn(3, 7, 5, generator=generator) * (torch.rand(3, 7, 5, generator=generator) < 0.5)
+    weights = (1.0, -2.0, 0.5)
+    layer = sm.Layer("l", tuple(sm.Dense(matrix) for matrix in stack), weights=weights)
+    factors = np.array(weights)[:, None, None]
+    count = (np.abs(factors) * (stack.numpy() != 0)).sum(0)
+    wanted = (factors * stack.double().numpy()).sum(0) / np.where(count > 0, count, 1)
+    for block in (1, 10, 12, 1 << 17):
+        monkeypatch.setattr(sm.mergers, "_BLOCK", block)
+        np.testing.assert_allclose(sm.DisjointMean()(layer).dense().numpy(), wanted, atol=1e-6)
 
 
 def test_adapter_scope_can_empty_a_layer() -> None:

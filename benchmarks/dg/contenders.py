@@ -110,7 +110,7 @@ def pruned(scorer: sm.Scorer, density: float, units: sm.Units, rescaler: sm.Resc
 
 def study() -> list[Contender]:
     """SAP over units, density, scorer, loss, where the gradient is taken, anchors and rescaler; with its controls."""
-    found: list[Contender] = []
+    found = [contender("mean", sm.mean(), matched_only=True)]
 
     def add(name: str, method: sm.Method, loss: Callable[..., Tensor] = sm.alignment, anchors: int = 32) -> None:
         found.append(contender(name, method, loss, anchors, matched_only=True))
