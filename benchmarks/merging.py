@@ -135,7 +135,7 @@ def options_of(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--whole", action="store_true", help="peers merge every layer: nothing is scaled; hours")
     parser.add_argument("--device", help="where sapmerge computes, e.g. cuda; the peers stay on the CPU")
     parser.add_argument("--scratch", type=Path, help="where adapters are written (about 5 GB); a temporary folder")
-    parser.add_argument("--only", choices=["clip", "llava", "growth", "kernels"], help="one part, printed, not kept")
+    parser.add_argument("--only", choices=["clip", "llava", "growth", "kernels"], help="one part, kept as merging-PART")
     options = parser.parse_args(arguments)
     options.repeats = options.repeats or (1 if options.quick else 3)
     return options
@@ -155,11 +155,10 @@ def main() -> None:
             for block in part(options, Path(scratch)) if options.only in (None, name) else ():
                 print(block, file=sys.stderr)
                 blocks.append(block)
-    if options.only is not None:
-        return
     cores = f"{len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} threads of torch for everyone."
     packages = ("peft", "safetensors", *(["mergekit"] if has_mergekit() else []))
-    write("merging" + ("-quick" if options.quick else ""), "Speed, memory and accuracy of merging",
+    file = "-".join(["merging", *([options.only] if options.only else []), *(["quick"] if options.quick else [])])
+    write(file, "Speed, memory and accuracy of merging",
           provenance(*packages), cores, *blocks)  # fmt: skip
 
 
