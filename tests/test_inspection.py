@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import sapmerge as sm
+from sapmerge.report import describe
+from tests.conftest import low_rank
 
 from .models import BASE, Block, load, lora, products, save_lora
 
@@ -166,3 +168,8 @@ def test_twins_and_opposites(tmp_path: Path) -> None:
 def test_names_of_adapters_in_a_live_model() -> None:
     model = lora(Net(), 1, targets=["q"], name="mine")
     assert sm.inspect(["mine"], model).adapters[0].source == "PeftModel['mine']"
+
+
+def test_energies_beyond_float64_are_infinite() -> None:
+    layer = sm.Layer("l", (low_rank((4, 4), 2, 0),), weights=(1e200,))
+    assert describe(layer, layer.updates[0], 2, 1.0, {}).energies == {"adapter0": float("inf")}
