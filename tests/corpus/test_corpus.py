@@ -33,7 +33,7 @@ def test_case(case: Case, place: Path) -> None:
             size = on_disk(place / "folder")
         except OSError:
             size = 0
-        assert outcome.seconds < 5 + size / 100e6  # 1.3 at most on an idle machine
+        assert outcome.seconds < 2 + size / 100e6
 
 
 def test_the_size_of_the_corpus() -> None:
