@@ -157,7 +157,7 @@ def main() -> None:
                 blocks.append(block)
     cores = f"{len(os.sched_getaffinity(0))} cores, {torch.get_num_threads()} threads of torch for everyone."
     packages = ("peft", "safetensors", *(["mergekit"] if has_mergekit() else []))
-    file = "-".join(["merging", *([options.only] if options.only else []), *(["quick"] if options.quick else [])])
+    file = "merging" + (f"-{options.only}" if options.only else "") + ("-quick" if options.quick else "")
     write(file, "Speed, memory and accuracy of merging",
           provenance(*packages), cores, *blocks)  # fmt: skip
 

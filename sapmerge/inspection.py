@@ -10,8 +10,9 @@ import torch
 
 from sapmerge.adapter import Adapter
 from sapmerge.errors import IncompatibleAdaptersError
+from sapmerge.geometry import Geometry, geometry, off_diagonal_mean
 from sapmerge.inputs import Adapters, check_mergeable, load_adapters
-from sapmerge.report import Geometry, geometry, off_diagonal_mean, table
+from sapmerge.report import table
 
 __all__ = ["AdapterSummary", "Inspection", "LayerSummary", "inspect"]
 

@@ -68,8 +68,7 @@ def mean_cosine(updates: Sequence[Update]) -> float | None:
         return 0.0
     low = [(update, scale) for update, scale in units if isinstance(update, LowRank)]
     if len(low) == len(units) and sum(update.rank for update, _ in low) < min(low[0][0].shape):
-        B = torch.cat([update.B.double() * scale for update, scale in low], dim=1)
-        size = LowRank(B, torch.cat([update.A.double() for update, _ in low])).norm()
+        size = concatenate([update.to(dtype=torch.float64) for update, _ in low], [scale for _, scale in low]).norm()
     else:
         total = torch.zeros(updates[0].shape, dtype=torch.float64, device=updates[0].device)
         for update, scale in units:

@@ -8,83 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from sapmerge.adapter import Adapter
+from sapmerge.geometry import SAMPLED_ROWS, off_diagonal_mean, share_opposed, sign_counts
 from sapmerge.layer import Layer, Update
-from sapmerge.lowrank import gram, mean_cosine
+from sapmerge.lowrank import mean_cosine
 
-__all__ = ["AdapterReport", "Geometry", "LayerReport", "Report", "geometry", "table"]
-
-_SAMPLED_ROWS = 64
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """How the updates of one layer lie to each other.
-
-    Args:
-        norms: (K,) Frobenius norms.
-        inner: (K, K) inner products <D_i, D_j>.
-        both: (K, K) number of entries where both are non-zero.
-        opposed: (K, K) how many of those have opposite signs.
-    """
-
-    inner: Tensor
-    both: Tensor
-    opposed: Tensor
-
-    @property
-    def norms(self) -> Tensor:
-        return self.inner.diagonal().clamp_min(0).sqrt()
-
-    @property
-    def cosine(self) -> Tensor:
-        """(K, K); 0 where an update is zero."""
-        norms = self.norms
-        scale = norms[:, None] * norms[None, :]
-        return torch.where(scale > 0, self.inner / torch.where(scale > 0, scale, 1.0), 0.0)
-
-    @property
-    def sign_conflict(self) -> Tensor:
-        """(K, K): the share of entries with opposite signs; 1/2 for unrelated updates."""
-        return self.opposed / self.both.clamp_min(1)
-
-    def __add__(self, other: Geometry) -> Geometry:
-        return Geometry(self.inner + other.inner, self.both + other.both, self.opposed + other.opposed)
-
-
-def geometry(updates: Sequence[Update]) -> Geometry:
-    """Of the updates of one layer: inner products by Gram matrices of the factors, and sign conflicts of all rows."""
-    return Geometry(gram(updates), *_signs(updates))
-
-
-def _signs(updates: Sequence[Update], rows: int | None = None) -> tuple[Tensor, Tensor]:
-    """`Geometry.both` and `Geometry.opposed`, row block by row block: never an (m, n) matrix.
-
-    rows: look at that many evenly spaced rows only; None: at all of them.
-    """
-    count, (m, n) = len(updates), updates[0].shape
-    block = max(1, min(_SAMPLED_ROWS, 4_000_000 // max(1, count * n)))
-    looked_at = m if rows is None else min(m, rows, block)
-    index = torch.tensor([row * m // looked_at for row in range(looked_at)])
-    both, opposed = torch.zeros(count, count, dtype=torch.float64), torch.zeros(count, count, dtype=torch.float64)
-    for start in range(0, looked_at, block):
-        chunk = index[start : start + block].to(updates[0].device)
-        signs = torch.stack([update.rows(chunk).flatten() for update in updates]).float().sign_()
-        agreement = (signs @ signs.T).double().cpu()
-        signs.abs_()
-        shared = (signs @ signs.T).double().cpu()
-        both += shared
-        opposed += (shared - agreement) / 2
-    return both, opposed
-
-
-def off_diagonal_mean(matrix: Tensor) -> float | None:
-    """The mean over all pairs i != j; None for a single adapter."""
-    count = len(matrix)
-    return None if count < 2 else float((matrix.sum() - matrix.diagonal().sum()) / (count * (count - 1)))
+__all__ = ["AdapterReport", "LayerReport", "Report", "table"]
 
 
 @dataclass(frozen=True)
@@ -150,7 +79,7 @@ def describe(
     """The report of one layer."""
     there = [k for k, present in enumerate(layer.present) if present] or list(range(len(layer)))
     inputs = [layer.updates[k] for k in there]
-    both, opposed = _signs(inputs, _SAMPLED_ROWS)
+    both, opposed = sign_counts(inputs, SAMPLED_ROWS)
     loud = {layer.adapters[k]: layer.weights[k] * layer.updates[k].norm() for k in there}
     return LayerReport(
         name=layer.name,
@@ -160,7 +89,7 @@ def describe(
         energy_kept=energy_kept,
         norm=merged.norm(),
         cosine=mean_cosine(inputs),
-        sign_conflict=off_diagonal_mean(opposed / both.clamp_min(1)),
+        sign_conflict=off_diagonal_mean(share_opposed(both, opposed)),
         energies=dict.fromkeys(layer.adapters, 0.0) | {label: norm * norm for label, norm in loud.items()},
         notes=notes,
     )

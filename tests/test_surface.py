@@ -28,7 +28,7 @@ MODULES = {
 # A module imports from its own level and from those above it in this table, when it is imported itself. What a function
 # imports when it is called is left out: those are the heavy packages, and the recipes, which know every public name.
 LEVELS = (
-    ("errors", "version", "linalg", "selection", "protocols", "layer", "lowrank", "cores", "recipe"),
+    ("errors", "version", "linalg", "selection", "protocols", "layer", "lowrank", "cores", "geometry", "recipe"),
     ("io", "adapter"),
     (
         "masks",
