@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sapmerge as sm
 from sapmerge import contrib, methods
-from sapmerge.recipe import recipe
+from sapmerge.core.part import recipe
+from sapmerge.parsing import CALLABLE
 from tests.conftest import LinearLoss, make_layers, run
 
 PAGE = Path(__file__).parent / "methods.md"
@@ -368,7 +369,7 @@ def _parts() -> Iterator[str]:
     """Every public part that is no method, by the file that it is in."""
     files: dict[str, list[str]] = {}
     named = {name for package in (methods, contrib) for name in package.__all__}
-    for name in sorted(sm.RECIPE_NAMES - {name for name in named if inspect.isfunction(getattr(sm, name))}):
+    for name in sorted(CALLABLE.keys() - {name for name in named if inspect.isfunction(getattr(sm, name))}):
         files.setdefault(getattr(sm, name).__module__, []).append(name)
     yield "\n## All parts\n"
     yield "What a recipe may call besides the methods, by file. `help(sm.TopFraction)` tells the arguments of one."

@@ -1,119 +1,215 @@
 """sapmerge merges LoRA adapters: `merge(adapters, anchor_loader, model)`, made of composable primitives.
 
-The names below are the public surface; `merging.py` is the place to start reading.
+The names below are the public surface. The folders are sentences of the README: `core` (updates and layers), `parts`
+(the primitives), `anchors` (gradients and losses), `io` (files), `methods` and `contrib` (the named methods), `merging`
+(how a merge runs). `merging/merge.py` is the place to start reading.
 """
 
-from sapmerge import (
-    adapter,
-    anchors,
-    bases,
-    chances,
-    compose,
-    contrib,
-    depth,
-    entrywise,
-    errors,
-    inspection,
-    layer,
-    masks,
-    mergers,
-    merging,
-    methods,
-    outliers,
-    prune,
-    rankwise,
-    rescalers,
-    robust,
-    scorers,
-    spectral,
-    subspaces,
-    transforms,
-    units,
-    verification,
-)
-from sapmerge.adapter import *
-from sapmerge.anchors import *
-from sapmerge.bases import *
-from sapmerge.chances import *
-from sapmerge.compose import *
+from sapmerge import anchors as anchors
+from sapmerge import contrib, methods
+from sapmerge.anchors.loading import from_pairs
+from sapmerge.anchors.runner import Anchors
 from sapmerge.contrib import *
-from sapmerge.depth import *
-from sapmerge.entrywise import *
-from sapmerge.errors import *
-from sapmerge.inspection import *
-from sapmerge.layer import *
-from sapmerge.masks import *
-from sapmerge.mergers import *
-from sapmerge.merging import *
+from sapmerge.core.frames import Frames
+from sapmerge.core.layer import Layer
+from sapmerge.core.part import Mapped, prepare
+from sapmerge.core.protocols import (
+    AnchorPass,
+    Basis,
+    Coordinates,
+    GradientView,
+    LayerStream,
+    MaskBuilder,
+    Merger,
+    Method,
+    Observation,
+    Rescaler,
+    Scorer,
+    Stats,
+    Transform,
+    Units,
+)
+from sapmerge.core.updates import Dense, LowRank, Update, absent
+from sapmerge.errors import (
+    AdapterConfigError,
+    AdapterFormatError,
+    AdapterSecurityError,
+    AnchorError,
+    IncompatibleAdaptersError,
+    InputChangedError,
+    LimitExceededError,
+    MethodError,
+    ModelMismatchError,
+    NonFiniteError,
+    OutputError,
+    OutputExistsError,
+    SapmergeError,
+    SapmergeWarning,
+)
+from sapmerge.io.adapter import Adapter
+from sapmerge.io.contents import Module, SavedTensor
+from sapmerge.io.files import Limits
+from sapmerge.losses import alignment, centered_alignment, contrastive, entropy, language_modeling, outputs_only
+from sapmerge.merging.inspection import AdapterSummary, Inspection, LayerSummary, inspect
+from sapmerge.merging.merge import Merged, merge
+from sapmerge.merging.verification import reproduce, verify
 from sapmerge.methods import *
-from sapmerge.outliers import *
-from sapmerge.prune import *
-from sapmerge.rankwise import *
-from sapmerge.recipe import parse
-from sapmerge.rescalers import *
-from sapmerge.robust import *
-from sapmerge.scorers import *
-from sapmerge.spectral import *
-from sapmerge.subspaces import *
-from sapmerge.transforms import *
-from sapmerge.units import *
-from sapmerge.verification import *
+from sapmerge.parsing import parse
+from sapmerge.parts.bases import CoreSpace, SharedBasis, TuckerSpace
+from sapmerge.parts.chances import Flip, MagnitudeChance, RankChance
+from sapmerge.parts.masks import DropOutliers, NtoM, PerRow, Reciprocal, Threshold, TopFraction, TopWithTies
+from sapmerge.parts.mergers.cover_space import InCoverSpace
+from sapmerge.parts.mergers.entrywise import CoordinateMedian, TrimmedMean
+from sapmerge.parts.mergers.factors import ClusterUnits, RobustFactors, RobustSum
+from sapmerge.parts.mergers.fisher import FisherMean
+from sapmerge.parts.mergers.linear import DisjointMax, DisjointMean, FactorMean, FactorSum, Mean, Sum
+from sapmerge.parts.mergers.regmean import RegMean
+from sapmerge.parts.mergers.robust import GeometricMedian, Krum, ModelStock, Slerp
+from sapmerge.parts.mergers.spectral import CART, Decorrelate, Isotropic, IsotropicCommonSpecific
+from sapmerge.parts.prune import Prune
+from sapmerge.parts.rescalers import Divide, Keep, MatchNorm
+from sapmerge.parts.scaling import MatchEnergy, ScaleByAnchors, ScaleByDepth
+from sapmerge.parts.scorers import SNIP, Activation, Fisher, Magnitude, PerSampleTaylor, Random, SignedTaylor, Taylor
+from sapmerge.parts.transforms import Consensus, ElectSign, RoundOff, Select, SmoothSpectrum, WeighByEnergy
+from sapmerge.parts.tuning import Tune
+from sapmerge.parts.units import Directions, Entries, Factors, Layers
+from sapmerge.parts.weighting import CapShare, ClipNorms, WeighByAgreement, WeighByAnchors
+from sapmerge.parts.wrappers import ByModule, Chain, In
 from sapmerge.version import __version__
 
-RECIPE_NAMES = frozenset(
-    name
-    for module in (
-        anchors,
-        bases,
-        chances,
-        compose,
-        contrib,
-        depth,
-        entrywise,
-        masks,
-        mergers,
-        methods,
-        outliers,
-        prune,
-        rankwise,
-        rescalers,
-        robust,
-        scorers,
-        spectral,
-        subspaces,
-        transforms,
-        units,
-    )
-    for name in module.__all__
-    if name
-    not in ("Anchors", "Basis", "Coordinates", "Frames", "GradientView", "Mapped", "Units", "from_pairs", "prepare")
-)
-"""What a recipe may call: every primitive, wrapper and method."""
-
-__all__ = ["__version__", "parse"]
-__all__ += adapter.__all__
-__all__ += anchors.__all__
-__all__ += bases.__all__
-__all__ += chances.__all__
-__all__ += compose.__all__
+__all__ = [
+    # a merge: adapters in, one adapter out
+    "Adapter",
+    "AdapterSummary",
+    "Inspection",
+    "LayerSummary",
+    "Limits",
+    "Merged",
+    "Module",
+    "SavedTensor",
+    "__version__",
+    "inspect",
+    "merge",
+    "parse",
+    "reproduce",
+    "verify",
+    # updates, layers, and what each kind of part is
+    "AnchorPass",
+    "Basis",
+    "Coordinates",
+    "Dense",
+    "Frames",
+    "GradientView",
+    "Layer",
+    "LayerStream",
+    "LowRank",
+    "Mapped",
+    "MaskBuilder",
+    "Merger",
+    "Method",
+    "Observation",
+    "Rescaler",
+    "Scorer",
+    "Stats",
+    "Transform",
+    "Units",
+    "Update",
+    "absent",
+    "prepare",
+    # the primitives
+    "Activation",
+    "ByModule",
+    "CART",
+    "CapShare",
+    "Chain",
+    "ClipNorms",
+    "ClusterUnits",
+    "Consensus",
+    "CoordinateMedian",
+    "CoreSpace",
+    "Decorrelate",
+    "Directions",
+    "DisjointMax",
+    "DisjointMean",
+    "Divide",
+    "DropOutliers",
+    "ElectSign",
+    "Entries",
+    "FactorMean",
+    "FactorSum",
+    "Factors",
+    "Fisher",
+    "FisherMean",
+    "Flip",
+    "GeometricMedian",
+    "In",
+    "InCoverSpace",
+    "Isotropic",
+    "IsotropicCommonSpecific",
+    "Keep",
+    "Krum",
+    "Layers",
+    "Magnitude",
+    "MagnitudeChance",
+    "MatchEnergy",
+    "MatchNorm",
+    "Mean",
+    "ModelStock",
+    "NtoM",
+    "PerRow",
+    "PerSampleTaylor",
+    "Prune",
+    "Random",
+    "RankChance",
+    "Reciprocal",
+    "RegMean",
+    "RobustFactors",
+    "RobustSum",
+    "RoundOff",
+    "SNIP",
+    "ScaleByAnchors",
+    "ScaleByDepth",
+    "Select",
+    "SharedBasis",
+    "SignedTaylor",
+    "Slerp",
+    "SmoothSpectrum",
+    "Sum",
+    "Taylor",
+    "Threshold",
+    "TopFraction",
+    "TopWithTies",
+    "TrimmedMean",
+    "TuckerSpace",
+    "Tune",
+    "WeighByAgreement",
+    "WeighByAnchors",
+    "WeighByEnergy",
+    # anchors and their losses
+    "Anchors",
+    "alignment",
+    "centered_alignment",
+    "contrastive",
+    "entropy",
+    "from_pairs",
+    "language_modeling",
+    "outputs_only",
+    # errors and warnings
+    "AdapterConfigError",
+    "AdapterFormatError",
+    "AdapterSecurityError",
+    "AnchorError",
+    "IncompatibleAdaptersError",
+    "InputChangedError",
+    "LimitExceededError",
+    "MethodError",
+    "ModelMismatchError",
+    "NonFiniteError",
+    "OutputError",
+    "OutputExistsError",
+    "SapmergeError",
+    "SapmergeWarning",
+]
+# The methods, each named in its own file.
 __all__ += contrib.__all__
-__all__ += depth.__all__
-__all__ += entrywise.__all__
-__all__ += errors.__all__
-__all__ += inspection.__all__
-__all__ += layer.__all__
-__all__ += masks.__all__
-__all__ += mergers.__all__
-__all__ += merging.__all__
 __all__ += methods.__all__
-__all__ += outliers.__all__
-__all__ += prune.__all__
-__all__ += rankwise.__all__
-__all__ += rescalers.__all__
-__all__ += robust.__all__
-__all__ += scorers.__all__
-__all__ += spectral.__all__
-__all__ += subspaces.__all__
-__all__ += transforms.__all__
-__all__ += units.__all__
-__all__ += verification.__all__

@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import sapmerge
-from sapmerge import contrib, methods, verification
+from sapmerge import contrib, methods
+from sapmerge.core.protocols import Method
 from sapmerge.errors import MethodError, OutputError, SapmergeError, SapmergeWarning
-from sapmerge.layer import Method
+from sapmerge.merging import verification
 
 __all__ = ["main"]
 

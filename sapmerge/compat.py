@@ -10,12 +10,12 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from sapmerge.adapter import Adapter
+from sapmerge.core.protocols import Method
 from sapmerge.errors import MethodError, ModelMismatchError, OutputExistsError, SapmergeWarning
-from sapmerge.layer import Method
-from sapmerge.masks import check_density
-from sapmerge.merging import merge
+from sapmerge.io.adapter import Adapter
+from sapmerge.merging.merge import merge
 from sapmerge.methods import dare, dare_ties, magnitude_prune, task_arithmetic, ties
+from sapmerge.parts.masks import check_density
 
 __all__ = ["COMBINATION_TYPES", "add_weighted_adapter"]
 

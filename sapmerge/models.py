@@ -8,9 +8,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from sapmerge.adapter import Module
 from sapmerge.errors import ModelMismatchError
-from sapmerge.io.spelling import canonical
+from sapmerge.io.contents import Module
+from sapmerge.io.names import canonical
 
 __all__ = [
     "base_of",

@@ -25,19 +25,19 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 READERS = (
-    "ambiguity",
     "config",
     "consistency",
-    "container",
     "contents",
+    "files",
     "header",
     "keys",
     "measuring",
     "patterns",
     "pickles",
-    "strictjson",
+    "regex_safety",
+    "strict_json",
 )
-FILES = (*(f"sapmerge/io/{name}.py" for name in READERS), "sapmerge/adapter.py")
+FILES = (*(f"sapmerge/io/{name}.py" for name in READERS), "sapmerge/io/adapter.py")
 # Calls that never return: they are checks as much as a `raise` is.
 REFUSERS = ("fail", "_refuse", "_refuse_stray")
 # Heavy, and no check stands or falls with them alone.

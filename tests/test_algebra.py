@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import sapmerge as sm
-from sapmerge.linalg import qr, top_svd
-from sapmerge.lowrank import balanced, concatenate, gram, inner, mean_cosine, truncate
+from sapmerge.core import updates
+from sapmerge.core.linalg import qr, top_svd
+from sapmerge.core.lowrank import balanced, concatenate, gram, inner, mean_cosine, truncate
 from tests import oracles
 from tests.conftest import error, low_rank
 
@@ -92,7 +93,7 @@ def test_mean_cosine_of_updates_that_are_zero_but_for_rounding() -> None:
 
 def test_a_rank_above_the_sides(monkeypatch: pytest.MonkeyPatch) -> None:
     """The product is made of some columns at a time."""
-    monkeypatch.setattr(sm.layer, "_COLUMNS", 4)
+    monkeypatch.setattr(updates, "_COLUMNS", 4)
     update = low_rank((6, 5), 11, 0)
     assert update.norm() == pytest.approx(float(np.linalg.norm(update.dense().numpy())), rel=1e-12)
     np.testing.assert_allclose(update.svd()[1], np.linalg.svd(update.dense().numpy(), compute_uv=False), rtol=1e-12)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import sapmerge as sm
-from sapmerge.lowrank import truncate
+from sapmerge.core.lowrank import truncate
 from tests import oracles
 from tests.conftest import error, run
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sapmerge as sm
-from sapmerge.adapter import Adapter
+from sapmerge.io.adapter import Adapter
 from tests.conftest import dense, low_rank, make_layers, run
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import sapmerge as sm
-from sapmerge.report import describe
+from sapmerge.merging.report import describe
 from tests.conftest import low_rank
 
 from .models import BASE, Block, load, lora, products, save_lora

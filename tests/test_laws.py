@@ -12,8 +12,8 @@ import torch
 
 import sapmerge as sm
 from sapmerge import contrib, methods
-from sapmerge.linalg import one_thread
-from sapmerge.recipe import parts
+from sapmerge.core.linalg import one_thread
+from sapmerge.core.part import parts
 from tests import conftest, oracles
 from tests.conftest import SHAPES, dense, error, low_rank, make_layers
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import sapmerge as sm
-from sapmerge.anchors import alignment, centered_alignment
+from sapmerge.losses import alignment, centered_alignment
 from tests.anchors import models
 from tests.conftest import dense, error, low_rank, make_layers, run
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import sapmerge as sm
 from sapmerge.errors import MethodError, NonFiniteError
+from sapmerge.parts.mergers import linear
 from tests import oracles
 from tests.conftest import View, dense, error, low_rank, make_layers, run
 
@@ -73,7 +74,7 @@ def test_disjoint_mean_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
     count = (np.abs(factors) * (stack.numpy() != 0)).sum(0)
     wanted = (factors * stack.double().numpy()).sum(0) / np.where(count > 0, count, 1)
     for block in (1, 10, 12, 1 << 17):
-        monkeypatch.setattr(sm.mergers, "_BLOCK", block)
+        monkeypatch.setattr(linear, "_BLOCK", block)
         np.testing.assert_allclose(sm.DisjointMean()(layer).dense().numpy(), wanted, atol=1e-6)
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 import sapmerge as sm
 from sapmerge import methods
+from sapmerge.core.part import parts, recipe
 from sapmerge.errors import MethodError
-from sapmerge.recipe import parts, recipe
 from tests.conftest import LinearLoss, dense, make_layers, run
 
 pytestmark = pytest.mark.filterwarnings("ignore:A and B are merged apart")  # factor_average says so
@@ -181,7 +181,10 @@ def test_refused(text: str) -> None:
         "seed_of",
         "SapmergeError",
         "_public",
-        "RECIPE_NAMES",
+        "CALLABLE",
+        "outputs_only",
+        "alignment",
+        "from_pairs",
     ],
 )
 def test_only_parts_and_methods_can_be_called(name: str) -> None:

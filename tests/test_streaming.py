@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import sapmerge as sm
-from sapmerge import linalg
-from sapmerge.lowrank import gram, inner
-from sapmerge.merging import merge
-from sapmerge.stream import in_order
+from sapmerge.core import linalg
+from sapmerge.core.lowrank import gram, inner
+from sapmerge.merging.merge import merge
+from sapmerge.merging.stream import in_order
 from tests.conftest import error, low_rank
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import sapmerge as sm
 from sapmerge.cli import main
-from sapmerge.verification import reproduce, verify
+from sapmerge.merging.verification import reproduce, verify
 
 
 def write_adapter(path: Path, seed: int, rank: int = 3) -> Path:

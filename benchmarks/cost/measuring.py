@@ -18,8 +18,8 @@ from process import memory
 
 import sapmerge as sm
 from cost.setups import Setup
-from sapmerge.anchors import alignment, language_modeling
-from sapmerge.stream import AdapterLayers
+from sapmerge.losses import alignment, language_modeling
+from sapmerge.merging.stream import AdapterLayers
 
 Work = Callable[[], object]
 

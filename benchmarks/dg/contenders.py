@@ -10,8 +10,9 @@ from torch import Tensor
 
 import sapmerge as sm
 from dg.trial import MATCHED, Contender
-from sapmerge.anchors import FisherMean, RegMean
-from sapmerge.recipe import parts
+from sapmerge.core.part import parts
+from sapmerge.parts.mergers.fisher import FisherMean
+from sapmerge.parts.mergers.regmean import RegMean
 
 __all__ = ["Contender", "contrib", "library", "main", "study", "tuned", "unequal", "without"]
 

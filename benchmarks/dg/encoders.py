@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sapmerge.anchors.losses import embedding
+from sapmerge.losses import embedding
 
 __all__ = ["Clip", "Encoder", "TinyDualEncoder", "accuracy", "predictions", "tiny", "unit"]
 

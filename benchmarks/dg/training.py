@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from dg.data import Domain
 from dg.encoders import Encoder
-from sapmerge.anchors.losses import embedding
+from sapmerge.losses import embedding
 
 __all__ = ["REGIMES", "Regime", "train"]
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import sapmerge as sm
 from dg.data import Domain, Task
 from dg.encoders import Encoder, accuracy
-from sapmerge.recipe import recipe
+from sapmerge.core.part import recipe
 
 __all__ = ["AS_IS", "MATCHED", "Contender", "Place", "Server"]
 

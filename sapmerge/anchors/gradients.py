@@ -14,19 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sapmerge.bases import Frames
+from sapmerge.core.frames import Frames
+from sapmerge.core.linalg import wide
+from sapmerge.core.updates import LowRank, Update
 from sapmerge.errors import AnchorError
-from sapmerge.layer import LowRank, Update
 
-__all__ = ["Call", "TokenGradient", "embed_scale", "token_gradient", "wide"]
+__all__ = ["Call", "TokenGradient", "embed_scale", "token_gradient"]
 
 Call = tuple[Tensor, Tensor]
 """(input, gradient of the output) of one call of a module."""
-
-
-def wide(tensor: Tensor) -> Tensor:
-    """float32, or float64 where it is that already: half-precision gradients are never summed as they are."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,9 +13,9 @@ from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 from sapmerge.anchors.gradients import Call, embed_scale
+from sapmerge.core.linalg import all_threads, finite
+from sapmerge.core.updates import LowRank, Update
 from sapmerge.errors import AnchorError, NonFiniteError
-from sapmerge.layer import LowRank, Update
-from sapmerge.linalg import all_threads, finite
 from sapmerge.models import base_of, weight_view
 
 __all__ = ["Watch", "attached", "check_base", "frozen"]

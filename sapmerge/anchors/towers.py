@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sapmerge.anchors.hooks import removed
-from sapmerge.anchors.losses import INPUTS, embedding
+from sapmerge.losses import INPUTS, embedding
 
 __all__ = ["embedded", "stand_in"]
 

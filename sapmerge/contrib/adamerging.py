@@ -8,12 +8,14 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from sapmerge.anchors.tuning import outermost
-from sapmerge.compose import Chain, anchors_of
+from sapmerge.core.layer import Layer
+from sapmerge.core.lowrank import weighted_sum
+from sapmerge.core.part import part
+from sapmerge.core.protocols import LayerStream, Method
 from sapmerge.errors import MethodError
-from sapmerge.layer import Layer, LayerStream, Method
-from sapmerge.mergers import Sum, weighted_sum
-from sapmerge.recipe import part
+from sapmerge.parts.mergers.linear import Sum
+from sapmerge.parts.tuning import outermost
+from sapmerge.parts.wrappers import Chain, anchors_of
 
 __all__ = ["FitCoefficients", "adamerging"]
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from sapmerge.compose import In
-from sapmerge.layer import Method
+from sapmerge.core.protocols import Method
 from sapmerge.methods.pruning import ties
-from sapmerge.subspaces import TuckerSpace
+from sapmerge.parts.bases import TuckerSpace
+from sapmerge.parts.wrappers import In
 
 __all__ = ["ctm"]
 

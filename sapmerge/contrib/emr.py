@@ -7,11 +7,13 @@ from dataclasses import field, replace
 
 import torch
 
-from sapmerge.compose import Chain
-from sapmerge.layer import Dense, Layer, LayerStream, Method, Update
-from sapmerge.mergers import DisjointMax
-from sapmerge.recipe import part
-from sapmerge.transforms import ElectSign
+from sapmerge.core.layer import Layer
+from sapmerge.core.part import part
+from sapmerge.core.protocols import LayerStream, Method
+from sapmerge.core.updates import Dense, Update
+from sapmerge.parts.mergers.linear import DisjointMax
+from sapmerge.parts.transforms import ElectSign
+from sapmerge.parts.wrappers import Chain
 
 __all__ = ["Unify", "emr"]
 

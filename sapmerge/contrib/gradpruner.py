@@ -9,15 +9,17 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from sapmerge.compose import Chain
-from sapmerge.depth import block_of
+from sapmerge.core.layer import Layer
+from sapmerge.core.part import part
+from sapmerge.core.protocols import LayerStream, Merger, Method, Scorer, Stats, Units
+from sapmerge.core.updates import zero_of
 from sapmerge.errors import MethodError, NonFiniteError
-from sapmerge.layer import Layer, LayerStream, Merger, Method, Scorer, Stats, zero_of
-from sapmerge.masks import TopFraction, check_density
-from sapmerge.mergers import Mean
-from sapmerge.prune import stats_of
-from sapmerge.recipe import part
-from sapmerge.units import Factors, Units
+from sapmerge.parts.masks import TopFraction, check_density
+from sapmerge.parts.mergers.linear import Mean
+from sapmerge.parts.prune import stats_of
+from sapmerge.parts.scaling import block_of
+from sapmerge.parts.units import Factors
+from sapmerge.parts.wrappers import Chain
 
 __all__ = ["GradientProduct", "PruneLayers", "Summed", "gradpruner"]
 

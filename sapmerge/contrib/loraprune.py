@@ -8,16 +8,18 @@ from dataclasses import field, replace
 import torch
 from torch import Tensor
 
-from sapmerge.compose import Chain
+from sapmerge.core.layer import Layer
+from sapmerge.core.linalg import norm
+from sapmerge.core.part import part
+from sapmerge.core.protocols import LayerStream, MaskBuilder, Merger, Method, Rescaler
+from sapmerge.core.updates import LowRank, Update
 from sapmerge.errors import MethodError
-from sapmerge.layer import Layer, LayerStream, LowRank, MaskBuilder, Merger, Method, Rescaler, Update
-from sapmerge.linalg import norm
-from sapmerge.masks import TopFraction
-from sapmerge.mergers import Mean
-from sapmerge.prune import stats_of
-from sapmerge.recipe import part
-from sapmerge.rescalers import MatchNorm
-from sapmerge.units import Factors
+from sapmerge.parts.masks import TopFraction
+from sapmerge.parts.mergers.linear import Mean
+from sapmerge.parts.prune import stats_of
+from sapmerge.parts.rescalers import MatchNorm
+from sapmerge.parts.units import Factors
+from sapmerge.parts.wrappers import Chain
 
 __all__ = ["PruneGroups", "loraprune"]
 

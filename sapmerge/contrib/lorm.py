@@ -8,12 +8,14 @@ from dataclasses import field, replace
 import torch
 from torch import Tensor
 
-from sapmerge.anchors.regression import NormalEquations, check_reduction, each_gram, inverse, reduced, times
-from sapmerge.compose import Chain
+from sapmerge.core.layer import Layer
+from sapmerge.core.linalg import RTOL, norm
+from sapmerge.core.part import part
+from sapmerge.core.protocols import LayerStream, Method
+from sapmerge.core.updates import LowRank, Update, zero_of
 from sapmerge.errors import MethodError
-from sapmerge.layer import Layer, LayerStream, LowRank, Method, Update, zero_of
-from sapmerge.linalg import RTOL, norm
-from sapmerge.recipe import part
+from sapmerge.parts.mergers.regmean import NormalEquations, check_reduction, each_gram, inverse, reduced, times
+from sapmerge.parts.wrappers import Chain
 
 __all__ = ["LoRMA", "LoRMB", "lorm"]
 

@@ -9,26 +9,17 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from sapmerge.compose import Chain, Mapped
+from sapmerge.core.layer import Layer
+from sapmerge.core.part import Mapped, part
+from sapmerge.core.protocols import LayerStream, MaskBuilder, Merger, Method, Observation, Rescaler
+from sapmerge.core.updates import Dense, Update, zero_of
 from sapmerge.errors import MethodError, NonFiniteError
-from sapmerge.layer import (
-    Dense,
-    Layer,
-    LayerStream,
-    MaskBuilder,
-    Merger,
-    Method,
-    Observation,
-    Rescaler,
-    Update,
-    zero_of,
-)
-from sapmerge.masks import TopFraction
-from sapmerge.mergers import Mean
-from sapmerge.prune import PackedMask, stats_of
-from sapmerge.recipe import part
-from sapmerge.rescalers import Keep
-from sapmerge.units import Entries
+from sapmerge.parts.masks import TopFraction
+from sapmerge.parts.mergers.linear import Mean
+from sapmerge.parts.prune import PackedMask, stats_of
+from sapmerge.parts.rescalers import Keep
+from sapmerge.parts.units import Entries
+from sapmerge.parts.wrappers import Chain
 
 __all__ = ["Displacement", "LossDecrease", "PruneRuns", "movement"]
 

@@ -9,12 +9,14 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from sapmerge.compose import Chain
+from sapmerge.core.layer import Layer
+from sapmerge.core.part import part
+from sapmerge.core.protocols import LayerStream, Method
+from sapmerge.core.selection import kth_largest
+from sapmerge.core.updates import Dense, Update
 from sapmerge.errors import MethodError
-from sapmerge.layer import Dense, Layer, LayerStream, Method, Update
-from sapmerge.masks import check_density, count_kept
-from sapmerge.recipe import part
-from sapmerge.selection import kth_largest
+from sapmerge.parts.masks import check_density, count_kept
+from sapmerge.parts.wrappers import Chain
 
 __all__ = ["Compete", "ExpSquare", "TanhMixed", "TanhNormalised", "TanhRaw", "pcb"]
 

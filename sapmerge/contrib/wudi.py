@@ -7,12 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sapmerge.compose import Chain
+from sapmerge.core.layer import Layer
+from sapmerge.core.linalg import RTOL, norm, numerical_rank, qr, svd
+from sapmerge.core.lowrank import weighted_sum
+from sapmerge.core.part import part
+from sapmerge.core.protocols import Method
+from sapmerge.core.updates import Dense, LowRank, Update, zero_of
 from sapmerge.errors import MethodError
-from sapmerge.layer import Dense, Layer, LowRank, Method, Update, zero_of
-from sapmerge.linalg import RTOL, norm, numerical_rank, qr, svd
-from sapmerge.mergers import weighted_sum
-from sapmerge.recipe import part
+from sapmerge.parts.wrappers import Chain
 
 __all__ = ["WUDI", "WUDISteps", "wudi"]
 

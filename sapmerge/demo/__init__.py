@@ -25,7 +25,7 @@ from sapmerge.demo.extras import require_extras
 from sapmerge.demo.report import DemoResult, draw
 from sapmerge.demo.training import Plan, accuracy, train_adapter, train_base
 from sapmerge.errors import MethodError, OutputExistsError
-from sapmerge.merging import merge
+from sapmerge.merging.merge import merge
 
 __all__ = ["DemoResult", "METHODS", "run"]
 

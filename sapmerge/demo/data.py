@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
+from sapmerge.core.layer import seed_of
 from sapmerge.demo.domains import DOMAINS, Style, generic, render
 from sapmerge.demo.extras import extra
-from sapmerge.layer import seed_of
 
 __all__ = [
     "CLASSES",

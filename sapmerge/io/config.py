@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import NoReturn, cast
 
 from sapmerge.errors import AdapterConfigError, AdapterSecurityError, SapmergeWarning
-from sapmerge.io.container import shown
+from sapmerge.io.files import shown
 
 __all__ = ["Settings", "settings"]
 

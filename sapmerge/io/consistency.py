@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from sapmerge.errors import AdapterConfigError, SapmergeWarning
 from sapmerge.io.config import Settings
-from sapmerge.io.container import Limits, shown
+from sapmerge.io.files import Limits, shown
 from sapmerge.io.keys import Pair
 from sapmerge.io.patterns import Budget, Pattern, Selection, matching, tail_patterns
 

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 
 import torch
 
+from sapmerge.core.linalg import factor_inner
+from sapmerge.core.updates import LowRank
 from sapmerge.errors import AdapterFormatError, NonFiniteError, SapmergeWarning
 from sapmerge.io.config import Settings
 from sapmerge.io.consistency import check
-from sapmerge.io.container import Limits, Weights, shown
+from sapmerge.io.files import Limits, Weights, shown
 from sapmerge.io.keys import sort_tensors
-from sapmerge.io.spelling import canonical
-from sapmerge.layer import LowRank
-from sapmerge.linalg import factor_inner
+from sapmerge.io.names import canonical
 
 __all__ = ["Contents", "Module", "SavedTensor", "sort_contents"]
 

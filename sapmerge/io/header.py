@@ -15,7 +15,8 @@ from typing import cast
 import torch
 
 from sapmerge.errors import AdapterFormatError, LimitExceededError
-from sapmerge.io.container import Entry, Limits, RegularFile, StoredWeights, shown
+from sapmerge.io.files import Limits, RegularFile, StoredWeights, shown
+from sapmerge.io.measuring import Entry
 
 __all__ = ["open_weights"]
 

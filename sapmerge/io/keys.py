@@ -13,7 +13,8 @@ from typing import NoReturn
 import torch
 
 from sapmerge.errors import AdapterConfigError, AdapterFormatError, AdapterSecurityError, LimitExceededError
-from sapmerge.io.container import Entry, Limits, Weights, shown
+from sapmerge.io.files import Limits, Weights, shown
+from sapmerge.io.measuring import Entry
 
 __all__ = ["Pair", "Sorted", "sort_tensors"]
 

@@ -6,16 +6,13 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from sapmerge.errors import AdapterConfigError, MethodError
-from sapmerge.io.container import shown
 from sapmerge.io.contents import Module
-
-if TYPE_CHECKING:
-    from torch import nn
+from sapmerge.io.files import shown
 
 __all__ = ["check_live_scaling", "config_bytes", "live_adapter"]
 

@@ -13,8 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from sapmerge.errors import AdapterConfigError, LimitExceededError
-from sapmerge.io.ambiguity import why_slow
-from sapmerge.io.container import Limits, shown
+from sapmerge.io.files import Limits, shown
+from sapmerge.io.regex_safety import why_slow
 
 if TYPE_CHECKING:
     from regex import Match

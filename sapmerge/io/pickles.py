@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sapmerge.errors import AdapterFormatError, AdapterSecurityError, LimitExceededError
-from sapmerge.io.container import HeldWeights, Limits, RegularFile, shown
+from sapmerge.io.files import HeldWeights, Limits, RegularFile, shown
 
 __all__ = ["held", "open_pickle"]
 

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from sapmerge.adapter import CONFIG, WEIGHTS, Adapter
 from sapmerge.errors import AdapterFormatError
-from sapmerge.io.container import RegularFile, shown
+from sapmerge.io.adapter import CONFIG, WEIGHTS, Adapter
+from sapmerge.io.files import RegularFile, shown
 from sapmerge.io.writing import CONFIG_DIGEST_KEY, TENSORS_DIGEST_KEY, digest_of
 
 __all__ = ["Provenance", "read_provenance"]

@@ -18,11 +18,11 @@ from typing import NamedTuple
 import torch
 from typing_extensions import Self
 
+from sapmerge.core.linalg import finite
 from sapmerge.errors import NonFiniteError, OutputError
 from sapmerge.io.atomic import CONFIG_NAME, StagedFolder, explained, write_all
-from sapmerge.linalg import finite
 
-__all__ = ["CONFIG_DIGEST_KEY", "TENSORS_DIGEST_KEY", "CheckpointWriter", "digest_of"]
+__all__ = ["CONFIG_DIGEST_KEY", "CheckpointWriter", "TENSORS_DIGEST_KEY", "digest_of"]
 
 CONFIG_DIGEST_KEY, TENSORS_DIGEST_KEY = "sapmerge.config_sha256", "sapmerge.tensors_sha256"
 _TENSORS_NAME, _CARD_NAME, _SCRATCH_NAME = "adapter_model.safetensors", "README.md", "tensors.tmp"

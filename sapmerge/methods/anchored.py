@@ -6,22 +6,21 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
-from sapmerge.anchors.fishers import FisherMean
-from sapmerge.anchors.regression import RegMean
-from sapmerge.anchors.scaling import ScaleByAnchors
-from sapmerge.anchors.tuning import Tune
-from sapmerge.anchors.weighing import WeighByAnchors
-from sapmerge.compose import Chain
-from sapmerge.layer import Merger, Method, Rescaler, Scorer
-from sapmerge.masks import TopFraction
-from sapmerge.mergers import Mean
-from sapmerge.outliers import ClipNorms, WeighByAgreement
-from sapmerge.prune import Prune
-from sapmerge.recipe import recipe
-from sapmerge.rescalers import MatchNorm
-from sapmerge.scorers import Taylor
-from sapmerge.spectral import Decorrelate
-from sapmerge.units import Entries, Factors, Layers, Units
+from sapmerge.core.part import recipe
+from sapmerge.core.protocols import Merger, Method, Rescaler, Scorer, Units
+from sapmerge.parts.masks import TopFraction
+from sapmerge.parts.mergers.fisher import FisherMean
+from sapmerge.parts.mergers.linear import Mean
+from sapmerge.parts.mergers.regmean import RegMean
+from sapmerge.parts.mergers.spectral import Decorrelate
+from sapmerge.parts.prune import Prune
+from sapmerge.parts.rescalers import MatchNorm
+from sapmerge.parts.scaling import ScaleByAnchors
+from sapmerge.parts.scorers import Taylor
+from sapmerge.parts.tuning import Tune
+from sapmerge.parts.units import Entries, Factors, Layers
+from sapmerge.parts.weighting import ClipNorms, WeighByAgreement, WeighByAnchors
+from sapmerge.parts.wrappers import Chain
 
 __all__ = ["fisher", "regmean", "sap", "sap_original", "tune"]
 

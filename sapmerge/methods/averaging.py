@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from sapmerge.compose import Chain
-from sapmerge.entrywise import CoordinateMedian, TrimmedMean
-from sapmerge.layer import Method
-from sapmerge.mergers import FactorMean, Mean, Sum
-from sapmerge.robust import GeometricMedian, Krum, ModelStock, Slerp
+from sapmerge.core.protocols import Method
+from sapmerge.parts.mergers.entrywise import CoordinateMedian, TrimmedMean
+from sapmerge.parts.mergers.linear import FactorMean, Mean, Sum
+from sapmerge.parts.mergers.robust import GeometricMedian, Krum, ModelStock, Slerp
+from sapmerge.parts.scaling import ScaleByDepth
+from sapmerge.parts.wrappers import Chain
 
 __all__ = [
     "coordinate_median",
     "factor_average",
     "geometric_median",
     "krum",
+    "lines",
     "mean",
     "model_stock",
     "slerp",
@@ -118,3 +120,25 @@ def krum(byzantine: int | None = None, select: int = 1, scope: str = "adapter") 
     Source: Blanchard et al., "Machine learning with adversaries", https://arxiv.org/abs/1703.02757
     """
     return Chain(Krum(byzantine, select, scope))
+
+
+def lines(method: Method | None = None, alpha: float | str = 0.5, beta: float = 0.5) -> Method:
+    """LiNeS: scale the result of any method linearly with depth; early layers, which are shared, move least.
+
+        D^l -> (alpha + beta l / (L - 1)) D^l in block l of L, alpha D outside of the blocks
+
+    Args:
+        method: `task_arithmetic()` by default.
+        alpha: the factor of the first block. "norm" is the authors' choice for several adapters: the sum of magnitudes
+            of sum_k w_k D_k over that of the merged update, divided by the number of adapters.
+        beta: what the last block gets on top. The authors search it on validation data; for one model they take
+            1 - alpha, which is the default.
+
+    The authors find the block by the first ".{l}." in a name, l below the number of blocks of a ViT: ".1." also matches
+    an expert or a module of a Sequential. Ours is the number after `layers`, `h`, `blocks`, ... (see `ScaleByDepth`),
+    and L = 1 is alpha instead of a division by zero.
+
+    Source: Wang et al., "LiNeS: Post-training layer scaling prevents forgetting and enhances model merging",
+    https://arxiv.org/abs/2410.17146
+    """
+    return ScaleByDepth(task_arithmetic() if method is None else method, alpha, beta)

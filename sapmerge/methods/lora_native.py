@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from sapmerge.compose import Chain
-from sapmerge.layer import Method
-from sapmerge.rankwise import ClusterUnits, RobustSum
+from sapmerge.core.protocols import Method
+from sapmerge.parts.mergers.factors import ClusterUnits, RobustSum
+from sapmerge.parts.wrappers import Chain
 
 __all__ = ["lora_lego", "robustmerge"]
 

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
-from sapmerge.chances import Flip, RankChance
-from sapmerge.compose import Chain
-from sapmerge.layer import Method
-from sapmerge.masks import DropOutliers, Reciprocal, Threshold, TopFraction, check_density
-from sapmerge.mergers import DisjointMean, Sum
-from sapmerge.prune import Prune
-from sapmerge.rescalers import Divide
-from sapmerge.scorers import Magnitude, Random
-from sapmerge.transforms import ElectSign, Select, WeighByEnergy
+from sapmerge.core.protocols import Method
+from sapmerge.parts.chances import Flip, RankChance
+from sapmerge.parts.masks import DropOutliers, Reciprocal, Threshold, TopFraction, check_density
+from sapmerge.parts.mergers.linear import DisjointMean, Sum
+from sapmerge.parts.prune import Prune
+from sapmerge.parts.rescalers import Divide
+from sapmerge.parts.scorers import Magnitude, Random
+from sapmerge.parts.transforms import Consensus, ElectSign, Select, WeighByEnergy
+from sapmerge.parts.wrappers import Chain
 
-__all__ = ["breadcrumbs", "dare", "dare_ties", "della", "magnitude_prune", "sce", "ties"]
+__all__ = ["breadcrumbs", "consensus_ta", "dare", "dare_ties", "della", "magnitude_prune", "sce", "ties"]
+
+
+def consensus_ta(ratio: float = 0.4, count: int = 2) -> Method:
+    """Consensus task arithmetic: the sum of the updates in the entries that at least `count` adapters care about.
+
+    D = sum_k D_k where #{k: |D_k| > ratio |sum_j D_j - D_k|} >= count, else 0 (TALL masks).
+
+    Args:
+        ratio: lambda of the TALL masks; the authors pick it per task from 0.2 ... 0.6 on validation data.
+        count: how many adapters must care; of fewer adapters, all must.
+
+    Source: Wang et al., "Localizing task information for improved model merging and compression",
+    https://arxiv.org/abs/2405.07813. The authors scale the result by an alpha found on validation data: `scale=`.
+    """
+    return Chain(Consensus(ratio, count), Sum())
 
 
 def magnitude_prune(density: float = 0.5) -> Method:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from sapmerge.bases import CoreSpace, SharedBasis
-from sapmerge.compose import In
-from sapmerge.layer import Method
+from sapmerge.core.protocols import Method
 from sapmerge.methods.pruning import ties
+from sapmerge.parts.bases import CoreSpace, SharedBasis
+from sapmerge.parts.wrappers import In
 
 __all__ = ["core_space", "knots"]
 

@@ -6,14 +6,15 @@ from the null space is left out; see `sapmerge.spectral`. Inside `core_space`, m
 
 from __future__ import annotations
 
-from sapmerge.compose import Chain
-from sapmerge.layer import Method
-from sapmerge.mergers import DisjointMean, Sum
-from sapmerge.prune import Prune
-from sapmerge.scorers import Magnitude
-from sapmerge.spectral import CART, Decorrelate, Isotropic, IsotropicCommonSpecific
-from sapmerge.subspaces import InCoverSpace, RoundOff, SmoothSpectrum, TopWithTies
-from sapmerge.transforms import ElectSign
+from sapmerge.core.protocols import Method
+from sapmerge.parts.masks import TopWithTies
+from sapmerge.parts.mergers.cover_space import InCoverSpace
+from sapmerge.parts.mergers.linear import DisjointMean, Sum
+from sapmerge.parts.mergers.spectral import CART, Decorrelate, Isotropic, IsotropicCommonSpecific
+from sapmerge.parts.prune import Prune
+from sapmerge.parts.scorers import Magnitude
+from sapmerge.parts.transforms import ElectSign, RoundOff, SmoothSpectrum
+from sapmerge.parts.wrappers import Chain
 
 __all__ = ["cart", "dc_merge", "iso_c", "iso_cts", "tsv"]
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import sapmerge as sm
-from sapmerge.adapter import Adapter, Module
 from sapmerge.anchors import Anchors
+from sapmerge.io.adapter import Adapter
+from sapmerge.io.contents import Module
 
 TEXT = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 50}
 VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 import sapmerge as sm
-from sapmerge.anchors import alignment, centered_alignment, contrastive, language_modeling, observing
-from sapmerge.bases import Frames
+from sapmerge.anchors import statistics as observing
+from sapmerge.core.frames import Frames
+from sapmerge.core.linalg import finite
 from sapmerge.errors import AnchorError, MethodError
-from sapmerge.linalg import finite
+from sapmerge.losses import alignment, centered_alignment, contrastive, language_modeling
 from tests.anchors import models
 from tests.anchors.models import anchored, dense_gradients, random_updates, spied
 from tests.conftest import error

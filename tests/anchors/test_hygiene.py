@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import sapmerge as sm
-from sapmerge.anchors import alignment
 from sapmerge.errors import AnchorError, ModelMismatchError, NonFiniteError, SapmergeWarning
+from sapmerge.losses import alignment
 from tests.anchors import models
 from tests.anchors.models import anchored, assert_same_state, dense_gradients, random_updates, spied, state_of
 from tests.conftest import error

@@ -14,9 +14,9 @@ from torch.nn import functional
 from torch.utils.data import DataLoader
 
 import sapmerge as sm
-from sapmerge.anchors import alignment, centered_alignment, contrastive, from_pairs, language_modeling
-from sapmerge.anchors.loading import Batches, batch_size
+from sapmerge.anchors.loading import Batches, batch_size, from_pairs
 from sapmerge.errors import AnchorError
+from sapmerge.losses import alignment, centered_alignment, contrastive, language_modeling
 from tests.anchors import models
 
 CPU = torch.device("cpu")

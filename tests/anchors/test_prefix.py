@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import sapmerge as sm
-from sapmerge.anchors import outputs_only, prefix
+from sapmerge.anchors import prefix
+from sapmerge.core.updates import Update
 from sapmerge.errors import AnchorError
-from sapmerge.layer import Update
+from sapmerge.losses import outputs_only
 from tests.anchors import models
 from tests.anchors.models import anchored, assert_same_state, random_updates, state_of
 

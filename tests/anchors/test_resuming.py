@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import sapmerge as sm
-from sapmerge.anchors import passes
+from sapmerge.anchors import runner as passes
 from sapmerge.errors import AnchorError
 from tests.anchors import models
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import sapmerge as sm
-from sapmerge.anchors import alignment, centered_alignment, contrastive, language_modeling
+from sapmerge.core.lowrank import balanced
 from sapmerge.errors import AnchorError, MethodError, SapmergeWarning
-from sapmerge.lowrank import balanced
+from sapmerge.losses import alignment, centered_alignment, contrastive, language_modeling
 from tests.anchors import models
 from tests.conftest import error
 

@@ -12,8 +12,8 @@ from torch import Tensor
 import sapmerge as sm
 from sapmerge.contrib.gradpruner import initial_importance
 from sapmerge.contrib.loraprune import sensitivity
+from sapmerge.core.lowrank import balanced
 from sapmerge.errors import MethodError, NonFiniteError
-from sapmerge.lowrank import balanced
 from tests import conftest, oracles
 from tests.conftest import error, low_rank, make_layers, run
 from tests.methods.test_anchored import tensor

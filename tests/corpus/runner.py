@@ -181,7 +181,7 @@ def _warm_up(case: Case) -> None:
 
     import regex  # noqa: F401
 
-    from sapmerge.adapter import Adapter
+    from sapmerge.io.adapter import Adapter
 
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder))

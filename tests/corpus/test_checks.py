@@ -12,7 +12,6 @@ import pytest
 import regex
 import torch
 
-from sapmerge.adapter import Adapter, Limits
 from sapmerge.errors import (
     AdapterFormatError,
     AdapterSecurityError,
@@ -21,8 +20,9 @@ from sapmerge.errors import (
     MethodError,
     SapmergeError,
 )
-from sapmerge.io.ambiguity import why_slow
-from sapmerge.io.container import RegularFile
+from sapmerge.io.adapter import Adapter
+from sapmerge.io.files import Limits, RegularFile
+from sapmerge.io.regex_safety import why_slow
 
 from .build import QA, good_config, write
 from .configs import BOMB, BOMBS, LEGAL

@@ -16,13 +16,14 @@ import numpy as np
 import safetensors
 import torch
 
-from sapmerge.adapter import Adapter
 from sapmerge.errors import SapmergeError, SapmergeWarning
+from sapmerge.io.adapter import Adapter
 from sapmerge.io.config import settings
-from sapmerge.io.container import DEFAULT_LIMITS, Entry, HeldWeights, RegularFile
 from sapmerge.io.contents import sort_contents
+from sapmerge.io.files import DEFAULT_LIMITS, HeldWeights, RegularFile
 from sapmerge.io.header import DTYPES, open_weights
-from sapmerge.io.strictjson import parse
+from sapmerge.io.measuring import Entry
+from sapmerge.io.strict_json import parse
 from tests.corpus import oracle
 from tests.corpus.build import CONFIG, WEIGHTS, good_config, good_tensors
 

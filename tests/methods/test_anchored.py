@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import sapmerge as sm
-from sapmerge.anchors import entropy
 from sapmerge.errors import AnchorError, MethodError, NonFiniteError
+from sapmerge.losses import entropy
 from tests import conftest
 from tests.anchors import models
 from tests.anchors.models import anchored, random_updates

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 import sapmerge as sm
-from sapmerge.depth import block_of, magnitudes
 from sapmerge.errors import MethodError
+from sapmerge.parts.scaling import block_of, magnitudes
 from tests.conftest import dense, error, make_layers, run
 from tests.test_goldens import HERE
 

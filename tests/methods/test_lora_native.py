@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sapmerge as sm
 from sapmerge.errors import MethodError
-from sapmerge.rankwise import signed_kmeans
+from sapmerge.parts.mergers.factors import signed_kmeans
 from tests.conftest import error, low_rank, make_layers, run
 from tests.test_goldens import HERE, INDEX
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import sapmerge as sm
-from sapmerge.selection import kth_largest
+from sapmerge.core.selection import kth_largest
 from tests.conftest import dense, error, make_layers, run
 from tests.methods.golden_entries import input_layers
 

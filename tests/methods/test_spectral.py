@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sapmerge as sm
 from sapmerge.contrib import ctm
-from sapmerge.lowrank import balanced
+from sapmerge.core.lowrank import balanced
 from tests import test_laws
 from tests.conftest import error, low_rank, make_layers, run
 

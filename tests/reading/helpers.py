@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sapmerge.adapter import Adapter
 from sapmerge.errors import SapmergeError, SapmergeWarning
+from sapmerge.io.adapter import Adapter
 from tests.corpus.build import PREFIX, good_config, module
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"

@@ -17,7 +17,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sapmerge.adapter import Adapter
 from sapmerge.errors import (
     AdapterFormatError,
     AdapterSecurityError,
@@ -26,6 +25,7 @@ from sapmerge.errors import (
     SapmergeError,
     SapmergeWarning,
 )
+from sapmerge.io.adapter import Adapter
 
 from .helpers import PREFIX, accepted, good_config, good_tensors, module, refused, warned, write
 
@@ -158,7 +158,7 @@ def test_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_nothing_heavy_is_imported() -> None:
     heavy = ("peft", "transformers", "regex", "huggingface_hub")
-    code = f"import sys, sapmerge.adapter; print([name for name in {heavy} if name in sys.modules])"
+    code = f"import sys, sapmerge.io.adapter; print([name for name in {heavy} if name in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
 
@@ -166,7 +166,7 @@ def test_nothing_heavy_is_imported() -> None:
 def test_only_two_files_are_opened(tmp_path: Path) -> None:
     code = f"""
 import sys, warnings
-from sapmerge.adapter import Adapter
+from sapmerge.io.adapter import Adapter
 Adapter.load({str(write(tmp_path / "warm"))!r}).update("model.layers.0.self_attn.q_proj")
 events = []
 sys.addaudithook(lambda event, args: events.append((event, str(args[0]) if args else "")))

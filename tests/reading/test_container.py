@@ -13,7 +13,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sapmerge.adapter import Adapter, Limits
 from sapmerge.errors import (
     AdapterFormatError,
     AdapterSecurityError,
@@ -22,7 +21,8 @@ from sapmerge.errors import (
     NonFiniteError,
     SapmergeError,
 )
-from sapmerge.io.container import RegularFile
+from sapmerge.io.adapter import Adapter
+from sapmerge.io.files import Limits, RegularFile
 from sapmerge.io.header import open_weights
 
 from .helpers import PREFIX, accepted, container, good_tensors, module, refused, write

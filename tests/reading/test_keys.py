@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from sapmerge.adapter import Limits
 from sapmerge.errors import (
     AdapterConfigError,
     AdapterFormatError,
@@ -15,6 +14,7 @@ from sapmerge.errors import (
     LimitExceededError,
     SapmergeError,
 )
+from sapmerge.io.files import Limits
 
 from .helpers import PREFIX, accepted, good_config, good_tensors, module, refused, write
 

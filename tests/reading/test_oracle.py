@@ -13,8 +13,8 @@ from torch import Tensor, nn
 peft = pytest.importorskip("peft")
 from transformers.pytorch_utils import Conv1D  # noqa: E402
 
-from sapmerge.adapter import Adapter  # noqa: E402
 from sapmerge.errors import AdapterConfigError, AdapterFormatError, MethodError  # noqa: E402
+from sapmerge.io.adapter import Adapter  # noqa: E402
 
 from .helpers import accepted  # noqa: E402
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from sapmerge.adapter import Adapter
 from sapmerge.errors import AdapterConfigError, AdapterSecurityError
-from sapmerge.io.spelling import canonical
+from sapmerge.io.adapter import Adapter
+from sapmerge.io.names import canonical
 
 from .helpers import SHARED, accepted, refused, warned
 

@@ -1,0 +1,89 @@
+"""Resuming: what a pass over the anchors found for an adapter, kept under a key of everything it depends on."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sapmerge.anchors.digest import digest, digest_of_model
+from sapmerge.core.frames import Frames
+from sapmerge.core.updates import LowRank, Update
+from sapmerge.io.cache import Cache
+from sapmerge.version import __version__
+
+__all__ = ["Resume"]
+
+Found = Mapping[str, Mapping[str, tuple[Tensor, Tensor]]]
+"""layer -> part -> two halves of a statistic."""
+
+
+class Resume:
+    """The cache of one merge.
+
+    A result is used again only if the adapter, the update that is scored, the base model, the anchors, the loss, the
+    statistic, the units, the coordinate systems and the version of the library are the same, by content (`identity`).
+
+    Args:
+        folder: of the cache.
+        digests: of the adapters.
+        base: the base model.
+        anchors: digest of the batches.
+        loss: of the anchors.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        digests: Sequence[str],
+        base: nn.Module,
+        anchors: str,
+        loss: Callable[..., Any],
+    ) -> None:
+        self._cache, self._digests = Cache(folder), digests
+        self._common = [__version__, torch.__version__, digest_of_model(base), anchors, digest(loss)]
+
+    def scaled(self, factors: Mapping[int, float], layers: Collection[str]) -> Resume:
+        """The cache of a merge of the same adapters, some of them scaled in these layers."""
+        other, where = copy.copy(self), digest(sorted(layers))
+        other._digests = [
+            f"{factors[k]} {where} {found}" if k in factors else found for k, found in enumerate(self._digests)
+        ]
+        return other
+
+    def key(self, adapter: int, statistic: str, units: Callable[..., Any], contents: Mapping[str, str]) -> str:
+        """Everything that the statistics of one adapter in these layers depend on, as text.
+
+        Args:
+            contents: layer -> its `content`.
+        """
+        return json.dumps([*self._common, self._digests[adapter], statistic, digest(units), sorted(contents.items())])
+
+    def content(self, update: Update, frames: Sequence[Frames]) -> str:
+        """What an update that is scored is, and the frames that it is seen in."""
+        factors = [update.B, update.A] if isinstance(update, LowRank) else [update.matrix]
+        return digest([factors, [(frame.U, frame.V, frame.scale) for frame in frames]])
+
+    def get(self, key: str) -> tuple[Found, dict[str, Any]] | None:
+        """Statistics and notes of an earlier run."""
+        kept = self._cache.get(key)
+        if kept is None:
+            return None
+        tensors, notes = kept
+        found: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
+        for number, (layer, part) in enumerate(notes["places"]):
+            found.setdefault(layer, {})[part] = (tensors[f"{number}.0"], tensors[f"{number}.1"])
+        return found, notes
+
+    def put(self, key: str, found: Found, notes: Mapping[str, Any]) -> None:
+        """Keep statistics and notes for a later run."""
+        places = [(layer, part) for layer, parts in found.items() for part in parts]
+        halves = [found[layer][part] for layer, part in places]
+        tensors = {f"{number}.0": one for number, (one, _) in enumerate(halves)}
+        tensors |= {f"{number}.1": other.clone() for number, (_, other) in enumerate(halves)}  # it may be the same one
+        self._cache.put(key, tensors, {**notes, "places": places})

@@ -1,0 +1,309 @@
+"""Running the anchors through a model with adapters: gradients and losses, for the pre-pass of a method."""
+
+from __future__ import annotations
+
+import copy
+import os
+import warnings
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from threading import Event
+from typing import Any, TypeAlias, cast
+
+import torch
+from torch import Tensor, nn
+
+from sapmerge.anchors.cache import Resume
+from sapmerge.anchors.gradients import Call, TokenGradient, token_gradient
+from sapmerge.anchors.hooks import Watch, attached, check_base, frozen
+from sapmerge.anchors.inputs import Seen, seeing, stream_grams
+from sapmerge.anchors.loading import Batches, Half, batch_size
+from sapmerge.anchors.prefix import Prefix
+from sapmerge.anchors.statistics import GradientStatistics, in_turn
+from sapmerge.anchors.towers import embedded, stand_in
+from sapmerge.core.layer import Layer
+from sapmerge.core.linalg import finite, wide
+from sapmerge.core.protocols import LayerStream, Units
+from sapmerge.core.updates import Update
+from sapmerge.errors import AnchorError, NonFiniteError, SapmergeWarning
+from sapmerge.io.contents import Module
+from sapmerge.losses import PAIR_LOSSES, Loss, default_loss, is_outputs_only, loss_name
+from sapmerge.models import device_of, find_modules
+
+__all__ = ["Anchors"]
+
+_Load: TypeAlias = Callable[[], Mapping[str, Update]]
+
+_BUDGET = 2 << 30
+_HALF_SCALES = (2.0**14, 2.0**8, 2.0**3, 1.0)
+"""What the loss is multiplied by in a float16 model, where gradients below 6e-8 are 0 and above 65504 infinite."""
+
+
+class Anchors:
+    """The anchors of one merge: a model, batches, a loss, and the adapters that are put into the model.
+
+    Args:
+        model: the base model (or a PeftModel of it, whose own adapters are disabled). It comes back as it was.
+        loader: re-iterable batches; dict batches go to `model(**batch)`.
+        modules: layer -> Module, of all adapters.
+        adapters: per adapter its label and a function that gives its updates, layer -> update.
+        loss: (model, batch) -> scalar; None: by what the model is.
+        budget: bytes of gradient statistics that may be held at once; more is computed a group of layers at a time.
+            Half as much may be held of outputs that are the same for every adapter (`Prefix`).
+
+    Raises:
+        AnchorError: no batches, batches that change, no loss for this model.
+        ModelMismatchError: the model lacks a module.
+        NonFiniteError: the model's weights are NaN or infinite.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        loader: Any,
+        modules: Mapping[str, Module],
+        adapters: Sequence[tuple[str, _Load]],
+        loss: Loss | None = None,
+        budget: int = _BUDGET,
+    ) -> None:
+        self.targets, self.modules = find_modules(model, modules), modules
+        self.model, self.adapters, self.budget = model, adapters, budget
+        self.batches = Batches(loader, device_of(model))
+        with frozen(model) as base:
+            self.loss: Loss = default_loss(base) if loss is None else loss
+            check_base(base, self.targets)
+        self._used = Event()  # shared by copies
+        self.unused = set[str]()
+        self.resume: Resume | None = None
+        self._known: dict[_Load | None, float] = {}  # who gives an adapter -> its loss
+        self._prefix = Prefix(self.targets.values(), budget // 2)
+
+    def resume_in(self, folder: str | os.PathLike[str], digests: Sequence[str]) -> None:
+        """Keep the statistics of every adapter in a folder, and take from there what an earlier run has left.
+
+        Args:
+            folder: of the cache.
+            digests: of the adapters' content.
+        """
+        with frozen(self.model) as base:
+            self.resume = Resume(folder, digests, base, self.batches.digest, self.loss)
+
+    def note_loss(self, adapter: int, loss: float) -> None:
+        """The anchors' loss at base + adapter, known from an earlier run."""
+        self._used.set()
+        self._known[self._key(adapter)] = loss
+
+    def observe(self, layers: LayerStream, units: Units) -> GradientStatistics:
+        """Gradients in the coordinates of `units`; nothing runs before the first one is asked for."""
+        return GradientStatistics(self, layers, units)
+
+    def in_turn(self, layers: LayerStream, units: Units) -> Iterator[tuple[Sequence[int], GradientStatistics]]:
+        """See `sapmerge.core.protocols.AnchorPass`."""
+        return in_turn(self, layers, units)
+
+    @property
+    def used(self) -> bool:
+        """Whether anything was asked of the anchors."""
+        return self._used.is_set()
+
+    @property
+    def pairs(self) -> bool:
+        """See `sapmerge.core.protocols.AnchorPass`."""
+        if self.loss not in PAIR_LOSSES:
+            return False
+        sizes = [batch_size(batch) for batch in self.batches]
+        if min(sizes) < 2 <= max(sizes):
+            message = f"batch {sizes.index(1)} of the anchors holds one pair, so none are compared; deal them evenly"
+            warnings.warn(message, SapmergeWarning, stacklevel=2)
+        return min(sizes) > 1
+
+    def losses(self, loss: Loss | None = None) -> list[float]:
+        """The mean loss on the anchors at base + adapter, for every adapter.
+
+        Args:
+            loss: the anchors' own by default.
+        """
+        return [self.loss_at(k, loss or self.loss) for k in range(len(self.adapters))]
+
+    def loss_of(
+        self, updates: Mapping[str, Update], loss: Loss | None = None, who: str = "the merged adapter"
+    ) -> float:
+        """The mean loss on the anchors at base + updates."""
+        self._used.set()
+        loss, total, count = loss or self.loss, 0.0, 0
+        with self._running(loss) as base, torch.no_grad(), attached(self.targets, self._moved(updates), who):
+            for batch, size in self._batches(base, loss):
+                total, count = total + float(self._value(loss, base, batch, who)) * size, count + size
+        return total / count
+
+    def slopes(
+        self,
+        updates: Mapping[str, Update],
+        directions: Mapping[str, Sequence[Update]],
+        loss: Loss | None = None,
+    ) -> tuple[float, dict[str, Tensor]]:
+        """The mean loss at base + updates, and its derivatives <G, D> along directions: layer -> (K,), float64."""
+        here = copy.copy(self)
+        here.adapters, here.loss = [("the merged adapter", lambda: updates)], loss or self.loss
+        here._known = {}
+        found = {name: torch.zeros(len(along), dtype=torch.float64) for name, along in directions.items()}
+
+        def along(name: str) -> Callable[[TokenGradient, int], None]:
+            def add(gradient: TokenGradient, size: int) -> None:
+                found[name] += gradient.together().along(directions[name]) * size
+
+            return add
+
+        count = here.backward(0, {name: along(name) for name in directions})
+        return here.loss_at(0), {name: sums / count for name, sums in found.items()}
+
+    def grams(self, layers: LayerStream, fold: Callable[[Layer, int, Tensor], None]) -> None:
+        """See `AnchorPass`: the Gram matrices of the layers' inputs, streamed within the budget."""
+        stream_grams(self, layers, fold)
+
+    def scaled(self, factors: Mapping[int, float], layers: Collection[str]) -> Anchors:
+        """See `sapmerge.core.protocols.AnchorPass`."""
+
+        def times(load: _Load, factor: float) -> _Load:
+            return lambda: {name: u.scaled(factor) if name in layers else u for name, u in load().items()}
+
+        other = copy.copy(self)
+        other.adapters = [
+            (label, times(load, factors[k]) if k in factors else load) for k, (label, load) in enumerate(self.adapters)
+        ]
+        other.resume = None if self.resume is None else self.resume.scaled(factors, layers)
+        return other
+
+    def halves(self) -> tuple[Anchors, Anchors]:
+        """The same with every other batch, and with the rest; of a single batch, with every other sample (`Half`)."""
+        self._used.set()
+        for number, half in enumerate(halves := (copy.copy(self), copy.copy(self))):
+            half.batches = Batches(Half(self.batches, number), device_of(self.model))
+            half._known, half.resume = {}, None  # a cache is of all anchors
+            half._prefix = Prefix(self.targets.values(), self.budget // 2)
+        return halves
+
+    def backward(self, adapter: int | None, watched: Mapping[str, Callable[[TokenGradient, int], None]]) -> int:
+        """One pass over the anchors, at base + one adapter or at the base.
+
+        Args:
+            adapter: its index; None for the base.
+            watched: layer -> what to do with its gradient in each batch and with the size of that batch.
+
+        Returns:
+            The number of samples.
+
+        Raises:
+            NonFiniteError: the loss, a gradient or the output of an adapted layer is.
+        """
+        self._used.set()
+        who, updates = self._place(adapter)
+        moved, total, count = self._moved(updates), 0.0, 0
+        with self._running(self.loss) as base, torch.enable_grad():
+            scales = _HALF_SCALES if any(p.dtype == torch.float16 for p in base.parameters()) else (1.0,)
+            for batch, size in self._batches(base, self.loss):
+
+                def run(
+                    scale: float, hold: bool, base: nn.Module = base, batch: Any = batch, size: int = size
+                ) -> tuple[float, Watch]:
+                    watch = Watch(dict.fromkeys(watched, self._sink(watched, size, scale, who)), hold)
+                    with attached(self.targets, moved, who, watch):
+                        value = self._value(self.loss, base, batch, who)
+                        if value.requires_grad:
+                            watch.backward(wide(value) * scale)
+                        elif len(watched) == len(updates or self.targets):  # of some layers it need not depend on any
+                            raise AnchorError(
+                                f"the loss {loss_name(self.loss)!r} depends on no layer that the adapters change (or "
+                                "the model uses reentrant checkpointing: use_reentrant=False)"
+                            )
+                    return float(value.detach()), watch
+
+                value, watch = run(scales[0], len(scales) > 1)
+                for scale in scales[1:]:
+                    if not watch.finite():
+                        value, watch = run(scale, True)
+                watch.deliver()
+                total, count = total + value * size, count + size
+        self._known[self._key(adapter)] = total / count
+        return count
+
+    def forward(self, adapter: int, watched: Mapping[str, Seen]) -> int:
+        """One pass without gradients, at base + adapter: layer -> what to do with its inputs. The number of samples."""
+        self._used.set()
+        (who, updates), count = self._place(adapter), 0
+        with self._running(self.loss) as base, torch.no_grad(), attached(self.targets, self._moved(updates), who):
+            for batch, size in self._batches(base, self.loss):
+                with seeing(self.targets, watched, size, count):
+                    self._value(self.loss, base, batch, who)
+                count += size
+        return count
+
+    def _sink(
+        self, watched: Mapping[str, Callable[[TokenGradient, int], None]], size: int, scale: float, who: str
+    ) -> Callable[[str, list[Call]], None]:
+        def sink(name: str, calls: list[Call]) -> None:
+            if not all(finite(g) for _, g in calls):
+                raise NonFiniteError(f"the anchors' gradient of layer {name!r} is NaN or infinite in {who}")
+            watched[name](token_gradient(self.targets[name], calls, size, scale), size)
+
+        return sink
+
+    def _place(self, adapter: int | None) -> tuple[str, Mapping[str, Update]]:
+        if adapter is None:
+            return "the base model", {}
+        label, updates = self.adapters[adapter]
+        return f"adapter {label!r}", updates()
+
+    def _key(self, adapter: int | None) -> _Load | None:
+        return None if adapter is None else self.adapters[adapter][1]
+
+    def loss_at(self, adapter: int | None, loss: Loss | None = None) -> float:
+        """The mean loss at base + one adapter, or at the base for None; the anchors' own loss is measured once."""
+        loss, key = loss or self.loss, self._key(adapter)
+        if loss is self.loss and key in self._known:
+            return self._known[key]
+        who, updates = self._place(adapter)
+        found = self.loss_of(updates, loss, who)
+        if loss is self.loss:
+            self._known[key] = found
+        return found
+
+    @contextmanager
+    def _running(self, loss: Loss) -> Generator[nn.Module]:
+        with frozen(self.model) as base:
+            self._prefix.check(base)
+            with self._prefix.reused(base) if is_outputs_only(loss) else nullcontext():
+                yield base
+
+    def _value(self, loss: Loss, base: nn.Module, batch: Any, who: str) -> Tensor:
+        self._prefix.start()
+        value = cast("object", loss(base, batch))
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            shown = f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise AnchorError(f"the loss {loss_name(loss)!r} must return one number as a tensor; got {shown}")
+        if not finite(value):
+            raise NonFiniteError(f"the anchor loss {loss_name(loss)!r} is {float(value)} in {who}")
+        return value.reshape(())
+
+    def _moved(self, updates: Mapping[str, Update]) -> dict[str, Update]:
+        return {
+            name: update.to(cast("Tensor", self.targets[name].weight).device)
+            for name, update in updates.items()
+            if update.rank
+        }
+
+    def _batches(self, base: nn.Module, loss: Loss) -> Iterator[tuple[Any, int]]:
+        """Batches and their sizes; the embeddings of a tower that no adapter touches stand in for its inputs."""
+        alike = loss in PAIR_LOSSES
+        if self._prefix.embedded is None and alike:
+            self._prefix.embedded = embedded(base, self.targets.values(), self._tried)
+        for number, batch in enumerate(self.batches):
+            size = batch_size(batch)
+            self._prefix.on(number)
+            yield (stand_in(batch, number, self._prefix.embedded or {}) if alike else batch), size
+
+    def _tried(self) -> Iterator[Any]:
+        """The batches. Of the first, outputs are kept: if an adapted layer is reached, it was not run for nothing."""
+        for number, batch in enumerate(self.batches):
+            self._prefix.on(0 if number == 0 else None)
+            yield batch

@@ -1,0 +1,1 @@
+"""What everything is made of: updates, layers, protocols, and the algebra of low rank."""

@@ -1,0 +1,85 @@
+"""How the updates of one layer lie to each other: inner products, cosines, signs that conflict."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sapmerge.core.lowrank import gram
+from sapmerge.core.updates import Update
+
+__all__ = ["Geometry", "SAMPLED_ROWS", "geometry", "off_diagonal_mean", "share_opposed", "sign_counts"]
+
+SAMPLED_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How the updates of one layer lie to each other.
+
+    Args:
+        norms: (K,) Frobenius norms.
+        inner: (K, K) inner products <D_i, D_j>.
+        both: (K, K) number of entries where both are non-zero.
+        opposed: (K, K) how many of those have opposite signs.
+    """
+
+    inner: Tensor
+    both: Tensor
+    opposed: Tensor
+
+    @property
+    def norms(self) -> Tensor:
+        return self.inner.diagonal().clamp_min(0).sqrt()
+
+    @property
+    def cosine(self) -> Tensor:
+        """(K, K); 0 where an update is zero."""
+        norms = self.norms
+        scale = norms[:, None] * norms[None, :]
+        return torch.where(scale > 0, self.inner / torch.where(scale > 0, scale, 1.0), 0.0)
+
+    @property
+    def sign_conflict(self) -> Tensor:
+        """(K, K): the share of entries with opposite signs; 1/2 for unrelated updates."""
+        return share_opposed(self.both, self.opposed)
+
+
+def geometry(updates: Sequence[Update]) -> Geometry:
+    """Of the updates of one layer: inner products by Gram matrices of the factors, and sign conflicts of all rows."""
+    return Geometry(gram(updates), *sign_counts(updates))
+
+
+def sign_counts(updates: Sequence[Update], rows: int | None = None) -> tuple[Tensor, Tensor]:
+    """`Geometry.both` and `Geometry.opposed`, row block by row block: never an (m, n) matrix.
+
+    rows: look at that many evenly spaced rows only; None: at all of them.
+    """
+    count, (m, n) = len(updates), updates[0].shape
+    block = max(1, min(SAMPLED_ROWS, 4_000_000 // max(1, count * n)))
+    looked_at = m if rows is None else min(m, rows, block)
+    index = torch.tensor([row * m // looked_at for row in range(looked_at)])
+    both, opposed = torch.zeros(count, count, dtype=torch.float64), torch.zeros(count, count, dtype=torch.float64)
+    for start in range(0, looked_at, block):
+        chunk = index[start : start + block].to(updates[0].device)
+        signs = torch.stack([update.rows(chunk).flatten() for update in updates]).float().sign_()
+        agreement = (signs @ signs.T).double().cpu()
+        signs.abs_()
+        shared = (signs @ signs.T).double().cpu()
+        both += shared
+        opposed += (shared - agreement) / 2
+    return both, opposed
+
+
+def share_opposed(both: Tensor, opposed: Tensor) -> Tensor:
+    """(K, K): of the entries where two updates are non-zero, the share with opposite signs."""
+    return opposed / both.clamp_min(1)
+
+
+def off_diagonal_mean(matrix: Tensor) -> float | None:
+    """The mean over all pairs i != j; None for a single adapter."""
+    count = len(matrix)
+    return None if count < 2 else float((matrix.sum() - matrix.diagonal().sum()) / (count * (count - 1)))

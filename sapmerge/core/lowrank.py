@@ -1,0 +1,174 @@
+"""Exact algebra on updates: low rank stays low rank, and no (m, n) matrix is formed for it.
+
+Costs O((m + n) R^2 + R^3) for factors of rank R; small matrices are float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from sapmerge.core.layer import Layer
+from sapmerge.core.linalg import factor_inner, norm, numerical_rank, split_evenly, top_svd
+from sapmerge.core.updates import Dense, LowRank, Update
+
+__all__ = ["balanced", "concatenate", "gram", "inner", "mean_cosine", "size_of", "truncate", "whole_gram"]
+
+_ROUNDING = 1e-7
+"""A norm this small beside the factors is their rounding error: it comes from a difference of squares in float64."""
+
+_ROWS = 512  # of a matrix with the sum of all ranks on a side
+
+
+def inner(x: Update, y: Update) -> float:
+    """The Frobenius inner product <x, y>, in float64."""
+    if isinstance(x, LowRank) and isinstance(y, LowRank):
+        return factor_inner(x.B, x.A, y.B, y.A)
+    if isinstance(x, LowRank):
+        return float(((x.B.double().T @ y.dense().double()) * x.A.double()).sum())
+    if isinstance(y, LowRank):
+        return inner(y, x)
+    return float((x.dense().double() * y.dense().double()).sum())
+
+
+def gram(updates: Sequence[Update]) -> Tensor:
+    """The K x K matrix of inner products <D_i, D_j>, float64, on the CPU."""
+    if all(isinstance(update, LowRank) for update in updates):
+        return _factor_gram([update for update in updates if isinstance(update, LowRank)])
+    count = len(updates)
+    out = torch.zeros(count, count, dtype=torch.float64)
+    for i in range(count):
+        for j in range(i, count):
+            out[i, j] = out[j, i] = inner(updates[i], updates[j])
+    return out
+
+
+def whole_gram(layers: Iterable[Layer]) -> tuple[Tensor, Layer | None]:
+    """The inner products of whole adapters, summed over their layers; and one of the layers, None if there is none."""
+    total, last = torch.zeros(0, dtype=torch.float64), None
+    for layer in layers:
+        products = gram(layer.updates)
+        total, last = products if last is None else total + products, layer
+    return total, last
+
+
+def mean_cosine(updates: Sequence[Update]) -> float | None:
+    """The mean cosine of all pairs, in float64; 0 with an update of zero, None for fewer than two updates.
+
+    From the norm of the sum of the updates, each scaled to norm 1: the pairs are never formed. An update is zero where
+    nothing but rounding is left of its factors. Large ranks make the sum a matrix, no larger than the factors.
+    """
+    count = len(updates)
+    if count < 2:
+        return None
+    units = [(update, 1 / update.norm()) for update in updates if update.norm() > _ROUNDING * size_of(update)]
+    if not units:
+        return 0.0
+    low = [(update, scale) for update, scale in units if isinstance(update, LowRank)]
+    if len(low) == len(units) and sum(update.rank for update, _ in low) < min(low[0][0].shape):
+        size = concatenate([update.to(dtype=torch.float64) for update, _ in low], [scale for _, scale in low]).norm()
+    else:
+        total = torch.zeros(updates[0].shape, dtype=torch.float64, device=updates[0].device)
+        for update, scale in units:
+            if isinstance(update, LowRank):
+                total.addmm_(update.B.double(), update.A.double(), alpha=scale)
+            else:
+                total.add_(update.matrix, alpha=scale)
+        size = norm(total)
+    return max(-1.0, min(1.0, (size**2 - len(units)) / (count * (count - 1))))
+
+
+def _factor_gram(updates: Sequence[LowRank]) -> Tensor:
+    """All inner products at once: block sums of (A A^T) * (B^T B) over the stacked factors, some rows at a time."""
+    A = torch.cat([update.A for update in updates]).double()
+    B = torch.cat([update.B for update in updates], dim=1).double()
+    owner = torch.repeat_interleave(torch.arange(len(updates)), torch.tensor([update.rank for update in updates]))
+    select = torch.zeros(len(updates), len(owner), dtype=torch.float64)
+    select[owner, torch.arange(len(owner))] = 1.0
+    out = torch.zeros(len(updates), len(updates), dtype=torch.float64)
+    for start in range(0, len(owner), _ROWS):
+        rows = slice(start, start + _ROWS)
+        products = ((A[rows] @ A[start:].T) * (B[:, rows].T @ B[:, start:])).cpu()
+        products[:, :_ROWS] /= 2  # the block on the diagonal is its own mirror image
+        out.index_add_(0, owner[rows], products @ select[:, start:].T)
+    return out + out.T
+
+
+def concatenate(updates: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
+    """sum_k weights[k] * updates[k], exactly, as one low-rank update of rank sum_k r_k."""
+    return LowRank(
+        torch.cat([update.B * weight for update, weight in zip(updates, weights, strict=True)], dim=1),
+        torch.cat([update.A for update in updates]),
+    )
+
+
+def balanced(update: Update) -> LowRank:
+    """The same update with factors of equal weight: B = U sqrt(sigma), A = sqrt(sigma) V^T.
+
+    LoRA training prefers no factorisation (B R^-1, R A) over another; this one depends on the update alone.
+    Singular values below `linalg.RTOL` are dropped: their directions are arbitrary.
+    """
+    U, sigma, Vh = update.svd()
+    B, A = split_evenly(U, sigma, Vh, numerical_rank(sigma))
+    return LowRank(B.to(update.dtype), A.to(update.dtype))
+
+
+def truncate(update: Update, rank: int | float | str | None, default: int) -> tuple[LowRank, float]:
+    """The best low-rank approximation of `update` and the share of its energy (sum of squares) kept.
+
+    Args:
+        update: what to store.
+        rank: None: a low-rank update stays as it is (its factors are only recompressed, without loss, when they
+            have more columns than min(m, n)) and a dense one is cut to `default`; an int caps the rank; a float in
+            (0, 1) is the share of energy to keep; "exact" keeps the numerical rank.
+        default: the rank of a dense update when `rank` is None.
+
+    Returns:
+        The update, and the share of energy kept, in [0, 1].
+    """
+    if isinstance(update, LowRank):
+        fits = update.rank <= min(update.shape)
+        if (rank is None and fits) or (isinstance(rank, int) and update.rank <= min(rank, *update.shape)):
+            return update, 1.0
+    wanted = default if rank is None else rank
+    only_top = isinstance(update, Dense) and isinstance(wanted, int)
+    cap = rank if isinstance(rank, int) else None
+    U, sigma, Vh = top_svd(update.dense(), int(wanted)) if only_top else update.svd(cap)
+    full = numerical_rank(sigma)
+    energy = sigma.square()
+    total = update.norm() ** 2 if only_top else float(energy.sum())
+    if total == 0.0:
+        return LowRank(U[:, :0].to(update.dtype), Vh[:0].to(update.dtype)), 1.0
+    if isinstance(rank, float):
+        enough = torch.cumsum(energy, 0) >= rank * total * (1 - 1e-12)
+        keep = min(int(torch.argmax(enough.to(torch.int8))) + 1, full)
+    elif isinstance(rank, int):
+        keep = min(rank, full)
+    elif rank is None and isinstance(update, Dense):
+        keep = min(default, full)
+    else:
+        keep = full
+    B, A = split_evenly(U, sigma, Vh, keep)
+    return LowRank(B.to(update.dtype), A.to(update.dtype)), min(1.0, float(energy[:keep].sum()) / total)
+
+
+def size_of(update: Update) -> float:
+    """An upper bound of the largest singular value that knows nothing of cancellation: sum_i ||b_i|| ||a_i||."""
+    if isinstance(update, Dense):
+        return norm(update.matrix)
+    return float((update.B.double().square().sum(0) * update.A.double().square().sum(1)).sqrt().sum())
+
+
+def weighted_sum(layer: Layer, weights: tuple[float, ...]) -> Update:
+    """sum_k weights[k] D_k; low-rank updates are concatenated, exactly."""
+    low = [(u, w) for u, w in zip(layer, weights, strict=True) if isinstance(u, LowRank) and u.rank]
+    dense = [(u, w) for u, w in zip(layer, weights, strict=True) if isinstance(u, Dense)]
+    factors = concatenate([u for u, _ in low], [w for _, w in low]) if low else None
+    if not dense:
+        return layer.updates[0] if factors is None else factors
+    total = torch.zeros_like(dense[0][0].matrix) if factors is None else factors.dense()
+    for update, weight in dense:
+        total.add_(update.matrix, alpha=weight)
+    return Dense(total)

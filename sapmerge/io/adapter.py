@@ -1,0 +1,295 @@
+"""One adapter: what it changes and by how much, checked when it is loaded and read again when a layer is needed.
+
+Nothing in the files is believed, executed or downloaded: see `sapmerge.io`. PEFT is not used to read them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import stat
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import cast
+
+from torch import Tensor, nn
+
+from sapmerge.core.updates import LowRank
+from sapmerge.errors import AdapterFormatError, AdapterSecurityError, MethodError, SapmergeWarning
+from sapmerge.io.config import Settings, settings
+from sapmerge.io.contents import Contents, Module, SavedTensor, sort_contents
+from sapmerge.io.files import DEFAULT_LIMITS, Limits, RegularFile, reason, shown
+from sapmerge.io.header import open_weights
+from sapmerge.io.live import check_live_scaling, config_bytes, live_adapter
+from sapmerge.io.pickles import held, open_pickle
+from sapmerge.io.strict_json import parse
+
+__all__ = ["Adapter"]
+
+CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+_LABEL = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """One LoRA adapter. Make one with `load`, `from_hub`, `from_peft_model` or `from_state_dict`.
+
+    Args:
+        label: its name in reports; [A-Za-z0-9._-], at most 64 characters.
+        source: what messages call it.
+        config: the JSON as it came.
+        modules: canonical name -> Module, sorted.
+        saved: canonical tensor name -> SavedTensor, sorted.
+        digest: sha256 of all that decides about the update: values, scalings, names. Not of path, label or order.
+        files: file name -> sha256 of the bytes used; empty for adapters in memory.
+    """
+
+    label: str
+    source: str
+    config: Mapping[str, object] = field(repr=False)
+    modules: Mapping[str, Module] = field(repr=False)
+    saved: Mapping[str, SavedTensor] = field(repr=False)
+    digest: str
+    files: Mapping[str, str]
+    base_model: str | None
+    revision: str | None
+    task_type: str | None
+    fan_in_fan_out: bool
+    _contents: Contents = field(repr=False)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        label: str | None = None,
+        allow_pickle_weights: bool = False,
+        limits: Limits = DEFAULT_LIMITS,
+    ) -> Adapter:
+        """Read a folder written by `save_pretrained`: two files, nothing else, and never the network.
+
+        Args:
+            path: a local folder.
+            label: by default the folder's name.
+            allow_pickle_weights: read `adapter_model.bin` where there is no safetensors file (torch >= 2.10).
+            limits: sizes above which an adapter is refused.
+
+        Raises:
+            AdapterFormatError, AdapterConfigError, AdapterSecurityError, LimitExceededError, NonFiniteError: the
+                message names folder, file and tensor or key.
+        """
+        source = os.fsdecode(path)
+        if not source:
+            raise AdapterFormatError("adapter '': an empty path; expected a local folder")
+        folder = os.path.abspath(source)
+        where = f"adapter {shown(source)}"
+        weights_name = _which_weights(folder, where, allow_pickle_weights)
+        label = label or _label_from(os.path.basename(folder))
+        config_where, weights_where = f"{where}, {CONFIG}", f"{where}, {weights_name}"
+        weights_path = os.path.join(folder, weights_name)
+        with (
+            RegularFile(os.path.join(folder, CONFIG), config_where) as config_file,
+            RegularFile(weights_path, weights_where) as file,
+        ):
+            # One byte more than allowed is enough to refuse it.
+            raw = bytes(config_file.read(0, min(config_file.size, limits.config_bytes + 1)))
+            config = parse(raw, config_where, limits)
+            chosen = settings(config, config_where)
+            if weights_name == PICKLE:
+                weights, data = open_pickle(file, limits)
+                contents = sort_contents(weights, chosen, config, config_where, limits)
+                weights.scan()
+                sha256 = hashlib.sha256(data).hexdigest()
+                _warn(f"{weights_where}: read from a pickle; save it as safetensors, which cannot hold code")
+            else:
+                weights = open_weights(file, weights_path, limits)
+                contents = sort_contents(weights, chosen, config, config_where, limits)
+                weights.scan(file)
+                sha256 = weights.sha256
+        files = {CONFIG: hashlib.sha256(raw).hexdigest(), weights_name: sha256}
+        return _finished(label, source, config, chosen, contents, files)
+
+    @classmethod
+    def from_hub(
+        cls,
+        repo_id: str,
+        *,
+        revision: str | None = None,
+        label: str | None = None,
+        subfolder: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        limits: Limits = DEFAULT_LIMITS,
+    ) -> Adapter:
+        """Download the two files of an adapter from the Hugging Face Hub (safetensors only) and load them.
+
+        Args:
+            repo_id: "user/name".
+            revision: a commit, tag or branch; a commit is the only one that cannot change under you.
+            label: by default the part of `repo_id` after the slash.
+        """
+        from huggingface_hub import hf_hub_download  # pyright: ignore[reportUnknownVariableType]
+        from huggingface_hub.errors import EntryNotFoundError
+
+        cache = None if cache_dir is None else os.fspath(cache_dir)
+        paths: list[str] = []
+        for name in (CONFIG, WEIGHTS):
+            try:
+                found = hf_hub_download(
+                    repo_id, name, revision=revision, subfolder=subfolder, token=token, cache_dir=cache
+                )
+            except EntryNotFoundError:
+                raise AdapterFormatError(
+                    f"the Hub repository {shown(repo_id)} has no {name}; only adapters saved as safetensors are read"
+                ) from None
+            paths.append(found)
+        folder = os.path.dirname(paths[0])
+        if os.path.dirname(paths[1]) != folder:
+            raise AdapterFormatError(f"the Hub repository {shown(repo_id)} changed between two downloads; try again")
+        return cls.load(folder, label=label or _label_from(repo_id.rpartition("/")[2]), limits=limits)
+
+    @classmethod
+    def from_state_dict(
+        cls,
+        config: object,
+        state_dict: Mapping[str, Tensor],
+        *,
+        label: str | None = None,
+        limits: Limits = DEFAULT_LIMITS,
+    ) -> Adapter:
+        """An adapter from a config and the tensors of `peft.get_peft_model_state_dict`; the tensors are copied.
+
+        Args:
+            config: a dict as in `adapter_config.json`, or a `peft.LoraConfig`.
+            state_dict: names as in `adapter_model.safetensors`.
+            label: "adapter" by default.
+        """
+        return _in_memory(config, state_dict, label or "adapter", "(config, state_dict)", limits)
+
+    @classmethod
+    def from_peft_model(
+        cls, model: nn.Module, adapter_name: str, *, label: str | None = None, limits: Limits = DEFAULT_LIMITS
+    ) -> Adapter:
+        """A copy of one adapter of a live `PeftModel`; training it further does not change the copy.
+
+        Args:
+            adapter_name: a key of `model.peft_config`.
+            label: by default the adapter's name.
+        """
+        config, tensors = live_adapter(model, adapter_name)
+        source = f"PeftModel[{shown(adapter_name)}]"
+        adapter = _in_memory(config, tensors, label or _label_from(adapter_name), source, limits)
+        check_live_scaling(model, adapter_name, adapter.modules, source)
+        return adapter
+
+    def relabelled(self, label: str) -> Adapter:
+        """The same adapter under another label."""
+        return replace(self, label=_checked_label(label))
+
+    def update(self, name: str) -> LowRank:
+        """B @ A of one module in float32, scaling folded into B.
+
+        Args:
+            name: a key of `modules`.
+
+        Returns:
+            B (m, r), A (r, n). Convolutions and embeddings are brought to that form.
+
+        Raises:
+            InputChangedError: the file is not the one that was loaded.
+            NonFiniteError: a factor or the product is not finite in float32.
+        """
+        if name not in self.modules:
+            raise MethodError(f"adapter {shown(self.source)} has no module {shown(name)}")
+        return self._contents.update(name, self.source)
+
+    def saved_tensor(self, name: str) -> Tensor:
+        """One tensor of a module that was saved whole, in the dtype of the file.
+
+        Args:
+            name: a key of `saved`.
+        """
+        if name not in self.saved:
+            raise MethodError(f"adapter {shown(self.source)} has no saved tensor {shown(name)}")
+        return self._contents.weights.read(self._contents.tensors[name][0])
+
+
+def _which_weights(folder: str, where: str, allow_pickle_weights: bool) -> str:
+    """The name of the file with the weights, from a look at the folder."""
+    try:
+        if not stat.S_ISDIR(os.stat(folder).st_mode):
+            raise AdapterFormatError(f"{where}: is a file; expected the folder that holds {CONFIG} and {WEIGHTS}")
+    except (OSError, ValueError) as error:
+        raise AdapterFormatError(
+            f"{where}: cannot be opened ({reason(error)}). Paths are local only; use Adapter.from_hub('user/name') "
+            "for the Hub"
+        ) from None
+    safe, pickled = (os.path.lexists(os.path.join(folder, name)) for name in (WEIGHTS, PICKLE))
+    if not os.path.lexists(os.path.join(folder, CONFIG)):
+        raise AdapterFormatError(f"{where}: has no {CONFIG}; expected a folder written by save_pretrained")
+    if safe and pickled:
+        _warn(f"{where}: {PICKLE} is ignored, {WEIGHTS} is used; one of them may be out of date")
+    if safe:
+        return WEIGHTS
+    if not pickled:
+        raise AdapterFormatError(f"{where}: has no {WEIGHTS}; nothing is downloaded for a local folder")
+    if not allow_pickle_weights:
+        raise AdapterSecurityError(
+            f"{where}: the weights are in {PICKLE}, a pickle, which can hold code. If you trust its author, load it "
+            "with sapmerge.Adapter.load(path, allow_pickle_weights=True), or ask for safetensors"
+        )
+    return PICKLE
+
+
+def _in_memory(config: object, tensors: Mapping[str, Tensor], label: str, source: str, limits: Limits) -> Adapter:
+    where = f"adapter {shown(label)}, {source}"
+    parsed = parse(config_bytes(config, f"{where}, config"), f"{where}, config", limits)
+    chosen = settings(parsed, f"{where}, config")
+    weights = held(cast("Mapping[object, object]", tensors), where, limits)
+    contents = sort_contents(weights, chosen, parsed, f"{where}, config", limits)
+    weights.scan()
+    return _finished(label, source, parsed, chosen, contents, {})
+
+
+def _finished(
+    label: str,
+    source: str,
+    config: Mapping[str, object],
+    chosen: Settings,
+    contents: Contents,
+    files: Mapping[str, str],
+) -> Adapter:
+    """The adapter, once its values were seen and none was bad."""
+    contents.check_values(source)
+    return Adapter(
+        label=_checked_label(label),
+        source=source,
+        config=MappingProxyType(config),
+        modules=MappingProxyType(contents.modules),
+        saved=MappingProxyType(dict(sorted(contents.saved.items()))),
+        digest=contents.digest(),
+        files=MappingProxyType(files),
+        base_model=chosen.base_model,
+        revision=chosen.revision,
+        task_type=chosen.task_type,
+        fan_in_fan_out=chosen.fan_in_fan_out,
+        _contents=contents,
+    )
+
+
+def _label_from(name: str) -> str:
+    """A label made of any name."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", name)[:64].strip(".") or "adapter"
+
+
+def _checked_label(label: str) -> str:
+    if not _LABEL.fullmatch(label):
+        raise MethodError(f"label {shown(label)}: expected 1 to 64 of the characters A-Z a-z 0-9 . _ -")
+    return label
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, SapmergeWarning, stacklevel=3)

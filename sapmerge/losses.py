@@ -1,0 +1,205 @@
+"""Losses on anchors: (model, batch) -> scalar. Any callable of this form is one.
+
+The image-text losses take their embeddings from `model.get_image_features` and `model.get_text_features`, or from the
+batch if it holds `image_embeds` or `text_embeds` already.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from sapmerge.core.linalg import wide
+from sapmerge.core.protocols import AnchorPass
+from sapmerge.errors import AnchorError
+
+__all__ = ["alignment", "centered_alignment", "contrastive", "entropy", "language_modeling", "outputs_only"]
+
+Loss: TypeAlias = Callable[[Any, Any], Tensor]
+Batch: TypeAlias = Mapping[str, Any]
+L = TypeVar("L", bound=Callable[..., Tensor])
+
+_MARK = "_sapmerge_outputs_only"
+
+INPUTS = {
+    "image": ("pixel_values", "interpolate_pos_encoding", "pixel_attention_mask", "spatial_shapes"),
+    "text": ("input_ids", "attention_mask", "position_ids", "token_type_ids"),
+}
+"""What each tower takes from a batch."""
+
+
+def outputs_only(loss: L) -> L:
+    """Say of a loss that it looks at what the model returns, and at nothing that modules leave behind while they run.
+
+    Then what runs before the first adapted layer need not run again for every adapter. sapmerge's own losses are so.
+
+    Example:
+        >>> from sapmerge import anchors
+        >>> @anchors.outputs_only
+        ... def loss(model, batch):
+        ...     return model(**batch).logits.square().mean()
+    """
+    setattr(loss, _MARK, True)
+    return loss
+
+
+def is_outputs_only(loss: Loss) -> bool:
+    """Whether that was said."""
+    return getattr(loss, _MARK, False) is True
+
+
+@outputs_only
+def alignment(model: nn.Module, batch: Batch) -> Tensor:
+    """1 - cos(V, T), averaged over the pairs: the loss of SAP. Needs no negatives, and is small when all collapse."""
+    image, text = embeddings(model, batch)
+    return 1 - (image * text).sum(-1).mean()
+
+
+@outputs_only
+def centered_alignment(model: nn.Module, batch: Batch) -> Tensor:
+    """1 - cos(V - mean V, T - mean T): what all images (all texts) of a batch share cannot lower it."""
+    image, text = embeddings(model, batch)
+    image, text = (functional.normalize(side - side.mean(0), dim=-1) for side in (image, text))
+    return 1 - (image * text).sum(-1).mean()
+
+
+@outputs_only
+def contrastive(model: nn.Module, batch: Batch) -> Tensor:
+    """Symmetric InfoNCE at the model's temperature (1 / 0.07 if it has none); other pairs are negatives."""
+    image, text = embeddings(model, batch)
+    if len(image) < 2:
+        raise AnchorError("contrastive takes its negatives from the batch, and this one has a single pair")
+    learned = getattr(model, "logit_scale", None)
+    scale = learned.exp() if isinstance(learned, Tensor) else 1 / 0.07
+    logits = (image @ text.T) * scale
+    target = torch.arange(len(logits), device=logits.device)
+    return (functional.cross_entropy(logits, target) + functional.cross_entropy(logits.T, target)) / 2
+
+
+@outputs_only
+def entropy(model: nn.Module, batch: Batch) -> Tensor:
+    """The mean entropy of the predictions; needs no labels (AdaMerging).
+
+    Of a two-tower model: of each image among the texts of the batch, at the model's temperature. Of others: of the
+    softmax over the last dimension of `model(**batch).logits`, where `attention_mask` is not 0.
+    """
+    if hasattr(model, "get_image_features") and hasattr(model, "get_text_features"):
+        image, text = embeddings(model, batch)
+        learned = getattr(model, "logit_scale", None)
+        scale = learned.exp() if isinstance(learned, Tensor) else 1 / 0.07
+        return _entropy((image @ text.T) * scale).mean()
+    logits = getattr(model(**batch), "logits", None) if isinstance(batch, Mapping) else None  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not isinstance(logits, Tensor):
+        raise AnchorError(f"{type(model).__name__} gives no logits for this batch; pass loss=...")
+    found, mask = _entropy(wide(logits)), batch.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.shape == found.shape:
+        return (found * mask).sum() / mask.sum()
+    return found.mean()
+
+
+def _entropy(logits: Tensor) -> Tensor:
+    logs = torch.log_softmax(logits, -1)
+    return -(logs.exp() * logs).sum(-1)
+
+
+@outputs_only
+def language_modeling(model: nn.Module, batch: Batch) -> Tensor:
+    """The model's own loss. Without `labels`, these are the input tokens except padding and image tokens."""
+    if not isinstance(batch, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise AnchorError(f"the model's own loss needs dict batches, for model(**batch); got a {type(batch).__name__}")
+    if "labels" not in batch and "input_ids" in batch:
+        labels = cast("Tensor", batch["input_ids"]).clone()
+        if "attention_mask" in batch:
+            labels[batch["attention_mask"] == 0] = -100
+        image_token = getattr(getattr(model, "config", None), "image_token_id", None)
+        if isinstance(image_token, int):
+            labels[labels == image_token] = -100
+        batch = {**batch, "labels": labels}
+    if "use_cache" not in batch and _keeps_cache(model):  # keys and values for tokens that nobody generates
+        batch = {**batch, "use_cache": False}
+    loss = getattr(model(**batch), "loss", None)
+    if not isinstance(loss, Tensor):
+        raise AnchorError(f"{type(model).__name__} returns no loss for a batch with {sorted(batch)}; pass loss=...")
+    return loss
+
+
+def _keeps_cache(model: nn.Module) -> bool:
+    """Whether a forward pass keeps keys and values unless it is told not to."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    taken = inspect.signature(model.forward).parameters
+    named = "use_cache" in taken or any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
+    return getattr(text, "use_cache", None) is True and named
+
+
+def embeddings(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Unit image and text embeddings (pairs, d), in float32 or wider."""
+    return embedding(model, batch, "image"), embedding(model, batch, "text")
+
+
+def embedding(model: nn.Module, batch: Batch, side: str) -> Tensor:
+    """The unit embeddings of one side of a batch: (pairs, d), in float32 or wider.
+
+    Args:
+        side: "image" or "text".
+    """
+    if not isinstance(batch, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise AnchorError(
+            f"the image-text losses need dict batches, with pixel_values and input_ids; got a {type(batch).__name__}"
+        )
+    if f"{side}_embeds" in batch:
+        return functional.normalize(wide(cast("Tensor", batch[f"{side}_embeds"])), dim=-1)
+    features = getattr(model, f"get_{side}_features", None)
+    inputs = {key: batch[key] for key in INPUTS[side] if key in batch}
+    if features is None or not inputs:
+        raise AnchorError(
+            f"the image-text losses need {side}s: a model with get_{side}_features and its inputs in the batch, or "
+            f"'{side}_embeds'; the batch of this {type(model).__name__} has {sorted(batch)}"
+        )
+    found = features(**inputs)
+    pooled = found if isinstance(found, Tensor) else getattr(found, "pooler_output", None)
+    if not isinstance(pooled, Tensor):
+        raise AnchorError(f"get_{side}_features of {type(model).__name__} gives no pooled embedding; pass loss=...")
+    return functional.normalize(wide(pooled), dim=-1)
+
+
+PAIR_LOSSES = (alignment, centered_alignment, contrastive)
+"""Those of image-text pairs."""
+
+NAMED: Mapping[str, Loss] = {
+    loss.__name__: loss for loss in (alignment, centered_alignment, contrastive, entropy, language_modeling)
+}
+"""What a recipe may name."""
+
+
+def default_loss(model: nn.Module) -> Loss:
+    """`alignment` for a model with both towers, its own loss for a transformers model that has one.
+
+    Raises:
+        AnchorError: any other model.
+    """
+    if hasattr(model, "get_image_features") and hasattr(model, "get_text_features"):
+        return alignment
+    if hasattr(model, "config") and any(
+        hasattr(model, name) for name in ("lm_head", "embed_out", "get_image_features")
+    ):
+        return language_modeling
+    raise AnchorError(
+        f"{type(model).__name__} is neither a two-tower image-text model nor a language model; say which loss its "
+        "anchors have: loss=lambda model, batch: ..."
+    )
+
+
+def comparing(anchors: AnchorPass) -> Loss | None:
+    """The loss that tells adapters apart by default: one that compares pairs; None, the anchors' own, for others."""
+    return centered_alignment if anchors.pairs else None
+
+
+def loss_name(loss: Loss) -> str:
+    """What a report calls a loss."""
+    return str(getattr(loss, "__name__", None) or type(loss).__name__)

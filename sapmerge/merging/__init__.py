@@ -1,0 +1,1 @@
+"""How a merge runs: inputs, stream, sinks, reports."""

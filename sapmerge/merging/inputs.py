@@ -1,0 +1,219 @@
+"""What `merge` and `inspect` accept as adapters, and whether those can be merged with each other."""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias, cast
+
+import torch
+
+from sapmerge.errors import IncompatibleAdaptersError, MethodError, SapmergeWarning
+from sapmerge.io.adapter import Adapter
+
+__all__ = [
+    "AdapterLike",
+    "Adapters",
+    "check_device",
+    "check_mergeable",
+    "check_numbers",
+    "load_adapters",
+    "resolve_weights",
+]
+
+AdapterLike: TypeAlias = "Adapter | str | os.PathLike[str] | tuple[Any, Mapping[str, Any]]"
+"""A folder, an `Adapter`, the name of an adapter in the live PeftModel given as `model`, or (config, state_dict)."""
+Adapters: TypeAlias = "Sequence[AdapterLike] | Mapping[str, AdapterLike]"
+
+
+def load_adapters(adapters: Adapters, model: Any = None) -> list[Adapter]:
+    """The adapters, opened and checked, each with a label of its own.
+
+    Args:
+        adapters: a sequence, or a mapping label -> adapter.
+        model: where adapters given by name live, if it is a PeftModel.
+
+    Raises:
+        MethodError: not a sequence or mapping, or empty.
+        SapmergeError: whatever `Adapter.load` refuses.
+    """
+    if isinstance(adapters, (str, os.PathLike, Adapter)):
+        raise MethodError(f"merge takes a list of adapters or a mapping label -> adapter; got the single {adapters!r}")
+    if isinstance(adapters, Mapping):
+        opened = [_open(adapter, model, str(label)) for label, adapter in adapters.items()]
+    else:
+        opened = [_open(adapter, model, None) for adapter in adapters]
+    if not opened:
+        raise MethodError("there are no adapters to merge: the list is empty")
+    return _uniquely_labelled(opened)
+
+
+def _open(adapter: Any, model: Any, label: str | None) -> Adapter:
+    if isinstance(adapter, Adapter):
+        return adapter if label is None else adapter.relabelled(label)
+    if isinstance(adapter, str) and adapter in _live_names(model):
+        if os.path.exists(adapter):
+            raise MethodError(
+                f"{adapter!r} is an adapter of the model and a folder too; say which: "
+                f"Adapter.from_peft_model(model, {adapter!r}) or Adapter.load({adapter!r})"
+            )
+        return Adapter.from_peft_model(model, adapter, label=label)
+    if isinstance(adapter, (str, os.PathLike)):
+        return Adapter.load(cast("str | os.PathLike[str]", adapter), label=label)
+    if isinstance(adapter, tuple) and len(cast("tuple[Any, ...]", adapter)) == 2:
+        config, state_dict = cast("tuple[Any, Mapping[str, Any]]", adapter)
+        return Adapter.from_state_dict(config, state_dict, label=label)
+    raise MethodError(
+        "an adapter is a folder, an Adapter, the name of an adapter in a live PeftModel, or (config, state_dict); "
+        f"got {type(cast('object', adapter)).__name__}"
+    )
+
+
+def _live_names(model: Any) -> Mapping[str, Any]:
+    names = getattr(model, "peft_config", None)
+    return cast("Mapping[str, Any]", names) if isinstance(names, Mapping) else {}
+
+
+def _uniquely_labelled(adapters: list[Adapter]) -> list[Adapter]:
+    """Number equal labels: a, a-2, a-3. In the order of content, so that the output does not depend on the input's."""
+    taken = {adapter.label for adapter in adapters}
+    seen, unique = set[str](), dict[int, Adapter]()
+    for k in sorted(range(len(adapters)), key=lambda k: adapters[k].digest):
+        label = adapters[k].label
+        if label in seen:
+            numbered = (f"{label[:60]}-{number}" for number in range(2, len(adapters) + 2))
+            label = next(candidate for candidate in numbered if candidate not in taken)
+            taken.add(label)
+        seen.add(label)
+        unique[k] = adapters[k].relabelled(label)
+    return [unique[k] for k in range(len(adapters))]
+
+
+def resolve_weights(weights: Sequence[float] | Mapping[str, float] | None, adapters: Sequence[Adapter]) -> list[float]:
+    """One finite number per adapter.
+
+    Raises:
+        MethodError: another count, an unknown label, or something that is not a finite number.
+    """
+    labels = [adapter.label for adapter in adapters]
+    if weights is None:
+        return [1.0] * len(labels)
+    if isinstance(weights, Mapping):
+        if set(weights) != set(labels):
+            raise MethodError(f"weights name {sorted(weights)}, the adapters are {sorted(labels)}")
+        values: list[Any] = [weights[label] for label in labels]
+    else:
+        values = list(weights)
+    if len(values) != len(labels):
+        raise MethodError(f"{len(labels)} adapters ({', '.join(labels)}) need as many weights; got {len(values)}")
+    for label, value in zip(labels, values, strict=True):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise MethodError(f"the weight of {label!r} must be a finite number; got {value!r}")
+    return [float(value) for value in values]
+
+
+@dataclass(frozen=True)
+class Base:
+    """The base model that the merged adapter belongs to."""
+
+    name: str | None
+    revision: str | None
+
+
+def check_mergeable(adapters: Sequence[Adapter], base_model: str | None = None) -> Base:
+    """Whether the adapters are for one base model and agree on every module; headers only, no tensor is read.
+
+    Args:
+        adapters: what is to be merged.
+        base_model: which base the output is for, when the adapters name different ones.
+
+    Raises:
+        IncompatibleAdaptersError: different bases or revisions without `base_model`, or a module of another shape or
+            kind.
+    """
+    if base_model is not None and not isinstance(base_model, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise MethodError(f"base_model is the name of a model; got a {type(base_model).__name__}. A model is model=...")
+    base = _common_base(adapters, base_model)
+    tasks = {adapter.label: adapter.task_type for adapter in adapters if adapter.task_type}
+    if len(set(tasks.values())) > 1:
+        listed = ", ".join(f"{label}: {task}" for label, task in tasks.items())
+        warnings.warn(f"the adapters were trained for different tasks ({listed})", SapmergeWarning, stacklevel=3)
+    first: dict[str, Adapter] = {}
+    for adapter in adapters:
+        for name, module in adapter.modules.items():
+            other = first.setdefault(name, adapter)
+            known = other.modules[name]
+            if (known.kind, known.shape) != (module.kind, module.shape):
+                raise IncompatibleAdaptersError(
+                    f"module {name!r} is {known.kind} {known.shape} in {other.label!r} but {module.kind} "
+                    f"{module.shape} in {adapter.label!r}: the adapters are for different models"
+                )
+            if known.kind == "conv" and known.a_shape[1:] != module.a_shape[1:]:
+                raise IncompatibleAdaptersError(
+                    f"module {name!r} is a convolution with kernel {known.a_shape[1:]} in {other.label!r} but "
+                    f"{module.a_shape[1:]} in {adapter.label!r}"
+                )
+    return base
+
+
+def _common_base(adapters: Sequence[Adapter], base_model: str | None) -> Base:
+    if base_model is not None:
+        same = [adapter for adapter in adapters if adapter.base_model == base_model]
+        revisions = {_revision(adapter) for adapter in same}
+        return Base(base_model, revisions.pop() if len(revisions) == 1 else None)
+    for what, found in (
+        ("base models", {adapter.label: adapter.base_model for adapter in adapters if adapter.base_model}),
+        ("revisions of the base model", {adapter.label: _revision(adapter) for adapter in adapters}),
+    ):
+        if len(set(found.values())) > 1:
+            listed = ", ".join(f"{label}: {value!r}" for label, value in found.items())
+            raise IncompatibleAdaptersError(
+                f"the adapters name different {what} ({listed}); if they do fit one base, say which: base_model='...'"
+            )
+    classes = {adapter.label: _base_class(adapter) for adapter in adapters if _base_class(adapter)}
+    unnamed = [adapter.label for adapter in adapters if not adapter.base_model]
+    if len(set(classes.values())) > 1 and unnamed:
+        listed = ", ".join(f"{label}: {value}" for label, value in classes.items())
+        raise IncompatibleAdaptersError(
+            f"the adapters were trained on different models ({listed}), and {unnamed} name no base; if they do fit one "
+            "base, say which: base_model='...'"
+        )
+    name = next((adapter.base_model for adapter in adapters if adapter.base_model), None)
+    return Base(name, _revision(adapters[0]))
+
+
+def _base_class(adapter: Adapter) -> str | None:
+    """The class of the base model, where PEFT has written it down (for models without a task)."""
+    written = adapter.config.get("auto_mapping")
+    found = cast("Mapping[str, object]", written).get("base_model_class") if isinstance(written, Mapping) else None
+    return found if isinstance(found, str) else None
+
+
+def _revision(adapter: Adapter) -> str | None:
+    return None if adapter.revision in (None, "main") else adapter.revision
+
+
+def check_device(device: torch.device | str | None) -> torch.device:
+    """The device to compute on; an error if this machine has none of the kind."""
+    try:
+        found = torch.device(device or "cpu")
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise MethodError(f"device={str(device)!r} cannot be used: {error}") from None
+    return found
+
+
+def check_numbers(scale: float, rank: int | float | str | None) -> None:
+    """Whether `scale` and `rank` of `merge` are what they may be."""
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise MethodError(f"scale must be a finite number; got {scale!r}")
+    fine = rank is None or rank == "exact"
+    if isinstance(rank, int) and not isinstance(rank, bool):
+        fine = rank >= 1
+    elif isinstance(rank, float):
+        fine = 0 < rank < 1
+    if not fine or isinstance(rank, bool):
+        raise MethodError(f"rank is None, a number >= 1, a share of energy in (0, 1), or 'exact'; got {rank!r}")

@@ -1,0 +1,201 @@
+"""Looking before merging: what adapters are, whether they fit together, and how they lie to each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from sapmerge.core.geometry import Geometry, geometry, off_diagonal_mean
+from sapmerge.errors import IncompatibleAdaptersError
+from sapmerge.io.adapter import Adapter
+from sapmerge.merging.inputs import Adapters, check_mergeable, load_adapters
+from sapmerge.merging.report import table
+
+__all__ = ["AdapterSummary", "Inspection", "LayerSummary", "inspect"]
+
+
+@dataclass(frozen=True)
+class AdapterSummary:
+    """One adapter at a glance."""
+
+    label: str
+    source: str
+    base_model: str | None
+    kinds: str
+    layers: int
+    ranks: str
+    alphas: str
+    scalings: str
+    dtype: str
+    norm: float
+    modules_to_save: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """One layer: who has it, and how those adapters lie to each other (None where there is only one).
+
+    Args:
+        cosine: mean pairwise cosine of the updates.
+        sign_conflict: mean pairwise share of entries with opposite signs.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    adapters: tuple[str, ...]
+    cosine: float | None
+    sign_conflict: float | None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """The answer of `inspect`. `print` gives a page, `to_dict` the data.
+
+    Args:
+        adapters: one summary each.
+        layers: every layer that any of them has.
+        problem: why they cannot be merged as they are; None if they can.
+        cosine: label -> label -> cosine of the whole updates.
+        sign_conflict: label -> label -> share of entries with opposite signs.
+    """
+
+    adapters: tuple[AdapterSummary, ...]
+    layers: tuple[LayerSummary, ...]
+    problem: str | None
+    cosine: Mapping[str, Mapping[str, float]]
+    sign_conflict: Mapping[str, Mapping[str, float]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: dicts, lists, numbers and strings."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        blocks = [
+            table(
+                ["adapter", "base", "kind", "layers", "ranks", "alphas", "scaling", "dtype", "norm", "saved modules"],
+                [
+                    [a.label, a.base_model or "-", a.kinds, a.layers, a.ranks, a.alphas, a.scalings, a.dtype,
+                     f"{a.norm:.4g}",
+                     ", ".join(a.modules_to_save) or "-"]
+                    for a in self.adapters
+                ],
+            )
+        ]  # fmt: skip
+        if len(self.adapters) > 1:
+            blocks.append(f"mergeable: {'yes' if self.problem is None else 'no: ' + self.problem}")
+        if self.cosine:
+            blocks += [_pairs("cosine", self.cosine, "+.3f"), _pairs("sign conflict", self.sign_conflict, ".1%")]
+            labels = [adapter.label for adapter in self.adapters]
+            blocks.append(
+                table(
+                    ["layer", "shape", "cosine", "sign conflict", "missing in"],
+                    [
+                        [
+                            layer.name,
+                            f"{layer.shape[0]}x{layer.shape[1]}",
+                            "-" if layer.cosine is None else f"{layer.cosine:+.3f}",
+                            "-" if layer.sign_conflict is None else f"{layer.sign_conflict:.1%}",
+                            ", ".join(label for label in labels if label not in layer.adapters) or "-",
+                        ]
+                        for layer in self.layers
+                    ],
+                )
+            )
+        return "\n\n".join(blocks)
+
+
+def inspect(adapters: Adapters, model: Any = None) -> Inspection:
+    """Describe adapters, and compare them if they fit together.
+
+    Args:
+        adapters: as `merge` takes them; one is enough.
+        model: the PeftModel whose adapters are given by name.
+
+    Returns:
+        An `Inspection`. Cosines come from Gram products of the factors and sign conflicts from blocks of rows: no
+        (m, n) matrix is formed.
+
+    Raises:
+        SapmergeError: an adapter that cannot be read.
+    """
+    opened = load_adapters(adapters, model)
+    try:
+        check_mergeable(opened)
+        problem = None
+    except IncompatibleAdaptersError as error:
+        problem = str(error)
+    if problem is None:
+        layers, overall, norms = _compare(opened)
+    else:
+        layers, overall, norms = (), None, {adapter.label: _norm(adapter) for adapter in opened}
+    return Inspection(
+        adapters=tuple(_summary(adapter, norms[adapter.label]) for adapter in opened),
+        layers=layers,
+        problem=problem,
+        cosine={} if overall is None else _by_label(opened, overall.cosine),
+        sign_conflict={} if overall is None else _by_label(opened, overall.sign_conflict),
+    )
+
+
+def _compare(adapters: Sequence[Adapter]) -> tuple[tuple[LayerSummary, ...], Geometry | None, dict[str, float]]:
+    count = len(adapters)
+    zeros = torch.zeros(count, count, dtype=torch.float64)
+    overall, layers = Geometry(zeros, zeros.clone(), zeros.clone()), list[LayerSummary]()
+    for name in sorted({name for adapter in adapters for name in adapter.modules}):
+        owners = [k for k, adapter in enumerate(adapters) if name in adapter.modules]
+        updates = [adapters[k].update(name) for k in owners]
+        found = geometry(updates)
+        where = torch.tensor(owners)
+        for total, part in ((overall.inner, found.inner), (overall.both, found.both), (overall.opposed, found.opposed)):
+            total[where[:, None], where[None, :]] += part
+        layers.append(
+            LayerSummary(
+                name=name,
+                shape=updates[0].shape,
+                adapters=tuple(adapters[k].label for k in owners),
+                cosine=off_diagonal_mean(found.cosine),
+                sign_conflict=off_diagonal_mean(found.sign_conflict),
+            )
+        )
+    norms = {adapter.label: float(norm) for adapter, norm in zip(adapters, overall.norms, strict=True)}
+    return tuple(layers), overall if count > 1 else None, norms
+
+
+def _norm(adapter: Adapter) -> float:
+    return sum(adapter.update(name).norm() ** 2 for name in adapter.modules) ** 0.5
+
+
+def _summary(adapter: Adapter, norm: float) -> AdapterSummary:
+    modules = list(adapter.modules.values())
+    return AdapterSummary(
+        label=adapter.label,
+        source=adapter.source,
+        base_model=adapter.base_model,
+        kinds=_listed({module.kind for module in modules}),
+        layers=len(modules),
+        ranks=_listed({module.rank for module in modules}),
+        alphas=_listed({module.alpha for module in modules}),
+        scalings=_listed({module.scaling for module in modules}),
+        dtype=_listed({str(module.dtype).removeprefix("torch.") for module in modules}),
+        norm=norm,
+        modules_to_save=tuple(sorted({tensor.rpartition(".")[0] for tensor in adapter.saved})),
+    )
+
+
+def _listed(values: set[Any]) -> str:
+    return ", ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in sorted(values))
+
+
+def _by_label(adapters: Sequence[Adapter], matrix: torch.Tensor) -> dict[str, dict[str, float]]:
+    return {
+        row.label: {column.label: float(matrix[i, j]) for j, column in enumerate(adapters)}
+        for i, row in enumerate(adapters)
+    }
+
+
+def _pairs(title: str, matrix: Mapping[str, Mapping[str, float]], form: str) -> str:
+    labels = list(matrix)
+    return table([title, *labels], [[row, *[format(matrix[row][column], form) for column in labels]] for row in labels])

@@ -1,0 +1,319 @@
+"""`merge`: check everything, run every pre-pass, then stream the layers into a sink.
+
+check adapters -> prepare the method -> for each layer: read, merge, hand to save_pretrained / apply_to / add_to
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from sapmerge import methods
+from sapmerge.core.layer import Layer
+from sapmerge.core.linalg import one_thread
+from sapmerge.core.lowrank import truncate
+from sapmerge.core.part import prepare, recipe
+from sapmerge.core.protocols import Method
+from sapmerge.core.updates import Dense, LowRank, Update
+from sapmerge.errors import MethodError, NonFiniteError, SapmergeWarning
+from sapmerge.io.adapter import Adapter
+from sapmerge.io.contents import Module
+from sapmerge.losses import Loss, loss_name
+from sapmerge.merging import sinks
+from sapmerge.merging.heads import HeadPolicy, Heads, plan_heads
+from sapmerge.merging.inputs import (
+    Adapters,
+    Base,
+    check_device,
+    check_mergeable,
+    check_numbers,
+    load_adapters,
+    resolve_weights,
+)
+from sapmerge.merging.report import LayerReport, Report, describe, describe_adapters, notes_of
+from sapmerge.merging.stream import AdapterLayers, in_order, with_progress
+from sapmerge.models import base_of, find_modules, find_saved, model_names
+
+__all__ = ["Merged", "merge"]
+
+
+def merge(
+    adapters: Adapters,
+    anchor_loader: Any = None,
+    model: Any = None,
+    *,
+    method: Method | None = None,
+    weights: Sequence[float] | Mapping[str, float] | None = None,
+    scale: float = 1.0,
+    rank: int | float | str | None = None,
+    loss: Loss | None = None,
+    modules_to_save: HeadPolicy = None,
+    base_model: str | None = None,
+    device: torch.device | str | None = None,
+    progress: bool | None = None,
+    cache: str | os.PathLike[str] | None = None,
+) -> Merged:
+    """Merge LoRA adapters into one.
+
+    Args:
+        adapters: folders, `Adapter` objects, names of adapters in the PeftModel given as `model`, or
+            (config, state_dict) pairs; or a mapping label -> any of these.
+        anchor_loader: a re-iterable of batches, for methods that read gradients.
+        model: the base model. Without anchors it is only used to check names and shapes; the output spells its modules
+            as the model does (without one, as transformers 5 does).
+        method: e.g. `ties(density=0.2)`; with anchors `sap()` by default. It may see several layers at the same time,
+            in threads: functions of your own should keep nothing from one layer to the next.
+        weights: one number per adapter, 1 by default; also a mapping label -> number.
+        scale: multiplies the merged update.
+        rank: None: exact where the result is low-rank, else the largest rank of the inputs. An int caps the rank, a
+            float in (0, 1) is a share of energy to keep, "exact" is the numerical rank.
+        loss: (model, batch) -> scalar, for the anchors.
+        modules_to_save: what to do with heads and projectors: "mean", "first", "drop", or {module: adapter}.
+        base_model: the base that the output is for, when the adapters name different ones.
+        device: where to compute; the CPU by default.
+        progress: False: no progress bar. None: one if stderr is a terminal.
+        cache: a folder of your own for the anchors' statistics: a merge that was killed goes on where it was, and one
+            that differs in the density alone needs no pass at all.
+
+    Returns:
+        A lazy `Merged`: nothing is merged before it is saved, applied, added or reported.
+
+    Raises:
+        SapmergeError: anything that is wrong with the input, before any work is done.
+
+    Example:
+        >>> import sapmerge as sm
+        >>> merged = sm.merge(["medical", "legal"], method=sm.ties(density=0.2))  # doctest: +SKIP
+        >>> merged.save_pretrained("both")  # doctest: +SKIP
+    """
+    method = _check_method(method, anchor_loader, model)
+    check_numbers(scale, rank)
+    opened = load_adapters(adapters, model)
+    numbers = resolve_weights(weights, opened)
+    base = check_mergeable(opened, base_model)
+    heads = plan_heads(opened, numbers, modules_to_save)
+    stream = AdapterLayers.of(opened, numbers, check_device(device))
+    if anchor_loader is not None:
+        stream = stream.with_anchors(anchor_loader, model, loss, cache)
+    elif model is not None:
+        find_modules(model, stream.modules)
+        find_saved(model, heads.shapes())
+    with one_thread():
+        prepared = prepare(method, stream)
+    if stream.anchors is not None and not stream.anchors.used:
+        warnings.warn(
+            f"the anchors were not used: {recipe(method)} reads no gradients and no losses",
+            SapmergeWarning,
+            stacklevel=2,
+        )
+    return Merged(
+        adapters=tuple(opened),
+        weights=tuple(numbers),
+        base=base,
+        heads=heads,
+        method=method,
+        scale=float(scale),
+        rank=rank,
+        stream=stream,
+        prepared=prepared,
+        names={} if model is None else model_names(model),
+        progress=sys.stderr.isatty() if progress is None else progress,
+    )
+
+
+@dataclass(eq=False, repr=False)
+class Merged:
+    """A merge that is ready to run. Every sink streams the layers once; memory does not grow with the model's depth."""
+
+    adapters: tuple[Adapter, ...]
+    weights: tuple[float, ...]
+    base: Base
+    heads: Heads
+    method: Method
+    scale: float
+    rank: int | float | str | None
+    stream: AdapterLayers
+    prepared: Method
+    names: Mapping[str, str]
+    progress: bool = False
+    _applied: bool = False
+    _report: Report | None = None
+    _stored: dict[str, Update] = field(default_factory=dict[str, Update])
+
+    def __repr__(self) -> str:
+        return f"Merged({len(self.adapters)} adapters, {len(self.stream.modules)} layers, {recipe(self.method)})"
+
+    def updates(self) -> Iterator[tuple[str, Update]]:
+        """(module, merged update) for every layer, exact: scale applied, nothing truncated or rounded."""
+        for name in with_progress(self.stream.modules, len(self.stream.modules), self.progress):
+            yield name, self._merged(name)[1]
+
+    def save_pretrained(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Write a PEFT checkpoint: `PeftModel.from_pretrained(base, path)`. The folder appears whole or not at all.
+
+        Args:
+            path: the folder to write.
+            overwrite: replace an existing checkpoint.
+
+        Raises:
+            OutputExistsError: `path` exists.
+            NonFiniteError: a merged update is not finite, or overflows the output's dtype.
+        """
+        self._report = self._report_of(sinks.save(self, path, overwrite=overwrite))
+
+    def apply_to(self, model: Any) -> None:
+        """Add the merged update to the weights of `model`, in place, without any loss of rank.
+
+        Raises:
+            ModelMismatchError: the model lacks a module; the model is unchanged.
+            SapmergeError: anything that fails on the way; the model is as it was.
+        """
+        anchors = self.stream.anchors
+        if anchors is not None:
+            notes_of(anchors)  # measures the base and the adapters on it, before the base changes
+        rows = sinks.apply(self, model)
+        self._applied = self._applied or (anchors is not None and base_of(model) is base_of(anchors.model))
+        self._report = self._report_of(rows)
+
+    def add_to(self, peft_model: Any, adapter_name: str) -> None:
+        """Add the merged adapter to a live PeftModel, under a new name.
+
+        Raises:
+            OutputExistsError: the name is taken.
+        """
+        self._report = self._report_of(sinks.add(self, peft_model, adapter_name))
+
+    @property
+    def report(self) -> Report:
+        """What was done; runs the merge once if no sink has run yet."""
+        if self._report is None:
+            self._report = self._report_of(tuple(row for _, _, row in self.stored()))
+        return self._report
+
+    @property
+    def recipe(self) -> Mapping[str, Any]:
+        """The whole call, as it is written into the output's metadata."""
+        return {
+            "method": recipe(self.method),
+            "weights": {a.label: weight for a, weight in zip(self.adapters, self.weights, strict=True)},
+            "scale": self.scale,
+            "rank": self.rank,
+            "base_model": self.base.name,
+            "modules_to_save": self.heads.policy,
+            "loss": None if self.stream.anchors is None else loss_name(self.stream.anchors.loss),
+        }
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the output: that of the inputs, or the narrowest that holds all of them."""
+        dtypes = [module.dtype for adapter in self.adapters for module in adapter.modules.values()]
+        out = dtypes[0]
+        for dtype in dtypes[1:]:
+            out = torch.promote_types(out, dtype)
+        return out
+
+    def stored(self, lossless: bool = False) -> Iterator[tuple[Module, Update, LayerReport]]:
+        """For every layer its module, the update as a sink stores it, and its report.
+
+        Args:
+            lossless: give the update as it is; otherwise factors of the rank that was asked for.
+        """
+        default = max((module.rank for adapter in self.adapters for module in adapter.modules.values()), default=1)
+
+        def finished(name: str) -> tuple[str, Update, LayerReport]:
+            with one_thread():
+                layer, update, notes = self._merged(name)
+                kept, energy = (update, 1.0) if lossless else truncate(update, self.rank, default)
+                return name, kept, describe(layer, update, kept.rank, energy, notes)
+
+        layers = in_order(finished, self.stream.modules, self.stream.layers_at_once())
+        for name, kept, row in with_progress(layers, len(self.stream.modules), self.progress):
+            if self.stream.anchors is not None and isinstance(kept, LowRank):
+                self._stored[name] = LowRank(kept.B, kept.A)  # without what it has computed
+            yield self.stream.modules[name], kept, row
+
+    def _merged(self, name: str) -> tuple[Layer, Update, dict[str, Any]]:
+        """A layer, its merged update, and what the parts of the method recorded."""
+        notes: dict[str, Any] = {}
+        with one_thread():
+            layer = self.stream.layer(name, notes.__setitem__)
+            update = self.prepared(layer)
+            if not isinstance(update, (LowRank, Dense)):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise MethodError(
+                    f"a method returns an update, LowRank(B, A) or Dense(matrix); {self.method!r} returned a "
+                    f"{type(update).__name__} for layer {name!r}"
+                )
+            if self.scale != 1.0:
+                update = update.scaled(self.scale)
+            if update.shape != layer.shape:
+                raise MethodError(f"{self.method!r} made an update {update.shape} for layer {name!r} {layer.shape}")
+            if not math.isfinite(update.norm()):
+                raise NonFiniteError(f"the merged update of layer {name!r} is NaN or infinite: {self.method!r}")
+        return layer, update, notes
+
+    def _report_of(self, layers: tuple[LayerReport, ...]) -> Report:
+        report = Report(
+            method=recipe(self.method),
+            base_model=self.base.name,
+            scale=self.scale,
+            rank=self.rank,
+            adapters=describe_adapters(self.adapters, self.weights, layers),
+            layers=layers,
+            modules_to_save=self.heads.modules,
+            dropped_modules=self.heads.dropped,
+            notes=self._anchor_notes(layers),
+        )
+        if report.energy_kept < 0.9:
+            warnings.warn(
+                f"the stored adapter keeps {report.energy_kept:.0%} of the merged update's energy: the result is not "
+                "low-rank. Use apply_to(model), which is lossless, or a larger rank, e.g. rank=0.95",
+                SapmergeWarning,
+                stacklevel=3,
+            )
+        return report
+
+    def _anchor_notes(self, layers: Sequence[LayerReport]) -> dict[str, Any]:
+        anchors = self.stream.anchors
+        if anchors is None:
+            return {}
+        notes = notes_of(anchors)
+        if self._applied or len(self._stored) == len(layers):
+            notes["anchor loss"]["merged adapter"] = anchors.loss_of({} if self._applied else self._stored)
+        return notes
+
+
+def _check_method(method: Method | None, anchor_loader: Any, model: Any) -> Method:
+    if callable(anchor_loader) and not hasattr(anchor_loader, "__iter__"):
+        raise MethodError(
+            f"the second argument of merge is a loader of anchors; got a {type(anchor_loader).__name__}. A method is "
+            "method=..., a model is the third argument"
+        )
+    if model is not None and not hasattr(model, "named_modules"):
+        raise MethodError(f"model must be a torch module; got a {type(model).__name__}: merge(adapters, loader, model)")
+    if anchor_loader is not None and model is None:
+        raise MethodError("anchors need a model: merge(adapters, anchor_loader, model)")
+    if method is None and anchor_loader is not None:
+        return methods.sap()
+    if method is None:
+        raise MethodError(
+            "without anchors a method must be given: merge(adapters, method=sm.mean()), or sm.ties(density=0.2), "
+            "sm.knots(), sm.task_arithmetic(), ..."
+        )
+    if isinstance(method, str):
+        raise MethodError(f"method={method!r} is text; pass a method, e.g. sm.ties(), or sm.parse({method!r})")
+    name = getattr(method, "__name__", "")
+    if isinstance(method, type) or (name in methods.__all__ and getattr(methods, name) is method):
+        raise MethodError(
+            f"the method {name} is not called yet: write method={name}(...) with its arguments, or {name}()"
+        )
+    if not callable(method):
+        raise MethodError(f"a method maps a Layer to one update; {method!r} cannot be called")
+    return method

@@ -1,0 +1,261 @@
+"""What was merged: per adapter and per layer, as a page to read and as data."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from sapmerge.anchors.loading import batch_size
+from sapmerge.anchors.runner import Anchors
+from sapmerge.core.geometry import SAMPLED_ROWS, off_diagonal_mean, share_opposed, sign_counts
+from sapmerge.core.layer import Layer
+from sapmerge.core.lowrank import mean_cosine
+from sapmerge.core.updates import Update
+from sapmerge.errors import NonFiniteError
+from sapmerge.io.adapter import Adapter
+from sapmerge.losses import loss_name
+
+__all__ = ["AdapterReport", "LayerReport", "Report", "notes_of", "table"]
+
+
+@dataclass(frozen=True)
+class AdapterReport:
+    """One input: its part in the merge.
+
+    Args:
+        energy_share: of sum_k ||w_k D_k||^2 over all layers.
+        loudness: ||w D|| over the median of all adapters.
+        outlier: robust z-score of log ||w D||, from median and MAD (None for fewer than three non-zero adapters).
+            Beyond 5 the adapter is marked in the table: look at it, or bound it with `CapShare`.
+    """
+
+    label: str
+    source: str
+    digest: str
+    weight: float
+    layers: int
+    ranks: str
+    energy_share: float
+    loudness: float
+    outlier: float | None
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer of the result.
+
+    Args:
+        name: the module.
+        shape: (m, n).
+        adapters: the labels that have the layer.
+        rank: of the stored update.
+        energy_kept: the share of the update's energy that its stored form keeps.
+        norm: Frobenius norm of the merged update.
+        cosine: mean pairwise cosine of the inputs; None for a single one.
+        sign_conflict: mean pairwise share of entries with opposite signs, on at most 64 rows.
+        energies: per adapter (w ||D||)^2, what it brings in.
+        notes: what the parts of the method recorded, e.g. the density that `Prune` kept per adapter.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    adapters: tuple[str, ...]
+    rank: int
+    energy_kept: float
+    norm: float
+    cosine: float | None
+    sign_conflict: float | None
+    energies: Mapping[str, float]
+    notes: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    @property
+    def density(self) -> float | None:
+        """The mean share of units that pruning kept; None when nothing was pruned."""
+        kept = self.notes.get("density")
+        return sum(kept.values()) / len(kept) if kept else None
+
+
+def describe(
+    layer: Layer, merged: Update, stored_rank: int, energy_kept: float, notes: Mapping[str, Any]
+) -> LayerReport:
+    """The report of one layer."""
+    there = [k for k, present in enumerate(layer.present) if present] or list(range(len(layer)))
+    inputs = [layer.updates[k] for k in there]
+    both, opposed = sign_counts(inputs, SAMPLED_ROWS)
+    loud = {layer.adapters[k]: layer.weights[k] * layer.updates[k].norm() for k in there}
+    return LayerReport(
+        name=layer.name,
+        shape=layer.shape,
+        adapters=tuple(label for label, there in zip(layer.adapters, layer.present, strict=True) if there),
+        rank=stored_rank,
+        energy_kept=energy_kept,
+        norm=merged.norm(),
+        cosine=mean_cosine(inputs),
+        sign_conflict=off_diagonal_mean(share_opposed(both, opposed)),
+        energies=dict.fromkeys(layer.adapters, 0.0) | {label: norm * norm for label, norm in loud.items()},
+        notes=notes,
+    )
+
+
+def describe_adapters(
+    adapters: Sequence[Adapter], weights: Sequence[float], layers: Sequence[LayerReport]
+) -> tuple[AdapterReport, ...]:
+    """The report of every adapter."""
+    energies = {adapter.label: sum(layer.energies[adapter.label] for layer in layers) for adapter in adapters}
+    total = sum(energies.values())
+    return tuple(
+        AdapterReport(
+            label=adapter.label,
+            source=adapter.source,
+            digest=adapter.digest,
+            weight=weight,
+            layers=len(adapter.modules),
+            ranks=_span([module.rank for module in adapter.modules.values()]),
+            energy_share=energies[adapter.label] / total if total else 0.0,
+            loudness=loudness,
+            outlier=outlier,
+        )
+        for adapter, weight, (loudness, outlier) in zip(adapters, weights, _loudness(list(energies.values())))
+    )
+
+
+def _loudness(energies: Sequence[float]) -> list[tuple[float, float | None]]:
+    """Norm over the median norm, and the robust z-score of its logarithm. Plain z-scores cannot exceed sqrt(K - 1)."""
+    logs = [0.5 * math.log(energy) for energy in energies if energy > 0]
+    if not logs:
+        return [(0.0, None) for _ in energies]
+    middle = statistics.median(logs)
+    spread = max(1.4826 * statistics.median([abs(value - middle) for value in logs]), 0.1)
+
+    def place(energy: float) -> tuple[float, float | None]:
+        if energy <= 0:  # a weight or an update of zero: silent, and no outlier
+            return 0.0, None
+        distance = 0.5 * math.log(energy) - middle
+        return math.exp(distance), distance / spread if len(logs) >= 3 else None
+
+    return [place(energy) for energy in energies]
+
+
+def _span(ranks: Sequence[int]) -> str:
+    low, high = min(ranks, default=0), max(ranks, default=0)
+    return str(low) if low == high else f"{low}-{high}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `merge` did. `print` gives a page, `to_dict` the data."""
+
+    method: str
+    base_model: str | None
+    scale: float
+    rank: int | float | str | None
+    adapters: tuple[AdapterReport, ...]
+    layers: tuple[LayerReport, ...]
+    modules_to_save: tuple[str, ...]
+    dropped_modules: tuple[str, ...]
+    notes: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    @property
+    def energy_kept(self) -> float:
+        """The share of the merged update's energy in the stored form, over all layers."""
+        total = sum(layer.norm**2 for layer in self.layers)
+        return sum(layer.energy_kept * layer.norm**2 for layer in self.layers) / total if total else 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: dicts, lists, numbers and strings."""
+        return asdict(self) | {"energy_kept": self.energy_kept}
+
+    def __str__(self) -> str:
+        lines = [f"method     {self.method}", f"base       {self.base_model or 'not named'}"]
+        ranks = sorted({layer.rank for layer in self.layers})
+        shown = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}" if ranks else "-"
+        lines.append(f"result     {len(self.layers)} layers, rank {shown}, energy kept {self.energy_kept:.1%}")
+        if self.modules_to_save or self.dropped_modules:
+            lines.append(f"modules    saved {list(self.modules_to_save)}, left out {list(self.dropped_modules)}")
+        lines += [f"{key:<10} {_short(value)}" for key, value in self.notes.items()]
+        lines += [
+            "",
+            table(
+                ["adapter", "weight", "layers", "ranks", "energy share", "loudness", "from"],
+                [
+                    [a.label, f"{a.weight:g}", a.layers, a.ranks, f"{a.energy_share:.1%}", _loud(a), a.source]
+                    for a in self.adapters
+                ],
+            ),
+            "",
+            table(
+                ["layer", "adapters", "rank", "density", "energy kept", "norm", "cosine", "sign conflict"],
+                [_row(layer) for layer in self._shown()],
+            ),
+        ]
+        if len(self.layers) > len(self._shown()):
+            lines.append(f"... and {len(self.layers) - len(self._shown())} more layers: report.to_dict()['layers']")
+        return "\n".join(lines)
+
+    def _shown(self) -> tuple[LayerReport, ...]:
+        return self.layers if len(self.layers) <= 40 else self.layers[:12]
+
+
+def _loud(adapter: AdapterReport) -> str:
+    mark = " outlier" if adapter.outlier is not None and abs(adapter.outlier) > 5 else ""
+    return f"x {adapter.loudness:.2g}{mark}"
+
+
+def _row(layer: LayerReport) -> list[object]:
+    return [
+        layer.name,
+        len(layer.adapters),
+        layer.rank,
+        _percent(layer.density),
+        _percent(layer.energy_kept),
+        f"{layer.norm:.3g}",
+        "-" if layer.cosine is None else f"{layer.cosine:+.3f}",
+        _percent(layer.sign_conflict),
+    ]
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"
+
+
+def _short(value: object) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {_short(entry)}" for key, entry in value.items())  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Aligned columns of text: the first one to the left, the others to the right."""
+    cells = [list(head), *[[str(cell) for cell in row] for row in rows]]
+    widths = [max(len(row[k]) for row in cells) for k in range(len(head))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if k == 0 else cell.rjust(width) for k, (cell, width) in enumerate(zip(row, widths))
+        )
+        for row in cells
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def notes_of(anchors: Anchors) -> dict[str, Any]:
+    """How many there are, the loss, and its mean at the base and at base + each adapter as it was read.
+
+    The loss of an adapter that the model overflows with (and that a method may have shortened) is None.
+    """
+    losses = {label: _loss(anchors, k) for k, (label, _) in enumerate(anchors.adapters)}
+    notes: dict[str, Any] = {
+        "anchors": sum(batch_size(batch) for batch in anchors.batches),
+        "loss": loss_name(anchors.loss),
+        "anchor loss": {"base model": anchors.loss_at(None), **losses},
+    }
+    return notes | ({"layers without gradient": sorted(anchors.unused)} if anchors.unused else {})
+
+
+def _loss(anchors: Anchors, adapter: int) -> float | None:
+    try:
+        return anchors.loss_at(adapter)
+    except NonFiniteError:
+        return None

@@ -1,0 +1,245 @@
+"""Where a merge goes: a PEFT checkpoint, the weights of a model, or a new adapter of a live PeftModel."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from sapmerge.core.linalg import finite
+from sapmerge.core.updates import LowRank, Update
+from sapmerge.errors import MethodError, ModelMismatchError, NonFiniteError, OutputError, OutputExistsError
+from sapmerge.io.contents import Module
+from sapmerge.io.writing import CheckpointWriter
+from sapmerge.merging.report import LayerReport, table
+from sapmerge.models import check_untied, find_modules, find_saved, model_names, tensor_name, weight_view
+
+if TYPE_CHECKING:
+    from sapmerge.merging.merge import Merged
+
+__all__ = ["add", "apply", "save"]
+
+_PREFIX = "base_model.model."
+
+
+def save(merged: Merged, path: str | os.PathLike[str], *, overwrite: bool) -> tuple[LayerReport, ...]:
+    """Write a checkpoint folder, streaming the layers; the config is built from scratch, scaling is exactly 1."""
+    rows, ranks = list[LayerReport](), dict[str, int]()
+    for adapter in merged.adapters:
+        if adapter.files and os.path.realpath(adapter.source) == os.path.realpath(path):
+            raise OutputError(f"the output {os.fspath(path)!r} is one of the inputs; write to another folder")
+    with CheckpointWriter(path, overwrite=overwrite) as writer:
+        for module, update, row in merged.stored():
+            name = merged.names.get(module.name, module.name)
+            for key, tensor in _factors(module, update, merged.dtype).items():
+                writer.add(f"{_PREFIX}{name}.{key}", tensor)
+            ranks[name] = max(1, update.rank)
+            rows.append(row)
+        for name, read in merged.heads.tensors().items():
+            writer.add(_PREFIX + tensor_name(name, merged.names), read())
+        writer.commit(config=_config(merged, ranks, merged.names), metadata=_metadata(merged), card=_card(merged, rows))
+    return tuple(rows)
+
+
+def apply(merged: Merged, model: Any) -> tuple[LayerReport, ...]:
+    """Add the updates to the weights, in place; on any error the weights are what they were."""
+    modules, rows = find_modules(model, merged.stream.modules), list[LayerReport]()
+    saved = find_saved(model, merged.heads.shapes())
+    check_untied(model, {name: cast("Tensor", module.weight) for name, module in modules.items()} | saved)
+    with _restored_on_error() as keep, torch.no_grad():
+        for module, update, row in merged.stored(lossless=True):
+            target = modules[module.name]
+            weight = cast("Tensor", target.weight)
+            keep(weight)
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            change = weight_view(target, update.dense()).to(device=weight.device, dtype=wide)
+            weight.copy_(weight.to(wide) + change)
+            if not bool(torch.isfinite(weight).all()):
+                raise NonFiniteError(f"the weight of {module.name!r} plus its update is not finite in {weight.dtype}")
+            rows.append(row)
+        for name, read in merged.heads.tensors().items():
+            keep(saved[name])
+            saved[name].copy_(read().to(saved[name]))
+    return tuple(rows)
+
+
+def add(merged: Merged, peft_model: Any, adapter_name: str) -> tuple[LayerReport, ...]:
+    """Register a new adapter in a live PeftModel and fill it; on any error it is removed again."""
+    from peft import LoraConfig
+    from peft.utils import set_peft_model_state_dict  # pyright: ignore[reportUnknownVariableType]
+
+    if not hasattr(peft_model, "peft_config"):
+        raise ModelMismatchError(f"add_to takes a PeftModel; got {type(peft_model).__name__}. Use apply_to(model)")
+    if adapter_name in peft_model.peft_config:
+        raise OutputExistsError(f"the model already has an adapter {adapter_name!r}; choose another name")
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", adapter_name) or hasattr(nn.ModuleDict, adapter_name):
+        raise MethodError(f"{adapter_name!r} cannot be an adapter's name; use letters, digits, '_' and '-'")
+    find_modules(peft_model, merged.stream.modules)
+    find_saved(peft_model, merged.heads.shapes())
+    names = model_names(peft_model)
+    rows, ranks, state = list[LayerReport](), dict[str, int](), dict[str, Tensor]()
+    for module, update, row in merged.stored():
+        name = names[module.name]
+        for key, tensor in _factors(module, update, merged.dtype).items():
+            state[f"{_PREFIX}{name}.{key}"] = tensor
+        ranks[name] = max(1, update.rank)
+        rows.append(row)
+    for name, read in merged.heads.tensors().items():
+        state[_PREFIX + tensor_name(name, names)] = read()
+    config = _config(merged, ranks, names)
+    config.pop("peft_type")
+    try:
+        peft_model.add_adapter(adapter_name, LoraConfig(**config))
+        for name, tensor in _own_heads(peft_model, adapter_name).items():
+            state.setdefault(name, tensor)
+        outcome = cast("Any", set_peft_model_state_dict(peft_model, state, adapter_name=adapter_name))
+        if outcome.unexpected_keys:
+            raise ModelMismatchError(f"the model has no place for {outcome.unexpected_keys[:3]}")
+    except BaseException:
+        if adapter_name in peft_model.peft_config:
+            peft_model.delete_adapter(adapter_name)
+        raise
+    return tuple(rows)
+
+
+def _own_heads(peft_model: Any, adapter_name: str) -> dict[str, Tensor]:
+    """The heads that PEFT gives to every adapter of a model: copies of the base's, also where the merge has none."""
+    from peft.utils import ModulesToSaveWrapper
+
+    return {
+        f"{name}.{key}": tensor
+        for name, module in peft_model.named_modules()
+        if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save
+        for key, tensor in module.modules_to_save[adapter_name].state_dict().items()
+    }
+
+
+def _factors(module: Module, update: Update, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of one module as PEFT stores them, rounded once to the output's dtype."""
+    assert isinstance(update, LowRank)
+    b, a = update.B.to("cpu", dtype), update.A.to("cpu", dtype)
+    if update.rank == 0:  # PEFT knows no rank 0
+        b, a = b.new_zeros(b.shape[0], 1), a.new_zeros(1, a.shape[1])
+    if not (finite(a) and finite(b)):
+        raise NonFiniteError(f"the merged update of layer {module.name!r} overflows the output's {dtype}")
+    if module.kind == "embedding":
+        return {"lora_embedding_A": a.contiguous(), "lora_embedding_B": b.contiguous()}
+    a = a.reshape(a.shape[0], *module.a_shape[1:])
+    b = b.reshape(*b.shape, *module.b_shape[2:])
+    return {"lora_A.weight": a.contiguous(), "lora_B.weight": b.contiguous()}
+
+
+def _config(merged: Merged, ranks: Mapping[str, int], names: Mapping[str, str]) -> dict[str, Any]:
+    """An adapter_config.json from nothing: r = alpha everywhere, explicit modules, no trace of the inputs' settings.
+
+    Args:
+        ranks: module, as the model spells it -> rank.
+        names: canonical name -> the name that the model uses.
+    """
+    rank = max(Counter(ranks.values()).items(), key=lambda item: (item[1], item[0]))[0]
+    odd = {"^" + re.escape(name): value for name, value in ranks.items() if value != rank}
+    return {
+        "peft_type": "LORA",
+        "task_type": _task(merged),
+        "base_model_name_or_path": merged.base.name,
+        "revision": merged.base.revision,
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": odd,
+        "alpha_pattern": odd,
+        "target_modules": sorted(ranks),
+        "modules_to_save": _saved_modules(merged, names) or None,
+        "fan_in_fan_out": any(adapter.fan_in_fan_out for adapter in merged.adapters),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "use_rslora": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+
+
+def _saved_modules(merged: Merged, names: Mapping[str, str]) -> list[str]:
+    """The saved modules as the model spells them, told by the names of their tensors."""
+    found: set[str] = set()
+    for tensor in merged.heads.chosen:
+        module = next(module for module in merged.heads.modules if tensor.startswith(f"{module}."))
+        tail, spelled = tensor[len(module) :], tensor_name(tensor, names)
+        found.add(spelled.removesuffix(tail) if spelled.endswith(tail) else module)
+    return sorted(found)
+
+
+def _task(merged: Merged) -> str | None:
+    """The inputs' common task. PEFT refuses a checkpoint of a task with a head that does not hold the head."""
+    tasks = {adapter.task_type for adapter in merged.adapters}
+    task = tasks.pop() if len(tasks) == 1 else None
+    return task if merged.heads.modules or task not in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") else None
+
+
+def _metadata(merged: Merged) -> dict[str, str]:
+    from sapmerge.version import __version__
+
+    inputs = [
+        {"label": a.label, "digest": a.digest, "files": dict(a.files), "weight": weight}
+        for a, weight in sorted(zip(merged.adapters, merged.weights, strict=True), key=lambda p: (p[0].digest, p[1]))
+    ]
+    return {
+        "sapmerge.version": __version__,
+        "sapmerge.recipe": json.dumps(dict(merged.recipe), sort_keys=True),
+        "sapmerge.inputs": json.dumps(inputs, sort_keys=True),
+    }
+
+
+def _card(merged: Merged, rows: Sequence[LayerReport]) -> str:
+    from sapmerge.version import __version__
+
+    head = ["---", "library_name: peft", "tags: [lora, merge, sapmerge]"]
+    if merged.base.name:
+        head.append(f"base_model: {json.dumps(merged.base.name)}")
+    listed = sorted(zip(merged.adapters, merged.weights, strict=True), key=lambda p: (p[0].digest, p[1]))
+    inputs = table(
+        ["adapter", "weight", "layers", "sha256"],
+        [[a.label, f"{w:g}", len(a.modules), a.digest[:16]] for a, w in listed],
+    )
+    return "\n".join(
+        [
+            *head,
+            "---",
+            "# Merged LoRA adapter",
+            "",
+            f"Made by sapmerge {__version__} from {len(merged.adapters)} adapters, {len(rows)} layers.",
+            "",
+            "```",
+            inputs,
+            "",
+            f"method  {merged.recipe['method']}",
+            f"scale   {merged.scale:g}",
+            "```",
+            "",
+            "Load it with `PeftModel.from_pretrained(base, path)`.",
+            "",
+        ]
+    )
+
+
+@contextmanager
+def _restored_on_error() -> Generator[Callable[[Tensor], None]]:
+    """Gives a function that remembers a tensor's value; all are put back if the block fails."""
+    before: list[tuple[Tensor, Tensor]] = []
+
+    def keep(tensor: Tensor) -> None:
+        before.append((tensor, tensor.detach().clone()))
+
+    try:
+        yield keep
+    except BaseException:
+        with torch.no_grad():
+            for tensor, value in reversed(before):
+                tensor.copy_(value)
+        raise

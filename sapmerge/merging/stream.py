@@ -1,0 +1,127 @@
+"""The layers of a set of adapters: a re-iterable stream that reads a layer when it is asked for."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+
+from sapmerge.anchors import Anchors
+from sapmerge.core.layer import Layer
+from sapmerge.core.updates import LowRank, Update, absent
+from sapmerge.io.adapter import Adapter
+from sapmerge.io.contents import Module
+from sapmerge.losses import Loss
+
+__all__ = ["AdapterLayers", "in_order", "with_progress"]
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+_MOST, _IN_FLIGHT = 4, 1 << 30  # layers, and bytes of their updates as matrices
+
+
+@dataclass(frozen=True)
+class AdapterLayers:
+    """The layers of a set of adapters, read from them when asked for; adapters sorted by content."""
+
+    adapters: tuple[Adapter, ...]
+    weights: tuple[float, ...]
+    modules: Mapping[str, Module]
+    device: torch.device
+    anchors: Anchors | None = None
+
+    @staticmethod
+    def of(adapters: Sequence[Adapter], weights: Sequence[float], device: torch.device) -> AdapterLayers:
+        """Sort by content, so that no bit of the result depends on the order in which adapters were given."""
+        order = sorted(range(len(adapters)), key=lambda k: (adapters[k].digest, weights[k]))
+        modules = {name: module for adapter in adapters for name, module in adapter.modules.items()}
+        return AdapterLayers(
+            tuple(adapters[k] for k in order), tuple(weights[k] for k in order), dict(sorted(modules.items())), device
+        )
+
+    def with_anchors(
+        self, loader: Any, model: Any, loss: Loss | None, cache: str | os.PathLike[str] | None = None
+    ) -> AdapterLayers:
+        """The same layers, with gradients on the anchors at hand."""
+
+        def reader(adapter: Adapter) -> Callable[[], Mapping[str, Update]]:
+            return lambda: {name: adapter.update(name) for name in adapter.modules}
+
+        readers = [(adapter.label, reader(adapter)) for adapter in self.adapters]
+        anchors = Anchors(model, loader, self.modules, readers, loss)
+        if cache is not None:
+            anchors.resume_in(cache, [adapter.digest for adapter in self.adapters])
+        return replace(self, anchors=anchors)
+
+    def __iter__(self) -> Iterator[Layer]:
+        for name in self.modules:
+            yield self.layer(name)
+
+    def layer(self, name: str, record: Callable[[str, object], None] | None = None) -> Layer:
+        """One layer, with an update of rank 0 for every adapter that lacks it."""
+        updates = [
+            adapter.update(name).to(self.device) if name in adapter.modules else self._absent(name)
+            for adapter in self.adapters
+        ]
+        layer = Layer(
+            name=name,
+            updates=tuple(updates),
+            adapters=tuple(adapter.label for adapter in self.adapters),
+            weights=self.weights,
+            digests=tuple(adapter.digest for adapter in self.adapters),
+            anchors=self.anchors,
+        )
+        return layer if record is None else replace(layer, record=record)
+
+    def layers_at_once(self) -> int:
+        """How many layers may be worked on together: one per thread, if all updates fit in 1 GiB as matrices.
+
+        One at a time with anchors, whose model can run in one thread only, and on a device, which is busy with one.
+        """
+        if self.anchors is not None or self.device.type != "cpu":
+            return 1
+        largest = max(math.prod(module.shape) for module in self.modules.values())
+        return max(1, min(torch.get_num_threads(), _MOST, _IN_FLIGHT // (4 * largest * len(self.adapters))))
+
+    def _absent(self, name: str) -> LowRank:
+        return absent(self.modules[name].shape, torch.empty(0, device=self.device))
+
+
+def in_order(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
+    """function(item) of every item, in their order; `workers` at a time, each on one thread of torch.
+
+    Small layers keep one thread busy, not several. What is computed does not depend on the number of workers, and the
+    first item that fails raises its error when its turn comes.
+    """
+    if workers < 2:
+        yield from map(function, items)
+        return
+    threads, waiting = torch.get_num_threads(), deque[Future[R]]()
+    pool = ThreadPoolExecutor(workers, "sapmerge", torch.set_num_threads, (1,))
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)  # what the workers have set holds for threads made later
+
+
+def with_progress(items: Iterable[T], total: int, show: bool) -> Iterator[T]:
+    """The items, one per layer, with a progress bar on stderr."""
+    if not show:
+        yield from items
+        return
+    from tqdm import tqdm
+
+    yield from tqdm(items, desc="merging", total=total, unit="layer", leave=False)

@@ -1,0 +1,1 @@
+"""The primitives: units, bases, scorers, masks, rescalers, transforms and wrappers."""

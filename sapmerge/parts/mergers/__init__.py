@@ -1,0 +1,1 @@
+"""Mergers: Layer -> one update."""

@@ -1,0 +1,107 @@
+"""`FisherMean`: every entry from the adapters whose loss depends on it most."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import field, replace
+
+import torch
+from torch import Tensor
+
+from sapmerge.core.layer import Layer
+from sapmerge.core.linalg import norm
+from sapmerge.core.part import Mapped, part
+from sapmerge.core.protocols import LayerStream, Observation
+from sapmerge.core.updates import Dense, LowRank, Update
+from sapmerge.errors import MethodError
+from sapmerge.parts.units import Entries
+from sapmerge.parts.wrappers import anchors_of
+
+__all__ = ["FisherMean"]
+
+_STATISTICS = {"sample": "square", "batch": "batch square"}
+
+
+@part
+class FisherMean:
+    """sum_k w_k F_k D_k / sum_k |w_k| F_k in every entry, F_k = E[g^2] at base + adapter k on the anchors.
+
+    The same as merging the weights W0 + D_k, since W0 is common. An adapter without the layer counts with an update of
+    zero, and with the F of the model that it makes. The pre-pass keeps the merged matrix of every layer.
+
+    Args:
+        floor: added to F, as a share of its mean over the layer and the adapters; where no F is known, the mean.
+        square: "sample" squares the gradient of every anchor; "batch" that of every batch, summed (MergeLM).
+        normalize: divide F_k by its norm over the whole adapter, so that no adapter is louder than another (MergeLM).
+
+    Raises:
+        MethodError: there are no anchors.
+    """
+
+    floor: float = 1e-6
+    square: str = "sample"
+    normalize: bool = False
+    merged: Mapping[str, Update] | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.floor >= 0 or self.square not in _STATISTICS:
+            raise MethodError(
+                f"FisherMean takes floor >= 0 and square 'sample' or 'batch'; got floor={self.floor!r}, "
+                f"square={self.square!r}"
+            )
+
+    def prepare(self, layers: LayerStream) -> FisherMean:
+        first = next(iter(layers), None)
+        if first is None:
+            return self
+        advice = "; and nothing may prune before it, since gradients are those of the adapters as read"
+        anchors = anchors_of(first, "FisherMean", advice)
+        filled = Mapped(layers, _filled)
+        seen = anchors.observe(filled, Entries())
+        sizes = self._sizes(filled, seen)
+        return replace(self, merged={layer.name: self._merge(layer, seen, sizes) for layer in filled})
+
+    def __call__(self, layer: Layer) -> Update:
+        if self.merged is None:
+            return self.prepare([layer])(layer)
+        return self.merged[layer.name]
+
+    def _sizes(self, layers: LayerStream, seen: Observation) -> list[float]:
+        """The norm of every adapter's F over all layers; 1 where it is not wanted."""
+        squares: dict[int, float] = {}
+        for layer in layers:
+            for k, F in self._fishers(layer, seen):
+                squares[k] = squares.get(k, 0.0) + (norm(F) ** 2 if self.normalize else 1.0)
+        return [squares.get(k, 0.0) ** 0.5 if self.normalize else 1.0 for k in range(max(squares, default=-1) + 1)]
+
+    def _fishers(self, layer: Layer, seen: Observation) -> Iterator[tuple[int, Tensor]]:
+        """(adapter, F) in float64, of the adapters that have a weight."""
+        for k, weight in enumerate(layer.weights):
+            if weight != 0:
+                halves = seen.moment(layer.name, k, "entries", _STATISTICS[self.square], "adapter")
+                yield k, (halves[0].double() + halves[1].double()) / 2
+
+    def _merge(self, layer: Layer, seen: Observation, sizes: list[float]) -> Update:
+        fishers = {k: F / sizes[k] if sizes[k] > 0 else F for k, F in self._fishers(layer, seen)}
+        like = layer.updates[0]
+        if not fishers or not any(bool(layer.updates[k].norm()) for k in fishers):
+            return Dense(torch.zeros(layer.shape, dtype=like.dtype, device=like.device))
+        mean = sum(float(F.mean()) for F in fishers.values()) / len(fishers)
+        total = torch.zeros(layer.shape, dtype=torch.float64, device=like.device)
+        mass, plain, count = torch.zeros_like(total), torch.zeros_like(total), 0.0
+        for k, F in fishers.items():
+            update, weight, share = layer.updates[k].dense().double(), layer.weights[k], F + self.floor * mean
+            total += weight * share * update
+            mass += abs(weight) * share
+            plain += weight * update
+            count += abs(weight)
+        merged = torch.where(mass > 0, total / torch.where(mass > 0, mass, 1.0), plain / count)
+        return Dense(merged.to(like.dtype))
+
+
+def _filled(layer: Layer) -> Layer:
+    """An adapter without the layer has an update of zero, at which gradients are taken too."""
+    like = layer.updates[0]
+    nothing = torch.zeros(1, dtype=like.dtype, device=like.device)
+    zero = LowRank(nothing.expand(layer.shape[0], 1), nothing.expand(1, layer.shape[1]))
+    return replace(layer, updates=tuple(update if update.rank else zero for update in layer))

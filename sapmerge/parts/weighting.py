@@ -1,0 +1,264 @@
+"""Adapters held against each other: who agrees with the others has the say, and who is far longer is shortened.
+
+Both look at whole adapters, through norms and inner products alone, and need neither a model nor anchors.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import field, replace
+from statistics import median_high
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from sapmerge.core.layer import Layer
+from sapmerge.core.lowrank import whole_gram
+from sapmerge.core.part import Mapped, part, prepare
+from sapmerge.core.protocols import LayerStream, Method
+from sapmerge.core.updates import Update
+from sapmerge.errors import MethodError, SapmergeWarning
+from sapmerge.losses import comparing
+from sapmerge.parts.mergers.linear import shared_out
+from sapmerge.parts.wrappers import anchors_of
+
+__all__ = ["CapShare", "ClipNorms", "WeighByAgreement", "WeighByAnchors"]
+
+
+@part
+class WeighByAnchors:
+    """Weigh every adapter by the anchor loss at base + adapter: saliency on the level of whole adapters.
+
+    The weights are the given ones times softmax(-excess / temperature), those of one sign scaled to keep their sum; the
+    excess is that over the lowest loss plus `margin`, at least 0. Among good adapters they are nearly equal; an adapter
+    that was trained on wrong labels loses its voice. One of weight 0 has none.
+
+    Args:
+        method: any method.
+        loss: (model, batch) -> scalar. None: `centered_alignment` for image-text pairs, because a loss that does not
+            compare pairs cannot tell good from bad, and the anchors' own loss for others.
+        temperature: of the softmax, in units of the loss.
+        margin: losses this close to the lowest one count as equal to it, in units of the loss.
+
+    Raises:
+        MethodError: there are no anchors.
+    """
+
+    method: Method
+    loss: Callable[..., Tensor] | None = None
+    temperature: float = 0.2
+    margin: float = 0.0
+    shares: tuple[float, ...] | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise MethodError(f"the temperature must be positive; got {self.temperature!r}")
+        if not self.margin >= 0:
+            raise MethodError(f"the margin is a difference of losses, at least 0; got {self.margin!r}")
+
+    def prepare(self, layers: LayerStream) -> WeighByAnchors:
+        first = next(iter(layers), None)
+        anchors = anchors_of(first, "WeighByAnchors")
+        losses = torch.tensor(anchors.losses(self.loss or comparing(anchors)), dtype=torch.float64)
+        heard, shares = torch.tensor(cast("Layer", first).weights) != 0, torch.zeros_like(losses)
+        if heard.any():
+            excess = (losses[heard] - losses[heard].min() - self.margin).clamp_min(0)
+            shares[heard] = torch.softmax(-excess / self.temperature, 0)
+        weighed = replace(self, shares=tuple(map(float, shares)))
+        return replace(weighed, method=prepare(self.method, Mapped(layers, weighed._weighed)))
+
+    def __call__(self, layer: Layer) -> Update:
+        if self.shares is None:
+            return self.prepare(cast("LayerStream", [layer]))(layer)
+        layer.record("anchor_weights", dict(zip(layer.adapters, self.shares, strict=True)))
+        return self.method(self._weighed(layer))
+
+    def _weighed(self, layer: Layer) -> Layer:
+        return replace(layer, weights=shared_out(layer.weights, self.shares or ()))
+
+
+@part
+class CapShare:
+    """Bound one adapter's influence: in no layer does it bring more than `share` of the energy sum_k ||w_k D_k||^2.
+
+    Louder adapters are scaled down to the cap; the others are not touched. Where fewer than 1 / share adapters have an
+    update, the cap is an equal share. This bounds how much one adapter can move the result, not in which direction: it
+    is no defence against a backdoor.
+
+    Args:
+        method: any method.
+        share: in (0, 1).
+    """
+
+    method: Method
+    share: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1:
+            raise MethodError(f"CapShare's share is a fraction of the energy, in (0, 1); got {self.share!r}")
+
+    def prepare(self, layers: LayerStream) -> CapShare:
+        return replace(self, method=prepare(self.method, Mapped(layers, self._capped)))
+
+    def __call__(self, layer: Layer) -> Update:
+        return self.method(self._capped(layer))
+
+    def _capped(self, layer: Layer) -> Layer:
+        norms = [abs(weight) * update.norm() for update, weight in zip(layer, layer.weights, strict=True)]
+        limit = _cap([norm**2 for norm in norms], self.share) ** 0.5
+        scales = [min(1.0, limit / norm) if norm > 0 else 1.0 for norm in norms]
+        layer.record("capped", {label: scale for label, scale in zip(layer.adapters, scales) if scale < 1})
+        capped = tuple(update.scaled(scale) if scale < 1 else update for update, scale in zip(layer, scales))
+        return replace(layer, updates=capped)
+
+
+def _cap(energies: Sequence[float], share: float) -> float:
+    """The energy c for which the largest of min(e, c) is `share` of their sum; the largest energy if none has more."""
+    loud = sorted((energy for energy in energies if energy > 0), reverse=True)
+    if not loud:
+        return 0.0
+    share = max(share, 1 / len(loud))
+    if loud[0] <= share * sum(loud):
+        return loud[0]
+    for count in range(1, len(loud)):  # cut the `count` loudest to one level
+        if count * share < 1:
+            cap = share * sum(loud[count:]) / (1 - count * share)
+            if cap >= loud[count]:
+                return cap
+    return loud[-1]
+
+
+_FEW = 0.1
+"""Of an equal share: who has less than this is named in a warning."""
+
+
+@part
+class WeighByAgreement:
+    """Weigh every adapter by how much it agrees with the others: by the mean cosine of its update with theirs.
+
+        weight_k ~ sum_{j != k} max(0, cos(D_k, D_j) + prior)
+
+    Adapters of one base are nearly orthogonal; what they have learned in common makes their cosines positive. One that
+    was trained on wrong labels shares little with the others, and one with a flipped sign is opposed to them. Copies of
+    one adapter are asked once, and share its say. Two adapters weigh the same, whatever they are.
+
+    The given weights are multiplied; those of one sign keep their sum. Agreement is that of the updates without weights
+    (who merges with a negative weight means it), over all layers together, inside `In` in its coordinates. Adapters of
+    weight 0 or without updates are not asked.
+
+    Args:
+        method: any method.
+        prior: added to every cosine, in [0, 1): adapters that have nothing to do with each other weigh the same.
+        copies: from this cosine on, two adapters are copies of each other; in (0, 1).
+
+    Warns:
+        SapmergeWarning: names adapters with less than a tenth of an equal share.
+
+    Source: the agreement of predictors tells their quality without any label: Parisi et al., "Ranking and combining
+    multiple predictors without labeled data", https://arxiv.org/abs/1303.3257; here one step of the power iteration
+    for their leading eigenvector, so that of two camps the larger one does not silence the other.
+    """
+
+    method: Method
+    prior: float = 0.02
+    copies: float = 0.9
+    shares: tuple[float, ...] | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.prior < 1 and 0 < self.copies < 1):
+            raise MethodError(
+                "WeighByAgreement's prior is a cosine in [0, 1), and copies one in (0, 1); "
+                f"got {self.prior!r} and {self.copies!r}"
+            )
+
+    def prepare(self, layers: LayerStream) -> WeighByAgreement:
+        products, one = whole_gram(layers)
+        done = replace(self, shares=() if one is None else self._shares(products, one))
+        return replace(done, method=prepare(self.method, Mapped(layers, done._weighed)))
+
+    def __call__(self, layer: Layer) -> Update:
+        if self.shares is None:
+            return self.prepare(cast("LayerStream", [layer]))(layer)
+        total = sum(self.shares) or 1.0
+        layer.record("agreement", {label: s / total for label, s in zip(layer.adapters, self.shares, strict=True)})
+        return self.method(self._weighed(layer))
+
+    def _weighed(self, layer: Layer) -> Layer:
+        return replace(layer, weights=shared_out(layer.weights, self.shares or ()))
+
+    def _shares(self, products: Tensor, layer: Layer) -> tuple[float, ...]:
+        """One factor per adapter, of mean 1 over those that are asked; 1 for all of them if none agrees with any."""
+        norms = products.diagonal().sqrt()
+        asked = (torch.tensor(layer.weights) != 0) & (norms > 0)
+        both = torch.outer(asked, asked)
+        units = torch.where(norms > 0, norms, 1.0)
+        cosines = products / torch.outer(units, units)
+        same = (cosines >= self.copies) & both | torch.eye(len(layer), dtype=torch.bool)
+        votes = torch.where(both & ~same, (cosines + self.prior).clamp_min(0), 0.0)
+        copies = same.sum(1)
+        agreement = (votes / copies).sum(1) / copies
+        if not agreement.any():
+            agreement = asked.double()
+        shares = [float(share) for share in agreement * asked.sum() / agreement.sum().clamp_min(1e-300)]
+        few = [repr(layer.adapters[k]) for k, share in enumerate(shares) if asked[k] and share < _FEW]
+        if few:
+            message = f"{', '.join(few)}: agree with hardly any other adapter, and have next to no say"
+            warnings.warn(f"{message} (WeighByAgreement)", SapmergeWarning, stacklevel=3)
+        return tuple(shares)
+
+
+@part
+class ClipNorms:
+    """Shorten an adapter that is more than `ratio` times as long as the median of all to that length.
+
+    Norm clipping, as federated servers do it, with a bound that is taken from the adapters: fewer than half of them
+    cannot raise it above `ratio` times the longest of the others. Of an even number the longer of the two in the middle
+    counts, so two adapters are never clipped.
+
+    Args:
+        method: any method. Where it asks anchors, these see the shortened adapters too.
+        ratio: at least 1. An adapter of weight 0 or without updates does not count, and is left as it is.
+
+    Source: Sun et al., "Can you really backdoor federated learning?", https://arxiv.org/abs/1911.07963
+    """
+
+    method: Method
+    ratio: float = 2.0
+    scales: Mapping[int, float] | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if not (self.ratio >= 1 and math.isfinite(self.ratio)):
+            raise MethodError(f"ClipNorms' ratio is a multiple of the median norm, at least 1; got {self.ratio!r}")
+
+    def prepare(self, layers: LayerStream) -> ClipNorms:
+        first, squares, names = None, torch.zeros(0), set[str]()
+        for layer in layers:
+            found = torch.tensor([update.norm() ** 2 for update in layer], dtype=torch.float64)
+            first, squares = (layer, found) if first is None else (first, squares + found)
+            names.add(layer.name)
+        scales = {} if first is None else self._scales(squares.sqrt(), first.weights)
+        done = replace(self, scales=scales)
+        anchors = None if first is None else first.anchors
+        if anchors is not None and scales:
+            anchors = anchors.scaled(scales, names)
+        seen = Mapped(layers, lambda layer: replace(done._clipped(layer), anchors=anchors))
+        return replace(done, method=prepare(self.method, seen))
+
+    def __call__(self, layer: Layer) -> Update:
+        if self.scales is None:
+            return self.prepare(cast("LayerStream", [layer]))(layer)
+        if self.scales:
+            layer.record("clipped", {layer.adapters[k]: scale for k, scale in self.scales.items()})
+        return self.method(self._clipped(layer))
+
+    def _clipped(self, layer: Layer) -> Layer:
+        scales = self.scales or {}
+        return replace(layer, updates=tuple(u.scaled(scales[k]) if k in scales else u for k, u in enumerate(layer)))
+
+    def _scales(self, norms: Tensor, weights: tuple[float, ...]) -> dict[int, float]:
+        counted = {k: float(norm) for k, norm in enumerate(norms) if weights[k] != 0 and norm > 0}
+        bound = self.ratio * median_high(counted.values()) if counted else math.inf
+        return {k: bound / norm for k, norm in counted.items() if norm > bound}

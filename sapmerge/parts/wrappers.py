@@ -1,0 +1,145 @@
+"""Composition: Chain, and the wrappers that map a method to a method. (`Prune` is in prune.py.)
+
+    method = Chain(Prune(scorer, mask, rescaler, units=...), transform, ..., merger)
+
+What needs to see the whole adapter defines `prepare(layers) -> part`: a pre-pass over re-iterable layers that returns a
+part for which every layer is a pure function. Wrappers forward it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+
+from sapmerge.core.frames import Frames
+from sapmerge.core.layer import Layer
+from sapmerge.core.part import Mapped, part, prepare, recipe
+from sapmerge.core.protocols import AnchorPass, Basis, LayerStream, Merger, Method, Transform
+from sapmerge.core.updates import Dense, LowRank, Update
+from sapmerge.errors import MethodError
+
+__all__ = ["ByModule", "Chain", "In"]
+
+
+@dataclass(frozen=True, init=False, repr=False)
+class Chain:
+    """Transforms, then one merger.
+
+    Args:
+        steps: each maps a Layer to a Layer; the last maps a Layer to one update.
+
+    Example:
+        >>> import sapmerge as sm
+        >>> ties = sm.Chain(sm.Prune(sm.Magnitude(), sm.TopFraction(0.2)), sm.ElectSign(), sm.DisjointMean())
+    """
+
+    steps: tuple[Transform | Merger, ...]
+
+    def __init__(self, *steps: Transform | Merger) -> None:
+        if not steps:
+            raise MethodError("an empty Chain merges nothing; end it with a merger, e.g. Chain(Mean())")
+        object.__setattr__(self, "steps", steps)
+
+    def __repr__(self) -> str:
+        return recipe(self)
+
+    def prepare(self, layers: LayerStream) -> Chain:
+        done: list[Transform | Merger] = []
+        for step in self.steps:
+            done.append(prepare(step, Mapped(layers, _transforms(tuple(done)))))
+        return Chain(*done)
+
+    def __call__(self, layer: Layer) -> Update:
+        merged = self.steps[-1](_transforms(self.steps[:-1])(layer))
+        if not isinstance(merged, (LowRank, Dense)):
+            raise MethodError(f"the last step of a Chain must be a merger (Layer -> update); {self.steps[-1]!r} is not")
+        return merged
+
+
+def _transforms(steps: tuple[Transform | Merger, ...]) -> Callable[[Layer], Layer]:
+    def run(layer: Layer) -> Layer:
+        for step in steps:
+            mapped = step(layer)
+            if not isinstance(mapped, Layer):
+                raise MethodError(f"{step!r} must map a Layer to a Layer: only the last step of a Chain is a merger")
+            layer = mapped
+        return layer
+
+    return run
+
+
+def anchors_of(layer: Layer | None, owner: str, advice: str = "") -> AnchorPass:
+    """The anchors of a merge, from its first layer.
+
+    Raises:
+        MethodError: there are none; `owner` begins the message, `advice` ends it.
+    """
+    if layer is None or layer.anchors is None:
+        raise MethodError(f"{owner} needs anchors and a model: merge(adapters, anchor_loader, model, ...){advice}")
+    return layer.anchors
+
+
+@part
+class In:
+    """Run a method in other coordinates and bring its result back.
+
+    Args:
+        basis: Layer -> Frames, e.g. SharedBasis() (KnOTS) or CoreSpace().
+        method: any method; it sees the coordinates U^T D V of every update.
+    """
+
+    basis: Basis
+    method: Method
+
+    def prepare(self, layers: LayerStream) -> In:
+        return replace(self, method=prepare(self.method, Mapped(layers, lambda layer: self._inside(layer)[1])))
+
+    def __call__(self, layer: Layer) -> Update:
+        frames, inside = self._inside(layer)
+        return frames.outside(self.method(inside))
+
+    def _inside(self, layer: Layer) -> tuple[Frames, Layer]:
+        frames = self.basis(layer)
+        inside = tuple(frames.inside(update) for update in layer)
+        return frames, replace(layer, updates=inside, frames=(*layer.frames, frames))
+
+
+@part
+class ByModule:
+    """A method per group of modules, e.g. one for a vision tower and one for a language model.
+
+    Args:
+        methods: glob pattern on the module's name -> method; the first pattern that matches is taken.
+        default: the method of every other module.
+
+    Raises:
+        MethodError: a pattern that matches no module.
+
+    Example:
+        >>> import sapmerge as sm
+        >>> method = sm.ByModule({"*vision_tower*": sm.mean()}, default=sm.ties(density=0.2))
+    """
+
+    methods: Mapping[str, Method]
+    default: Method
+
+    def prepare(self, layers: LayerStream) -> ByModule:
+        names = [layer.name for layer in layers]
+        for pattern in self.methods:
+            if not any(self._pattern(name) == pattern for name in names):
+                raise MethodError(f"ByModule: no module is left for the pattern {pattern!r}; modules: {names[:5]}, ...")
+
+        def group(pattern: str | None) -> Mapped:
+            return Mapped(layers, lambda layer: layer if self._pattern(layer.name) == pattern else None)
+
+        prepared = {pattern: prepare(method, group(pattern)) for pattern, method in self.methods.items()}
+        rest = any(self._pattern(name) is None for name in names)
+        return ByModule(prepared, prepare(self.default, group(None)) if rest else self.default)
+
+    def __call__(self, layer: Layer) -> Update:
+        pattern = self._pattern(layer.name)
+        return (self.default if pattern is None else self.methods[pattern])(layer)
+
+    def _pattern(self, name: str) -> str | None:
+        return next((pattern for pattern in self.methods if fnmatchcase(name, pattern)), None)
