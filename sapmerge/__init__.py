@@ -7,6 +7,7 @@ The names below are the public surface. The folders are sentences of the README:
 
 from sapmerge import anchors as anchors
 from sapmerge import contrib, methods
+from sapmerge import federated as federated
 from sapmerge.anchors.loading import from_pairs
 from sapmerge.anchors.runner import Anchors
 from sapmerge.contrib import *
@@ -43,6 +44,7 @@ from sapmerge.errors import (
     NonFiniteError,
     OutputError,
     OutputExistsError,
+    RoundError,
     SapmergeError,
     SapmergeWarning,
 )
@@ -207,6 +209,7 @@ __all__ = [
     "NonFiniteError",
     "OutputError",
     "OutputExistsError",
+    "RoundError",
     "SapmergeError",
     "SapmergeWarning",
 ]

@@ -1,4 +1,4 @@
-"""The command line: `sapmerge merge`, `inspect`, `verify`, `reproduce`, `demo`.
+"""The command line: `sapmerge merge`, `inspect`, `verify`, `reproduce`, `round`, `demo`.
 
 Errors are one line on stderr and exit code 2.
 """
@@ -22,6 +22,7 @@ import sapmerge
 from sapmerge import contrib, methods
 from sapmerge.core.protocols import Method
 from sapmerge.errors import MethodError, OutputError, SapmergeError, SapmergeWarning
+from sapmerge.federated.commands import add_commands
 from sapmerge.merging import verification
 
 __all__ = ["main"]
@@ -98,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=0)
     demo.set_defaults(run=_demo)
 
-    for command in (merge, look, check, again, demo):
+    for command in (merge, look, check, again, demo, *add_commands(commands, _method, _rank)):
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 

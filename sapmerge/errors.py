@@ -15,6 +15,7 @@ __all__ = [
     "NonFiniteError",
     "OutputError",
     "OutputExistsError",
+    "RoundError",
     "SapmergeError",
     "SapmergeWarning",
 ]
@@ -85,3 +86,7 @@ class OutputError(SapmergeError):
 
 class OutputExistsError(OutputError):
     """The output already exists and `overwrite=True` was not given."""
+
+
+class RoundError(SapmergeError):
+    """A federated round cannot go on: its folder is damaged or of another round, or too few clients are there."""

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from sapmerge.errors import OutputError, OutputExistsError, SapmergeWarning
 
-__all__ = ["CONFIG_NAME", "StagedFolder", "explained", "write_all"]
+__all__ = ["CONFIG_NAME", "StagedFolder", "explained", "sweep", "write_all"]
 
 CONFIG_NAME = "adapter_config.json"  # what makes a folder a checkpoint, and safe to replace
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
@@ -27,6 +27,7 @@ _NOT_SUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
 _NO_LOCKS = _NOT_SUPPORTED | {errno.ENOLCK, errno.EBADF}  # EBADF: NFS, which locks no folder
 _CHUNK = 1 << 26  # some systems refuse writes above 2 GiB
 _ATTEMPTS = 100
+_LEFTOVER = re.compile(r"\.(.+)\.sapmerge-\d{1,9}-[0-9a-f]{8}\.(?:tmp|old)")
 
 _renameat2: Callable[[int, bytes, int, bytes, int], int] | None = getattr(
     ctypes.CDLL(None, use_errno=True), "renameat2", None
@@ -100,6 +101,11 @@ class StagedFolder:
                 with suppress(OSError):
                     os.close(descriptor)
         self._folder = self._parent = -1
+
+    @property
+    def staged(self) -> str:
+        """Where the folder is while it is filled."""
+        return self._sibling(self._temporary)
 
     def create(self, name: str) -> int:
         """Opens a new file of the folder for reading and writing."""
@@ -252,6 +258,12 @@ def _tolerating(codes: set[int]) -> Generator[None, None, None]:
 def _sync_folder(folder: int) -> None:
     with _tolerating(_NOT_SUPPORTED):  # some network file systems sync no folders
         os.fsync(folder)
+
+
+def sweep(parent: str) -> None:
+    """Removes what killed writers of any name left in a folder."""
+    for name in {match[1] for entry in os.listdir(parent) if (match := _LEFTOVER.fullmatch(entry))}:
+        _sweep(parent, name)
 
 
 def _sweep(parent: str, name: str) -> None:
