@@ -12,7 +12,7 @@ import torch
 
 import sapmerge as sm
 from sapmerge import contrib, methods
-from sapmerge.core.linalg import one_thread
+from sapmerge.core.torch_state import pinned_state
 from sapmerge.core.part import parts
 from tests import conftest, oracles
 from tests.conftest import SHAPES, dense, error, low_rank, make_layers
@@ -421,11 +421,11 @@ def test_kept_count(name: str, method: sm.Method, absent: bool) -> None:
 
 @every_method
 def test_same_bits_in_any_layer_order_and_thread_count(name: str, method: sm.Method) -> None:
-    """As `merge` runs it, inside `one_thread`: the kernels of two threads add up in another order on some CPUs."""
+    """As `merge` runs it, inside `pinned_state`: the kernels of two threads add up in another order on some CPUs."""
     layers = make_layers(dtype=torch.float32, shapes={**SHAPES, "big": (48, 40)})
 
     def merged(order: list[sm.Layer]) -> dict[str, torch.Tensor]:
-        with one_thread():
+        with pinned_state():
             return dense(run(method, order))
 
     torch.set_num_threads(1)

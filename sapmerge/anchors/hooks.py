@@ -13,10 +13,11 @@ from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 from sapmerge.anchors.gradients import Call, embed_scale
-from sapmerge.core.linalg import all_threads, finite
+from sapmerge.core.linalg import finite
+from sapmerge.core.torch_state import model_state
 from sapmerge.core.updates import LowRank, Update
 from sapmerge.errors import AnchorError, NonFiniteError
-from sapmerge.models import base_of, weight_view
+from sapmerge.models import base_of, device_of, weight_view
 
 __all__ = ["Watch", "attached", "check_base", "frozen"]
 
@@ -50,7 +51,7 @@ def frozen(model: Any) -> Generator[nn.Module]:
             _switch(module, False)
         base.eval()
         base.requires_grad_(False)
-        with all_threads():
+        with model_state(device_of(base)):
             yield base
     finally:
         for module in active:

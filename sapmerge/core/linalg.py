@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -13,14 +11,12 @@ from torch import Tensor
 
 __all__ = [
     "RTOL",
-    "all_threads",
     "factor_grams",
     "factor_inner",
     "factor_svd",
     "finite",
     "norm",
     "numerical_rank",
-    "one_thread",
     "qr",
     "split_evenly",
     "svd",
@@ -238,34 +234,6 @@ def numerical_rank(sigma: Tensor, rtol: float = RTOL) -> int:
     if sigma.numel() == 0 or float(sigma[0]) == 0.0:
         return 0
     return int((sigma > rtol * sigma[0]).sum())
-
-
-_outside: ContextVar[int | None] = ContextVar("_outside", default=None)
-
-
-@contextmanager
-def one_thread() -> Generator[None]:
-    """Small-matrix algebra on one thread: sums in one order, so the bits do not depend on the number of threads."""
-    threads = torch.get_num_threads()
-    token = _outside.set(threads)
-    torch.set_num_threads(1)
-    try:
-        with torch.inference_mode(False), torch.no_grad():
-            yield
-    finally:
-        torch.set_num_threads(threads)
-        _outside.reset(token)
-
-
-@contextmanager
-def all_threads() -> Generator[None]:
-    """Inside `one_thread`: as many threads as there were outside of it, for passes through a model."""
-    threads, outside = torch.get_num_threads(), _outside.get()
-    torch.set_num_threads(outside or threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def wide(tensor: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sapmerge.core.linalg import factor_grams, factor_svd, norm, svd
+from sapmerge.core.torch_state import without_autocast
 from sapmerge.errors import MethodError
 
 __all__ = ["Dense", "LowRank", "Update", "absent"]
@@ -56,11 +57,13 @@ class LowRank:
 
     def dense(self) -> Tensor:
         """The update as an (m, n) matrix."""
-        return self.B @ self.A
+        with without_autocast():
+            return self.B @ self.A
 
     def rows(self, index: Tensor) -> Tensor:
         """Only the rows `index` of the update: (len(index), n)."""
-        return self.B[index] @ self.A
+        with without_autocast():
+            return self.B[index] @ self.A
 
     def scaled(self, factor: float) -> LowRank:
         """`factor` times the update."""

@@ -18,10 +18,10 @@ import torch
 
 from sapmerge import methods
 from sapmerge.core.layer import Layer
-from sapmerge.core.linalg import one_thread
 from sapmerge.core.lowrank import truncate
 from sapmerge.core.part import prepare, recipe
 from sapmerge.core.protocols import Method
+from sapmerge.core.torch_state import pinned_state
 from sapmerge.core.updates import Dense, LowRank, Update
 from sapmerge.errors import MethodError, NonFiniteError, SapmergeWarning
 from sapmerge.io.adapter import Adapter
@@ -106,7 +106,7 @@ def merge(
     elif model is not None:
         find_modules(model, stream.modules)
         find_saved(model, heads.shapes())
-    with one_thread():
+    with pinned_state():
         prepared = prepare(method, stream)
     if stream.anchors is not None and not stream.anchors.used:
         warnings.warn(
@@ -229,7 +229,7 @@ class Merged:
         default = max((module.rank for adapter in self.adapters for module in adapter.modules.values()), default=1)
 
         def finished(name: str) -> tuple[str, Update, LayerReport]:
-            with one_thread():
+            with pinned_state():
                 layer, update, notes = self._merged(name)
                 kept, energy = (update, 1.0) if lossless else truncate(update, self.rank, default)
                 return name, kept, describe(layer, update, kept.rank, energy, notes)
@@ -243,7 +243,7 @@ class Merged:
     def _merged(self, name: str) -> tuple[Layer, Update, dict[str, Any]]:
         """A layer, its merged update, and what the parts of the method recorded."""
         notes: dict[str, Any] = {}
-        with one_thread():
+        with pinned_state():
             layer = self.stream.layer(name, notes.__setitem__)
             update = self.prepared(layer)
             if not isinstance(update, (LowRank, Dense)):  # pyright: ignore[reportUnnecessaryIsInstance]

@@ -14,6 +14,7 @@ import torch
 
 from sapmerge.anchors import Anchors
 from sapmerge.core.layer import Layer
+from sapmerge.core.torch_state import pinned_state
 from sapmerge.core.updates import LowRank, Update, absent
 from sapmerge.io.adapter import Adapter
 from sapmerge.io.contents import Module
@@ -103,18 +104,22 @@ def in_order(function: Callable[[T], R], items: Iterable[T], workers: int) -> It
     if workers < 2:
         yield from map(function, items)
         return
-    threads, waiting = torch.get_num_threads(), deque[Future[R]]()
-    pool = ThreadPoolExecutor(workers, "sapmerge", torch.set_num_threads, (1,))
+
+    def pinned(item: T) -> R:
+        with pinned_state():
+            return function(item)
+
+    waiting = deque[Future[R]]()
+    pool = ThreadPoolExecutor(workers, "sapmerge")
     try:
         for item in items:
-            waiting.append(pool.submit(function, item))
+            waiting.append(pool.submit(pinned, item))
             if len(waiting) > workers:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)  # what the workers have set holds for threads made later
 
 
 def with_progress(items: Iterable[T], total: int, show: bool) -> Iterator[T]:

@@ -1,0 +1,172 @@
+"""The state of torch that everything is read, merged and written in: set here, and nowhere else.
+
+A caller's autocast, default device, default dtype, grad mode, number of threads and precision of matrix products must
+not decide on a bit of the result, and are what they were afterwards. Some belong to a thread and some to the process;
+those of the process are set by the first thread that comes and put back by the last one that leaves.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any, cast
+
+import torch
+
+from sapmerge.core.undo import Undo
+
+__all__ = ["model_state", "pinned_state", "without_autocast"]
+
+_AUTOCAST = ("cpu", "cuda", "xpu", "mps")
+
+
+def _deterministic(on: bool) -> None:
+    torch.backends.cudnn.deterministic = on
+
+
+def _benchmark(on: bool) -> None:
+    torch.backends.cudnn.benchmark = on
+
+
+_Setting = tuple[Callable[[], Any], Callable[[Any], object], object]
+_SHARED: tuple[_Setting, ...] = (
+    (torch.get_default_dtype, torch.set_default_dtype, torch.float32),
+    # "medium" multiplies in bfloat16, on a CPU too.
+    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest"),
+    # cuDNN would choose its algorithms by a stopwatch. `use_deterministic_algorithms` stays as the caller has it.
+    (lambda: torch.backends.cudnn.deterministic, _deterministic, True),
+    (lambda: torch.backends.cudnn.benchmark, _benchmark, False),
+)
+"""What all threads share: how to read it, how to set it, and what it has to be."""
+
+
+class _Process:
+    """The shared settings, and who needs them."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = set[object]()
+        self._before: list[tuple[_Setting, Any]] = []
+
+    def enter(self, who: object) -> None:
+        with self._lock:
+            if not self._inside:
+                self._before = [(setting, _read(setting)) for setting in _SHARED]
+            self._inside.add(who)
+            for (get, put, wanted), was in self._before:
+                if was is not None and get() != wanted:
+                    put(wanted)
+
+    def leave(self, who: object) -> None:
+        with self._lock:
+            self._inside.discard(who)
+            if not self._inside:
+                for (get, put, _), was in self._before:
+                    if was is not None and get() != was:
+                        put(was)
+                self._before = []
+
+
+def _read(setting: _Setting) -> Any:
+    """None for a setting that cannot be told: a program that sets precisions in torch's newer way, for one."""
+    try:
+        return setting[0]()
+    except RuntimeError:
+        return None
+
+
+_process, _threads_lock = _Process(), threading.Lock()
+_own = threading.local()
+"""Of each thread: how many threads torch used outside of `pinned_state`, and on which device it made tensors."""
+
+
+@contextmanager
+def pinned_state() -> Generator[None]:
+    """float32 and the CPU by default, no autocast, no gradients, one thread: nothing of the caller's decides on a bit.
+
+    On one thread sums are taken in one order. It may be entered again inside.
+    """
+    undo, who = Undo(), object()
+    try:
+        try:
+            undo.add(lambda: _process.leave(who))
+            _process.enter(who)
+            _note_outside(undo)
+            _set_threads(1, undo)
+            with ExitStack() as stack:
+                stack.enter_context(without_autocast())
+                if torch.get_default_device().type != "cpu":
+                    stack.enter_context(torch.device("cpu"))
+                stack.enter_context(torch.inference_mode(False))
+                stack.enter_context(torch.no_grad())
+                yield
+        finally:
+            undo.run()
+    finally:
+        undo.run()
+
+
+@contextmanager
+def model_state(device: torch.device) -> Generator[None]:
+    """For passes through a model on a device: `pinned_state`, but with as many threads as there are outside of it.
+
+    A model may make tensors where the caller has put it, so a default device of its kind holds inside.
+    """
+    undo = Undo()
+    try:
+        try:
+            with pinned_state():
+                threads, default = _own.outside
+                _set_threads(threads, undo)
+                with default if default.type == device.type != "cpu" else ExitStack():
+                    yield
+        finally:
+            undo.run()
+    finally:
+        undo.run()
+
+
+def _note_outside(undo: Undo) -> None:
+    """Remember how torch is set outside of the outermost block of this thread."""
+    if getattr(_own, "outside", None) is None:
+        undo.add(lambda: setattr(_own, "outside", None))
+        _own.outside = torch.get_num_threads(), torch.get_default_device()
+
+
+def _set_threads(count: int, undo: Undo) -> None:
+    """As many threads for torch in this thread of Python."""
+    before = torch.get_num_threads()
+    if count != before:
+        undo.add(lambda: _switch(before))
+        _switch(count)
+
+
+def _switch(count: int) -> None:
+    """`set_num_threads` sets also what threads made later begin with. That is put back at once, by one of them.
+
+    A thread that met torch for the first time during a merge would keep a single thread for good.
+    """
+    outside = _own.outside[0]
+    with _threads_lock:
+        torch.set_num_threads(count)
+        if count != outside:
+            helper = threading.Thread(target=torch.set_num_threads, args=(outside,), name="sapmerge-threads")
+            helper.start()
+            helper.join()
+
+
+@contextmanager
+def without_autocast() -> Generator[None]:
+    """Products in the dtype of their factors, whatever the caller has switched on."""
+    with ExitStack() as stack:
+        for kind in _AUTOCAST:
+            if _casts(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+def _casts(kind: str) -> bool:
+    with suppress(RuntimeError):  # a kind of device that this version of torch does not know
+        return cast("Callable[[str], bool]", torch.is_autocast_enabled)(kind)
+    return False

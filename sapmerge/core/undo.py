@@ -1,0 +1,74 @@
+"""Putting back what was changed, whatever happens on the way: errors, Ctrl-C, and Ctrl-C in the middle of that."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from types import FrameType
+
+__all__ = ["Undo", "without_interrupts"]
+
+
+class Undo:
+    """Steps that put something back, to be run last first: each may run twice, and runs again if it was cut short.
+
+    One call is not enough: it can be interrupted itself. So whoever changes something writes
+
+        undo = Undo()
+        try:
+            try:
+                ...  # first `undo.add(step)`, then the change, time and again
+            finally:
+                undo.run()
+        finally:
+            undo.run()  # goes on where an interruption stopped the first one
+    """
+
+    def __init__(self) -> None:
+        self._steps: list[Callable[[], object]] = []
+
+    def add(self, step: Callable[[], object]) -> None:
+        """Remember a step, before the change that it puts back."""
+        self._steps.append(step)
+
+    def forget(self) -> None:
+        """Nothing is to be put back any more."""
+        self._steps.clear()
+
+    def run(self) -> None:
+        """Run every step, also after one that fails; the first failure is raised at the end."""
+        failure: Exception | None = None
+        with without_interrupts():
+            while self._steps:
+                try:
+                    self._steps[-1]()
+                except Exception as error:
+                    failure = failure or error
+                self._steps.pop()
+        if failure is not None:
+            raise failure
+
+
+@contextmanager
+def without_interrupts() -> Generator[None]:
+    """Ctrl-C waits until the block is done. In other threads than the main one there is none."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+    if not callable(before):  # the default action, or one that was not set from Python
+        yield
+        return
+    pressed: list[tuple[int, FrameType | None]] = []
+    try:
+        try:
+            signal.signal(signal.SIGINT, lambda number, frame: pressed.append((number, frame)))
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if pressed:
+            before(*pressed[-1])
