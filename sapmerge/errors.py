@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
+
 __all__ = [
     "AdapterConfigError",
     "AdapterFormatError",
@@ -18,6 +21,8 @@ __all__ = [
     "RoundError",
     "SapmergeError",
     "SapmergeWarning",
+    "printable",
+    "warn_afterwards",
 ]
 
 
@@ -31,8 +36,7 @@ class SapmergeError(Exception):
     """
 
     def __init__(self, message: str) -> None:
-        words = " ".join(message.split())
-        text = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in words)
+        text = printable(" ".join(message.split()))
         super().__init__(text if len(text) <= _LONGEST else text[: _LONGEST - 4] + " ...")
 
 
@@ -90,3 +94,16 @@ class OutputExistsError(OutputError):
 
 class RoundError(SapmergeError):
     """A federated round cannot go on: its folder is damaged or of another round, or too few clients are there."""
+
+
+def printable(text: str) -> str:
+    """The text with control characters as escapes: what strangers wrote must not steer a terminal."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
+
+def warn_afterwards(message: str) -> None:
+    """Warn of something when the work is done: nothing may raise any more, not even a warning made an error."""
+    try:
+        warnings.warn(message, SapmergeWarning, stacklevel=3)
+    except Exception:
+        logging.getLogger("sapmerge").warning(message)

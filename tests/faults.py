@@ -94,7 +94,7 @@ def write_version(path: Path, version: int, *, overwrite: bool = True) -> None:
         for name in "ab":
             writer.add(name, torch.full((ELEMENTS,), float(version)))
         text = f"version {version}"
-        writer.commit(config={"version": version}, metadata={}, card=text, extra={"notes.txt": text})
+        writer.commit(config={"version": version}, metadata={}, card=text)
 
 
 class MixtureError(Exception):
@@ -122,13 +122,8 @@ def whole_version(path: Path) -> int | None:
     """As `read_version`, the text files included, for a folder that nobody is writing."""
     version = read_version(path)
     if version is not None:
-        assert sorted(os.listdir(path)) == [
-            "README.md",
-            "adapter_config.json",
-            "adapter_model.safetensors",
-            "notes.txt",
-        ]
-        assert {(path / name).read_text() for name in ("README.md", "notes.txt")} == {f"version {version}"}
+        assert sorted(os.listdir(path)) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+        assert (path / "README.md").read_text() == f"version {version}"
     return version
 
 

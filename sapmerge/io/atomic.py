@@ -10,16 +10,18 @@ import re
 import secrets
 import shutil
 import stat
-import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from sapmerge.errors import OutputError, OutputExistsError, SapmergeWarning
+from sapmerge.errors import OutputError, OutputExistsError, warn_afterwards
 
-__all__ = ["CONFIG_NAME", "StagedFolder", "explained", "sweep", "write_all"]
+__all__ = ["CARD_NAME", "CONFIG_NAME", "TENSORS_NAME", "StagedFolder", "alive", "explained", "sweep", "write_all"]
 
 CONFIG_NAME = "adapter_config.json"  # what makes a folder a checkpoint, and safe to replace
+TENSORS_NAME, CARD_NAME = "adapter_model.safetensors", "README.md"
+_REPLACED = {CONFIG_NAME, TENSORS_NAME, CARD_NAME, "adapter_model.bin"}
+"""The files of an adapter. Whatever else lies in a folder is somebody's, and is not deleted with it."""
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 _NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
 _NOREPLACE, _EXCHANGE = 1, 2  # flags of renameat2(2)
@@ -78,7 +80,8 @@ class StagedFolder:
         if not os.path.isdir(self._parent_path):
             raise OutputError(f"{self.path!r}: its parent folder {self._parent_path!r} does not exist; create it first")
         self._parent = self._folder = -1
-        self._temporary = ""
+        self._temporary, self._replaced = "", False
+        self._identity: os.stat_result | None = None
         with explained(self.path, "look for leftovers of earlier writes"):
             _sweep(self._parent_path, self._name)
         self._target_exists()
@@ -129,8 +132,11 @@ class StagedFolder:
         """Puts the folder in its place; from here on it is the output. Readers see the old folder or the new one."""
         with explained(self.path, "put the new folder in place"):
             _sync_folder(self._folder)
+            self._identity = os.fstat(self._folder)
             replaced, undo = self._place()
             try:
+                if replaced:
+                    self._require_replaceable(replaced)  # another program may have put a file there meanwhile
                 _sync_folder(self._parent)
             except BaseException as error:
                 try:
@@ -140,12 +146,22 @@ class StagedFolder:
                 raise
         self._temporary = ""
         if replaced and not _remove(leftover := self._sibling(replaced)):
-            warnings.warn(
+            warn_afterwards(
                 f"{self.path!r} was replaced, but the previous output could not be removed from {leftover!r}; "
-                "the next write to the same place tries again",
-                SapmergeWarning,
-                stacklevel=3,
+                "the next write to the same place tries again"
             )
+
+    def withdraw(self) -> None:
+        """Remove the folder again after `publish`, if nothing was replaced by it and it is still ours."""
+        if self._identity is None or self._replaced:
+            return
+        target = self._sibling(self._name)
+        with suppress(OSError):
+            if os.path.samestat(self._identity, os.lstat(target)):
+                aside = self._sibling(_sibling_name(self._name, "tmp"))
+                os.rename(target, aside)
+                _remove(aside)
+        self._identity = None
 
     def _place(self) -> tuple[str, Callable[[], object]]:
         """Renames the folder into place; returns where the old one went, and how to undo it."""
@@ -164,6 +180,7 @@ class StagedFolder:
         return "", lambda: self._move(self._name, self._temporary)
 
     def _exchange(self) -> tuple[str, Callable[[], object]]:
+        self._replaced = True
         if self._renameat2(_EXCHANGE):
             return self._temporary, lambda: self._renameat2(_EXCHANGE)
         aside = _sibling_name(self._name, "old")  # a kill after the first move: the next `_sweep` puts it back
@@ -233,13 +250,25 @@ class StagedFolder:
                 raise OutputError(f"{self.path!r} exists and is not a folder; give another path")
             if not self._overwrite:
                 raise OutputExistsError(f"{self.path!r} exists; give another path, or overwrite=True to replace it")
-            content = os.listdir(target)
+            self._require_replaceable(self._name)
+        return True
+
+    def _require_replaceable(self, name: str) -> None:
+        """Refuse to replace a folder that holds anything but an adapter."""
+        with os.scandir(self._sibling(name)) as entries:
+            content = {entry.name: entry.is_dir(follow_symlinks=False) for entry in entries}
         if content and CONFIG_NAME not in content:
             raise OutputError(
                 f"{self.path!r} holds {len(content)} entries but no {CONFIG_NAME}: it is not an adapter checkpoint and "
                 "is not replaced, even with overwrite=True; give another path"
             )
-        return True
+        foreign = sorted(entry for entry, folder in content.items() if folder or entry not in _REPLACED)
+        if foreign:
+            listed = ", ".join(map(repr, foreign[:5])) + (f" and {len(foreign) - 5} more" if len(foreign) > 5 else "")
+            raise OutputError(
+                f"{self.path!r} holds more than an adapter: {listed}; overwrite=True would delete that, too. Move it "
+                "away, or give another path"
+            )
 
 
 def _sibling_name(name: str, ending: str) -> str:
@@ -272,7 +301,7 @@ def _sweep(parent: str, name: str) -> None:
     for entry in os.listdir(parent):
         match = pattern.fullmatch(entry)
         # A process id comes back after a restart, in containers at once: our own says nothing, only the lock does.
-        if not match or (int(match[1]) != os.getpid() and _alive(int(match[1]))):
+        if not match or (int(match[1]) != os.getpid() and alive(int(match[1]))):
             continue
         leftover, target = os.path.join(parent, entry), os.path.join(parent, name)
         if match[2] == "old" and not os.path.lexists(target):
@@ -292,7 +321,8 @@ def _remove(folder: str) -> bool:
     return False
 
 
-def _alive(process: int) -> bool:
+def alive(process: int) -> bool:
+    """Whether a process of this computer has the number."""
     try:
         os.kill(process, 0)
     except OSError as error:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
+import re
+import secrets
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -14,8 +17,12 @@ import torch
 from torch import Tensor
 
 from sapmerge.errors import OutputError
+from sapmerge.io.atomic import alive
 
 __all__ = ["Cache"]
+
+_SCRATCH = re.compile(r"\.[0-9a-f]{64}\.safetensors\.(\d{1,9})(-[0-9a-f]{8})?\.tmp")
+_ATTEMPTS = 100
 
 
 class Cache:
@@ -26,7 +33,8 @@ class Cache:
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self._folder = Path(folder)
+        self._folder = Path(os.path.abspath(folder))  # the working folder may be another one later
+        _sweep(self._folder)
 
     def get(self, key: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The tensors and notes kept under a key; None if there are none, or if the file is damaged."""
@@ -37,9 +45,10 @@ class Cache:
             with cast("Any", safe_open(path, "pt")) as file:
                 tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 metadata: dict[str, str] = file.metadata() or {}
-            if metadata.get("key") != key or metadata.get("digest") != _digest(tensors):
+            notes = metadata["notes"]
+            if metadata.get("key") != key or metadata.get("digest") != _digest(key, tensors, notes):
                 return None
-            return tensors, json.loads(metadata["notes"])
+            return tensors, json.loads(notes)
         except (OSError, SafetensorError, KeyError, ValueError):
             return None
 
@@ -52,28 +61,53 @@ class Cache:
         from safetensors.torch import save
 
         held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        metadata = {"key": key, "digest": _digest(held), "notes": json.dumps(notes)}
-        path = self._path(key)
-        scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        text = json.dumps(notes)
+        data = save(held, {"key": key, "digest": _digest(key, held, text), "notes": text})
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            with open(scratch, "wb") as file:
-                file.write(save(held, metadata))
+            for attempt in range(_ATTEMPTS):
+                try:
+                    return self._write(self._path(key), data)
+                except FileNotFoundError:  # swept by another computer before it was locked
+                    if attempt == _ATTEMPTS - 1:
+                        raise
+        except OSError as error:
+            raise OutputError(f"cannot write to the cache {str(self._folder)!r}: {error}") from error
+
+    def _write(self, path: Path, data: bytes) -> None:
+        """One file, whole or not at all; a name of its own for every writer, also for those of one process."""
+        scratch = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+        try:
+            with open(scratch, "xb") as file:
+                with suppress(OSError):  # tells other computers that somebody writes here; not all have locks
+                    fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+                file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(scratch, path)
-        except OSError as error:
+                os.replace(scratch, path)
+        finally:
             with suppress(OSError):
                 scratch.unlink(missing_ok=True)
-            raise OutputError(f"cannot write to the cache {str(self._folder)!r}: {error}") from error
 
     def _path(self, key: str) -> Path:
         return self._folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    found = hashlib.sha256()
+def _digest(key: str, tensors: Mapping[str, Tensor], notes: str) -> str:
+    """Of all that is kept, so that no digit of it can change unseen."""
+    found = hashlib.sha256(json.dumps([key, notes]).encode())
     for name, tensor in sorted(tensors.items()):
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         found.update(tensor.flatten().view(torch.uint8).numpy().data)
     return found.hexdigest()
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what killed writers have left: files of processes that are gone, and that nobody has locked."""
+    with suppress(OSError):
+        for entry in os.listdir(folder):
+            match = _SCRATCH.fullmatch(entry)
+            if match and not alive(int(match[1])):
+                with suppress(OSError), open(folder / entry, "rb") as file:
+                    fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    os.unlink(folder / entry)

@@ -11,8 +11,7 @@ import errno
 import hashlib
 import json
 import os
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -20,14 +19,13 @@ from typing_extensions import Self
 
 from sapmerge.core.linalg import finite
 from sapmerge.errors import NonFiniteError, OutputError
-from sapmerge.io.atomic import CONFIG_NAME, StagedFolder, explained, write_all
+from sapmerge.io.atomic import CARD_NAME, CONFIG_NAME, TENSORS_NAME, StagedFolder, explained, write_all
 
 __all__ = ["CONFIG_DIGEST_KEY", "CheckpointWriter", "TENSORS_DIGEST_KEY", "digest_of"]
 
 CONFIG_DIGEST_KEY, TENSORS_DIGEST_KEY = "sapmerge.config_sha256", "sapmerge.tensors_sha256"
-_TENSORS_NAME, _CARD_NAME, _SCRATCH_NAME = "adapter_model.safetensors", "README.md", "tensors.tmp"
+_SCRATCH_NAME = "tensors.tmp"
 _MAX_HEADER = 100_000_000  # the format's readers refuse more
-_EXTRA_NAME = re.compile(r"(?!\.+$)[A-Za-z0-9._-]{1,200}")  # neither "." nor ".."
 _COPY_CHUNK = 1 << 22
 _DTYPES = {
     torch.float64: "F64",
@@ -131,7 +129,7 @@ class CheckpointWriter:
         config: Mapping[str, object],
         metadata: Mapping[str, str],
         card: str,
-        extra: Mapping[str, str] | None = None,
+        check: Callable[[str], object] | None = None,
     ) -> None:
         """Writes the remaining files and puts the folder in place.
 
@@ -139,7 +137,7 @@ class CheckpointWriter:
             config: content of `adapter_config.json`.
             metadata: of the safetensors file; "format" and the sha256 of the config file and of the tensors are added.
             card: content of `README.md`.
-            extra: further text files, name -> text.
+            check: looks at the whole folder before it is put in place, and may refuse it.
 
         Raises:
             OutputExistsError: an output appeared meanwhile and `overwrite` is false.
@@ -150,23 +148,25 @@ class CheckpointWriter:
             text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n"
         except (TypeError, ValueError) as error:
             raise OutputError(f"{self._folder.path!r}: the config is not JSON: {error}") from error
-        files = {CONFIG_NAME: text.encode("ascii"), _CARD_NAME: self._encode(card, _CARD_NAME)}
-        for name, content in (extra or {}).items():
-            if not _EXTRA_NAME.fullmatch(name) or name in (*files, _TENSORS_NAME):
-                raise OutputError(f"{self._folder.path!r}: {name!r} cannot be the name of an extra file")
-            files[name] = self._encode(content, name)
+        files = {CONFIG_NAME: text.encode("ascii"), CARD_NAME: self._encode(card, CARD_NAME)}
         digest = hashlib.sha256(files[CONFIG_NAME]).hexdigest()
         tensors = digest_of({name: stored.digest for name, stored in self._stored.items()})
         self._write_tensors({**metadata, "format": "pt", CONFIG_DIGEST_KEY: digest, TENSORS_DIGEST_KEY: tensors})
         for name, content in files.items():
             self._folder.write(name, content)
+        if check is not None:
+            check(self._folder.staged)
         self._folder.publish()
+
+    def withdraw(self) -> None:
+        """Remove what `commit` has put in place, unless it replaced something. It may be called again."""
+        self._folder.withdraw()
 
     def _write_tensors(self, metadata: Mapping[str, str]) -> None:
         ordered = sorted(self._stored.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
         header = self._header(ordered, metadata)
-        with explained(self._folder.path, f"write {_TENSORS_NAME}"):
-            file = self._folder.create(_TENSORS_NAME)
+        with explained(self._folder.path, f"write {TENSORS_NAME}"):
+            file = self._folder.create(TENSORS_NAME)
             try:
                 write_all(file, header, 0)
                 position = len(header)
