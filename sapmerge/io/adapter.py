@@ -11,12 +11,13 @@ import re
 import stat
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 
+from sapmerge.core.torch_state import pinned_state
 from sapmerge.core.updates import LowRank
 from sapmerge.errors import AdapterFormatError, AdapterSecurityError, MethodError, SapmergeWarning
 from sapmerge.io.config import Settings, settings
@@ -27,9 +28,10 @@ from sapmerge.io.live import check_live_scaling, config_bytes, live_adapter
 from sapmerge.io.pickles import held, open_pickle
 from sapmerge.io.strict_json import parse
 
-__all__ = ["Adapter"]
+__all__ = ["Adapter", "check_readable"]
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+_VIEWS = {"config", "modules", "saved", "files"}  # fields that nobody can write to
 _LABEL = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -45,6 +47,9 @@ class Adapter:
         saved: canonical tensor name -> SavedTensor, sorted.
         digest: sha256 of all that decides about the update: values, scalings, names. Not of path, label or order.
         files: file name -> sha256 of the bytes used; empty for adapters in memory.
+        folder: where the files are, absolute, links resolved; None for adapters in memory.
+
+    It can be pickled, for other processes: what lies in files is read there again, and compared.
     """
 
     label: str
@@ -58,9 +63,15 @@ class Adapter:
     revision: str | None
     task_type: str | None
     fan_in_fan_out: bool
+    folder: str | None
     _contents: Contents = field(repr=False)
 
+    def __reduce__(self) -> tuple[object, ...]:
+        values = {one.name: getattr(self, one.name) for one in fields(self)}
+        return _unpickled, ({name: dict(value) if name in _VIEWS else value for name, value in values.items()},)
+
     @classmethod
+    @pinned_state()
     def load(
         cls,
         path: str | os.PathLike[str],
@@ -88,29 +99,8 @@ class Adapter:
         where = f"adapter {shown(source)}"
         weights_name = _which_weights(folder, where, allow_pickle_weights)
         label = label or _label_from(os.path.basename(folder))
-        config_where, weights_where = f"{where}, {CONFIG}", f"{where}, {weights_name}"
-        weights_path = os.path.join(folder, weights_name)
-        with (
-            RegularFile(os.path.join(folder, CONFIG), config_where) as config_file,
-            RegularFile(weights_path, weights_where) as file,
-        ):
-            # One byte more than allowed is enough to refuse it.
-            raw = bytes(config_file.read(0, min(config_file.size, limits.config_bytes + 1)))
-            config = parse(raw, config_where, limits)
-            chosen = settings(config, config_where)
-            if weights_name == PICKLE:
-                weights, data = open_pickle(file, limits)
-                contents = sort_contents(weights, chosen, config, config_where, limits)
-                weights.scan()
-                sha256 = hashlib.sha256(data).hexdigest()
-                _warn(f"{weights_where}: read from a pickle; save it as safetensors, which cannot hold code")
-            else:
-                weights = open_weights(file, weights_path, limits)
-                contents = sort_contents(weights, chosen, config, config_where, limits)
-                weights.scan(file)
-                sha256 = weights.sha256
-        files = {CONFIG: hashlib.sha256(raw).hexdigest(), weights_name: sha256}
-        return _finished(label, source, config, chosen, contents, files)
+        read = _read(folder, weights_name, where, limits)
+        return _finished(label, source, *read, folder=os.path.realpath(folder))
 
     @classmethod
     def from_hub(
@@ -152,6 +142,7 @@ class Adapter:
         return cls.load(folder, label=label or _label_from(repo_id.rpartition("/")[2]), limits=limits)
 
     @classmethod
+    @pinned_state()
     def from_state_dict(
         cls,
         config: object,
@@ -170,6 +161,7 @@ class Adapter:
         return _in_memory(config, state_dict, label or "adapter", "(config, state_dict)", limits)
 
     @classmethod
+    @pinned_state()
     def from_peft_model(
         cls, model: nn.Module, adapter_name: str, *, label: str | None = None, limits: Limits = DEFAULT_LIMITS
     ) -> Adapter:
@@ -189,6 +181,7 @@ class Adapter:
         """The same adapter under another label."""
         return replace(self, label=_checked_label(label))
 
+    @pinned_state()
     def update(self, name: str) -> LowRank:
         """B @ A of one module in float32, scaling folded into B.
 
@@ -206,6 +199,7 @@ class Adapter:
             raise MethodError(f"adapter {shown(self.source)} has no module {shown(name)}")
         return self._contents.update(name, self.source)
 
+    @pinned_state()
     def saved_tensor(self, name: str) -> Tensor:
         """One tensor of a module that was saved whole, in the dtype of the file.
 
@@ -215,6 +209,40 @@ class Adapter:
         if name not in self.saved:
             raise MethodError(f"adapter {shown(self.source)} has no saved tensor {shown(name)}")
         return self._contents.weights.read(self._contents.tensors[name][0])
+
+
+def check_readable(folder: str) -> None:
+    """Refuse what `Adapter.load` would refuse, without a warning: for a folder that is about to become an output."""
+    contents = _read(folder, WEIGHTS, "the output", DEFAULT_LIMITS)[2]
+    contents.check_finite("the output")
+
+
+def _read(
+    folder: str, weights_name: str, where: str, limits: Limits
+) -> tuple[dict[str, object], Settings, Contents, dict[str, str]]:
+    """Config, what it says, the contents of the weights with every value seen, and file name -> sha256."""
+    config_where, weights_where = f"{where}, {CONFIG}", f"{where}, {weights_name}"
+    weights_path = os.path.join(folder, weights_name)
+    with (
+        RegularFile(os.path.join(folder, CONFIG), config_where) as config_file,
+        RegularFile(weights_path, weights_where) as file,
+    ):
+        # One byte more than allowed is enough to refuse it.
+        raw = bytes(config_file.read(0, min(config_file.size, limits.config_bytes + 1)))
+        config = parse(raw, config_where, limits)
+        chosen = settings(config, config_where)
+        if weights_name == PICKLE:
+            weights, data = open_pickle(file, limits)
+            contents = sort_contents(weights, chosen, config, config_where, limits)
+            weights.scan()
+            sha256 = hashlib.sha256(data).hexdigest()
+            _warn(f"{weights_where}: read from a pickle; save it as safetensors, which cannot hold code")
+        else:
+            weights = open_weights(file, weights_path, limits)
+            contents = sort_contents(weights, chosen, config, config_where, limits)
+            weights.scan(file)
+            sha256 = weights.sha256
+    return config, chosen, contents, {CONFIG: hashlib.sha256(raw).hexdigest(), weights_name: sha256}
 
 
 def _which_weights(folder: str, where: str, allow_pickle_weights: bool) -> str:
@@ -261,6 +289,7 @@ def _finished(
     chosen: Settings,
     contents: Contents,
     files: Mapping[str, str],
+    folder: str | None = None,
 ) -> Adapter:
     """The adapter, once its values were seen and none was bad."""
     contents.check_values(source)
@@ -276,8 +305,13 @@ def _finished(
         revision=chosen.revision,
         task_type=chosen.task_type,
         fan_in_fan_out=chosen.fan_in_fan_out,
+        folder=folder,
         _contents=contents,
     )
+
+
+def _unpickled(values: Mapping[str, Any]) -> Adapter:
+    return Adapter(**{name: MappingProxyType(value) if name in _VIEWS else value for name, value in values.items()})
 
 
 def _label_from(name: str) -> str:

@@ -72,6 +72,11 @@ class Contents:
     weights: Weights
 
     def check_values(self, source: str) -> None:
+        """Nothing is NaN or infinite, products included; what is odd gets a warning. Needs `weights.facts`."""
+        self.check_finite(source)
+        self._warn_of_oddities()
+
+    def check_finite(self, source: str) -> None:
         """Nothing is NaN or infinite, products included. Needs `weights.facts`."""
         weights = self.weights
         for name, facts in weights.facts.items():
@@ -79,11 +84,14 @@ class Contents:
                 raise NonFiniteError(
                     f"{weights.where}: tensor {shown(name)} has {facts.bad} values that are NaN or infinite in float32"
                 )
-        odd: list[tuple[float, str]] = []
         for name, module in self.modules.items():
-            a, b = (weights.facts[tensor].norm for tensor in self.tensors[name])
             if not self._bounded(module):
                 self.update(name, source)
+
+    def _warn_of_oddities(self) -> None:
+        weights, odd = self.weights, list[tuple[float, str]]()
+        for name in self.modules:
+            a, b = (weights.facts[tensor].norm for tensor in self.tensors[name])
             if min(a, b) > _FLOOR and not 1 / _BALANCE <= a / b <= _BALANCE:
                 odd.append((a / b, name))
         if odd:

@@ -148,6 +148,9 @@ class StoredWeights:
         self.sha256 = ""
         self._header, self._size = header, size
 
+    def __getstate__(self) -> dict[str, object]:
+        return {name: value for name, value in vars(self).items() if name != "_header"}  # of no use after `scan`
+
     def scan(self, file: RegularFile) -> None:
         """Read every value once, in file order. Fills `facts`, and `sha256` of the whole file."""
         whole = self._header.copy()
