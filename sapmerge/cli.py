@@ -130,9 +130,13 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 def _verify(options: argparse.Namespace) -> None:
-    made_from = ", and made from these adapters" if options.inputs else ""
     problems = verification.verify(options.output, options.inputs)
-    _report_problems(problems, f"config and weights of the output are intact{made_from}")
+    what = "config, weights and inputs" if options.inputs else "config and weights"
+    _report_problems(
+        problems,
+        f"{what} have the digests in the output's metadata. That its recipe gives these weights is a claim: "
+        "`sapmerge reproduce` proves it",
+    )
 
 
 def _reproduce(options: argparse.Namespace) -> None:

@@ -1,22 +1,30 @@
-"""What an output says about itself: the recipe and the inputs in its metadata, checked against its bytes."""
+"""What an output says about itself: the recipe and the inputs in its metadata, checked against its bytes.
+
+The metadata is a claim of whoever wrote the file. It is read by one schema, and what does not fit it is refused.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn, cast
 
-from sapmerge.errors import AdapterFormatError
-from sapmerge.io.adapter import CONFIG, WEIGHTS, Adapter
-from sapmerge.io.files import RegularFile, shown
+from sapmerge.errors import AdapterFormatError, SapmergeError
+from sapmerge.io.adapter import CONFIG, PICKLE, WEIGHTS, Adapter
+from sapmerge.io.files import DEFAULT_LIMITS, RegularFile, shown
+from sapmerge.io.strict_json import parse
 from sapmerge.io.writing import CONFIG_DIGEST_KEY, TENSORS_DIGEST_KEY, digest_of
 
 __all__ = ["Provenance", "read_provenance"]
 
 _CHUNK = 1 << 22
+_SHORTEST = 32  # characters per comma in a list of inputs: each has a digest of 64. More commas are no such list
+_LABEL, _SHA256 = re.compile(r"[A-Za-z0-9._-]{1,64}"), re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -27,7 +35,7 @@ class Provenance:
         version: of the library that wrote it.
         recipe: the call: method, weights, scale, rank, base_model, modules_to_save, loss.
         inputs: label, digest, weight, and file name -> sha256 of every adapter that went in.
-        problems: what does not agree with the bytes; empty for an intact output.
+        problems: what does not agree with the bytes, or with itself; empty for an intact output.
     """
 
     version: str
@@ -40,7 +48,7 @@ def read_provenance(path: str | os.PathLike[str]) -> Provenance:
     """Read an output as any adapter is read, then compare its bytes with the digests in its metadata.
 
     Raises:
-        AdapterFormatError: it was not written by sapmerge.
+        AdapterFormatError: it was not written by sapmerge, or its metadata is not of the form that sapmerge writes.
         SapmergeError: it cannot be read as an adapter at all.
     """
     folder = os.fspath(path)
@@ -48,7 +56,7 @@ def read_provenance(path: str | os.PathLike[str]) -> Provenance:
     where = f"output {shown(folder)}"
     with RegularFile(os.path.join(folder, WEIGHTS), f"{where}, {WEIGHTS}") as file:
         length = int.from_bytes(file.read(0, 8), "little")
-        header = cast("dict[str, Any]", json.loads(bytes(file.read(8, length))))
+        header = cast("dict[str, Any]", json.loads(file.read(8, length)))
         metadata = cast("dict[str, str]", header.pop("__metadata__", {}))
         if "sapmerge.recipe" not in metadata:
             raise AdapterFormatError(f"{where}: was not written by sapmerge (its metadata holds no recipe)")
@@ -58,14 +66,104 @@ def read_provenance(path: str | os.PathLike[str]) -> Provenance:
         problems.append(f"{CONFIG} is not the one that was written")
     if metadata.get(TENSORS_DIGEST_KEY) != digest_of(found):
         problems.append(f"the tensors of {WEIGHTS} are not those that were written")
-    try:
-        recipe, inputs = json.loads(metadata["sapmerge.recipe"]), json.loads(metadata["sapmerge.inputs"])
-        labels = [str(entry["label"]) for entry in inputs]
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise AdapterFormatError(f"{where}: the recipe in its metadata cannot be read ({shown(str(error))})") from None
+    recipe = _recipe(metadata["sapmerge.recipe"], f"{where}, the recipe in its metadata")
+    inputs = _inputs(metadata.get("sapmerge.inputs", ""), f"{where}, the inputs in its metadata")
+    labels = [entry["label"] for entry in inputs]
     if len(set(labels)) != len(labels):
         problems.append("two inputs have one label")
+    if recipe["weights"] != {entry["label"]: entry["weight"] for entry in inputs}:
+        problems.append("the weights of the recipe are not those of the inputs")
     return Provenance(metadata.get("sapmerge.version", "?"), recipe, inputs, tuple(problems))
+
+
+def _recipe(text: str, where: str) -> Mapping[str, Any]:
+    return _fitting(_table(text, where), _RECIPE, where)
+
+
+def _inputs(text: str, where: str) -> Sequence[Mapping[str, Any]]:
+    if text.count(",") * _SHORTEST > len(text):
+        raise AdapterFormatError(f"{where}: is not the list of inputs that sapmerge writes")
+    entries = _table(f'{{"inputs": {text}}}', where, len(text) * 4 + 64)["inputs"]
+    if not isinstance(entries, list) or not entries:
+        raise AdapterFormatError(f"{where}: {shown(entries)} is not a list of inputs")
+    return [_fitting(entry, _INPUT, f"{where}, number {k}") for k, entry in enumerate(cast("list[object]", entries))]
+
+
+def _table(text: str, where: str, most: int = DEFAULT_LIMITS.config_bytes) -> dict[str, object]:
+    try:
+        return parse(text.encode(errors="replace"), where, replace(DEFAULT_LIMITS, config_bytes=most))
+    except SapmergeError as error:
+        raise AdapterFormatError(str(error)) from None
+
+
+_Check = Callable[[object], bool]
+_Schema = Mapping[str, tuple[str, _Check]]
+
+
+def _fitting(value: object, schema: _Schema, where: str) -> dict[str, Any]:
+    """The value, if it is a table of exactly these fields."""
+
+    def fail(problem: str) -> NoReturn:
+        raise AdapterFormatError(f"{where}: {problem}; it was not written by sapmerge, or by another version of it")
+
+    if not isinstance(value, dict):
+        fail(f"{shown(value)} is no object")
+    table = cast("dict[str, Any]", value)
+    for name, (expected, fits) in schema.items():
+        if name not in table:
+            fail(f"{name!r} is missing")
+        if not fits(table[name]):
+            fail(f"{name!r} is {shown(table[name])}, expected {expected}")
+    unknown = sorted(set(table) - set(schema))
+    return table if not unknown else fail(f"{shown(unknown[0])} is not a known field")
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _rank(value: object) -> bool:
+    if isinstance(value, float):
+        return 0 < value < 1
+    return value in (None, "exact") or (isinstance(value, int) and not isinstance(value, bool) and value >= 1)
+
+
+def _text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _text_or_none(value: object) -> bool:
+    return value is None or isinstance(value, str)
+
+
+def _all(keys: _Check, values: _Check) -> _Check:
+    def fits(value: object) -> bool:
+        items = cast("dict[object, object]", value).items() if isinstance(value, dict) else [(None, None)]
+        return all(keys(key) and values(one) for key, one in items)
+
+    return fits
+
+
+def _like(pattern: re.Pattern[str]) -> _Check:
+    return lambda value: isinstance(value, str) and pattern.fullmatch(value) is not None
+
+
+_texts = _all(_text, _text)
+_RECIPE: _Schema = {
+    "method": ("text", _text),
+    "weights": ("a finite number for every label", _all(_like(_LABEL), _number)),
+    "scale": ("a finite number", _number),
+    "rank": ("null, a number >= 1, a share in (0, 1), or 'exact'", _rank),
+    "base_model": ("text or null", _text_or_none),
+    "modules_to_save": ("null, text, or an object of texts", lambda value: _text_or_none(value) or _texts(value)),
+    "loss": ("text or null", _text_or_none),
+}
+_INPUT: _Schema = {
+    "label": ("a label", _like(_LABEL)),
+    "digest": ("a sha256", _like(_SHA256)),
+    "weight": ("a finite number", _number),
+    "files": ("the sha256 of the files", _all(lambda name: name in (CONFIG, WEIGHTS, PICKLE), _like(_SHA256))),
+}
 
 
 def _hash(file: RegularFile, base: int, offsets: Sequence[int]) -> str:

@@ -1,4 +1,8 @@
-"""Was this output made from these inputs? `verify` compares digests, `reproduce` merges again and compares bits."""
+"""Was this output made from these inputs? `verify` compares digests, `reproduce` merges again and compares bits.
+
+What an output says about itself is a claim: whoever can write tensors can write metadata that fits them. So `verify`
+tells that nothing was damaged or mixed up since, and only `reproduce` that the tensors are what the recipe gives.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sapmerge.errors import AnchorError, IncompatibleAdaptersError
+from sapmerge.errors import AdapterFormatError, AnchorError, IncompatibleAdaptersError, SapmergeError
 from sapmerge.io.adapter import CONFIG, WEIGHTS, Adapter
+from sapmerge.io.files import shown
 from sapmerge.io.provenance import Provenance, read_provenance
-from sapmerge.merging.merge import merge
+from sapmerge.merging.merge import Merged, merge
 from sapmerge.parsing import parse
 from sapmerge.version import __version__
 
@@ -19,14 +24,16 @@ __all__ = ["reproduce", "verify"]
 
 
 def verify(path: str | os.PathLike[str], inputs: Sequence[str | os.PathLike[str]] = ()) -> list[str]:
-    """What is wrong with an output of sapmerge.
+    """What is wrong with an output of sapmerge: whether its bytes, and its inputs, have the digests in its metadata.
+
+    That the recipe gives these tensors is not checked: see `reproduce`.
 
     Args:
         path: the output's folder.
         inputs: folders of the adapters it was made from, in any order; all of them, or none to check the output alone.
 
     Returns:
-        One line per problem; empty if the output is intact and was made from exactly these inputs.
+        One line per problem; empty if config, weights and inputs are those that the metadata names.
 
     Raises:
         SapmergeError: the output or an input cannot be read, or the output is not one of sapmerge.
@@ -57,6 +64,7 @@ def reproduce(
 
     Raises:
         AnchorError: the merge read anchors, which no output contains.
+        AdapterFormatError: the metadata is not of the form that sapmerge writes, or its recipe cannot be run.
         IncompatibleAdaptersError: an input is missing.
         SapmergeError: whatever the merge itself refuses.
     """
@@ -67,42 +75,61 @@ def reproduce(
     missing = [label for label in _labels(found) if label not in given]
     if missing:
         raise IncompatibleAdaptersError(f"the inputs {missing} are not among the given folders")
+    with tempfile.TemporaryDirectory() as folder:
+        again = Path(folder) / "again"
+        try:
+            _merged(found, given, functions).save_pretrained(again)
+        except SapmergeError:
+            raise
+        except Exception as error:  # the recipe is anybody's text: it may ask for what no part can do
+            raise AdapterFormatError(
+                f"output {shown(os.fspath(path))}: the recipe in its metadata cannot be run: {type(error).__name__}: "
+                f"{error}"
+            ) from error
+        problems += [
+            f"{name} differs" + ("" if found.version == __version__ else f" (written by sapmerge {found.version})")
+            for name in (CONFIG, WEIGHTS)
+            if (again / name).read_bytes() != (Path(path) / name).read_bytes()
+        ]
+    return problems
+
+
+def _merged(
+    found: Provenance,
+    given: Mapping[str, str | os.PathLike[str]],
+    functions: Mapping[str, Callable[..., Any]] | None,
+) -> Merged:
     recipe = found.recipe
-    merged = merge(
+    return merge(
         {label: given[label] for label in _labels(found)},
-        method=parse(str(recipe["method"]), functions),
-        weights={str(entry["label"]): float(entry["weight"]) for entry in found.inputs},
+        method=parse(recipe["method"], functions),
+        weights={entry["label"]: entry["weight"] for entry in found.inputs},
         scale=recipe["scale"],
         rank=recipe["rank"],
         modules_to_save=recipe["modules_to_save"],
         base_model=recipe["base_model"],
         progress=False,
     )
-    with tempfile.TemporaryDirectory() as folder:
-        merged.save_pretrained(Path(folder) / "again")
-        problems += [
-            f"{name} differs" + ("" if found.version == __version__ else f" (written by sapmerge {found.version})")
-            for name in (CONFIG, WEIGHTS)
-            if (Path(folder) / "again" / name).read_bytes() != (Path(path) / name).read_bytes()
-        ]
-    return problems
 
 
 def _labels(found: Provenance) -> list[str]:
-    return [str(entry["label"]) for entry in found.inputs]
+    return [entry["label"] for entry in found.inputs]
 
 
 def _by_label(
     found: Provenance, inputs: Sequence[str | os.PathLike[str]], problems: list[str]
 ) -> dict[str, str | os.PathLike[str]]:
     """Label -> folder, by the sha256 of the files; folders that were not inputs become problems."""
-    wanted = {str(entry["label"]): dict(entry["files"]) for entry in found.inputs}
+    wanted = {entry["label"]: entry for entry in found.inputs}
     given: dict[str, str | os.PathLike[str]] = {}
     for folder in inputs:
-        files = dict(Adapter.load(folder).files)
-        label = next((label for label, known in wanted.items() if known == files and label not in given), None)
+        adapter = Adapter.load(folder)
+        files = dict(adapter.files)
+        label = next((label for label, entry in wanted.items() if entry["files"] == files and label not in given), None)
         if label is None:
             problems.append(f"{os.fspath(folder)!r} is not an input of this output, or it has changed")
-        else:
-            given[label] = folder
+            continue
+        given[label] = folder
+        if wanted[label]["digest"] != adapter.digest:
+            problems.append(f"the metadata has another digest of the update of {label!r} than its files give")
     return given

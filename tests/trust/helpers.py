@@ -1,0 +1,114 @@
+"""Adapters, models and interruptions for these tests."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+SHAPES = {f"layers.{i}.{p}": (12, 8) for i in range(2) for p in ("q_proj", "v_proj")}
+
+
+def write_adapter(
+    path: Path,
+    seed: int = 0,
+    shapes: Mapping[str, tuple[int, int]] = SHAPES,
+    rank: int = 2,
+    dtype: torch.dtype = torch.float32,
+    **config: Any,
+) -> Path:
+    generator = torch.Generator().manual_seed(seed)
+    tensors: dict[str, Tensor] = {}
+    for name, (m, n) in shapes.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = torch.randn(rank, n, generator=generator).to(dtype)
+        tensors[f"base_model.model.{name}.lora_B.weight"] = torch.randn(m, rank, generator=generator).to(dtype)
+    path.mkdir(parents=True)
+    save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
+    targets = sorted({name.rpartition(".")[2] for name in shapes})
+    written = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": targets, **config}
+    (path / "adapter_config.json").write_text(json.dumps(written))
+    return path
+
+
+def tensors_of(path: Path) -> bytes:
+    return (path / "adapter_model.safetensors").read_bytes()
+
+
+class Small(nn.Module):
+    """Two blocks with q_proj and v_proj, run one after the other."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(7)
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({p: nn.Linear(8, 12, bias=False) for p in ("q_proj", "v_proj")}) for _ in range(2)
+        )
+        self.head = nn.Linear(12, 8)
+        for parameter in self.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=generator).to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.layers:
+            x = torch.tanh(self.head(block["q_proj"](x).sigmoid() * block["v_proj"](x)))
+        return x
+
+
+def batches() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randn(4, 8, generator=generator) for _ in range(2)]
+
+
+def loss(model: nn.Module, batch: Tensor) -> Tensor:
+    return model(batch).square().mean()
+
+
+def state(model: nn.Module) -> dict[str, Any]:
+    """Everything that a merge must leave as it was."""
+    return {
+        "weights": {name: tensor.clone() for name, tensor in model.state_dict().items()},
+        "training": {name: module.training for name, module in model.named_modules()},
+        "asking": {name: parameter.requires_grad for name, parameter in model.named_parameters()},
+        "hooks": {
+            name: (len(module._forward_hooks), len(module._forward_pre_hooks), "forward" in vars(module))
+            for name, module in model.named_modules()
+        },
+    }
+
+
+def same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    weights = one["weights"].keys() == other["weights"].keys() and all(
+        torch.equal(tensor, other["weights"][name]) for name, tensor in one["weights"].items()
+    )
+    return weights and all(one[key] == other[key] for key in ("training", "asking", "hooks"))
+
+
+def interrupted(action: Callable[[], object], files: tuple[str, ...], at: int) -> bool:
+    """Ctrl-C when the `at`-th line of these files is reached; whether it was reached."""
+    count = 0
+
+    def local(frame: FrameType, event: str, arg: object) -> Any:
+        nonlocal count
+        if event == "line":
+            count += 1
+            if count == at:
+                raise KeyboardInterrupt
+        return local
+
+    def trace(frame: FrameType, event: str, arg: object) -> Any:
+        return local if frame.f_code.co_filename.endswith(files) else None
+
+    sys.settrace(trace)
+    try:
+        action()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(None)
+    return count >= at
