@@ -8,7 +8,9 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib
+import io
 import json
+import os
 import re
 import sys
 import warnings
@@ -21,7 +23,7 @@ from typing import Any, NoReturn, cast
 import sapmerge
 from sapmerge import contrib, methods
 from sapmerge.core.protocols import Method
-from sapmerge.errors import MethodError, OutputError, SapmergeError, SapmergeWarning
+from sapmerge.errors import MethodError, OutputError, SapmergeError, SapmergeWarning, printable
 from sapmerge.federated.commands import add_commands
 from sapmerge.merging import verification
 
@@ -32,23 +34,35 @@ _IMPORTABLE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code (0, or 2 for an error that is the user's to mend)."""
+    _print_in_any_encoding()
     options = _parser().parse_args(arguments)
     warnings.simplefilter("always", SapmergeWarning)
     warnings.showwarning = _show_warning
     try:
         options.run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads had enough, as in `sapmerge ... | head`; what was asked for is done
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except Exception as error:
         if options.debug:
             raise
         if isinstance(error, SapmergeError):
             text = str(error)
         else:  # of the user's own function, say
-            text = f"{type(error).__name__}: {' '.join(str(error).split())} (--debug shows where)"
+            text = f"{type(error).__name__}: {printable(' '.join(str(error).split()))} (--debug shows where)"
         print(f"sapmerge: {text}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _print_in_any_encoding() -> None:
+    """Letters that the terminal's encoding lacks are printed as escapes: a finished merge must not end as an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -105,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    print(f"sapmerge: warning: {message}", file=sys.stderr)
+    print(f"sapmerge: warning: {printable(str(message))}", file=sys.stderr)
 
 
 def _merge(options: argparse.Namespace) -> None:
@@ -121,7 +135,7 @@ def _merge(options: argparse.Namespace) -> None:
     )
     merged.save_pretrained(options.output, overwrite=options.overwrite)
     if not options.quiet:
-        print(f"{merged.report}\n\nwritten to {options.output}")
+        print(f"{merged.report}\n\nwritten to {printable(options.output)}")
 
 
 def _inspect(options: argparse.Namespace) -> None:
@@ -157,9 +171,9 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _adapters(arguments: Sequence[str]) -> Any:
-    """Folders, or label=folder for all of them."""
+    """Folders, or label=folder for all of them; what exists as it is written is a folder."""
     pairs = [argument.partition("=") for argument in arguments]
-    if all(separator and re.fullmatch(r"[A-Za-z0-9._-]{1,64}", label) for label, separator, _ in pairs):
+    if not any(map(os.path.lexists, arguments)) and all(separator and re.fullmatch(r"[A-Za-z0-9._-]{1,64}", label) for label, separator, _ in pairs):
         labels = [label for label, _, _ in pairs]
         repeated = [label for label in labels if labels.count(label) > 1]
         if repeated:

@@ -119,7 +119,8 @@ class Batches:
     """The batches of a re-iterable loader, on the model's device.
 
     Raises:
-        AnchorError: it is empty, can be iterated only once, or yields other data the second time.
+        AnchorError: it is empty, can be iterated only once, or yields other data the second time; a batch holds no
+            sample, or tensors that are sparse, quantised or without data.
     """
 
     def __init__(self, loader: Any, device: torch.device) -> None:
@@ -129,11 +130,22 @@ class Batches:
                 "read once; pass a list of batches or a DataLoader"
             )
         self._loader, self._device = loader, device
-        self._digests = [digest(batch, everything=False) for batch in loader]
+        self._digests = [self._checked(batch, number) for number, batch in enumerate(loader)]
         if not self._digests:
             raise AnchorError("there are no anchors: the loader yields no batch")
         for _ in self:  # a loader that shuffles shows itself now, not in the scores
             pass
+
+    @staticmethod
+    def _checked(batch: Any, number: int) -> str:
+        """The digest of a batch that holds samples, all of them in plain tensors."""
+        for leaf in _leaves(batch):
+            if isinstance(leaf, Tensor) and (leaf.is_meta or leaf.is_quantized or leaf.layout != torch.strided):
+                kind = "a meta tensor, without data" if leaf.is_meta else "a sparse, nested or quantised tensor"
+                raise AnchorError(f"batch {number} of the anchors holds {kind}; expected plain tensors")
+        if batch_size(batch) == 0:
+            raise AnchorError(f"batch {number} of the anchors is empty: it holds no sample; leave it out")
+        return digest(batch, everything=False)
 
     def __iter__(self) -> Iterator[Any]:
         count = 0

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from sapmerge.core.protocols import Method
-from sapmerge.errors import MethodError, ModelMismatchError, RoundError
+from sapmerge.errors import MethodError, ModelMismatchError, RoundError, printable
 from sapmerge.federated.inbox import Inbox
 from sapmerge.io.files import shown
 from sapmerge.io.records import is_folder, read_record, write_record
@@ -163,7 +163,7 @@ def _merge(options: argparse.Namespace, method: Callable[[str, dict[str, Any]], 
     )
     merged.save_pretrained(options.output, overwrite=options.overwrite)
     write_record(os.path.join(inbox.path, "report.json"), inbox.report.to_dict())
-    print(f"{inbox.report}\n\nwritten to {options.output}")
+    print(f"{inbox.report}\n\nwritten to {printable(options.output)}")
 
 
 def _report(options: argparse.Namespace) -> None:

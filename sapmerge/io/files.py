@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from sapmerge.errors import AdapterFormatError, AdapterSecurityError, InputChangedError
+from sapmerge.errors import AdapterFormatError, AdapterSecurityError, InputChangedError, printable
 from sapmerge.io.measuring import CHUNK, Entry, Facts, groups, measure, measure_group
 
 if TYPE_CHECKING:
@@ -50,7 +50,10 @@ DEFAULT_LIMITS = Limits()
 
 def shown(value: object, width: int = 200) -> str:
     """`repr`, without control characters, cut in the middle: safe to print whatever a stranger wrote."""
-    text = repr(value)
+    try:
+        text = printable(repr(value))
+    except Exception:  # an integer of 5000 digits, or an object with a broken repr
+        text = f"a {type(value).__name__}"
     if len(text) <= width:
         return text
     half = (width - 3) // 2

@@ -13,6 +13,7 @@ from torch import Tensor
 from sapmerge.errors import IncompatibleAdaptersError, MethodError
 from sapmerge.io.adapter import Adapter
 from sapmerge.io.config import HEADS
+from sapmerge.merging.inputs import in_content_order
 
 __all__ = ["HeadPolicy", "Heads", "plan_heads"]
 
@@ -156,7 +157,7 @@ def _module(tensor: str, declared: set[str]) -> str:
 def _average(name: str, sources: Sequence[tuple[Adapter, float]]) -> Tensor:
     if len(sources) == 1:
         return sources[0][0].saved_tensor(name)
-    sources = sorted(sources, key=lambda source: (source[0].digest, source[1]))  # bits must not depend on the order
+    sources = sorted(sources, key=lambda source: in_content_order(*source))  # bits must not depend on the order
     tensors = [adapter.saved_tensor(name) for adapter, _ in sources]
     total = sum(weight for _, weight in sources)
     out = torch.zeros(tensors[0].shape, dtype=torch.float64)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
 
@@ -13,13 +13,16 @@ import torch
 
 from sapmerge.errors import IncompatibleAdaptersError, MethodError, SapmergeWarning
 from sapmerge.io.adapter import Adapter
+from sapmerge.io.files import shown
 
 __all__ = [
     "AdapterLike",
     "Adapters",
+    "as_given",
     "check_device",
     "check_mergeable",
     "check_numbers",
+    "in_content_order",
     "load_adapters",
     "resolve_weights",
 ]
@@ -29,12 +32,15 @@ AdapterLike: TypeAlias = "Adapter | str | os.PathLike[str] | tuple[Any, Mapping[
 Adapters: TypeAlias = "Sequence[AdapterLike] | Mapping[str, AdapterLike]"
 
 
-def load_adapters(adapters: Adapters, model: Any = None) -> list[Adapter]:
+def load_adapters(
+    adapters: Adapters, model: Any = None, weights: Sequence[float] | Mapping[str, float] | None = None
+) -> list[Adapter]:
     """The adapters, opened and checked, each with a label of its own.
 
     Args:
         adapters: a sequence, or a mapping label -> adapter.
         model: where adapters given by name live, if it is a PeftModel.
+        weights: of the merge: they tell copies of one adapter apart.
 
     Raises:
         MethodError: not a sequence or mapping, or empty.
@@ -44,11 +50,13 @@ def load_adapters(adapters: Adapters, model: Any = None) -> list[Adapter]:
         raise MethodError(f"merge takes a list of adapters or a mapping label -> adapter; got the single {adapters!r}")
     if isinstance(adapters, Mapping):
         opened = [_open(adapter, model, str(label)) for label, adapter in adapters.items()]
-    else:
+    elif isinstance(adapters, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
         opened = [_open(adapter, model, None) for adapter in adapters]
+    else:
+        raise MethodError(f"merge takes a list of adapters or a mapping label -> adapter; got {shown(adapters)}")
     if not opened:
         raise MethodError("there are no adapters to merge: the list is empty")
-    return _uniquely_labelled(opened)
+    return _uniquely_labelled(opened, weights)
 
 
 def _open(adapter: Any, model: Any, label: str | None) -> Adapter:
@@ -77,11 +85,14 @@ def _live_names(model: Any) -> Mapping[str, Any]:
     return cast("Mapping[str, Any]", names) if isinstance(names, Mapping) else {}
 
 
-def _uniquely_labelled(adapters: list[Adapter]) -> list[Adapter]:
-    """Number equal labels: a, a-2, a-3. In the order of content, so that the output does not depend on the input's."""
+def _uniquely_labelled(
+    adapters: list[Adapter], weights: Sequence[float] | Mapping[str, float] | None
+) -> list[Adapter]:
+    """Number equal labels: a, a-2, a-3; by content and weight, so that the order of the inputs decides on nothing."""
+    places = {} if isinstance(weights, Mapping) else dict[int, object](enumerate(weights or ()))
     taken = {adapter.label for adapter in adapters}
     seen, unique = set[str](), dict[int, Adapter]()
-    for k in sorted(range(len(adapters)), key=lambda k: adapters[k].digest):
+    for k in sorted(range(len(adapters)), key=lambda k: in_content_order(adapters[k], _weight(places.get(k)))):
         label = adapters[k].label
         if label in seen:
             numbered = (f"{label[:60]}-{number}" for number in range(2, len(adapters) + 2))
@@ -90,6 +101,36 @@ def _uniquely_labelled(adapters: list[Adapter]) -> list[Adapter]:
         seen.add(label)
         unique[k] = adapters[k].relabelled(label)
     return [unique[k] for k in range(len(adapters))]
+
+
+def _weight(value: object) -> float:
+    return float(value) if isinstance(value, (int, float)) and is_finite(value) else 0.0  # others are refused later
+
+
+def in_content_order(adapter: Adapter, weight: float) -> tuple[object, ...]:
+    """What adapters are sorted by, everywhere: two with the same key are the same for every bit of an output."""
+    return adapter.digest, weight, adapter.label, sorted(adapter.files.items())
+
+
+def is_finite(value: float) -> bool:
+    """Whether a number is finite as a float; Python's integers may be larger than any."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def as_given(weights: Sequence[float] | Mapping[str, float] | None) -> list[float] | Mapping[str, float] | None:
+    """The weights of `merge` as a list, a mapping or None.
+
+    Raises:
+        MethodError: anything else.
+    """
+    if weights is None or isinstance(weights, Mapping):
+        return weights
+    if isinstance(weights, str) or not isinstance(weights, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise MethodError(f"weights are one number per adapter, or a mapping label -> number; got {shown(weights)}")
+    return list(weights)
 
 
 def resolve_weights(weights: Sequence[float] | Mapping[str, float] | None, adapters: Sequence[Adapter]) -> list[float]:
@@ -103,16 +144,20 @@ def resolve_weights(weights: Sequence[float] | Mapping[str, float] | None, adapt
         return [1.0] * len(labels)
     if isinstance(weights, Mapping):
         if set(weights) != set(labels):
-            raise MethodError(f"weights name {sorted(weights)}, the adapters are {sorted(labels)}")
+            raise MethodError(f"weights name {shown(list(weights))}, the adapters are {sorted(labels)}")
         values: list[Any] = [weights[label] for label in labels]
     else:
         values = list(weights)
     if len(values) != len(labels):
         raise MethodError(f"{len(labels)} adapters ({', '.join(labels)}) need as many weights; got {len(values)}")
     for label, value in zip(labels, values, strict=True):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise MethodError(f"the weight of {label!r} must be a finite number; got {value!r}")
-    return [float(value) for value in values]
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not is_finite(value):
+            raise MethodError(f"the weight of {label!r} must be a finite number; got {shown(value)}")
+    numbers = [float(value) for value in values]
+    largest = torch.finfo(torch.float32).max
+    if sum(abs(number) / largest for number in numbers) > 1:
+        raise MethodError(f"the weights {numbers} are too large: together they must be finite in float32")
+    return numbers
 
 
 @dataclass(frozen=True)
@@ -196,24 +241,28 @@ def _revision(adapter: Adapter) -> str | None:
     return None if adapter.revision in (None, "main") else adapter.revision
 
 
-def check_device(device: torch.device | str | None) -> torch.device:
+def check_device(device: torch.device | str | int | None) -> torch.device:
     """The device to compute on; an error if this machine has none of the kind."""
+    if isinstance(device, bool):
+        raise MethodError(f"device={device!r} is no device; expected 'cpu', 'cuda', a number of a GPU, or None")
     try:
-        found = torch.device(device or "cpu")
+        found = torch.device("cpu" if device is None else device)
         torch.empty(0, device=found)
-    except (RuntimeError, AssertionError) as error:
-        raise MethodError(f"device={str(device)!r} cannot be used: {error}") from None
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
+        raise MethodError(f"device={shown(device)} cannot be used: {error}") from None
+    if found.type == "meta":
+        raise MethodError("device='meta' holds no numbers: nothing can be computed there")
     return found
 
 
 def check_numbers(scale: float, rank: int | float | str | None) -> None:
     """Whether `scale` and `rank` of `merge` are what they may be."""
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise MethodError(f"scale must be a finite number; got {scale!r}")
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not is_finite(scale):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise MethodError(f"scale must be a finite number; got {shown(scale)}")
     fine = rank is None or rank == "exact"
     if isinstance(rank, int) and not isinstance(rank, bool):
         fine = rank >= 1
     elif isinstance(rank, float):
         fine = 0 < rank < 1
     if not fine or isinstance(rank, bool):
-        raise MethodError(f"rank is None, a number >= 1, a share of energy in (0, 1), or 'exact'; got {rank!r}")
+        raise MethodError(f"rank is None, a number >= 1, a share of energy in (0, 1), or 'exact'; got {shown(rank)}")

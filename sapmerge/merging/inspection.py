@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from sapmerge.core.geometry import Geometry, geometry, off_diagonal_mean
+from sapmerge.core.torch_state import pinned_state
 from sapmerge.errors import IncompatibleAdaptersError
 from sapmerge.io.adapter import Adapter
 from sapmerge.merging.inputs import Adapters, check_mergeable, load_adapters
@@ -107,6 +108,7 @@ class Inspection:
         return "\n\n".join(blocks)
 
 
+@pinned_state()
 def inspect(adapters: Adapters, model: Any = None) -> Inspection:
     """Describe adapters, and compare them if they fit together.
 

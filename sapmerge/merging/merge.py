@@ -32,6 +32,7 @@ from sapmerge.merging.heads import HeadPolicy, Heads, plan_heads
 from sapmerge.merging.inputs import (
     Adapters,
     Base,
+    as_given,
     check_device,
     check_mergeable,
     check_numbers,
@@ -96,7 +97,8 @@ def merge(
     """
     method = _check_method(method, anchor_loader, model)
     check_numbers(scale, rank)
-    opened = load_adapters(adapters, model)
+    weights = as_given(weights)
+    opened = load_adapters(adapters, model, weights)
     numbers = resolve_weights(weights, opened)
     base = check_mergeable(opened, base_model)
     heads = plan_heads(opened, numbers, modules_to_save)

@@ -14,7 +14,7 @@ from sapmerge.core.geometry import SAMPLED_ROWS, off_diagonal_mean, share_oppose
 from sapmerge.core.layer import Layer
 from sapmerge.core.lowrank import mean_cosine
 from sapmerge.core.updates import Update
-from sapmerge.errors import NonFiniteError
+from sapmerge.errors import NonFiniteError, printable
 from sapmerge.io.adapter import Adapter
 from sapmerge.losses import loss_name
 
@@ -169,13 +169,13 @@ class Report:
         return asdict(self) | {"energy_kept": self.energy_kept}
 
     def __str__(self) -> str:
-        lines = [f"method     {self.method}", f"base       {self.base_model or 'not named'}"]
+        lines = [f"method     {printable(self.method)}", f"base       {printable(self.base_model or 'not named')}"]
         ranks = sorted({layer.rank for layer in self.layers})
         shown = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}" if ranks else "-"
         lines.append(f"result     {len(self.layers)} layers, rank {shown}, energy kept {self.energy_kept:.1%}")
         if self.modules_to_save or self.dropped_modules:
             lines.append(f"modules    saved {list(self.modules_to_save)}, left out {list(self.dropped_modules)}")
-        lines += [f"{key:<10} {_short(value)}" for key, value in self.notes.items()]
+        lines += [f"{key:<10} {printable(_short(value))}" for key, value in self.notes.items()]
         lines += [
             "",
             table(
@@ -229,7 +229,7 @@ def _short(value: object) -> str:
 
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Aligned columns of text: the first one to the left, the others to the right."""
-    cells = [list(head), *[[str(cell) for cell in row] for row in rows]]
+    cells = [list(head), *[[printable(str(cell)) for cell in row] for row in rows]]
     widths = [max(len(row[k]) for row in cells) for k in range(len(head))]
     lines = [
         "  ".join(

@@ -18,6 +18,7 @@ from sapmerge.core.updates import LowRank, Update
 from sapmerge.errors import MethodError, ModelMismatchError, NonFiniteError, OutputError, OutputExistsError
 from sapmerge.io.contents import Module
 from sapmerge.io.writing import CheckpointWriter
+from sapmerge.merging.inputs import in_content_order
 from sapmerge.merging.report import LayerReport, table
 from sapmerge.models import check_untied, find_modules, find_saved, model_names, tensor_name, weight_view
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["add", "apply", "save"]
 
 _PREFIX = "base_model.model."
+_ESCAPED = re.compile(r'["\\]')
 
 
 def save(merged: Merged, path: str | os.PathLike[str], *, overwrite: bool) -> tuple[LayerReport, ...]:
@@ -187,7 +189,7 @@ def _metadata(merged: Merged) -> dict[str, str]:
 
     inputs = [
         {"label": a.label, "digest": a.digest, "files": dict(a.files), "weight": weight}
-        for a, weight in sorted(zip(merged.adapters, merged.weights, strict=True), key=lambda p: (p[0].digest, p[1]))
+        for a, weight in sorted(zip(merged.adapters, merged.weights, strict=True), key=lambda pair: in_content_order(*pair))
     ]
     return {
         "sapmerge.version": __version__,
@@ -201,8 +203,8 @@ def _card(merged: Merged, rows: Sequence[LayerReport]) -> str:
 
     head = ["---", "library_name: peft", "tags: [lora, merge, sapmerge]"]
     if merged.base.name:
-        head.append(f"base_model: {json.dumps(merged.base.name)}")
-    listed = sorted(zip(merged.adapters, merged.weights, strict=True), key=lambda p: (p[0].digest, p[1]))
+        head.append(f"base_model: {_yaml(merged.base.name)}")
+    listed = sorted(zip(merged.adapters, merged.weights, strict=True), key=lambda pair: in_content_order(*pair))
     inputs = table(
         ["adapter", "weight", "layers", "sha256"],
         [[a.label, f"{w:g}", len(a.modules), a.digest[:16]] for a, w in listed],
@@ -226,6 +228,12 @@ def _card(merged: Merged, rows: Sequence[LayerReport]) -> str:
             "",
         ]
     )
+
+
+def _yaml(text: str) -> str:
+    """A string of YAML. JSON's is one but for letters beyond 16 bits, which it writes as two halves."""
+    letters = "".join(letter if letter.isprintable() else f"\\U{ord(letter):08x}" for letter in _ESCAPED.sub(r"\\\g<0>", text))
+    return f'"{letters}"'
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from sapmerge.core.updates import LowRank, Update, absent
 from sapmerge.io.adapter import Adapter
 from sapmerge.io.contents import Module
 from sapmerge.losses import Loss
+from sapmerge.merging.inputs import in_content_order
 
 __all__ = ["AdapterLayers", "in_order", "with_progress"]
 
@@ -41,7 +42,7 @@ class AdapterLayers:
     @staticmethod
     def of(adapters: Sequence[Adapter], weights: Sequence[float], device: torch.device) -> AdapterLayers:
         """Sort by content, so that no bit of the result depends on the order in which adapters were given."""
-        order = sorted(range(len(adapters)), key=lambda k: (adapters[k].digest, weights[k]))
+        order = sorted(range(len(adapters)), key=lambda k: in_content_order(adapters[k], weights[k]))
         modules = {name: module for adapter in adapters for name, module in adapter.modules.items()}
         return AdapterLayers(
             tuple(adapters[k] for k in order), tuple(weights[k] for k in order), dict(sorted(modules.items())), device

@@ -1,0 +1,170 @@
+"""Whatever is given to `merge`, an error is one of ours, and the order of what is given decides on nothing."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+
+import sapmerge as sm
+from sapmerge.cli import main
+from tests.trust.helpers import Small, batches, loss, tensors_of, write_adapter
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> list[Path]:
+    return [write_adapter(tmp_path / name, seed) for seed, name in enumerate("abc")]
+
+
+HUGE, NONE = 10**5000, object()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"scale": value} for value in (10**400, HUGE, "1", None, True, [1], float("nan"), 1j)),
+        *({"weights": value} for value in ([10**400, 1, 1], [HUGE, 1, 1], 5, "abc", [1, 2], {1: 1, "a": 2}, {}, [None] * 3)),
+        *({"weights": value} for value in ([1e308] * 3, [1e308, -1e308, 1.0], [2e38] * 3, {"a": 1e39, "b": 1, "c": 1})),
+        *({"adapters": value} for value in (None, 5, [], {}, [None], [1.5], [(1, 2, 3)], "abc", [b"\xff\x00"])),
+        *({"device": value} for value in ([1], "meta", "no such", True, 99, object(), 1.5, "")),
+        *({"rank": value} for value in (0, HUGE - HUGE, -HUGE, "most", 1.0, True, [1], float("nan"))),
+    ],
+    ids=lambda value: str(type(next(iter(value.values())))) + next(iter(value)),
+)  # fmt: skip
+def test_wrong_arguments(paths: list[Path], wrong: dict[str, Any]) -> None:
+    arguments: dict[str, Any] = {"adapters": paths, "method": sm.mean(), **wrong}
+    with pytest.raises(sm.SapmergeError):
+        sm.merge(arguments.pop("adapters"), **arguments)
+
+
+def test_weights_that_overflow_are_not_said_to_sum_to_zero(paths: list[Path]) -> None:
+    with pytest.raises(sm.MethodError, match="too large"):
+        sm.merge(paths, method=sm.mean(), weights=[1e308] * 3)
+
+
+def test_device_0_is_not_the_cpu(paths: list[Path]) -> None:
+    if torch.cuda.is_available():
+        assert sm.merge(paths, method=sm.mean(), device=0).stream.device == torch.device("cuda", 0)
+    else:
+        with pytest.raises(sm.MethodError, match="device=0 cannot be used"):
+            sm.merge(paths, method=sm.mean(), device=0)
+
+
+@pytest.mark.parametrize(
+    ("batch", "words"),
+    [
+        (torch.zeros(0, 8), "batch 1 of the anchors is empty"),
+        ({"input_ids": torch.zeros(0, 4, dtype=torch.long)}, "empty"),
+        (torch.eye(8).to_sparse(), "sparse"),
+        ({"x": torch.zeros(2, 8), "more": [torch.eye(3).to_sparse_csr()]}, "sparse"),
+        (torch.zeros(2, 8, device="meta"), "meta"),
+        ((torch.zeros(2, 8), torch.zeros(2, device="meta")), "meta"),
+        (torch.quantize_per_tensor(torch.zeros(2, 8), 0.1, 0, torch.qint8), "quantised"),
+    ],
+    ids=["no samples", "no ids", "sparse", "sparse inside", "meta", "meta inside", "quantised"],
+)
+def test_odd_batches(paths: list[Path], batch: Any, words: str) -> None:
+    with pytest.raises(sm.AnchorError, match=words):
+        sm.merge(paths, [torch.ones(2, 8), batch], Small(), loss=loss)
+
+
+@pytest.mark.parametrize("name", ["mean", "ties", "dare", "knots"])
+def test_one_adapter_twice_in_any_order(tmp_path: Path, paths: list[Path], name: str) -> None:
+    written = set[tuple[bytes, bytes]]()
+    for number, order in enumerate(itertools.permutations([(0, 1.0), (0, 2.0), (1, 0.5)])):
+        merged = sm.merge(
+            [paths[k] for k, _ in order],
+            method=getattr(sm, name)(),
+            weights=[weight for _, weight in order],
+            rank="exact",
+        )
+        merged.save_pretrained(out := tmp_path / f"out{number}")
+        written.add((tensors_of(out), (out / "README.md").read_bytes()))
+    assert len(written) == 1
+
+
+def test_twins_in_any_order(tmp_path: Path, paths: list[Path]) -> None:
+    """The same update under two names, and in files of other bytes."""
+    twin = shutil.copytree(paths[0], tmp_path / "twin")
+    other = shutil.copytree(paths[0], tmp_path / "elsewhere" / "a")
+    (other / "adapter_config.json").write_text((other / "adapter_config.json").read_text() + " ")
+    assert len({sm.Adapter.load(path).digest for path in (paths[0], twin, other)}) == 1
+    written = set[bytes]()
+    for number, order in enumerate(itertools.permutations([paths[0], twin, other, paths[1]])):
+        sm.merge(list(order), method=sm.ties(0.5), rank="exact").save_pretrained(tmp_path / f"out{number}")
+        written.add(tensors_of(tmp_path / f"out{number}"))
+    assert len(written) == 1
+
+
+def test_what_strangers_call_their_folders_does_not_reach_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ["\x1b]0;owned\x07\x1b[2J\nfake", "b\x9b31m\u202e"]
+    inputs = [write_adapter(tmp_path / name, seed) for seed, name in enumerate(names)]
+    assert main(["merge", *map(str, inputs), "-o", str(tmp_path / "o\x1b[2Jut"), "--method", "mean"]) == 0
+    assert main(["inspect", *map(str, inputs)]) == 0
+    assert main(["verify", str(tmp_path / "o\x1b[2Jut"), "--inputs", *map(str, inputs)]) == 0
+    assert main(["verify", str(inputs[0])]) == 2
+    assert main(["merge", str(tmp_path / "no\x1b[1m\nsuch"), "-o", str(tmp_path / "x"), "--method", "mean"]) == 2
+    said = "".join(capsys.readouterr())
+    assert all(letter.isprintable() or letter == "\n" for letter in said)
+    assert "\nfake" not in said
+    assert "\nsuch" not in said
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+def test_a_terminal_that_lacks_letters_is_no_error(tmp_path: Path, encoding: str) -> None:
+    inputs = [
+        str(write_adapter(tmp_path / name, seed, base_model_name_or_path="модель/😀"))
+        for seed, name in enumerate("ab")
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "sapmerge", "merge", *inputs, "-o", str(tmp_path / "o"), "--method", "mean"],
+        capture_output=True,
+        env={"PYTHONIOENCODING": encoding, "PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1"},
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"\\u043c" in done.stdout
+
+
+def test_a_reader_that_has_had_enough_is_no_error(tmp_path: Path, paths: list[Path]) -> None:
+    command = [sys.executable, "-m", "sapmerge", "inspect", "--json", *map(str, paths * 40)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.read(1)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 0
+
+
+def test_what_exists_is_a_folder_whatever_is_in_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_adapter(Path("lr=0.1/a"), 1)
+    write_adapter(Path("0.1/a"), 2, rank=3)
+    assert main(["inspect", "lr=0.1/a"]) == 0
+    assert " 2 " in capsys.readouterr().out  # the rank
+    assert main(["inspect", "mine=0.1/a"]) == 0
+    assert "mine" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["😀/base", 'quo"te\\back', "модель: {x}", "a # b", "'", "日本/モデル", "é", "- x"])
+def test_the_card_names_the_base_as_it_is(tmp_path: Path, name: str) -> None:
+    inputs = [write_adapter(tmp_path / label, seed, base_model_name_or_path=name) for seed, label in enumerate("ab")]
+    sm.merge(inputs, method=sm.mean()).save_pretrained(tmp_path / "out")
+    assert ModelCard.load(tmp_path / "out" / "README.md").data.base_model == name
+
+
+def test_stdout_may_be_closed(paths: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    assert main(["inspect", str(paths[0])]) == 0
