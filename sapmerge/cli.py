@@ -173,7 +173,9 @@ def _demo(options: argparse.Namespace) -> None:
 def _adapters(arguments: Sequence[str]) -> Any:
     """Folders, or label=folder for all of them; what exists as it is written is a folder."""
     pairs = [argument.partition("=") for argument in arguments]
-    if not any(map(os.path.lexists, arguments)) and all(separator and re.fullmatch(r"[A-Za-z0-9._-]{1,64}", label) for label, separator, _ in pairs):
+    if not any(map(os.path.lexists, arguments)) and all(
+        separator and re.fullmatch(r"[A-Za-z0-9._-]{1,64}", label) for label, separator, _ in pairs
+    ):
         labels = [label for label, _, _ in pairs]
         repeated = [label for label in labels if labels.count(label) > 1]
         if repeated:

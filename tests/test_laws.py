@@ -12,8 +12,8 @@ import torch
 
 import sapmerge as sm
 from sapmerge import contrib, methods
-from sapmerge.core.torch_state import pinned_state
 from sapmerge.core.part import parts
+from sapmerge.core.torch_state import pinned_state
 from tests import conftest, oracles
 from tests.conftest import SHAPES, dense, error, low_rank, make_layers
 

@@ -311,7 +311,8 @@ def _finished(
 
 
 def _unpickled(values: Mapping[str, Any]) -> Adapter:
-    return Adapter(**{name: MappingProxyType(value) if name in _VIEWS else value for name, value in values.items()})
+    views: dict[str, Any] = {name: MappingProxyType(values[name]) for name in _VIEWS}
+    return Adapter(**{**values, **views})
 
 
 def _label_from(name: str) -> str:

@@ -6,17 +6,15 @@ import ctypes
 import errno
 import fcntl
 import os
-import re
-import secrets
-import shutil
 import stat
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sapmerge.errors import OutputError, OutputExistsError, warn_afterwards
+from sapmerge.io.leftovers import remove, sibling_name, sweep_after
 
-__all__ = ["CARD_NAME", "CONFIG_NAME", "TENSORS_NAME", "StagedFolder", "alive", "explained", "sweep", "write_all"]
+__all__ = ["CARD_NAME", "CONFIG_NAME", "TENSORS_NAME", "StagedFolder", "explained", "write_all"]
 
 CONFIG_NAME = "adapter_config.json"  # what makes a folder a checkpoint, and safe to replace
 TENSORS_NAME, CARD_NAME = "adapter_model.safetensors", "README.md"
@@ -29,7 +27,6 @@ _NOT_SUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
 _NO_LOCKS = _NOT_SUPPORTED | {errno.ENOLCK, errno.EBADF}  # EBADF: NFS, which locks no folder
 _CHUNK = 1 << 26  # some systems refuse writes above 2 GiB
 _ATTEMPTS = 100
-_LEFTOVER = re.compile(r"\.(.+)\.sapmerge-\d{1,9}-[0-9a-f]{8}\.(?:tmp|old)")
 
 _renameat2: Callable[[int, bytes, int, bytes, int], int] | None = getattr(
     ctypes.CDLL(None, use_errno=True), "renameat2", None
@@ -83,7 +80,7 @@ class StagedFolder:
         self._temporary, self._replaced = "", False
         self._identity: os.stat_result | None = None
         with explained(self.path, "look for leftovers of earlier writes"):
-            _sweep(self._parent_path, self._name)
+            sweep_after(self._parent_path, self._name)
         self._target_exists()
 
     def __enter__(self) -> StagedFolder:
@@ -98,7 +95,7 @@ class StagedFolder:
 
     def __exit__(self, *_: object) -> None:
         if self._temporary:
-            _remove(self._sibling(self._temporary))
+            remove(self._sibling(self._temporary))
         for descriptor in (self._folder, self._parent):
             if descriptor >= 0:
                 with suppress(OSError):
@@ -145,7 +142,7 @@ class StagedFolder:
                     raise OutputError(f"{self.path!r}: in place, but perhaps not on disk yet: {error}") from error
                 raise
         self._temporary = ""
-        if replaced and not _remove(leftover := self._sibling(replaced)):
+        if replaced and not remove(leftover := self._sibling(replaced)):
             warn_afterwards(
                 f"{self.path!r} was replaced, but the previous output could not be removed from {leftover!r}; "
                 "the next write to the same place tries again"
@@ -158,9 +155,9 @@ class StagedFolder:
         target = self._sibling(self._name)
         with suppress(OSError):
             if os.path.samestat(self._identity, os.lstat(target)):
-                aside = self._sibling(_sibling_name(self._name, "tmp"))
+                aside = self._sibling(sibling_name(self._name, "tmp"))
                 os.rename(target, aside)
-                _remove(aside)
+                remove(aside)
         self._identity = None
 
     def _place(self) -> tuple[str, Callable[[], object]]:
@@ -183,7 +180,7 @@ class StagedFolder:
         self._replaced = True
         if self._renameat2(_EXCHANGE):
             return self._temporary, lambda: self._renameat2(_EXCHANGE)
-        aside = _sibling_name(self._name, "old")  # a kill after the first move: the next `_sweep` puts it back
+        aside = sibling_name(self._name, "old")  # a kill after the first move: the next `_sweep` puts it back
 
         def put_back() -> None:
             with suppress(FileNotFoundError):
@@ -221,7 +218,7 @@ class StagedFolder:
     def _create(self) -> None:
         # The lock tells a later `_sweep` that this folder is in use. It may be swept before it is locked: try again.
         for _ in range(_ATTEMPTS):
-            self._temporary = name = _sibling_name(self._name, "tmp")
+            self._temporary = name = sibling_name(self._name, "tmp")
             os.mkdir(name, 0o777, dir_fd=self._parent)
             try:
                 self._folder = os.open(name, _DIRECTORY, dir_fd=self._parent)
@@ -271,10 +268,6 @@ class StagedFolder:
             )
 
 
-def _sibling_name(name: str, ending: str) -> str:
-    return f".{name}.sapmerge-{os.getpid()}-{secrets.token_hex(4)}.{ending}"
-
-
 @contextmanager
 def _tolerating(codes: set[int]) -> Generator[None, None, None]:
     try:
@@ -287,55 +280,3 @@ def _tolerating(codes: set[int]) -> Generator[None, None, None]:
 def _sync_folder(folder: int) -> None:
     with _tolerating(_NOT_SUPPORTED):  # some network file systems sync no folders
         os.fsync(folder)
-
-
-def sweep(parent: str) -> None:
-    """Removes what killed writers of any name left in a folder."""
-    for name in {match[1] for entry in os.listdir(parent) if (match := _LEFTOVER.fullmatch(entry))}:
-        _sweep(parent, name)
-
-
-def _sweep(parent: str, name: str) -> None:
-    """Removes what killed writers of `name` left, and puts back an old output that one of them had moved aside."""
-    pattern = re.compile(rf"\.{re.escape(name)}\.sapmerge-(\d{{1,9}})-[0-9a-f]{{8}}\.(tmp|old)")
-    for entry in os.listdir(parent):
-        match = pattern.fullmatch(entry)
-        # A process id comes back after a restart, in containers at once: our own says nothing, only the lock does.
-        if not match or (int(match[1]) != os.getpid() and alive(int(match[1]))):
-            continue
-        leftover, target = os.path.join(parent, entry), os.path.join(parent, name)
-        if match[2] == "old" and not os.path.lexists(target):
-            os.rename(leftover, target)
-        else:
-            _remove_unlocked(leftover)
-
-
-def _remove(folder: str) -> bool:
-    """Removes what it can of a folder; whether it is gone."""
-    with suppress(OSError):  # `ignore_errors` lets some through
-        shutil.rmtree(folder, ignore_errors=True)
-    try:
-        os.lstat(folder)
-    except OSError as error:
-        return isinstance(error, FileNotFoundError)
-    return False
-
-
-def alive(process: int) -> bool:
-    """Whether a process of this computer has the number."""
-    try:
-        os.kill(process, 0)
-    except OSError as error:
-        return not isinstance(error, ProcessLookupError)
-    return True
-
-
-def _remove_unlocked(folder: str) -> None:
-    """Removes a leftover that no writer holds. Where folders cannot be locked nobody can tell: it stays."""
-    with suppress(OSError):
-        descriptor = os.open(folder, _DIRECTORY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _remove(folder)
-        finally:
-            os.close(descriptor)

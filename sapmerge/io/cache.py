@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sapmerge.errors import OutputError
-from sapmerge.io.atomic import alive
+from sapmerge.io.leftovers import alive
 
 __all__ = ["Cache"]
 

@@ -83,10 +83,11 @@ def _recipe(text: str, where: str) -> Mapping[str, Any]:
 def _inputs(text: str, where: str) -> Sequence[Mapping[str, Any]]:
     if text.count(",") * _SHORTEST > len(text):
         raise AdapterFormatError(f"{where}: is not the list of inputs that sapmerge writes")
-    entries = _table(f'{{"inputs": {text}}}', where, len(text) * 4 + 64)["inputs"]
-    if not isinstance(entries, list) or not entries:
-        raise AdapterFormatError(f"{where}: {shown(entries)} is not a list of inputs")
-    return [_fitting(entry, _INPUT, f"{where}, number {k}") for k, entry in enumerate(cast("list[object]", entries))]
+    found = _table(f'{{"inputs": {text}}}', where, len(text) * 4 + 64)["inputs"]
+    entries = cast("list[object]", found) if isinstance(found, list) else []
+    if not entries:
+        raise AdapterFormatError(f"{where}: is not the list of inputs that sapmerge writes")
+    return [_fitting(entry, _INPUT, f"{where}, number {k}") for k, entry in enumerate(entries)]
 
 
 def _table(text: str, where: str, most: int = DEFAULT_LIMITS.config_bytes) -> dict[str, object]:

@@ -12,8 +12,9 @@ from contextlib import contextmanager, suppress
 from typing import Any, cast
 
 from sapmerge.errors import OutputError, SapmergeError
-from sapmerge.io.atomic import explained, sweep, write_all
+from sapmerge.io.atomic import explained, write_all
 from sapmerge.io.files import Limits, RegularFile, reason
+from sapmerge.io.leftovers import sweep
 from sapmerge.io.strict_json import parse
 
 __all__ = ["Records", "encoded", "folders", "is_folder", "read_record", "remove_folder", "write_record"]

@@ -85,9 +85,7 @@ def _live_names(model: Any) -> Mapping[str, Any]:
     return cast("Mapping[str, Any]", names) if isinstance(names, Mapping) else {}
 
 
-def _uniquely_labelled(
-    adapters: list[Adapter], weights: Sequence[float] | Mapping[str, float] | None
-) -> list[Adapter]:
+def _uniquely_labelled(adapters: list[Adapter], weights: Sequence[float] | Mapping[str, float] | None) -> list[Adapter]:
     """Number equal labels: a, a-2, a-3; by content and weight, so that the order of the inputs decides on nothing."""
     places = {} if isinstance(weights, Mapping) else dict[int, object](enumerate(weights or ()))
     taken = {adapter.label for adapter in adapters}

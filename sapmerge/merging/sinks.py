@@ -189,7 +189,9 @@ def _metadata(merged: Merged) -> dict[str, str]:
 
     inputs = [
         {"label": a.label, "digest": a.digest, "files": dict(a.files), "weight": weight}
-        for a, weight in sorted(zip(merged.adapters, merged.weights, strict=True), key=lambda pair: in_content_order(*pair))
+        for a, weight in sorted(
+            zip(merged.adapters, merged.weights, strict=True), key=lambda pair: in_content_order(*pair)
+        )
     ]
     return {
         "sapmerge.version": __version__,
@@ -232,8 +234,8 @@ def _card(merged: Merged, rows: Sequence[LayerReport]) -> str:
 
 def _yaml(text: str) -> str:
     """A string of YAML. JSON's is one but for letters beyond 16 bits, which it writes as two halves."""
-    letters = "".join(letter if letter.isprintable() else f"\\U{ord(letter):08x}" for letter in _ESCAPED.sub(r"\\\g<0>", text))
-    return f'"{letters}"'
+    quoted = _ESCAPED.sub(r"\\\g<0>", text)
+    return '"' + "".join(one if one.isprintable() else f"\\U{ord(one):08x}" for one in quoted) + '"'
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard
 
 import sapmerge as sm
 from sapmerge.cli import main
-from tests.trust.helpers import Small, batches, loss, tensors_of, write_adapter
+from tests.trust.helpers import Small, loss, tensors_of, write_adapter
 
 
 @pytest.fixture
@@ -24,14 +24,15 @@ def paths(tmp_path: Path) -> list[Path]:
     return [write_adapter(tmp_path / name, seed) for seed, name in enumerate("abc")]
 
 
-HUGE, NONE = 10**5000, object()
+HUGE = 10**5000
 
 
 @pytest.mark.parametrize(
     "wrong",
     [
         *({"scale": value} for value in (10**400, HUGE, "1", None, True, [1], float("nan"), 1j)),
-        *({"weights": value} for value in ([10**400, 1, 1], [HUGE, 1, 1], 5, "abc", [1, 2], {1: 1, "a": 2}, {}, [None] * 3)),
+        *({"weights": value} for value in ([10**400, 1, 1], [HUGE, 1, 1], 5, "abc", [1, 2], {1: 1, "a": 2}, {})),
+        {"weights": [None] * 3},
         *({"weights": value} for value in ([1e308] * 3, [1e308, -1e308, 1.0], [2e38] * 3, {"a": 1e39, "b": 1, "c": 1})),
         *({"adapters": value} for value in (None, 5, [], {}, [None], [1.5], [(1, 2, 3)], "abc", [b"\xff\x00"])),
         *({"device": value} for value in ([1], "meta", "no such", True, 99, object(), 1.5, "")),
@@ -123,8 +124,7 @@ def test_what_strangers_call_their_folders_does_not_reach_the_terminal(
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
 def test_a_terminal_that_lacks_letters_is_no_error(tmp_path: Path, encoding: str) -> None:
     inputs = [
-        str(write_adapter(tmp_path / name, seed, base_model_name_or_path="модель/😀"))
-        for seed, name in enumerate("ab")
+        str(write_adapter(tmp_path / name, seed, base_model_name_or_path="модель/😀")) for seed, name in enumerate("ab")
     ]
     done = subprocess.run(
         [sys.executable, "-m", "sapmerge", "merge", *inputs, "-o", str(tmp_path / "o"), "--method", "mean"],
