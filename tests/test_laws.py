@@ -37,6 +37,16 @@ EXCEPTIONS = {
     ("factor_average", "gauge scale"): "it averages the factors themselves, and says so",
     ("factor_average", "gauge rotate"): "as scale",
     ("factor_average", "gauge general"): "as scale",
+    ("hetlora", "gauge scale"): "as factor_average",
+    ("hetlora", "gauge rotate"): "as factor_average",
+    ("hetlora", "gauge general"): "as factor_average",
+    ("yoco", "zero is neutral"): "as mean",
+    ("yoco", "gauge scale"): "as factor_average",
+    ("yoco", "gauge rotate"): "as factor_average",
+    ("yoco", "gauge general"): "as factor_average",
+    ("ffa", "zero is neutral"): "as mean",
+    ("fedrpca", "zero is neutral"): "as mean",
+    ("fedrpca", "copies"): "copies are of low rank to the tolerance of the iteration, 1e-7; one adapter is exactly",
     ("model_stock", "zero is neutral"): "as mean",
     ("geometric_median", "zero is neutral"): "zero is a point like any other, and pulls",
     ("coordinate_median", "zero is neutral"): "as geometric_median",
@@ -94,6 +104,8 @@ VARIANTS = {
     "pcb": [{"density": 0.3, "clip": 0.0}],
     "sce": [{"density": 0.6}],
     "trimmed_mean": [{"trim": 0.4}],
+    "fedrpca": [{"beta": 0.5}],
+    "yoco": [{"components": 1}],
     "fisher": [{"square": "batch", "normalize": True, "floor": 0.0}],
     "regmean": [{"reduction": 0.0}, {"reduction": 1.0, "unseen": 1.0}],
     "lorm": [{"merge": "B"}, {"reduction": 1.0}],
@@ -116,9 +128,9 @@ def run(method: sm.Method, layers: Sequence[sm.Layer]) -> dict[str, sm.Update]:
     kinds = {type(part) for part in parts(method)}
     if sm.Slerp in kinds:
         layers = [_two(layer) for layer in layers]
-    if kinds & {sm.LoRMA, sm.LoRMB}:
+    if kinds & {sm.LoRMA, sm.LoRMB, sm.SharedFactorMean}:
         layers = [_sharing(layer, "B" if sm.LoRMA in kinds else "A") for layer in layers]
-    if sm.FactorMean not in kinds:
+    if not kinds & {sm.FactorMean, sm.FactorPCA}:
         return conftest.run(method, layers)
     rank = max(update.rank for layer in layers for update in layer)
     with warnings.catch_warnings():
@@ -186,6 +198,7 @@ def keeping_all(name: str) -> sm.Method:
 def takes_dense(method: sm.Method) -> bool:
     """Pruning the factors of an update that has none is refused, by name (see test_primitives)."""
     factors = (sm.Factors, sm.FactorMean, sm.LoRMA, sm.LoRMB, sm.PruneGroups)
+    factors += (sm.SharedFactorMean, sm.PaddedFactorMean, sm.FactorPCA)
     return not any(isinstance(part, factors) for part in parts(method))
 
 
@@ -475,6 +488,7 @@ def test_linear_methods_stay_low_rank(name: str, method: sm.Method) -> None:
     layers = make_layers([1, 1, 1], {"l": (30, 40)})
     entrywise = (sm.Entries, sm.ElectSign, sm.DisjointMean, sm.Consensus, sm.Select)
     entrywise += (sm.CoordinateMedian, sm.TrimmedMean, sm.Compete, sm.Unify, sm.FisherMean, sm.PruneRuns)
+    entrywise += (sm.RobustPCA,)
     prunes_entries = any(isinstance(part, entrywise) for part in parts(method))
     in_basis = any(isinstance(part, sm.In) for part in parts(method))
     update = run(method, layers)["l"]

@@ -3,6 +3,7 @@
 from sapmerge.contrib import adamerging as _adamerging
 from sapmerge.contrib import ctm as _ctm
 from sapmerge.contrib import emr as _emr
+from sapmerge.contrib import fedlora as _fedlora
 from sapmerge.contrib import gradpruner as _gradpruner
 from sapmerge.contrib import loraprune as _loraprune
 from sapmerge.contrib import lorm as _lorm
@@ -12,6 +13,7 @@ from sapmerge.contrib import wudi as _wudi
 from sapmerge.contrib.adamerging import *
 from sapmerge.contrib.ctm import *
 from sapmerge.contrib.emr import *
+from sapmerge.contrib.fedlora import *
 from sapmerge.contrib.gradpruner import *
 from sapmerge.contrib.loraprune import *
 from sapmerge.contrib.lorm import *
@@ -23,6 +25,7 @@ __all__: list[str] = []
 __all__ += _adamerging.__all__
 __all__ += _ctm.__all__
 __all__ += _emr.__all__
+__all__ += _fedlora.__all__
 __all__ += _gradpruner.__all__
 __all__ += _loraprune.__all__
 __all__ += _lorm.__all__

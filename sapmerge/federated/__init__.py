@@ -5,18 +5,38 @@
 
 from sapmerge.federated.contract import Contract, Slot
 from sapmerge.federated.inbox import Inbox
+from sapmerge.federated.nearest import neighbours
 from sapmerge.federated.outcome import Kept, Outcome, Refused
+from sapmerge.federated.personal import Personal, by_task, personalize, pilot
+from sapmerge.federated.prompts import Prompts, average_prompts
 from sapmerge.federated.report import ClientReport, RoundReport
+from sapmerge.federated.rules import FedEx, fedex, fedit, fedrpca, ffa, flex, flora, hetlora, yoco
 from sapmerge.federated.state import MergeState
 
 __all__ = [
     "ClientReport",
     "Contract",
+    "FedEx",
     "Inbox",
     "Kept",
     "MergeState",
     "Outcome",
+    "Personal",
+    "Prompts",
     "Refused",
     "RoundReport",
     "Slot",
+    "average_prompts",
+    "by_task",
+    "fedex",
+    "fedit",
+    "fedrpca",
+    "ffa",
+    "flex",
+    "flora",
+    "hetlora",
+    "neighbours",
+    "personalize",
+    "pilot",
+    "yoco",
 ]

@@ -7,7 +7,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -25,7 +25,7 @@ from sapmerge.models import check_untied, find_modules, find_saved, model_names,
 if TYPE_CHECKING:
     from sapmerge.merging.merge import Merged
 
-__all__ = ["add", "apply", "save"]
+__all__ = ["add", "apply", "save", "save_together"]
 
 _PREFIX = "base_model.model."
 _ESCAPED = re.compile(r'["\\]')
@@ -33,21 +33,54 @@ _ESCAPED = re.compile(r'["\\]')
 
 def save(merged: Merged, path: str | os.PathLike[str], *, overwrite: bool) -> tuple[LayerReport, ...]:
     """Write a checkpoint folder, streaming the layers; the config is built from scratch, scaling is exactly 1."""
-    rows, ranks = list[LayerReport](), dict[str, int]()
     for adapter in merged.adapters:
         if adapter.files and os.path.realpath(adapter.source) == os.path.realpath(path):
             raise OutputError(f"the output {os.fspath(path)!r} is one of the inputs; write to another folder")
     with CheckpointWriter(path, overwrite=overwrite) as writer:
+        checkpoint = _Checkpoint(merged, writer)
         for module, update, row in merged.stored():
-            name = merged.names.get(module.name, module.name)
-            for key, tensor in _factors(module, update, merged.dtype).items():
-                writer.add(f"{_PREFIX}{name}.{key}", tensor)
-            ranks[name] = max(1, update.rank)
-            rows.append(row)
+            checkpoint.add(module, update, row)
+        return checkpoint.finish()
+
+
+def save_together(merges: Mapping[str, Merged]) -> None:
+    """Write several checkpoints (path -> merge) side by side, layer by layer: what they share is read once."""
+    with ExitStack() as stack:
+        making = [
+            (_Checkpoint(merged, stack.enter_context(CheckpointWriter(path))), merged.stored())
+            for path, merged in merges.items()
+        ]
+        for name in sorted({name for merged in merges.values() for name in merged.stream.modules}):
+            for checkpoint, layers in making:
+                if name in checkpoint.merged.stream.modules:
+                    checkpoint.add(*next(layers))
+        for checkpoint, _ in making:
+            checkpoint.finish()
+
+
+class _Checkpoint:
+    """One checkpoint that is being written: its layers in order, then the rest."""
+
+    def __init__(self, merged: Merged, writer: CheckpointWriter) -> None:
+        self.merged, self._writer = merged, writer
+        self._rows, self._ranks = list[LayerReport](), dict[str, int]()
+
+    def add(self, module: Module, update: Update, row: LayerReport) -> None:
+        """One layer, as `Merged.stored` gives it."""
+        name = self.merged.names.get(module.name, module.name)
+        for key, tensor in _factors(module, update, self.merged.dtype).items():
+            self._writer.add(f"{_PREFIX}{name}.{key}", tensor)
+        self._ranks[name] = max(1, update.rank)
+        self._rows.append(row)
+
+    def finish(self) -> tuple[LayerReport, ...]:
+        """The heads, the config and the card; then the folder is in its place."""
+        merged = self.merged
         for name, read in merged.heads.tensors().items():
-            writer.add(_PREFIX + tensor_name(name, merged.names), read())
-        writer.commit(config=_config(merged, ranks, merged.names), metadata=_metadata(merged), card=_card(merged, rows))
-    return tuple(rows)
+            self._writer.add(_PREFIX + tensor_name(name, merged.names), read())
+        config, card = _config(merged, self._ranks, merged.names), _card(merged, self._rows)
+        self._writer.commit(config=config, metadata=_metadata(merged), card=card)
+        return tuple(self._rows)
 
 
 def apply(merged: Merged, model: Any) -> tuple[LayerReport, ...]:
