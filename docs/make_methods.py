@@ -10,7 +10,7 @@ import inspect
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ import sapmerge as sm
 from sapmerge import contrib, methods
 from sapmerge.core.part import recipe
 from sapmerge.parsing import CALLABLE
-from tests.conftest import LinearLoss, make_layers, run
+from tests.conftest import Anchored, LinearLoss, changed, make_layers, run
 
 PAGE = Path(__file__).parent / "methods.md"
 SHAPES = {"model.layers.0.q_proj": (89, 83), "model.layers.1.q_proj": (83, 89)}
@@ -224,14 +224,14 @@ def _takes(method: sm.Method, layers: list[sm.Layer]) -> bool:
 def _invariances(
     method: sm.Method, layers: list[sm.Layer], got: dict[str, sm.Update], data: str
 ) -> Iterator[tuple[str, bool]]:
-    def same(changed: list[sm.Layer], back: Callable[[str, torch.Tensor], torch.Tensor] = lambda _, x: x) -> bool:
-        other = run(method, changed)
+    def same(others: list[sm.Layer], back: Callable[[str, torch.Tensor], torch.Tensor] = lambda _, x: x) -> bool:
+        other = run(method, others)
         size = sum(float(update.dense().square().sum()) for update in got.values())
         gaps = [back(name, other[name].dense()) - update.dense() for name, update in got.items()]
         return sum(float(gap.square().sum()) for gap in gaps) <= 1e-14 * size
 
     def change(function: Callable[[sm.LowRank, sm.Layer, int], sm.LowRank]) -> list[sm.Layer]:
-        return [replace(x, updates=tuple(function(u, x, k) for k, u in enumerate(x))) for x in layers]
+        return [changed(x, updates=tuple(function(u, x, k) for k, u in enumerate(x))) for x in layers]
 
     generator = torch.Generator().manual_seed(7)
 
@@ -250,17 +250,7 @@ def _invariances(
     order = [(k + 1) % len(layers[0]) for k in range(len(layers[0]))]
     yield (
         "order",
-        same(
-            [
-                replace(
-                    x,
-                    updates=tuple(x.updates[k] for k in order),
-                    adapters=tuple(x.adapters[k] for k in order),
-                    digests=tuple(x.digests[k] for k in order),
-                )
-                for x in layers
-            ]
-        ),
+        same([x.with_members(x.members[k] for k in order) for x in layers]),
     )
     yield "scale", same(change(lambda u, *_: u.scaled(3.0)), lambda _, x: x / 3)
     yield "sign", same(change(lambda u, *_: u.scaled(-1.0)), lambda _, x: -x)
@@ -268,7 +258,7 @@ def _invariances(
 
 def _forms(method: sm.Method, layers: list[sm.Layer], data: str) -> str:
     """What a merge holds. The stand-in for anchors forms matrices itself, so there only the merge is looked at."""
-    prepared = sm.prepare(method, [replace(layer, anchors=LinearLoss(layers)) for layer in layers])
+    prepared = sm.prepare(method, Anchored(layers, LinearLoss(layers)))
     with _Largest() as watch:
         if data == "-":
             prepared = sm.prepare(method, layers)

@@ -8,12 +8,12 @@ The names below are the public surface. The folders are sentences of the README:
 from sapmerge import anchors as anchors
 from sapmerge import contrib, methods
 from sapmerge import federated as federated
+from sapmerge.anchors.anchors import Anchors
 from sapmerge.anchors.loading import from_pairs
-from sapmerge.anchors.runner import Anchors
 from sapmerge.contrib import *
 from sapmerge.core.frames import Frames
-from sapmerge.core.layer import Layer
-from sapmerge.core.part import Mapped, prepare
+from sapmerge.core.layer import Layer, Member
+from sapmerge.core.part import on_one_layer, prepare
 from sapmerge.core.protocols import (
     AnchorPass,
     Basis,
@@ -30,6 +30,7 @@ from sapmerge.core.protocols import (
     Transform,
     Units,
 )
+from sapmerge.core.stream import Mapped, Stream
 from sapmerge.core.updates import Dense, LowRank, Update, absent
 from sapmerge.errors import (
     AdapterConfigError,
@@ -103,6 +104,9 @@ __all__ = [
     "Frames",
     "GradientView",
     "Layer",
+    "Member",
+    "Stream",
+    "on_one_layer",
     "LayerStream",
     "LowRank",
     "Mapped",

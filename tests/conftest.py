@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 import sapmerge as sm
+from sapmerge.core.stream import scaled
 
 SHAPES = {"model.0.q_proj": (12, 10), "model.0.v_proj": (7, 13), "model.1.up_proj": (9, 9)}
 
@@ -45,6 +46,34 @@ def make_layers(
         labels = tuple(f"a{k}" for k in range(len(ranks)))
         layers.append(sm.Layer(name, tuple(updates), adapters=labels, weights=tuple(weights)))
     return layers
+
+
+class Anchored(list[sm.Layer]):
+    """A list of layers that is a stream with anchors."""
+
+    def __init__(self, layers: Iterable[sm.Layer], anchors: Any) -> None:
+        super().__init__(layers)
+        self.anchors = anchors
+
+
+def changed(
+    layer: sm.Layer,
+    updates: Sequence[sm.Update] | None = None,
+    adapters: Sequence[str] | None = None,
+    weights: Sequence[float] | None = None,
+    digests: Sequence[str] | None = None,
+    record: Callable[[str, object], None] | None = None,
+) -> sm.Layer:
+    """The layer with something else in it; empty labels, weights or digests stand for the defaults."""
+    return sm.Layer(
+        layer.name,
+        layer.updates if updates is None else updates,
+        layer.adapters if adapters is None else adapters,
+        layer.weights if weights is None else weights,
+        layer.digests if digests is None else digests,
+        layer.frames,
+        layer.record if record is None else record,
+    )
 
 
 class View:
@@ -117,13 +146,8 @@ class LinearLoss:
                     gram = gram if frames.V is None else frames.V.double().T @ gram @ frames.V.double()
                 fold(layer, k, gram)
 
-    def scaled(self, factors: Mapping[int, float], layers: Collection[str]) -> LinearLoss:
-        def times(layer: sm.Layer) -> sm.Layer:
-            if layer.name not in layers:
-                return layer
-            return replace(layer, updates=tuple(u.scaled(factors.get(k, 1.0)) for k, u in enumerate(layer)))
-
-        return LinearLoss([times(layer) for layer in self.layers])
+    def scaled(self, factors: Mapping[str, Sequence[float]]) -> LinearLoss:
+        return LinearLoss([scaled(layer, factors.get(layer.name)) for layer in self.layers])
 
     def halves(self) -> tuple[LinearLoss, LinearLoss]:
         return self, self
@@ -179,9 +203,7 @@ def run(method: sm.Method, layers: Sequence[sm.Layer]) -> dict[str, sm.Update]:
 
     Anchors are there for the methods that read gradients; the others must not look at them.
     """
-    anchors = LinearLoss(layers)
-    layers = [replace(layer, anchors=anchors) for layer in layers]
-    prepared = sm.prepare(method, layers)
+    prepared = sm.prepare(method, Anchored(layers, LinearLoss(layers)))
     return {layer.name: prepared(layer) for layer in layers}
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from torch import Tensor
 import sapmerge as sm
 from sapmerge.core.lowrank import truncate
 from tests import oracles
-from tests.conftest import error, run
+from tests.conftest import changed, error, run
 
 HERE = Path(__file__).parent / "goldens"
 INDEX = json.loads((HERE / "index.json").read_text())
@@ -298,7 +297,7 @@ def test_peft_elects_without_weights_and_divides_by_the_count(key: str) -> None:
     weights = torch.tensor(entry["hyperparameters"]["weights"], dtype=torch.float64)
 
     def unweighted(layer: sm.Layer) -> sm.Layer:
-        return replace(layer, weights=(1.0,) * len(layer))
+        return changed(layer, weights=(1.0,) * len(layer))
 
     def divide_by_count(layer: sm.Layer) -> sm.Update:
         stack = torch.stack([update.dense() for update in layer])

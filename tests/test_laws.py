@@ -15,7 +15,7 @@ from sapmerge import contrib, methods
 from sapmerge.core.part import parts
 from sapmerge.core.torch_state import pinned_state
 from tests import conftest, oracles
-from tests.conftest import SHAPES, dense, error, low_rank, make_layers
+from tests.conftest import SHAPES, changed, dense, error, low_rank, make_layers
 
 # (method, law) -> why the law does not hold. Everything else holds for every method.
 EXCEPTIONS = {
@@ -143,7 +143,7 @@ def _two(layer: sm.Layer) -> sm.Layer:
     labels = sorted(a for a, weight in zip(layer.adapters, layer.weights) if weight != 0)[:2]
     index = [k for k, label in enumerate(layer.adapters) if label in labels]
     fields = {name: tuple(getattr(layer, name)[k] for k in index) for name in ("updates", "adapters", "weights")}
-    return replace(layer, **fields, digests=tuple(layer.digests[k] for k in index))
+    return changed(layer, **fields, digests=tuple(layer.digests[k] for k in index))
 
 
 def _sharing(layer: sm.Layer, factor: str) -> sm.Layer:
@@ -161,7 +161,7 @@ def _sharing(layer: sm.Layer, factor: str) -> sm.Layer:
             sm.LowRank(Q, (Q.T @ update.B) @ update.A) if factor == "B" else sm.LowRank(update.B @ (update.A @ Q), Q.T)
         )
 
-    return replace(layer, updates=tuple(written(update) for update in layer))
+    return changed(layer, updates=tuple(written(update) for update in layer))
 
 
 def _padded(update: sm.LowRank, rank: int) -> sm.LowRank:
@@ -209,7 +209,7 @@ def close(got: dict[str, sm.Update], wanted: dict[str, sm.Update], tolerance: fl
 
 def change(layers: list[sm.Layer], function) -> list[sm.Layer]:
     """Every update of every layer replaced by function(update, k)."""
-    return [replace(x, updates=tuple(function(u, k) for k, u in enumerate(x))) for x in layers]
+    return [changed(x, updates=tuple(function(u, k) for k, u in enumerate(x))) for x in layers]
 
 
 @every_method
@@ -218,7 +218,7 @@ def test_one_adapter_comes_back(name: str, method: sm.Method) -> None:
     layers = make_layers(ranks=[3])
     for name_, update in run(keeping_all(name), layers).items():
         assert error(update.dense(), next(x for x in layers if x.name == name_).updates[0].dense()) < 1e-12
-    halved = [replace(layer, weights=(0.5,)) for layer in layers]
+    halved = [changed(layer, weights=(0.5,)) for layer in layers]
     factor = 0.5 if any(isinstance(part, sm.Sum) for part in parts(keeping_all(name))) else 1.0
     close(run(keeping_all(name), halved), run(keeping_all(name), layers), 1e-12, factor)
 
@@ -275,7 +275,7 @@ def test_zero_weight_is_no_adapter(name: str, method: sm.Method) -> None:
         pytest.skip("a basis is made from all adapters")
     layers = make_layers(weights=[1.0, 0.0, 0.7])
     without = [
-        replace(x, updates=x.updates[::2], adapters=x.adapters[::2], weights=x.weights[::2], digests=x.digests[::2])
+        changed(x, updates=x.updates[::2], adapters=x.adapters[::2], weights=x.weights[::2], digests=x.digests[::2])
         for x in layers
     ]
     close(run(method, layers), run(method, without), 1e-12)
@@ -329,12 +329,12 @@ def _degenerate(dtype: torch.dtype) -> dict[str, list[sm.Layer]]:
         "ranks above the shape": make_layers(shapes=TINY, dtype=dtype),
         "rank one": make_layers([1, 1, 1], TINY, dtype),
         "one adapter": make_layers([2], TINY, dtype),
-        "identical": [replace(x, updates=(x.updates[0],) * 3) for x in make_layers([2, 2, 2], TINY, dtype)],
+        "identical": [changed(x, updates=(x.updates[0],) * 3) for x in make_layers([2, 2, 2], TINY, dtype)],
         "identical digests": [
-            replace(x, updates=(x.updates[0],) * 3, digests=("same",) * 3) for x in make_layers([2, 2, 2], TINY, dtype)
+            changed(x, updates=(x.updates[0],) * 3, digests=("same",) * 3) for x in make_layers([2, 2, 2], TINY, dtype)
         ],
         "opposite": [
-            replace(x, updates=(x.updates[0], x.updates[0].scaled(-1))) for x in make_layers([2, 2], TINY, dtype)
+            changed(x, updates=(x.updates[0], x.updates[0].scaled(-1))) for x in make_layers([2, 2], TINY, dtype)
         ],
         "a zero adapter": zero,
         "all zero": change(zero, lambda u, k: sm.LowRank(u.B * 0, u.A)),
@@ -377,7 +377,7 @@ def test_identical_adapters_vote_alike(name: str, method: sm.Method) -> None:
     single = make_layers([3])
     factor = 3.0 if any(isinstance(part, sm.Sum) for part in parts(method)) else 1.0
     thrice = [
-        replace(x, updates=x.updates * 3, adapters=("a", "b", "c"), weights=(1.0,) * 3, digests=(x.digests[0],) * 3)
+        changed(x, updates=x.updates * 3, adapters=("a", "b", "c"), weights=(1.0,) * 3, digests=(x.digests[0],) * 3)
         for x in single
     ]
     close(run(method, thrice), run(method, single), 1e-9, factor)
@@ -417,7 +417,7 @@ def test_kept_count(name: str, method: sm.Method, absent: bool) -> None:
 
     bases = [part.basis for part in parts(method) if isinstance(part, sm.In)]
     run(sm.In(bases[0], collect) if bases else collect, layers)
-    prune = sm.prepare(prunes[0], inside)
+    prune = sm.prepare(prunes[0], conftest.Anchored(inside, conftest.LinearLoss(layers)))
     pruned = [prune(layer) for layer in inside]
     for k in range(3):
         sizes = [size for layer in inside for size in unit_sizes(layer.updates[k], prune.units)]
@@ -570,6 +570,6 @@ def test_random_masks_depend_on_content_and_layer_only() -> None:
     masks = [[u.dense() != 0 for u in sm.dare(0.5).steps[0](layer)] for layer in (x, y)]
     assert not torch.equal(masks[0][0], masks[0][1])
     assert not torch.equal(masks[0][0], masks[1][0])
-    renamed = replace(x, adapters=("other", "names"))  # digests stay
+    renamed = changed(x, adapters=("other", "names"))  # digests stay
     for mask, update in zip(masks[0], sm.dare(0.5).steps[0](renamed)):
         assert torch.equal(update.dense() != 0, mask)

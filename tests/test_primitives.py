@@ -255,7 +255,7 @@ def test_plain_functions_in_every_place() -> None:
     assert torch.equal(sm.Chain(sm.Prune(sm.Magnitude(), soft), last)(layer).dense(), D / 2)
     only_first_row = sm.Chain(sm.Prune(scorer, hard, units=units), last)(layer).dense()
     assert torch.equal(only_first_row, torch.stack([2 * D[0] * (D[0] < 0), 2 * D[1]]))
-    assert torch.equal(sm.MatchEnergy(last)(layer).dense(), 1.5 * D)
+    assert torch.equal(sm.on_one_layer(sm.MatchEnergy(last), layer).dense(), 1.5 * D)
     assert error(sm.In(sm.CoreSpace(), last)(layer).dense(), 2 * D) < 1e-6
 
     def basis(layer: sm.Layer) -> sm.Frames:

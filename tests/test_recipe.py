@@ -13,7 +13,7 @@ import sapmerge as sm
 from sapmerge import methods
 from sapmerge.core.part import parts, recipe
 from sapmerge.errors import MethodError
-from tests.conftest import LinearLoss, dense, make_layers, run
+from tests.conftest import Anchored, LinearLoss, dense, make_layers, run
 
 pytestmark = pytest.mark.filterwarnings("ignore:A and B are merged apart")  # factor_average says so
 
@@ -60,7 +60,7 @@ def test_preparing_does_not_show() -> None:
     """What a pre-pass found out is not part of the recipe."""
     for method in METHODS:
         made = make_layers([3, 3])
-        layers = [dataclasses.replace(layer, anchors=LinearLoss(made)) for layer in made]
+        layers = Anchored(made, LinearLoss(made))
         assert repr(sm.prepare(method, layers)) == repr(method)
 
 

@@ -255,7 +255,7 @@ def test_a_model_with_other_spelling_gets_its_own_names(tmp_path: Path) -> None:
 
     folder = save_lora(tmp_path / "v4", 1, Llava(), targets=["q"], modules_to_save=["multi_modal_projector"])
     merged = sm.merge([folder], method=sm.mean(), modules_to_save="mean")
-    assert list(merged.stream.modules) == ["model.language_model.layers.0.q"]
+    assert list(merged.run.stream.modules) == ["model.language_model.layers.0.q"]
     merged.save_pretrained(tmp_path / "v5")
     names = set(load_file(tmp_path / "v5" / "adapter_model.safetensors"))
     assert names == {

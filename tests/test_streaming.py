@@ -70,7 +70,7 @@ def test_many_threads_write_the_same_bytes_and_notes() -> None:
 
     def stored(threads: int) -> tuple[list[str], list[torch.Tensor], list[object]]:
         torch.set_num_threads(threads)
-        rows = list(merge([adapter(0), adapter(1)], method=sm.ties(0.3), rank=3).stored())
+        rows = list(merge([adapter(0), adapter(1)], method=sm.ties(0.3), rank=3).run.stored())
         torch.set_num_threads(1)
         return (
             [module.name for module, _, _ in rows],

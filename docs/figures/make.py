@@ -6,6 +6,7 @@ masks, norms and the mean are those of `sap_original(density=0.5)`, and the scri
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -165,11 +166,12 @@ def check(updates: list[sm.LowRank], gradients: list[Tensor], merged: Tensor) ->
             return found, found
 
     class Anchors:
-        def observe(self, layers: object, units: object) -> Seen:
-            return Seen()
+        def in_turn(self, layers: object, units: object) -> Iterator[tuple[Sequence[int], Seen]]:
+            yield range(len(updates)), Seen()
 
-    layer: Any = sm.Layer("layer", tuple(updates), adapters=ADAPTERS, anchors=Anchors())  # pyright: ignore
-    method: Any = sm.prepare(sm.sap_original(density=0.5), [layer])
+    layer = sm.Layer("layer", updates, adapters=ADAPTERS)
+    anchors: Any = Anchors()
+    method = sm.prepare(sm.sap_original(density=0.5), sm.Stream((layer,), anchors))
     torch.testing.assert_close(method(layer).dense(), merged)
 
 

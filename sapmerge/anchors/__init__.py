@@ -5,15 +5,17 @@ This package is the only place with autograd.
     loading.py     batches: made from pairs, halved, and checked to be the same on every pass
     hooks.py       adapters put into a model and taken out again, and what passes through its layers
     gradients.py   the gradient of a layer, seen through products
-    runner.py      forward and backward passes over the anchors
+    runner.py      forward and backward passes over the anchors, at base + adapter
     statistics.py  statistics of gradients over the anchors, within a budget of memory
     inputs.py      inputs of the layers: their sizes and Gram matrices
+    anchors.py     what a part may ask: gradients, losses, Gram matrices
     cache.py, digest.py   what is kept on disk for a later run, under a key of everything it depends on
     towers.py      embeddings of a tower that no adapter touches
+    prefix.py, calls.py   outputs of what runs before the first adapted layer, kept for the next adapter
 """
 
+from sapmerge.anchors.anchors import Anchors
 from sapmerge.anchors.loading import from_pairs
-from sapmerge.anchors.runner import Anchors
 from sapmerge.losses import (
     alignment,
     centered_alignment,

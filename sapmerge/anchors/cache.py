@@ -48,11 +48,12 @@ class Resume:
         self._cache, self._digests = Cache(folder), digests
         self._common = [__version__, torch.__version__, digest_of_model(base), anchors, digest(loss)]
 
-    def scaled(self, factors: Mapping[int, float], layers: Collection[str]) -> Resume:
-        """The cache of a merge of the same adapters, some of them scaled in these layers."""
-        other, where = copy.copy(self), digest(sorted(layers))
+    def scaled(self, factors: Mapping[str, Sequence[float]], changed: Collection[int]) -> Resume:
+        """The cache of a merge of the same adapters, some of them multiplied: layer -> one factor per adapter."""
+        other = copy.copy(self)
         other._digests = [
-            f"{factors[k]} {where} {found}" if k in factors else found for k, found in enumerate(self._digests)
+            f"{known} {digest(sorted((name, row[k]) for name, row in factors.items()))}" if k in changed else known
+            for k, known in enumerate(self._digests)
         ]
         return other
 

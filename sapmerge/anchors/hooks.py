@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
-from sapmerge.anchors.gradients import Call, embed_scale
+from sapmerge.anchors.gradients import Call, TokenGradient, embed_scale, token_gradient
 from sapmerge.core.linalg import finite
 from sapmerge.core.torch_state import model_state
 from sapmerge.core.updates import LowRank, Update
 from sapmerge.errors import AnchorError, NonFiniteError
 from sapmerge.models import base_of, device_of, weight_view
 
-__all__ = ["Watch", "attached", "check_base", "frozen"]
+__all__ = ["Seen", "Watch", "attached", "check_base", "frozen", "seeing"]
 
 Sink: TypeAlias = Callable[[str, list[Call]], None]
 """(layer, all its calls that had a gradient): called once per backward pass, as soon as the last of them is there."""
@@ -232,3 +232,21 @@ def _output_of(module: nn.Module, x: Tensor, update: Update) -> Tensor:
     if isinstance(update, LowRank):
         return (x @ update.A.T.to(dtype)) @ update.B.T.to(dtype)
     return x @ update.dense().T.to(dtype)
+
+
+Seen = Callable[[TokenGradient, int, int], None]
+"""(inputs x of one call, with the outputs in the place of g; samples in the batch; samples before it)"""
+
+
+@contextmanager
+def seeing(modules: Mapping[str, nn.Module], watched: Mapping[str, Seen], size: int, before: int) -> Generator[None]:
+    """Show the inputs of layers while a batch runs."""
+
+    def hook(name: str, see: Seen) -> Callable[[nn.Module, Any, Any], None]:
+        def look(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            see(token_gradient(module, [looked_at(name, module, inputs, output)], size), size, before)
+
+        return look
+
+    with removed([modules[name].register_forward_hook(hook(name, see)) for name, see in watched.items()]):
+        yield

@@ -2,49 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sapmerge.anchors.gradients import TokenGradient, token_gradient
-from sapmerge.anchors.hooks import looked_at, removed
+from sapmerge.anchors.gradients import TokenGradient
+from sapmerge.anchors.runner import Runner
 from sapmerge.core.frames import Frames
 from sapmerge.core.layer import Layer
 from sapmerge.core.protocols import Coordinates, LayerStream, Units
 from sapmerge.errors import MethodError, NonFiniteError
 from sapmerge.parts.units import Layers
 
-if TYPE_CHECKING:
-    from sapmerge.anchors.runner import Anchors
-
-__all__ = ["InputSizes", "Seen", "seeing", "stream_grams"]
-
-Seen = Callable[[TokenGradient, int, int], None]
-"""(inputs x of one call, with the outputs in the place of g; samples in the batch; samples before it)"""
-
-
-@contextmanager
-def seeing(modules: Mapping[str, nn.Module], watched: Mapping[str, Seen], size: int, before: int) -> Generator[None]:
-    """Show the inputs of layers while a batch runs."""
-
-    def hook(name: str, see: Seen) -> Callable[[nn.Module, Any, Any], None]:
-        def look(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            see(token_gradient(module, [looked_at(name, module, inputs, output)], size), size, before)
-
-        return look
-
-    with removed([modules[name].register_forward_hook(hook(name, see)) for name, see in watched.items()]):
-        yield
+__all__ = ["InputSizes", "stream_grams"]
 
 
 class InputSizes:
     """Per coordinate of a unit, the mean over the anchors of |x_j|^2, x_j the inputs that the coordinate multiplies."""
 
-    def __init__(self, anchors: Anchors, layers: LayerStream, units: Units) -> None:
+    def __init__(self, anchors: Runner, layers: LayerStream, units: Units) -> None:
         if isinstance(units, Layers):
             raise MethodError(
                 "activations belong to single inputs of a layer: use Entries(), Factors() or Directions()"
@@ -58,7 +36,7 @@ class InputSizes:
             sums = {
                 one.name: _Squares(self._units(one.updates[adapter]), one.frames, self._anchors.modules[one.name].shape)
                 for one in self._layers
-                if one.updates[adapter].rank
+                if not one.updates[adapter].absent
             }
             count = self._anchors.forward(adapter, {name: found.add for name, found in sums.items()})
             self._found[adapter] = {name: found.halves(count) for name, found in sums.items()}
@@ -122,7 +100,7 @@ class _InputView:
         return self.inputs.inside((Frames(V=A.T),)).x.double().square().sum((0, 1))
 
 
-def stream_grams(anchors: Anchors, layers: LayerStream, fold: Callable[[Layer, int, Tensor], None]) -> None:
+def stream_grams(anchors: Runner, layers: LayerStream, fold: Callable[[Layer, int, Tensor], None]) -> None:
     """See `sapmerge.core.protocols.AnchorPass.grams`: one pass per adapter and group of layers that fits the budget."""
     for group in _groups(layers, anchors.budget):
         for k in range(len(group[0])):

@@ -1,46 +1,43 @@
-"""Running the anchors through a model with adapters: gradients and losses, for the pre-pass of a method."""
+"""Running the anchors through a model with an adapter in it: forward and backward passes, and the mean loss."""
 
 from __future__ import annotations
 
 import copy
 import os
-import warnings
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from threading import Event
 from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from sapmerge.anchors.cache import Resume
 from sapmerge.anchors.gradients import Call, TokenGradient, token_gradient
-from sapmerge.anchors.hooks import Watch, attached, check_base, frozen
-from sapmerge.anchors.inputs import Seen, seeing, stream_grams
+from sapmerge.anchors.hooks import Seen, Watch, attached, check_base, frozen, seeing
 from sapmerge.anchors.loading import Batches, Half, batch_size
 from sapmerge.anchors.prefix import Prefix
-from sapmerge.anchors.statistics import GradientStatistics, in_turn
 from sapmerge.anchors.towers import embedded, stand_in
-from sapmerge.core.layer import Layer
 from sapmerge.core.linalg import finite, wide
-from sapmerge.core.protocols import LayerStream, Units
 from sapmerge.core.updates import Update
-from sapmerge.errors import AnchorError, NonFiniteError, SapmergeWarning
+from sapmerge.errors import AnchorError, NonFiniteError
 from sapmerge.io.contents import Module
 from sapmerge.losses import PAIR_LOSSES, Loss, default_loss, is_outputs_only, loss_name
 from sapmerge.models import device_of, find_modules
 
-__all__ = ["Anchors"]
+__all__ = ["Load", "Runner"]
 
-_Load: TypeAlias = Callable[[], Mapping[str, Update]]
+Load: TypeAlias = Callable[[], Mapping[str, Update]]
+"""Gives the updates of one adapter, layer -> update."""
 
 _BUDGET = 2 << 30
 _HALF_SCALES = (2.0**14, 2.0**8, 2.0**3, 1.0)
 """What the loss is multiplied by in a float16 model, where gradients below 6e-8 are 0 and above 65504 infinite."""
 
 
-class Anchors:
-    """The anchors of one merge: a model, batches, a loss, and the adapters that are put into the model.
+class Runner:
+    """A model, batches, a loss, and the adapters that are put into the model.
 
     Args:
         model: the base model (or a PeftModel of it, whose own adapters are disabled). It comes back as it was.
@@ -62,7 +59,7 @@ class Anchors:
         model: Any,
         loader: Any,
         modules: Mapping[str, Module],
-        adapters: Sequence[tuple[str, _Load]],
+        adapters: Sequence[tuple[str, Load]],
         loss: Loss | None = None,
         budget: int = _BUDGET,
     ) -> None:
@@ -75,7 +72,7 @@ class Anchors:
         self._used = Event()  # shared by copies
         self.unused = set[str]()
         self.resume: Resume | None = None
-        self._known: dict[_Load | None, float] = {}  # who gives an adapter -> its loss
+        self._known: dict[Load | None, float] = {}  # who gives an adapter -> its loss
         self._prefix = Prefix(self.targets.values(), budget // 2)
 
     def resume_in(self, folder: str | os.PathLike[str], digests: Sequence[str]) -> None:
@@ -93,37 +90,10 @@ class Anchors:
         self._used.set()
         self._known[self._key(adapter)] = loss
 
-    def observe(self, layers: LayerStream, units: Units) -> GradientStatistics:
-        """Gradients in the coordinates of `units`; nothing runs before the first one is asked for."""
-        return GradientStatistics(self, layers, units)
-
-    def in_turn(self, layers: LayerStream, units: Units) -> Iterator[tuple[Sequence[int], GradientStatistics]]:
-        """See `sapmerge.core.protocols.AnchorPass`."""
-        return in_turn(self, layers, units)
-
     @property
     def used(self) -> bool:
         """Whether anything was asked of the anchors."""
         return self._used.is_set()
-
-    @property
-    def pairs(self) -> bool:
-        """See `sapmerge.core.protocols.AnchorPass`."""
-        if self.loss not in PAIR_LOSSES:
-            return False
-        sizes = [batch_size(batch) for batch in self.batches]
-        if min(sizes) < 2 <= max(sizes):
-            message = f"batch {sizes.index(1)} of the anchors holds one pair, so none are compared; deal them evenly"
-            warnings.warn(message, SapmergeWarning, stacklevel=2)
-        return min(sizes) > 1
-
-    def losses(self, loss: Loss | None = None) -> list[float]:
-        """The mean loss on the anchors at base + adapter, for every adapter.
-
-        Args:
-            loss: the anchors' own by default.
-        """
-        return [self.loss_at(k, loss or self.loss) for k in range(len(self.adapters))]
 
     def loss_of(
         self, updates: Mapping[str, Update], loss: Loss | None = None, who: str = "the merged adapter"
@@ -136,52 +106,38 @@ class Anchors:
                 total, count = total + float(self._value(loss, base, batch, who)) * size, count + size
         return total / count
 
-    def slopes(
-        self,
-        updates: Mapping[str, Update],
-        directions: Mapping[str, Sequence[Update]],
-        loss: Loss | None = None,
-    ) -> tuple[float, dict[str, Tensor]]:
-        """The mean loss at base + updates, and its derivatives <G, D> along directions: layer -> (K,), float64."""
-        here = copy.copy(self)
-        here.adapters, here.loss = [("the merged adapter", lambda: updates)], loss or self.loss
-        here._known = {}
-        found = {name: torch.zeros(len(along), dtype=torch.float64) for name, along in directions.items()}
+    def scaled(self, factors: Mapping[str, Sequence[float]]) -> Self:
+        """The same at base + multiplied adapters: layer -> one factor per adapter; other layers stay as they are."""
 
-        def along(name: str) -> Callable[[TokenGradient, int], None]:
-            def add(gradient: TokenGradient, size: int) -> None:
-                found[name] += gradient.together().along(directions[name]) * size
-
-            return add
-
-        count = here.backward(0, {name: along(name) for name in directions})
-        return here.loss_at(0), {name: sums / count for name, sums in found.items()}
-
-    def grams(self, layers: LayerStream, fold: Callable[[Layer, int, Tensor], None]) -> None:
-        """See `AnchorPass`: the Gram matrices of the layers' inputs, streamed within the budget."""
-        stream_grams(self, layers, fold)
-
-    def scaled(self, factors: Mapping[int, float], layers: Collection[str]) -> Anchors:
-        """See `sapmerge.core.protocols.AnchorPass`."""
-
-        def times(load: _Load, factor: float) -> _Load:
-            return lambda: {name: u.scaled(factor) if name in layers else u for name, u in load().items()}
+        def times(load: Load, k: int) -> Load:
+            return lambda: {
+                name: update.scaled(factors[name][k]) if name in factors and factors[name][k] != 1 else update
+                for name, update in load().items()
+            }
 
         other = copy.copy(self)
+        changed = {k for row in factors.values() for k, factor in enumerate(row) if factor != 1}
         other.adapters = [
-            (label, times(load, factors[k]) if k in factors else load) for k, (label, load) in enumerate(self.adapters)
+            (label, times(load, k) if k in changed else load) for k, (label, load) in enumerate(self.adapters)
         ]
-        other.resume = None if self.resume is None else self.resume.scaled(factors, layers)
+        other.resume = None if self.resume is None else self.resume.scaled(factors, changed)
         return other
 
-    def halves(self) -> tuple[Anchors, Anchors]:
-        """The same with every other batch, and with the rest; of a single batch, with every other sample (`Half`)."""
+    def half(self, number: int) -> Self:
+        """The same with every other batch, from that number (0 or 1) on; of a single batch, with every other sample."""
         self._used.set()
-        for number, half in enumerate(halves := (copy.copy(self), copy.copy(self))):
-            half.batches = Batches(Half(self.batches, number), device_of(self.model))
-            half._known, half.resume = {}, None  # a cache is of all anchors
-            half._prefix = Prefix(self.targets.values(), self.budget // 2)
-        return halves
+        half = copy.copy(self)
+        half.batches = Batches(Half(self.batches, number), device_of(self.model))
+        half._known, half.resume = {}, None  # a cache is of all anchors
+        half._prefix = Prefix(self.targets.values(), self.budget // 2)
+        return half
+
+    def at(self, updates: Mapping[str, Update], loss: Loss | None = None) -> Self:
+        """The same with one adapter, which has these updates, and perhaps another loss."""
+        here = copy.copy(self)
+        here.adapters, here.loss = [("the merged adapter", lambda: updates)], loss or self.loss
+        here._known, here.resume = {}, None
+        return here
 
     def backward(self, adapter: int | None, watched: Mapping[str, Callable[[TokenGradient, int], None]]) -> int:
         """One pass over the anchors, at base + one adapter or at the base.
@@ -254,7 +210,7 @@ class Anchors:
         label, updates = self.adapters[adapter]
         return f"adapter {label!r}", updates()
 
-    def _key(self, adapter: int | None) -> _Load | None:
+    def _key(self, adapter: int | None) -> Load | None:
         return None if adapter is None else self.adapters[adapter][1]
 
     def loss_at(self, adapter: int | None, loss: Loss | None = None) -> float:
@@ -289,7 +245,7 @@ class Anchors:
         return {
             name: update.to(cast("Tensor", self.targets[name].weight).device)
             for name, update in updates.items()
-            if update.rank
+            if not update.absent
         }
 
     def _batches(self, base: nn.Module, loss: Loss) -> Iterator[tuple[Any, int]]:

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from sapmerge.anchors.gradients import TokenGradient
 from sapmerge.anchors.inputs import InputSizes
+from sapmerge.anchors.runner import Runner
 from sapmerge.core.frames import Frames
 from sapmerge.core.protocols import Coordinates, LayerStream, Units
 from sapmerge.core.updates import Update
 from sapmerge.errors import AnchorError, MethodError, SapmergeWarning
 from sapmerge.parts.units import Entries
 
-if TYPE_CHECKING:
-    from sapmerge.anchors.runner import Anchors
-
-__all__ = ["GradientStatistics", "in_turn"]
+__all__ = ["GradientStatistics", "in_turn", "slopes_along"]
 
 Halves = dict[str, tuple[Tensor, Tensor]]
 
@@ -28,7 +25,7 @@ _LEAST, _TURNS = 64 << 20, 4
 """Bytes that are always held, and how many turns are worth their cost: all layers are read again in each."""
 
 
-def in_turn(anchors: Anchors, layers: LayerStream, units: Units) -> Iterator[tuple[Sequence[int], GradientStatistics]]:
+def in_turn(anchors: Runner, layers: LayerStream, units: Units) -> Iterator[tuple[Sequence[int], GradientStatistics]]:
     """Statistics of a quarter of the adapters at a time, or of as many as the budget holds.
 
     Every adapter runs once, unless its own statistics exceed the budget; and the base once, if those of all do not.
@@ -55,7 +52,7 @@ def in_turn(anchors: Anchors, layers: LayerStream, units: Units) -> Iterator[tup
 def _bytes_of(update: Update, units: Units) -> int:
     """Of the two halves of a statistic, in float32."""
     m, n = update.shape
-    return 8 * (m * n if isinstance(units, Entries) else update.rank * (m + n)) if update.rank else 0
+    return 8 * (m * n if isinstance(units, Entries) else update.rank * (m + n)) if not update.absent else 0
 
 
 class GradientStatistics:
@@ -68,7 +65,7 @@ class GradientStatistics:
 
     def __init__(
         self,
-        anchors: Anchors,
+        anchors: Runner,
         layers: LayerStream,
         units: Units,
         adapters: Sequence[int] | None = None,
@@ -122,7 +119,7 @@ class GradientStatistics:
         for layer in self._layers:
             if self._groups[layer.name] == group:
                 for k, update in enumerate(layer):
-                    if update.rank and self._asked(k):
+                    if not update.absent and self._asked(k):
                         unit, shape = self._units(update), self._anchors.modules[layer.name].shape
                         found = _Sums(unit, layer.frames, statistic, shape, update.device)
                         sums.setdefault(k, {})[layer.name] = found
@@ -263,3 +260,17 @@ def _all(sums: Sequence[_Sums]) -> Callable[[TokenGradient, int], None]:
             found.add(gradient, size)
 
     return add
+
+
+def slopes_along(anchors: Runner, directions: Mapping[str, Sequence[Update]]) -> tuple[float, dict[str, Tensor]]:
+    """The mean loss at base + the runner's only adapter, and its derivatives <G, D>: layer -> (K,), float64."""
+    sums = {name: torch.zeros(len(along), dtype=torch.float64) for name, along in directions.items()}
+
+    def along(name: str) -> Callable[[TokenGradient, int], None]:
+        def add(gradient: TokenGradient, size: int) -> None:
+            sums[name] += gradient.together().along(directions[name]) * size
+
+        return add
+
+    count = anchors.backward(0, {name: along(name) for name in directions})
+    return anchors.loss_at(0), {name: total / count for name, total in sums.items()}

@@ -8,14 +8,14 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from sapmerge.core.layer import Layer
+from sapmerge.core.layer import Layer, outermost
 from sapmerge.core.lowrank import weighted_sum
-from sapmerge.core.part import part
+from sapmerge.core.part import part, unprepared
 from sapmerge.core.protocols import LayerStream, Method
+from sapmerge.core.stream import anchors_of
 from sapmerge.errors import MethodError
 from sapmerge.parts.mergers.linear import Sum
-from sapmerge.parts.tuning import outermost
-from sapmerge.parts.wrappers import Chain, anchors_of
+from sapmerge.parts.wrappers import Chain
 
 __all__ = ["FitCoefficients", "adamerging"]
 
@@ -57,12 +57,13 @@ class FitCoefficients:
             )
 
     def prepare(self, layers: LayerStream) -> FitCoefficients:
-        first = next(iter(layers), None)
-        if first is None:
+        anchors = anchors_of(layers, "FitCoefficients")
+        given_weights = {layer.name: layer.weights for layer in layers}
+        names = sorted(given_weights)
+        if not names:
             return self
-        anchors = anchors_of(first, "FitCoefficients", "; put it before whatever drops them (a transform)")
-        names = sorted(layer.name for layer in layers)
-        start = torch.full((len(names), len(first)), float(self.init), dtype=torch.float64)
+        weights = torch.tensor(given_weights[names[0]], dtype=torch.float64)
+        start = torch.full((len(names), len(weights)), float(self.init), dtype=torch.float64)
         state, losses = _Adam(start, self.lr), list[float]()
         for _ in range(self.steps):
             given = dict(zip(names, state.rows(), strict=True))
@@ -70,7 +71,6 @@ class FitCoefficients:
             directions = {x.name: [outermost(x, update) for update in x] for x in layers}
             loss, slopes = anchors.slopes(updates, directions, self.loss)
             losses.append(loss)
-            weights = torch.tensor(first.weights, dtype=torch.float64)
             gradient = torch.stack([slopes[name] * weights for name in names])
             if self.scope == "adapter":
                 gradient = gradient.sum(0, keepdim=True).expand_as(gradient)
@@ -79,7 +79,7 @@ class FitCoefficients:
 
     def __call__(self, layer: Layer) -> Layer:
         if self.coefficients is None:
-            return self.prepare([layer])(layer)
+            raise unprepared(self)
         found = self.coefficients[layer.name]
         layer.record("coefficients", dict(zip(layer.adapters, found, strict=True)))
         layer.record("fit_loss", self.losses)

@@ -39,10 +39,10 @@ class Unify:
         sizes, unified_sizes = dict[str, float](), dict[str, float]()
         for layer in layers:
             unified = _unified(layer)
-            for adapter, update in zip(layer.adapters, layer, strict=True):
+            for label, update in zip(layer.adapters, layer.updates, strict=True):
                 size, kept = (float(x.dense().double().abs().mean()) for x in (update, _masked(unified, update)))
-                sizes[adapter] = sizes.get(adapter, 0.0) + size
-                unified_sizes[adapter] = unified_sizes.get(adapter, 0.0) + kept
+                sizes[label] = sizes.get(label, 0.0) + size
+                unified_sizes[label] = unified_sizes.get(label, 0.0) + kept
         return replace(self, scalars={k: sizes[k] / unified_sizes[k] if unified_sizes[k] else 1.0 for k in sizes})
 
     def __call__(self, layer: Layer) -> Update:

@@ -128,7 +128,7 @@ class RobustPCA:
 
     def __call__(self, layer: Layer) -> Update:
         total = total_weight(layer, "")
-        counted = [(update, w / total) for update, w in zip(layer, layer.weights, strict=True) if w]
+        counted = [(m.update, m.weight / total) for m in layer.members if m.weight]
         shares = torch.tensor([share for _, share in counted], dtype=torch.float64, device=layer.updates[0].device)
         stacked = torch.stack([update.dense().double().flatten() for update, _ in counted], dim=1)
         # One adapter has nothing in common with others: all of it is low rank.
@@ -159,7 +159,7 @@ def _sparse_part(stacked: Tensor, iterations: int) -> Tensor:
 
 def _low(layer: Layer) -> list[tuple[LowRank, float]]:
     """Factors and weights of the adapters that have the layer."""
-    present = [(update, weight) for update, weight in zip(layer, layer.weights, strict=True) if update.rank and weight]
+    present = [(member.update, member.weight) for member in layer.members if member.counts]
     low = [(update, weight) for update, weight in present if isinstance(update, LowRank)]
     if len(low) < len(present):
         raise MethodError(f"layer {layer.name!r}: an update is dense and has no factors to average; use mean()")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sapmerge.core.layer import Layer
-from sapmerge.core.part import part
+from sapmerge.core.part import part, unprepared
 from sapmerge.core.protocols import LayerStream, Merger, Method, Scorer, Stats, Units
 from sapmerge.core.updates import zero_of
 from sapmerge.errors import MethodError, NonFiniteError
@@ -99,15 +99,12 @@ class PruneLayers:
             raise MethodError(f"PruneLayers' by is 'block' or 'module'; got {self.by!r}")
 
     def prepare(self, layers: LayerStream) -> PruneLayers:
-        first = next(iter(layers), None)
-        if first is None:
-            return self
-        seen = None if first.anchors is None else first.anchors.observe(layers, self.units)
+        seen = None if layers.anchors is None else layers.anchors.observe(layers, self.units)
         scores: dict[tuple[str, int], float] = {}
         groups: dict[int, dict[str, list[str]]] = {}
         for layer in layers:
             for k, update in enumerate(layer):
-                if update.rank:
+                if not update.absent:
                     values = self.units(update).values
                     score = self.score({name: (v, stats_of(layer, k, name, seen)) for name, v in values.items()})
                     if not torch.isfinite(torch.tensor(score)):
@@ -120,8 +117,8 @@ class PruneLayers:
 
     def __call__(self, layer: Layer) -> Layer:
         if self.dropped is None:
-            return self.prepare([layer])(layer)
-        present = [k for k, update in enumerate(layer) if update.rank]
+            raise unprepared(self)
+        present = [k for k, update in enumerate(layer) if not update.absent]
         layer.record("layer_score", {layer.adapters[k]: self.scores[layer.name, k] for k in present})
         layer.record("density", {layer.adapters[k]: float((layer.name, k) not in self.dropped) for k in present})
         return layer.with_updates(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sapmerge.core.layer import Layer
 from sapmerge.core.linalg import norm
-from sapmerge.core.part import part
+from sapmerge.core.part import part, unprepared
 from sapmerge.core.protocols import LayerStream, MaskBuilder, Merger, Method, Rescaler
 from sapmerge.core.updates import LowRank, Update
 from sapmerge.errors import MethodError
@@ -76,15 +76,12 @@ class PruneGroups:
             raise MethodError(f"PruneGroups' power is 2 (the paper) or 1 (its code); got {self.power!r}")
 
     def prepare(self, layers: LayerStream) -> PruneGroups:
-        first = next(iter(layers), None)
-        if first is None:
-            return self
-        seen = None if first.anchors is None else first.anchors.observe(layers, Factors())
+        seen = None if layers.anchors is None else layers.anchors.observe(layers, Factors())
         scores: dict[tuple[str, int], Tensor] = {}
         owners: dict[tuple[str, int], str] = {}
         for layer in layers:
             for k, update in enumerate(layer):
-                if update.rank:
+                if not update.absent:
                     found = Factors()(update).values
                     gA, gB = (stats_of(layer, k, name, seen).gradient.double() for name in "AB")
                     scores[layer.name, k] = self._scores(found["A"].double(), found["B"].double(), gA, gB)
@@ -96,7 +93,7 @@ class PruneGroups:
 
     def __call__(self, layer: Layer) -> Layer:
         if self.kept is None:
-            return self.prepare([layer])(layer)
+            raise unprepared(self)
         kept = {k: self.kept[layer.name, k] for k, update in enumerate(layer) if update.rank}
         layer.record("density", {layer.adapters[k]: float(keep.double().mean()) for k, keep in kept.items()})
         updates = [self._pruned(update, kept[k]) if k in kept else update for k, update in enumerate(layer)]

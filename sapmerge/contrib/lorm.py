@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sapmerge.core.layer import Layer
 from sapmerge.core.linalg import RTOL, norm
-from sapmerge.core.part import part
+from sapmerge.core.part import part, unprepared
 from sapmerge.core.protocols import LayerStream, Method
 from sapmerge.core.updates import LowRank, Update, zero_of
 from sapmerge.errors import MethodError
@@ -60,10 +60,9 @@ class LoRMA:
         return replace(self, merged=merged)
 
     def __call__(self, layer: Layer) -> Update:
-        return (self.prepare([layer]) if self.merged is None else self)._of(layer)
-
-    def _of(self, layer: Layer) -> Update:
-        return (self.merged or {})[layer.name]
+        if self.merged is None:
+            raise unprepared(self)
+        return self.merged[layer.name]
 
 
 @part
@@ -98,7 +97,7 @@ class LoRMB:
             if A is not None:
                 seen = times(A, reduced(gram.double(), self.reduction)) @ A.T
                 left, right = sums.get(layer.name, (0.0, 0.0))
-                B = update.B.double() if isinstance(update, LowRank) and update.rank else 0.0
+                B = update.B.double() if isinstance(update, LowRank) and not update.absent else 0.0
                 sums[layer.name] = (
                     left + weight * (B @ seen if isinstance(B, Tensor) else 0.0),
                     (right + abs(weight) * seen),
@@ -110,10 +109,9 @@ class LoRMB:
         return replace(self, merged=merged)
 
     def __call__(self, layer: Layer) -> Update:
-        return (self.prepare([layer]) if self.merged is None else self)._of(layer)
-
-    def _of(self, layer: Layer) -> Update:
-        return (self.merged or {})[layer.name]
+        if self.merged is None:
+            raise unprepared(self)
+        return self.merged[layer.name]
 
 
 def lorm(merge: str = "A", reduction: float = 0.0, grams: Grams | None = None) -> Method:
@@ -148,7 +146,7 @@ def shared(layer: Layer, factor: str) -> Tensor | None:
     found: Tensor | None = None
     first = ""
     for label, update in zip(layer.adapters, layer, strict=True):
-        if not update.rank:
+        if update.absent:
             continue
         if not isinstance(update, LowRank):
             raise MethodError(
@@ -169,7 +167,7 @@ def _with_shared_B(layer: Layer, problem: NormalEquations) -> Update:
     B, like = shared(layer, "B"), layer.updates[0]
     if B is None or problem.total is None or not problem.low:
         return zero_of(like)
-    weights = [w for update, w in zip(layer, layer.weights, strict=True) if update.rank and w != 0]
+    weights = [member.weight for member in layer.members if member.counts]
     rows = torch.stack([w * product for w, (_, product, _) in zip(weights, problem.low, strict=True)]).sum(0)
     return LowRank(B.to(like.dtype), inverse(problem.total)[0](rows).to(like.dtype))
 

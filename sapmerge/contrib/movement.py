@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from sapmerge.core.layer import Layer
-from sapmerge.core.part import Mapped, part
+from sapmerge.core.part import part, unprepared
 from sapmerge.core.protocols import LayerStream, MaskBuilder, Merger, Method, Observation, Rescaler
+from sapmerge.core.stream import Mapped
 from sapmerge.core.updates import Dense, Update, zero_of
 from sapmerge.errors import MethodError, NonFiniteError
 from sapmerge.parts.masks import TopFraction
@@ -55,7 +56,7 @@ class LossDecrease:
 
     def __call__(self, layer: Layer, run: Sequence[int], seen: Observation | None) -> Tensor:
         total = torch.zeros(layer.shape, dtype=torch.float64, device=layer.updates[0].device)
-        there = [k for k in run if layer.updates[k].rank]
+        there = [k for k in run if not layer.updates[k].absent]
         if not there:
             return total
         before = torch.zeros_like(total)
@@ -94,12 +95,12 @@ class PruneRuns:
         if first is None:
             return self
         chains = self._chains(first)
-        every = Mapped(layers, _filled) if first.anchors is not None else layers
-        seen = None if first.anchors is None else first.anchors.observe(every, Entries())
+        anchors = layers.anchors
+        seen = None if anchors is None else anchors.observe(Mapped(layers, _filled, anchors), Entries())
         kept: dict[tuple[str, str], PackedMask] = {}
         for layer in layers:
             for run in chains:
-                if layer.updates[run[-1]].rank:
+                if not layer.updates[run[-1]].absent:
                     scores = self.score(layer, run, seen)
                     if not bool(torch.isfinite(scores).all()):
                         raise NonFiniteError(f"{self.score!r} gives NaN or infinite scores in layer {layer.name!r}")
@@ -108,26 +109,19 @@ class PruneRuns:
 
     def __call__(self, layer: Layer) -> Layer:
         if self.kept is None:
-            return self.prepare([layer])(layer)
+            raise unprepared(self)
         last = [run[-1] for run in self._chains(layer)]
         updates, density = list[Update](), dict[str, float]()
         for k in last:
             update = layer.updates[k]
-            if not update.rank:
+            if update.absent:
                 updates.append(zero_of(update))
                 continue
             keep = self.kept[layer.name, layer.adapters[k]].unpacked().to(update.device)
             density[layer.adapters[k]] = float((keep != 0).double().mean())
             updates.append(self.rescaler(Dense(update.dense() * keep), update))
         layer.record("density", density)
-        return replace(
-            layer,
-            updates=tuple(updates),
-            adapters=tuple(layer.adapters[k] for k in last),
-            weights=tuple(layer.weights[k] for k in last),
-            digests=tuple(layer.digests[k] for k in last),
-            anchors=None,
-        )
+        return layer.with_members(replace(layer.members[k], update=u) for k, u in zip(last, updates, strict=True))
 
     def _chains(self, layer: Layer) -> list[tuple[int, ...]]:
         """Per run the numbers of its checkpoints."""
@@ -178,4 +172,4 @@ def _filled(layer: Layer) -> Layer:
     """Absent updates as zeros, so that gradients are taken there too."""
     like = layer.updates[0]
     zero = Dense(torch.zeros(layer.shape, dtype=like.dtype, device=like.device))
-    return replace(layer, updates=tuple(update if update.rank else zero for update in layer))
+    return layer.with_updates([zero if update.absent else update for update in layer])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sapmerge.core.layer import Layer
-from sapmerge.core.part import part
+from sapmerge.core.part import part, unprepared
 from sapmerge.core.protocols import LayerStream, Method
 from sapmerge.core.selection import kth_largest
 from sapmerge.core.updates import Dense, Update
@@ -101,9 +101,9 @@ class Compete:
 
         def sizes() -> Iterator[tuple[str, Tensor]]:
             for layer in layers:
-                for adapter, update, weight in zip(layer.adapters, layer, layer.weights, strict=True):
-                    if adapter in voters and update.rank and weight != 0:
-                        yield adapter, update.dense().abs()
+                for member in layer.members:
+                    if member.label in voters and member.counts:
+                        yield member.label, member.update.dense().abs()
 
         lows = kth_largest(sizes, lambda n: n - int(n * self.clip))
         highs = kth_largest(sizes, lambda n: n - int(n * (1 - self.clip) - 1))
@@ -119,11 +119,12 @@ class Compete:
         return replace(self, fitted={a: replace(fitted[a], cut=cuts[a], top=tops[a]) for a in voters})
 
     def __call__(self, layer: Layer) -> Update:
-        fitted = self.prepare([layer]).fitted if self.fitted is None else self.fitted
+        if self.fitted is None:
+            raise unprepared(self)
         total = torch.zeros(layer.shape, dtype=torch.float64, device=layer.updates[0].device)
         mass = torch.zeros_like(total)
-        for k, clipped, score in self._scored(layer, fitted or {}):
-            adapter, weight = (fitted or {})[layer.adapters[k]], layer.weights[k]
+        for k, clipped, score in self._scored(layer, self.fitted):
+            adapter, weight = self.fitted[layer.adapters[k]], layer.weights[k]
             span = adapter.top - adapter.cut
             share = (score - adapter.cut) / span if span > 0 else (score >= adapter.top).double()
             share = share.clamp(min=1e-12 if self.density == 1 else 0.0)
@@ -134,7 +135,7 @@ class Compete:
 
     def _scored(self, layer: Layer, fitted: Mapping[str, _Adapter]) -> Iterator[tuple[int, Tensor, Tensor]]:
         """(adapter, clipped update, scores), in float64, of the adapters that compete in the layer."""
-        members = [k for k, update in enumerate(layer) if update.rank and layer.adapters[k] in fitted]
+        members = [k for k, update in enumerate(layer) if not update.absent and layer.adapters[k] in fitted]
         if not members:
             return
         values = torch.stack([layer.updates[k].dense().double() * _sign(layer.weights[k]) for k in members])
@@ -175,10 +176,10 @@ def _voters(layers: LayerStream) -> list[str]:
     """The adapters that have a weight and an update that is not zero."""
     found: dict[str, bool] = {}
     for layer in layers:
-        for adapter, update, weight in zip(layer.adapters, layer, layer.weights, strict=True):
-            if update.rank and weight != 0:
-                found[adapter] = found.get(adapter, False) or bool(update.dense().any())
-    return [adapter for adapter, counts in found.items() if counts]
+        for member in layer.members:
+            if member.counts:
+                found[member.label] = found.get(member.label, False) or bool(member.update.dense().any())
+    return [label for label, counts in found.items() if counts]
 
 
 def _sign(weight: float) -> float:

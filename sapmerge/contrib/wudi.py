@@ -134,11 +134,7 @@ class _Problem:
 
     @staticmethod
     def of(layer: Layer) -> _Problem | None:
-        factors = [
-            (*_factors(update), weight)
-            for update, weight in zip(layer, layer.weights, strict=True)
-            if update.rank and weight != 0
-        ]
+        factors = [(*_factors(m.update), m.weight) for m in layer.members if m.counts]
         if not factors:
             return None
         rows, R = qr(torch.cat([A for _, A, _ in factors]).T)

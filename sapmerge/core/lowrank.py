@@ -163,7 +163,7 @@ def size_of(update: Update) -> float:
 
 def weighted_sum(layer: Layer, weights: tuple[float, ...]) -> Update:
     """sum_k weights[k] D_k; low-rank updates are concatenated, exactly."""
-    low = [(u, w) for u, w in zip(layer, weights, strict=True) if isinstance(u, LowRank) and u.rank]
+    low = [(u, w) for u, w in zip(layer, weights, strict=True) if isinstance(u, LowRank) and not u.absent]
     dense = [(u, w) for u, w in zip(layer, weights, strict=True) if isinstance(u, Dense)]
     factors = concatenate([u for u, _ in low], [w for _, w in low]) if low else None
     if not dense:

@@ -1,46 +1,59 @@
-"""A method prints as its recipe, and a recipe reads back as the method.
+"""What all primitives have in common: they are frozen data, print as their recipe, and may have a pre-pass.
 
-`part` is the decorator of every primitive: a frozen dataclass whose repr is Python source over public names. `parse`
-reads such source with `ast` and a closed table of names; nothing is ever evaluated or imported because a text says so.
+`part` is the decorator of every primitive: a frozen dataclass whose repr is Python source over public names (`parsing`
+reads it back). `prepare` runs the pre-pass of a part that needs whole adapters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import TypeVar, cast
 
 from typing_extensions import dataclass_transform
 
 from sapmerge.core.layer import Layer
-from sapmerge.core.protocols import LayerStream
+from sapmerge.core.protocols import AnchorPass, LayerStream
+from sapmerge.core.stream import Stream, stream_of
+from sapmerge.errors import MethodError
 
-__all__ = ["Mapped", "part", "parts", "prepare", "recipe"]
+__all__ = ["on_one_layer", "part", "parts", "prepare", "recipe", "unprepared"]
 
 P = TypeVar("P")
-
-
-def prepare(part_or_function: P, layers: LayerStream) -> P:
-    """Run the pre-pass of a part, if it has one."""
-    pre_pass = getattr(part_or_function, "prepare", None)
-    return part_or_function if pre_pass is None else pre_pass(layers)
-
-
-@dataclass(frozen=True)
-class Mapped:
-    """Layers seen through a function; can be iterated again and again."""
-
-    layers: LayerStream
-    function: Callable[[Layer], Layer | None]
-
-    def __iter__(self) -> Iterator[Layer]:
-        for layer in self.layers:
-            mapped = self.function(layer)
-            if mapped is not None:
-                yield mapped
-
-
+R = TypeVar("R")
 T = TypeVar("T")
+
+
+def prepare(part_or_function: P, layers: LayerStream | Iterable[Layer]) -> P:
+    """Run the pre-pass of a part, if it has one.
+
+    Args:
+        part_or_function: any part, or a function, which is returned as it is.
+        layers: a stream, or a list of layers.
+    """
+    pre_pass = getattr(part_or_function, "prepare", None)
+    return part_or_function if pre_pass is None else pre_pass(stream_of(layers))
+
+
+def on_one_layer(part_or_function: Callable[[Layer], R], layer: Layer, anchors: AnchorPass | None = None) -> R:
+    """Run a transform, a merger or a method on one layer alone, as if it were the whole adapter.
+
+    Example:
+        >>> import torch, sapmerge as sm
+        >>> layer = sm.Layer("l", [sm.Dense(torch.tensor([[3.0, 1.0]])), sm.Dense(torch.tensor([[1.0, 3.0]]))])
+        >>> round(sm.on_one_layer(sm.MatchEnergy(sm.mean()), layer).norm() / layer.updates[0].norm(), 6)
+        1.0
+    """
+    return prepare(part_or_function, Stream((layer,), anchors))(layer)
+
+
+def unprepared(owner: object) -> MethodError:
+    """The error of a part that needs the whole adapter, and is called on a layer before it has seen it."""
+    return MethodError(
+        f"{type(owner).__name__} looks at whole adapters, and has not seen them: a part that is called inside a "
+        "function of your own cannot prepare itself. Give the part itself to merge, Chain or a wrapper; prepare it "
+        "yourself, sm.prepare(part, layers); or run it on a single layer with sm.on_one_layer(part, layer)"
+    )
 
 
 @dataclass_transform(frozen_default=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
@@ -34,16 +34,16 @@ __all__ = [
 class LayerStream(Protocol):
     """The layers of a merge, in a fixed order; can be iterated as often as a pre-pass needs."""
 
+    @property
+    def anchors(self) -> AnchorPass | None:
+        """Gradients and losses at the adapters whose updates the stream gives; None without anchors."""
+        ...
+
     def __iter__(self) -> Iterator[Layer]: ...
 
 
-class AnchorPass(Protocol):
-    """Gradients and losses on the anchors, for the pre-pass of a part."""
-
-    @property
-    def pairs(self) -> bool:
-        """Whether the anchors are image-text pairs in batches of several, which a loss can compare with each other."""
-        ...
+class Gradients(Protocol):
+    """Gradients on the anchors."""
 
     def observe(self, layers: LayerStream, units: Units) -> Observation:
         """Gradients in the coordinates of `units`; nothing runs before the first one is asked for."""
@@ -54,6 +54,15 @@ class AnchorPass(Protocol):
 
         For a part that looks at one adapter at a time: it holds less, and every adapter runs once.
         """
+        ...
+
+
+class Losses(Protocol):
+    """Losses on the anchors."""
+
+    @property
+    def pairs(self) -> bool:
+        """Whether the anchors are image-text pairs in batches of several, which a loss can compare with each other."""
         ...
 
     def losses(self, loss: Callable[..., Tensor] | None = None) -> Sequence[float]:
@@ -73,6 +82,10 @@ class AnchorPass(Protocol):
         """The mean loss at base + updates, and its derivatives <G, D> along directions: layer -> (K,), float64."""
         ...
 
+
+class InputGrams(Protocol):
+    """Gram matrices of the layers' inputs on the anchors."""
+
     def grams(self, layers: LayerStream, fold: Callable[[Layer, int, Tensor], None]) -> None:
         """E[x x^T] of the inputs of every layer at base + adapter, a mean over tokens, handed to `fold`.
 
@@ -83,8 +96,12 @@ class AnchorPass(Protocol):
         """
         ...
 
-    def scaled(self, factors: Mapping[int, float], layers: Collection[str]) -> AnchorPass:
-        """The same, with some of the adapters multiplied by a factor in these layers."""
+
+class AnchorPass(Gradients, Losses, InputGrams, Protocol):
+    """What the pre-pass of a part may ask of the anchors."""
+
+    def scaled(self, factors: Mapping[str, Sequence[float]]) -> AnchorPass:
+        """The same at base + multiplied adapters: layer -> one factor per adapter; other layers stay as they are."""
         ...
 
     def halves(self) -> tuple[AnchorPass, AnchorPass]:

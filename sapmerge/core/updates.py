@@ -48,6 +48,11 @@ class LowRank:
         return self.B.shape[1]
 
     @property
+    def absent(self) -> bool:
+        """Whether the adapter does not have the layer: an update of rank 0."""
+        return self.rank == 0
+
+    @property
     def dtype(self) -> torch.dtype:
         return self.A.dtype
 
@@ -127,6 +132,10 @@ class Dense:
     @property
     def rank(self) -> int:
         return min(self.shape)
+
+    @property
+    def absent(self) -> bool:
+        return self.rank == 0
 
     @property
     def dtype(self) -> torch.dtype:

@@ -36,7 +36,8 @@ class Personal(Mapping[str, Merged]):
 
     def __init__(self, rows: Mapping[str, Merged]) -> None:
         self._rows = {
-            label: replace(merged, stream=_OneByOne.of_stream(merged.stream)) for label, merged in rows.items()
+            label: Merged(replace(merged.run, stream=_OneByOne.of_stream(merged.run.stream)))
+            for label, merged in rows.items()
         }
 
     @staticmethod
@@ -74,7 +75,7 @@ class Personal(Mapping[str, Merged]):
             labels = list(self._rows)
             for start in range(0, len(labels), _TOGETHER):
                 some = labels[start : start + _TOGETHER]
-                sinks.save_together({os.path.join(folder.staged, label): self._rows[label] for label in some})
+                sinks.save_together({os.path.join(folder.staged, label): self._rows[label].run for label in some})
             folder.publish()
 
 

@@ -5,33 +5,26 @@ check adapters -> prepare the method -> for each layer: read, merge, hand to sav
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
 
 from sapmerge import methods
-from sapmerge.core.layer import Layer
-from sapmerge.core.lowrank import truncate
 from sapmerge.core.part import prepare, recipe
 from sapmerge.core.protocols import Method
 from sapmerge.core.torch_state import pinned_state
-from sapmerge.core.updates import Dense, LowRank, Update
-from sapmerge.errors import MethodError, NonFiniteError, SapmergeWarning
+from sapmerge.core.updates import Update
+from sapmerge.errors import MethodError, SapmergeWarning
 from sapmerge.io.adapter import Adapter
-from sapmerge.io.contents import Module
-from sapmerge.losses import Loss, loss_name
+from sapmerge.losses import Loss
 from sapmerge.merging import sinks
-from sapmerge.merging.heads import HeadPolicy, Heads, plan_heads
+from sapmerge.merging.heads import HeadPolicy, plan_heads
 from sapmerge.merging.inputs import (
     Adapters,
-    Base,
     as_given,
     check_device,
     check_mergeable,
@@ -39,8 +32,9 @@ from sapmerge.merging.inputs import (
     load_adapters,
     resolve_weights,
 )
-from sapmerge.merging.report import LayerReport, Report, describe, describe_adapters, notes_of
-from sapmerge.merging.stream import AdapterLayers, in_order, with_progress
+from sapmerge.merging.report import LayerReport, Report, describe_adapters, notes_of
+from sapmerge.merging.run import Run
+from sapmerge.merging.stream import AdapterLayers
 from sapmerge.models import base_of, find_modules, find_saved, model_names
 
 __all__ = ["Merged", "merge"]
@@ -116,7 +110,7 @@ def merge(
             SapmergeWarning,
             stacklevel=2,
         )
-    return Merged(
+    run = Run(
         adapters=tuple(opened),
         weights=tuple(numbers),
         base=base,
@@ -129,34 +123,44 @@ def merge(
         names={} if model is None else model_names(model),
         progress=sys.stderr.isatty() if progress is None else progress,
     )
+    return Merged(run)
 
 
-@dataclass(eq=False, repr=False)
 class Merged:
     """A merge that is ready to run. Every sink streams the layers once; memory does not grow with the model's depth."""
 
-    adapters: tuple[Adapter, ...]
-    weights: tuple[float, ...]
-    base: Base
-    heads: Heads
-    method: Method
-    scale: float
-    rank: int | float | str | None
-    stream: AdapterLayers
-    prepared: Method
-    names: Mapping[str, str]
-    progress: bool = False
-    _applied: bool = False
-    _report: Report | None = None
-    _stored: dict[str, Update] = field(default_factory=dict[str, Update])
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self._applied = False
+        self._report: Report | None = None
 
     def __repr__(self) -> str:
-        return f"Merged({len(self.adapters)} adapters, {len(self.stream.modules)} layers, {recipe(self.method)})"
+        run = self.run
+        return f"Merged({len(run.adapters)} adapters, {len(run.stream.modules)} layers, {recipe(run.method)})"
+
+    @property
+    def adapters(self) -> tuple[Adapter, ...]:
+        """The adapters, in the order in which they were given."""
+        return self.run.adapters
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """One number per adapter."""
+        return self.run.weights
+
+    @property
+    def method(self) -> Method:
+        """The method as it was given."""
+        return self.run.method
+
+    @property
+    def recipe(self) -> Mapping[str, Any]:
+        """The whole call, as it is written into the output's metadata."""
+        return self.run.recipe
 
     def updates(self) -> Iterator[tuple[str, Update]]:
         """(module, merged update) for every layer, exact: scale applied, nothing truncated or rounded."""
-        for name in with_progress(self.stream.modules, len(self.stream.modules), self.progress):
-            yield name, self._merged(name)[1]
+        return self.run.updates()
 
     def save_pretrained(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Write a PEFT checkpoint: `PeftModel.from_pretrained(base, path)`. The folder appears whole or not at all.
@@ -169,7 +173,7 @@ class Merged:
             OutputExistsError: `path` exists.
             NonFiniteError: a merged update is not finite, or overflows the output's dtype.
         """
-        self._report = self._report_of(sinks.save(self, path, overwrite=overwrite))
+        self._report = self._report_of(sinks.save(self.run, path, overwrite=overwrite))
 
     def apply_to(self, model: Any) -> None:
         """Add the merged update to the weights of `model`, in place, without any loss of rank.
@@ -178,10 +182,10 @@ class Merged:
             ModelMismatchError: the model lacks a module; the model is unchanged.
             SapmergeError: anything that fails on the way; the model is as it was.
         """
-        anchors = self.stream.anchors
+        anchors = self.run.stream.anchors
         if anchors is not None:
             notes_of(anchors)  # measures the base and the adapters on it, before the base changes
-        rows = sinks.apply(self, model)
+        rows = sinks.apply(self.run, model)
         self._applied = self._applied or (anchors is not None and base_of(model) is base_of(anchors.model))
         self._report = self._report_of(rows)
 
@@ -191,86 +195,26 @@ class Merged:
         Raises:
             OutputExistsError: the name is taken.
         """
-        self._report = self._report_of(sinks.add(self, peft_model, adapter_name))
+        self._report = self._report_of(sinks.add(self.run, peft_model, adapter_name))
 
     @property
     def report(self) -> Report:
         """What was done; runs the merge once if no sink has run yet."""
         if self._report is None:
-            self._report = self._report_of(tuple(row for _, _, row in self.stored()))
+            self._report = self._report_of(tuple(row for _, _, row in self.run.stored()))
         return self._report
 
-    @property
-    def recipe(self) -> Mapping[str, Any]:
-        """The whole call, as it is written into the output's metadata."""
-        return {
-            "method": recipe(self.method),
-            "weights": {a.label: weight for a, weight in zip(self.adapters, self.weights, strict=True)},
-            "scale": self.scale,
-            "rank": self.rank,
-            "base_model": self.base.name,
-            "modules_to_save": self.heads.policy,
-            "loss": None if self.stream.anchors is None else loss_name(self.stream.anchors.loss),
-        }
-
-    @cached_property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the output: that of the inputs, or the narrowest that holds all of them."""
-        dtypes = [module.dtype for adapter in self.adapters for module in adapter.modules.values()]
-        out = dtypes[0]
-        for dtype in dtypes[1:]:
-            out = torch.promote_types(out, dtype)
-        return out
-
-    def stored(self, lossless: bool = False) -> Iterator[tuple[Module, Update, LayerReport]]:
-        """For every layer its module, the update as a sink stores it, and its report.
-
-        Args:
-            lossless: give the update as it is; otherwise factors of the rank that was asked for.
-        """
-        default = max((module.rank for adapter in self.adapters for module in adapter.modules.values()), default=1)
-
-        def finished(name: str) -> tuple[str, Update, LayerReport]:
-            with pinned_state():
-                layer, update, notes = self._merged(name)
-                kept, energy = (update, 1.0) if lossless else truncate(update, self.rank, default)
-                return name, kept, describe(layer, update, kept.rank, energy, notes)
-
-        layers = in_order(finished, self.stream.modules, self.stream.layers_at_once())
-        for name, kept, row in with_progress(layers, len(self.stream.modules), self.progress):
-            if self.stream.anchors is not None and isinstance(kept, LowRank):
-                self._stored[name] = LowRank(kept.B, kept.A)  # without what it has computed
-            yield self.stream.modules[name], kept, row
-
-    def _merged(self, name: str) -> tuple[Layer, Update, dict[str, Any]]:
-        """A layer, its merged update, and what the parts of the method recorded."""
-        notes: dict[str, Any] = {}
-        with pinned_state():
-            layer = self.stream.layer(name, notes.__setitem__)
-            update = self.prepared(layer)
-            if not isinstance(update, (LowRank, Dense)):  # pyright: ignore[reportUnnecessaryIsInstance]
-                raise MethodError(
-                    f"a method returns an update, LowRank(B, A) or Dense(matrix); {self.method!r} returned a "
-                    f"{type(update).__name__} for layer {name!r}"
-                )
-            if self.scale != 1.0:
-                update = update.scaled(self.scale)
-            if update.shape != layer.shape:
-                raise MethodError(f"{self.method!r} made an update {update.shape} for layer {name!r} {layer.shape}")
-            if not math.isfinite(update.norm()):
-                raise NonFiniteError(f"the merged update of layer {name!r} is NaN or infinite: {self.method!r}")
-        return layer, update, notes
-
     def _report_of(self, layers: tuple[LayerReport, ...]) -> Report:
+        run = self.run
         report = Report(
-            method=recipe(self.method),
-            base_model=self.base.name,
-            scale=self.scale,
-            rank=self.rank,
-            adapters=describe_adapters(self.adapters, self.weights, layers),
+            method=recipe(run.method),
+            base_model=run.base.name,
+            scale=run.scale,
+            rank=run.rank,
+            adapters=describe_adapters(run.adapters, run.weights, layers),
             layers=layers,
-            modules_to_save=self.heads.modules,
-            dropped_modules=self.heads.dropped,
+            modules_to_save=run.heads.modules,
+            dropped_modules=run.heads.dropped,
             notes=self._anchor_notes(layers),
         )
         if report.energy_kept < 0.9:
@@ -283,12 +227,12 @@ class Merged:
         return report
 
     def _anchor_notes(self, layers: Sequence[LayerReport]) -> dict[str, Any]:
-        anchors = self.stream.anchors
+        anchors = self.run.stream.anchors
         if anchors is None:
             return {}
         notes = notes_of(anchors)
-        if self._applied or len(self._stored) == len(layers):
-            notes["anchor loss"]["merged adapter"] = anchors.loss_of({} if self._applied else self._stored)
+        if self._applied or len(self.run.kept) == len(layers):
+            notes["anchor loss"]["merged adapter"] = anchors.loss_of({} if self._applied else self.run.kept)
         return notes
 
 

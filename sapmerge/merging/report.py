@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from sapmerge.anchors.anchors import Anchors
 from sapmerge.anchors.loading import batch_size
-from sapmerge.anchors.runner import Anchors
 from sapmerge.core.geometry import SAMPLED_ROWS, off_diagonal_mean, share_opposed, sign_counts
 from sapmerge.core.layer import Layer
 from sapmerge.core.lowrank import mean_cosine

@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +20,8 @@ from sapmerge.io.contents import Module
 from sapmerge.io.writing import CheckpointWriter
 from sapmerge.merging.inputs import in_content_order
 from sapmerge.merging.report import LayerReport, table
+from sapmerge.merging.run import Run
 from sapmerge.models import check_untied, find_modules, find_saved, model_names, tensor_name, weight_view
-
-if TYPE_CHECKING:
-    from sapmerge.merging.merge import Merged
 
 __all__ = ["add", "apply", "save", "save_together"]
 
@@ -31,28 +29,27 @@ _PREFIX = "base_model.model."
 _ESCAPED = re.compile(r'["\\]')
 
 
-def save(merged: Merged, path: str | os.PathLike[str], *, overwrite: bool) -> tuple[LayerReport, ...]:
+def save(run: Run, path: str | os.PathLike[str], *, overwrite: bool) -> tuple[LayerReport, ...]:
     """Write a checkpoint folder, streaming the layers; the config is built from scratch, scaling is exactly 1."""
-    for adapter in merged.adapters:
+    for adapter in run.adapters:
         if adapter.files and os.path.realpath(adapter.source) == os.path.realpath(path):
             raise OutputError(f"the output {os.fspath(path)!r} is one of the inputs; write to another folder")
     with CheckpointWriter(path, overwrite=overwrite) as writer:
-        checkpoint = _Checkpoint(merged, writer)
-        for module, update, row in merged.stored():
+        checkpoint = _Checkpoint(run, writer)
+        for module, update, row in run.stored():
             checkpoint.add(module, update, row)
         return checkpoint.finish()
 
 
-def save_together(merges: Mapping[str, Merged]) -> None:
-    """Write several checkpoints (path -> merge) side by side, layer by layer: what they share is read once."""
+def save_together(runs: Mapping[str, Run]) -> None:
+    """Write several checkpoints (path -> run) side by side, layer by layer: what they share is read once."""
     with ExitStack() as stack:
         making = [
-            (_Checkpoint(merged, stack.enter_context(CheckpointWriter(path))), merged.stored())
-            for path, merged in merges.items()
+            (_Checkpoint(run, stack.enter_context(CheckpointWriter(path))), run.stored()) for path, run in runs.items()
         ]
-        for name in sorted({name for merged in merges.values() for name in merged.stream.modules}):
+        for name in sorted({name for run in runs.values() for name in run.stream.modules}):
             for checkpoint, layers in making:
-                if name in checkpoint.merged.stream.modules:
+                if name in checkpoint.run.stream.modules:
                     checkpoint.add(*next(layers))
         for checkpoint, _ in making:
             checkpoint.finish()
@@ -61,35 +58,35 @@ def save_together(merges: Mapping[str, Merged]) -> None:
 class _Checkpoint:
     """One checkpoint that is being written: its layers in order, then the rest."""
 
-    def __init__(self, merged: Merged, writer: CheckpointWriter) -> None:
-        self.merged, self._writer = merged, writer
+    def __init__(self, run: Run, writer: CheckpointWriter) -> None:
+        self.run, self._writer = run, writer
         self._rows, self._ranks = list[LayerReport](), dict[str, int]()
 
     def add(self, module: Module, update: Update, row: LayerReport) -> None:
-        """One layer, as `Merged.stored` gives it."""
-        name = self.merged.names.get(module.name, module.name)
-        for key, tensor in _factors(module, update, self.merged.dtype).items():
+        """One layer, as `Run.stored` gives it."""
+        name = self.run.names.get(module.name, module.name)
+        for key, tensor in _factors(module, update, self.run.dtype).items():
             self._writer.add(f"{_PREFIX}{name}.{key}", tensor)
         self._ranks[name] = max(1, update.rank)
         self._rows.append(row)
 
     def finish(self) -> tuple[LayerReport, ...]:
         """The heads, the config and the card; then the folder is in its place."""
-        merged = self.merged
-        for name, read in merged.heads.tensors().items():
-            self._writer.add(_PREFIX + tensor_name(name, merged.names), read())
-        config, card = _config(merged, self._ranks, merged.names), _card(merged, self._rows)
-        self._writer.commit(config=config, metadata=_metadata(merged), card=card)
+        run = self.run
+        for name, read in run.heads.tensors().items():
+            self._writer.add(_PREFIX + tensor_name(name, run.names), read())
+        config, card = _config(run, self._ranks, run.names), _card(run, self._rows)
+        self._writer.commit(config=config, metadata=_metadata(run), card=card)
         return tuple(self._rows)
 
 
-def apply(merged: Merged, model: Any) -> tuple[LayerReport, ...]:
+def apply(run: Run, model: Any) -> tuple[LayerReport, ...]:
     """Add the updates to the weights, in place; on any error the weights are what they were."""
-    modules, rows = find_modules(model, merged.stream.modules), list[LayerReport]()
-    saved = find_saved(model, merged.heads.shapes())
+    modules, rows = find_modules(model, run.stream.modules), list[LayerReport]()
+    saved = find_saved(model, run.heads.shapes())
     check_untied(model, {name: cast("Tensor", module.weight) for name, module in modules.items()} | saved)
     with _restored_on_error() as keep, torch.no_grad():
-        for module, update, row in merged.stored(lossless=True):
+        for module, update, row in run.stored(lossless=True):
             target = modules[module.name]
             weight = cast("Tensor", target.weight)
             keep(weight)
@@ -99,13 +96,13 @@ def apply(merged: Merged, model: Any) -> tuple[LayerReport, ...]:
             if not bool(torch.isfinite(weight).all()):
                 raise NonFiniteError(f"the weight of {module.name!r} plus its update is not finite in {weight.dtype}")
             rows.append(row)
-        for name, read in merged.heads.tensors().items():
+        for name, read in run.heads.tensors().items():
             keep(saved[name])
             saved[name].copy_(read().to(saved[name]))
     return tuple(rows)
 
 
-def add(merged: Merged, peft_model: Any, adapter_name: str) -> tuple[LayerReport, ...]:
+def add(run: Run, peft_model: Any, adapter_name: str) -> tuple[LayerReport, ...]:
     """Register a new adapter in a live PeftModel and fill it; on any error it is removed again."""
     from peft import LoraConfig
     from peft.utils import set_peft_model_state_dict  # pyright: ignore[reportUnknownVariableType]
@@ -116,19 +113,19 @@ def add(merged: Merged, peft_model: Any, adapter_name: str) -> tuple[LayerReport
         raise OutputExistsError(f"the model already has an adapter {adapter_name!r}; choose another name")
     if not re.fullmatch(r"[A-Za-z0-9_-]+", adapter_name) or hasattr(nn.ModuleDict, adapter_name):
         raise MethodError(f"{adapter_name!r} cannot be an adapter's name; use letters, digits, '_' and '-'")
-    find_modules(peft_model, merged.stream.modules)
-    find_saved(peft_model, merged.heads.shapes())
+    find_modules(peft_model, run.stream.modules)
+    find_saved(peft_model, run.heads.shapes())
     names = model_names(peft_model)
     rows, ranks, state = list[LayerReport](), dict[str, int](), dict[str, Tensor]()
-    for module, update, row in merged.stored():
+    for module, update, row in run.stored():
         name = names[module.name]
-        for key, tensor in _factors(module, update, merged.dtype).items():
+        for key, tensor in _factors(module, update, run.dtype).items():
             state[f"{_PREFIX}{name}.{key}"] = tensor
         ranks[name] = max(1, update.rank)
         rows.append(row)
-    for name, read in merged.heads.tensors().items():
+    for name, read in run.heads.tensors().items():
         state[_PREFIX + tensor_name(name, names)] = read()
-    config = _config(merged, ranks, names)
+    config = _config(run, ranks, names)
     config.pop("peft_type")
     try:
         peft_model.add_adapter(adapter_name, LoraConfig(**config))
@@ -171,7 +168,7 @@ def _factors(module: Module, update: Update, dtype: torch.dtype) -> dict[str, Te
     return {"lora_A.weight": a.contiguous(), "lora_B.weight": b.contiguous()}
 
 
-def _config(merged: Merged, ranks: Mapping[str, int], names: Mapping[str, str]) -> dict[str, Any]:
+def _config(run: Run, ranks: Mapping[str, int], names: Mapping[str, str]) -> dict[str, Any]:
     """An adapter_config.json from nothing: r = alpha everywhere, explicit modules, no trace of the inputs' settings.
 
     Args:
@@ -182,16 +179,16 @@ def _config(merged: Merged, ranks: Mapping[str, int], names: Mapping[str, str]) 
     odd = {"^" + re.escape(name): value for name, value in ranks.items() if value != rank}
     return {
         "peft_type": "LORA",
-        "task_type": _task(merged),
-        "base_model_name_or_path": merged.base.name,
-        "revision": merged.base.revision,
+        "task_type": _task(run),
+        "base_model_name_or_path": run.base.name,
+        "revision": run.base.revision,
         "r": rank,
         "lora_alpha": rank,
         "rank_pattern": odd,
         "alpha_pattern": odd,
         "target_modules": sorted(ranks),
-        "modules_to_save": _saved_modules(merged, names) or None,
-        "fan_in_fan_out": any(adapter.fan_in_fan_out for adapter in merged.adapters),
+        "modules_to_save": _saved_modules(run, names) or None,
+        "fan_in_fan_out": any(adapter.fan_in_fan_out for adapter in run.adapters),
         "lora_dropout": 0.0,
         "bias": "none",
         "use_rslora": False,
@@ -200,46 +197,44 @@ def _config(merged: Merged, ranks: Mapping[str, int], names: Mapping[str, str]) 
     }
 
 
-def _saved_modules(merged: Merged, names: Mapping[str, str]) -> list[str]:
+def _saved_modules(run: Run, names: Mapping[str, str]) -> list[str]:
     """The saved modules as the model spells them, told by the names of their tensors."""
     found: set[str] = set()
-    for tensor in merged.heads.chosen:
-        module = next(module for module in merged.heads.modules if tensor.startswith(f"{module}."))
+    for tensor in run.heads.chosen:
+        module = next(module for module in run.heads.modules if tensor.startswith(f"{module}."))
         tail, spelled = tensor[len(module) :], tensor_name(tensor, names)
         found.add(spelled.removesuffix(tail) if spelled.endswith(tail) else module)
     return sorted(found)
 
 
-def _task(merged: Merged) -> str | None:
+def _task(run: Run) -> str | None:
     """The inputs' common task. PEFT refuses a checkpoint of a task with a head that does not hold the head."""
-    tasks = {adapter.task_type for adapter in merged.adapters}
+    tasks = {adapter.task_type for adapter in run.adapters}
     task = tasks.pop() if len(tasks) == 1 else None
-    return task if merged.heads.modules or task not in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") else None
+    return task if run.heads.modules or task not in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") else None
 
 
-def _metadata(merged: Merged) -> dict[str, str]:
+def _metadata(run: Run) -> dict[str, str]:
     from sapmerge.version import __version__
 
     inputs = [
         {"label": a.label, "digest": a.digest, "files": dict(a.files), "weight": weight}
-        for a, weight in sorted(
-            zip(merged.adapters, merged.weights, strict=True), key=lambda pair: in_content_order(*pair)
-        )
+        for a, weight in sorted(zip(run.adapters, run.weights, strict=True), key=lambda pair: in_content_order(*pair))
     ]
     return {
         "sapmerge.version": __version__,
-        "sapmerge.recipe": json.dumps(dict(merged.recipe), sort_keys=True),
+        "sapmerge.recipe": json.dumps(dict(run.recipe), sort_keys=True),
         "sapmerge.inputs": json.dumps(inputs, sort_keys=True),
     }
 
 
-def _card(merged: Merged, rows: Sequence[LayerReport]) -> str:
+def _card(run: Run, rows: Sequence[LayerReport]) -> str:
     from sapmerge.version import __version__
 
     head = ["---", "library_name: peft", "tags: [lora, merge, sapmerge]"]
-    if merged.base.name:
-        head.append(f"base_model: {_yaml(merged.base.name)}")
-    listed = sorted(zip(merged.adapters, merged.weights, strict=True), key=lambda pair: in_content_order(*pair))
+    if run.base.name:
+        head.append(f"base_model: {_yaml(run.base.name)}")
+    listed = sorted(zip(run.adapters, run.weights, strict=True), key=lambda pair: in_content_order(*pair))
     inputs = table(
         ["adapter", "weight", "layers", "sha256"],
         [[a.label, f"{w:g}", len(a.modules), a.digest[:16]] for a, w in listed],
@@ -250,13 +245,13 @@ def _card(merged: Merged, rows: Sequence[LayerReport]) -> str:
             "---",
             "# Merged LoRA adapter",
             "",
-            f"Made by sapmerge {__version__} from {len(merged.adapters)} adapters, {len(rows)} layers.",
+            f"Made by sapmerge {__version__} from {len(run.adapters)} adapters, {len(rows)} layers.",
             "",
             "```",
             inputs,
             "",
-            f"method  {merged.recipe['method']}",
-            f"scale   {merged.scale:g}",
+            f"method  {run.recipe['method']}",
+            f"scale   {run.scale:g}",
             "```",
             "",
             "Load it with `PeftModel.from_pretrained(base, path)`.",

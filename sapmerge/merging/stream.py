@@ -12,10 +12,10 @@ from typing import Any, TypeVar
 
 import torch
 
-from sapmerge.anchors import Anchors
-from sapmerge.core.layer import Layer
+from sapmerge.anchors.anchors import Anchors
+from sapmerge.core.layer import Layer, Member
 from sapmerge.core.torch_state import pinned_state
-from sapmerge.core.updates import LowRank, Update, absent
+from sapmerge.core.updates import Update, absent
 from sapmerge.io.adapter import Adapter
 from sapmerge.io.contents import Module
 from sapmerge.losses import Loss
@@ -67,20 +67,20 @@ class AdapterLayers:
             yield self.layer(name)
 
     def layer(self, name: str, record: Callable[[str, object], None] | None = None) -> Layer:
-        """One layer, with an update of rank 0 for every adapter that lacks it."""
-        updates = [
-            adapter.update(name).to(self.device) if name in adapter.modules else self._absent(name)
-            for adapter in self.adapters
-        ]
+        """One layer; an adapter that lacks it has an absent update."""
         layer = Layer(
-            name=name,
-            updates=tuple(updates),
-            adapters=tuple(adapter.label for adapter in self.adapters),
-            weights=self.weights,
-            digests=tuple(adapter.digest for adapter in self.adapters),
-            anchors=self.anchors,
+            name,
+            [
+                Member(self._update(adapter, name), adapter.label, weight, adapter.digest)
+                for adapter, weight in zip(self.adapters, self.weights, strict=True)
+            ],
         )
-        return layer if record is None else replace(layer, record=record)
+        return layer if record is None else layer.noting(record)
+
+    def _update(self, adapter: Adapter, name: str) -> Update:
+        if name in adapter.modules:
+            return adapter.update(name).to(self.device)
+        return absent(self.modules[name].shape, torch.empty(0, device=self.device))
 
     def layers_at_once(self) -> int:
         """How many layers may be worked on together: one per thread, if all updates fit in 1 GiB as matrices.
@@ -91,9 +91,6 @@ class AdapterLayers:
             return 1
         largest = max(math.prod(module.shape) for module in self.modules.values())
         return max(1, min(torch.get_num_threads(), _MOST, _IN_FLIGHT // (4 * largest * len(self.adapters))))
-
-    def _absent(self, name: str) -> LowRank:
-        return absent(self.modules[name].shape, torch.empty(0, device=self.device))
 
 
 def in_order(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:

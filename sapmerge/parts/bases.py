@@ -35,7 +35,7 @@ class SharedBasis:
     scaled: bool = True
 
     def __call__(self, layer: Layer) -> Frames:
-        blocks = [_left_block(update) for update in layer if update.rank > 0]
+        blocks = [_left_block(update) for update in layer if not update.absent]
         if not blocks:
             return Frames()
         U, sigma, _ = svd(torch.cat(blocks, dim=1))
@@ -62,7 +62,7 @@ class CoreSpace:
     balance: bool = True
 
     def __call__(self, layer: Layer) -> Frames:
-        present = [update for update in layer if update.rank > 0]
+        present = [update for update in layer if not update.absent]
         if not present:
             return Frames()
         pairs = [update if isinstance(update, LowRank) and not self.balance else balanced(update) for update in present]

@@ -69,6 +69,11 @@ class TopFraction:
             keep[(flat == cut).nonzero().flatten()[-surplus:]] = False
         return keep.view(scores.shape)
 
+    @property
+    def needs_fit(self) -> bool:
+        """Whether a merge has to show it the scores of the whole adapter first."""
+        return self.scope == "adapter" and self.density < 1
+
     def fit(self, scores: Callable[[], Iterable[tuple[str, Tensor]]]) -> Mapping[str, Threshold] | None:
         """For scope "adapter": the exact threshold of each adapter, from two streamed passes over its scores.
 
@@ -78,7 +83,7 @@ class TopFraction:
         Returns:
             A mask builder per adapter; None for scope "layer", which needs no pass.
         """
-        if self.scope == "layer" or self.density == 1:
+        if not self.needs_fit:
             return None
         cuts = streamed_kth(scores, partial(count_kept, self.density))
         return {adapter: Threshold(cut.value) for adapter, cut in cuts.items()}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sapmerge.core.layer import Layer, seed_of
 from sapmerge.core.linalg import finite
-from sapmerge.core.part import part
+from sapmerge.core.part import part, unprepared
 from sapmerge.core.protocols import Coordinates, LayerStream, MaskBuilder, Observation, Rescaler, Scorer, Stats, Units
 from sapmerge.core.selection import count_true
 from sapmerge.errors import MethodError, NonFiniteError
@@ -31,8 +31,7 @@ class Prune:
         rescaler: (pruned, original) -> update.
         units: what is scored and masked.
 
-    Returns:
-        A layer without anchors: score by gradients first, and once.
+    Score by gradients in the first step of a Chain: after it the updates are others, and anchors are not at hand.
 
     Raises:
         NonFiniteError: a score is NaN or infinite.
@@ -59,16 +58,15 @@ class Prune:
 
     def prepare(self, layers: LayerStream) -> Prune:
         """Fit a mask that needs the whole adapter; with gradients, decide every mask, so that only masks are kept."""
-        first = next(iter(layers), None)
         reads = getattr(self.scorer, "reads_gradients", None)  # a user's function does not say
-        if first is None:
-            return self
-        if first.anchors is None or reads is False:
-            for k in _present(first):
-                list(self._scored(first, k, None, self.units(first.updates[k])))  # what cannot work fails here, early
+        if layers.anchors is None or reads is False:
+            for layer in layers:  # what cannot work fails here, early
+                for k in _present(layer):
+                    list(self._scored(layer, k, None, self.units(layer.updates[k])))
+                break
             return replace(self, fitted=self._fit(layers))
         decided: dict[tuple[str, int], _Decision] = {}
-        for turn, seen in first.anchors.in_turn(layers, self.units):
+        for turn, seen in layers.anchors.in_turn(layers, self.units):
             fitted = replace(self, fitted=self._fit(layers, turn, seen))
             for layer in layers:
                 for k in _present(layer, turn):
@@ -115,6 +113,8 @@ class Prune:
         self, layer: Layer, k: int, seen: Observation | None, coordinates: Coordinates
     ) -> tuple[dict[str, Tensor], dict[str, float]]:
         """The masks of one update, and what a report wants to know about them."""
+        if self.fitted is None and getattr(self.mask, "needs_fit", hasattr(self.mask, "fit")):
+            raise unprepared(self)
         mask = self.mask if self.fitted is None else self.fitted[layer.adapters[k]]
         masks, count, score, overlap = dict[str, Tensor](), _Share(), _Share(), _Share()
         for name, values, scores in self._scored(layer, k, seen, coordinates):
@@ -168,7 +168,7 @@ def _masked(values: Tensor, mask: Tensor) -> Tensor:
 
 def _present(layer: Layer, adapters: Container[int] | None = None) -> list[int]:
     """Those of the adapters, of all by default, that have the layer."""
-    return [k for k, update in enumerate(layer) if update.rank and (adapters is None or k in adapters)]
+    return [k for k, update in enumerate(layer) if not update.absent and (adapters is None or k in adapters)]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import field, replace
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -13,13 +12,13 @@ from torch import Tensor
 from sapmerge.core.layer import Layer
 from sapmerge.core.linalg import norm
 from sapmerge.core.lowrank import weighted_sum
-from sapmerge.core.part import part, prepare
+from sapmerge.core.part import part, prepare, unprepared
 from sapmerge.core.protocols import LayerStream, Method
+from sapmerge.core.stream import anchors_of
 from sapmerge.core.updates import Update
 from sapmerge.errors import MethodError
 from sapmerge.losses import comparing
 from sapmerge.parts.tuning import loss_curve
-from sapmerge.parts.wrappers import anchors_of
 
 __all__ = ["MatchEnergy", "ScaleByAnchors", "ScaleByDepth"]
 
@@ -66,7 +65,7 @@ class ScaleByAnchors:
             raise MethodError(f"a price is not negative and a trust in [0, 1]; got {self.price!r} and {self.trust!r}")
 
     def prepare(self, layers: LayerStream) -> ScaleByAnchors:
-        anchors = anchors_of(next(iter(layers), None), "ScaleByAnchors")
+        anchors = anchors_of(layers, "ScaleByAnchors")
         matched = MatchEnergy(self.method).prepare(layers)
         curve = loss_curve(matched, layers, anchors, _SCALES, self.loss or comparing(anchors))
         length = _lowest(curve, self.price) ** self.trust
@@ -74,7 +73,7 @@ class ScaleByAnchors:
 
     def __call__(self, layer: Layer) -> Update:
         if self.length is None:
-            return self.prepare(cast("LayerStream", [layer]))(layer)
+            raise unprepared(self)
         layer.record("energy_factor", self.energy_factor)
         layer.record("length", self.length)
         layer.record("losses_by_length", self.losses)
@@ -112,16 +111,16 @@ class MatchEnergy:
         merged, squares, weights = 0.0, dict[str, float](), dict[str, float]()
         for layer in layers:
             merged += method(layer).norm() ** 2
-            for digest, update, weight in zip(layer.adapters, layer, layer.weights, strict=True):
-                squares[digest] = squares.get(digest, 0.0) + update.norm() ** 2
-                weights[digest] = abs(weight)
+            for member in layer.members:
+                squares[member.label] = squares.get(member.label, 0.0) + member.update.norm() ** 2
+                weights[member.label] = abs(member.weight)
         total = sum(weights.values())
         wanted = sum(weights[k] * squares[k] ** 0.5 for k in squares) / total if total else 0.0
         return MatchEnergy(method, wanted / merged**0.5 if merged > 0 else 1.0)
 
     def __call__(self, layer: Layer) -> Update:
         if self.factor is None:
-            return self.prepare(cast("LayerStream", [layer]))(layer)
+            raise unprepared(self)
         layer.record("energy_factor", self.factor)
         return self.method(layer).scaled(self.factor)
 
@@ -196,8 +195,7 @@ class ScaleByDepth:
             if isinstance(self.alpha, str):
                 summed += magnitudes(weighted_sum(layer, layer.weights))
                 merged += magnitudes(method(layer))
-                present = zip(layer.adapters, layer, layer.weights, strict=True)
-                adapters |= {label for label, update, weight in present if weight != 0 and update.norm() > 0}
+                adapters |= {m.label for m in layer.members if m.weight != 0 and m.update.norm() > 0}
         if isinstance(self.alpha, str):
             alpha = summed / merged / len(adapters) if merged > 0 else 1.0
         else:
@@ -207,7 +205,7 @@ class ScaleByDepth:
 
     def __call__(self, layer: Layer) -> Update:
         if self.factors is None:
-            return self.prepare(cast("LayerStream", [layer]))(layer)
+            raise unprepared(self)
         layer.record("depth_factor", self.factors[layer.name])
         return self.method(layer).scaled(self.factors[layer.name])
 
@@ -221,7 +219,7 @@ def _depth(block: tuple[str, int] | None, lengths: Mapping[str, int]) -> float:
 
 def magnitudes(update: Update) -> float:
     """sum |D_ij|, a few rows at a time."""
-    if update.rank == 0:
+    if update.absent:
         return 0.0
     every = torch.arange(update.shape[0], device=update.device)
     return sum(norm(update.rows(every[start : start + ROWS]), p=1) for start in range(0, len(every), ROWS))

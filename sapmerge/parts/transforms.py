@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -39,7 +37,7 @@ class ElectSign:
             raise MethodError(f"majority_sign_method is 'total' or 'frequency'; got {self.majority_sign_method!r}")
 
     def __call__(self, layer: Layer) -> Layer:
-        voters = [(update.dense(), weight) for update, weight in zip(layer, layer.weights, strict=True) if update.rank]
+        voters = [(m.update.dense(), m.weight) for m in layer.members if not m.absent]
         if not voters:
             return layer
         total = torch.zeros_like(voters[0][0])
@@ -52,7 +50,7 @@ class ElectSign:
         majority = float(torch.sign(sign.sum()))
         sign.addcmul_(sign, sign, value=-majority).add_(majority)  # majority where the sign is 0, else as it is
         kept = iter([Dense(_agreeing(matrix, weight, sign)) for matrix, weight in voters])
-        return layer.with_updates([next(kept) if update.rank else update for update in layer])
+        return layer.with_updates([update if update.absent else next(kept) for update in layer])
 
 
 def _agreeing(matrix: Tensor, weight: float, sign: Tensor) -> Tensor:
@@ -88,7 +86,7 @@ class Consensus:
             raise MethodError(f"Consensus' count is how many adapters must agree, at least 1; got {self.count!r}")
 
     def __call__(self, layer: Layer) -> Layer:
-        scaled = [u.dense() * w for u, w in zip(layer, layer.weights, strict=True) if u.rank and w != 0]
+        scaled = [m.update.dense() * m.weight for m in layer.members if m.counts]
         if not scaled:
             return layer
         total = torch.stack(scaled).sum(0)
@@ -121,7 +119,7 @@ class Select:
         check_density(self.density)
 
     def __call__(self, layer: Layer) -> Layer:
-        members = [(u.dense() * _sign(w), abs(w)) for u, w in zip(layer, layer.weights, strict=True) if w != 0]
+        members = [(m.update.dense() * _sign(m.weight), abs(m.weight)) for m in layer.members if m.weight != 0]
         if not members or self.density == 1:
             return layer
         stack = torch.stack([matrix for matrix, _ in members]).double()
@@ -155,12 +153,12 @@ class WeighByEnergy:
 
     def __call__(self, layer: Layer) -> Layer:
         seen = layer if self.of is None else self.of(layer)
-        energies = [u.norm() ** 2 if w != 0 else 0.0 for u, w in zip(seen, layer.weights, strict=True)]
+        energies = [m.update.norm() ** 2 if m.weight != 0 else 0.0 for m in seen.members]
         total = sum(energies)
         if total == 0:
             return self.then(layer)
-        weights = tuple(weight * energy / total for weight, energy in zip(layer.weights, energies, strict=True))
-        return replace(self.then(layer), weights=weights)
+        weights = [weight * energy / total for weight, energy in zip(layer.weights, energies, strict=True)]
+        return self.then(layer).with_weights(weights)
 
 
 def _sign(weight: float) -> float:
@@ -169,7 +167,7 @@ def _sign(weight: float) -> float:
 
 def _masked(update: Update, keep: Tensor) -> Update:
     """The update where `keep` holds; an absent one stays absent."""
-    return Dense(torch.where(keep, update.dense(), 0.0)) if update.rank else update
+    return update if update.absent else Dense(torch.where(keep, update.dense(), 0.0))
 
 
 @part
@@ -214,7 +212,7 @@ class RoundOff:
     """
 
     def __call__(self, layer: Layer) -> Layer:
-        entries = {k: update.dense() for k, update in enumerate(layer) if update.rank}
+        entries = {k: update.dense() for k, update in enumerate(layer) if not update.absent}
         step = max((float(matrix.abs().max()) for matrix in entries.values()), default=0.0) * 2.0**-34
         if step == 0:
             return layer

@@ -8,14 +8,14 @@ from dataclasses import field, replace
 
 from torch import Tensor
 
-from sapmerge.core.layer import Layer
-from sapmerge.core.part import Mapped, part, prepare
+from sapmerge.core.layer import Layer, outermost
+from sapmerge.core.part import part, prepare, unprepared
 from sapmerge.core.protocols import AnchorPass, LayerStream, Method
+from sapmerge.core.stream import Mapped, anchors_of
 from sapmerge.core.updates import Update
 from sapmerge.errors import MethodError
-from sapmerge.parts.wrappers import anchors_of
 
-__all__ = ["Tune", "outermost"]
+__all__ = ["Tune", "loss_curve"]
 
 
 @part
@@ -52,11 +52,8 @@ class Tune:
             raise MethodError(f"scales are finite numbers; got {self.scales!r}")
 
     def prepare(self, layers: LayerStream) -> Tune:
-        first = next(iter(layers), None)
-        if first is None:
-            return self
-        seen, held = anchors_of(first, "Tune").halves()
-        on_half = Mapped(layers, lambda layer: replace(layer, anchors=seen))
+        seen, held = anchors_of(layers, "Tune").halves()
+        on_half = Mapped(layers, lambda layer: layer, seen)
         curve = {
             name: loss_curve(prepare(method, on_half), on_half, held, self.scales, self.loss)
             for name, method in self.candidates.items()
@@ -67,7 +64,7 @@ class Tune:
 
     def __call__(self, layer: Layer) -> Update:
         if self.chosen is None:
-            return self.prepare([layer])(layer)
+            raise unprepared(self)
         layer.record("tuned", self.notes)
         update = self.chosen(layer)
         return update if self.scale == 1.0 else update.scaled(self.scale)
@@ -86,10 +83,3 @@ def loss_curve(
         scale: anchors.loss_of({name: update.scaled(scale) for name, update in merged.items()}, loss)
         for scale in scales
     }
-
-
-def outermost(layer: Layer, update: Update) -> Update:
-    """The update of the weight itself, from its coordinates in the frames of a layer."""
-    for frames in reversed(layer.frames):
-        update = frames.outside(update)
-    return update

@@ -7,23 +7,22 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import field, replace
 from statistics import median_high
-from typing import cast
 
 import torch
 from torch import Tensor
 
 from sapmerge.core.layer import Layer
 from sapmerge.core.lowrank import whole_gram
-from sapmerge.core.part import Mapped, part, prepare
+from sapmerge.core.part import part, prepare, unprepared
 from sapmerge.core.protocols import LayerStream, Method
+from sapmerge.core.stream import Mapped, Scaled, anchors_of, scaled
 from sapmerge.core.updates import Update
 from sapmerge.errors import MethodError, SapmergeWarning
 from sapmerge.losses import comparing
 from sapmerge.parts.mergers.linear import shared_out
-from sapmerge.parts.wrappers import anchors_of
 
 __all__ = ["CapShare", "ClipNorms", "WeighByAgreement", "WeighByAnchors"]
 
@@ -60,24 +59,24 @@ class WeighByAnchors:
             raise MethodError(f"the margin is a difference of losses, at least 0; got {self.margin!r}")
 
     def prepare(self, layers: LayerStream) -> WeighByAnchors:
-        first = next(iter(layers), None)
-        anchors = anchors_of(first, "WeighByAnchors")
+        anchors = anchors_of(layers, "WeighByAnchors")
         losses = torch.tensor(anchors.losses(self.loss or comparing(anchors)), dtype=torch.float64)
-        heard, shares = torch.tensor(cast("Layer", first).weights) != 0, torch.zeros_like(losses)
-        if heard.any():
-            excess = (losses[heard] - losses[heard].min() - self.margin).clamp_min(0)
-            shares[heard] = torch.softmax(-excess / self.temperature, 0)
+        weights = next((layer.weights for layer in layers), (1.0,) * len(losses))
+        counted, shares = torch.tensor(weights) != 0, torch.zeros_like(losses)
+        if counted.any():
+            excess = (losses[counted] - losses[counted].min() - self.margin).clamp_min(0)
+            shares[counted] = torch.softmax(-excess / self.temperature, 0)
         weighed = replace(self, shares=tuple(map(float, shares)))
-        return replace(weighed, method=prepare(self.method, Mapped(layers, weighed._weighed)))
+        return replace(weighed, method=prepare(self.method, Mapped(layers, weighed._weighed, anchors)))
 
     def __call__(self, layer: Layer) -> Update:
         if self.shares is None:
-            return self.prepare(cast("LayerStream", [layer]))(layer)
+            raise unprepared(self)
         layer.record("anchor_weights", dict(zip(layer.adapters, self.shares, strict=True)))
         return self.method(self._weighed(layer))
 
     def _weighed(self, layer: Layer) -> Layer:
-        return replace(layer, weights=shared_out(layer.weights, self.shares or ()))
+        return layer.with_weights(shared_out(layer.weights, self.shares or ()))
 
 
 @part
@@ -101,18 +100,19 @@ class CapShare:
             raise MethodError(f"CapShare's share is a fraction of the energy, in (0, 1); got {self.share!r}")
 
     def prepare(self, layers: LayerStream) -> CapShare:
-        return replace(self, method=prepare(self.method, Mapped(layers, self._capped)))
+        capped = Scaled(layers, {layer.name: self._scales(layer) for layer in layers})
+        return replace(self, method=prepare(self.method, capped))
 
     def __call__(self, layer: Layer) -> Update:
-        return self.method(self._capped(layer))
+        scales = self._scales(layer)
+        layer.record("capped", {label: s for label, s in zip(layer.adapters, scales, strict=True) if s < 1})
+        return self.method(scaled(layer, scales))
 
-    def _capped(self, layer: Layer) -> Layer:
-        norms = [abs(weight) * update.norm() for update, weight in zip(layer, layer.weights, strict=True)]
+    def _scales(self, layer: Layer) -> list[float]:
+        """One factor per adapter, 1 for those within their share."""
+        norms = [abs(member.weight) * member.update.norm() for member in layer.members]
         limit = _cap([norm**2 for norm in norms], self.share) ** 0.5
-        scales = [min(1.0, limit / norm) if norm > 0 else 1.0 for norm in norms]
-        layer.record("capped", {label: scale for label, scale in zip(layer.adapters, scales) if scale < 1})
-        capped = tuple(update.scaled(scale) if scale < 1 else update for update, scale in zip(layer, scales))
-        return replace(layer, updates=capped)
+        return [min(1.0, limit / norm) if norm > 0 else 1.0 for norm in norms]
 
 
 def _cap(energies: Sequence[float], share: float) -> float:
@@ -177,17 +177,17 @@ class WeighByAgreement:
     def prepare(self, layers: LayerStream) -> WeighByAgreement:
         products, one = whole_gram(layers)
         done = replace(self, shares=() if one is None else self._shares(products, one))
-        return replace(done, method=prepare(self.method, Mapped(layers, done._weighed)))
+        return replace(done, method=prepare(self.method, Mapped(layers, done._weighed, layers.anchors)))
 
     def __call__(self, layer: Layer) -> Update:
         if self.shares is None:
-            return self.prepare(cast("LayerStream", [layer]))(layer)
+            raise unprepared(self)
         total = sum(self.shares) or 1.0
         layer.record("agreement", {label: s / total for label, s in zip(layer.adapters, self.shares, strict=True)})
         return self.method(self._weighed(layer))
 
     def _weighed(self, layer: Layer) -> Layer:
-        return replace(layer, weights=shared_out(layer.weights, self.shares or ()))
+        return layer.with_weights(shared_out(layer.weights, self.shares or ()))
 
     def _shares(self, products: Tensor, layer: Layer) -> tuple[float, ...]:
         """One factor per adapter, of mean 1 over those that are asked; 1 for all of them if none agrees with any."""
@@ -227,38 +227,36 @@ class ClipNorms:
 
     method: Method
     ratio: float = 2.0
-    scales: Mapping[int, float] | None = field(default=None, repr=False)
+    scales: tuple[float, ...] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if not (self.ratio >= 1 and math.isfinite(self.ratio)):
             raise MethodError(f"ClipNorms' ratio is a multiple of the median norm, at least 1; got {self.ratio!r}")
 
     def prepare(self, layers: LayerStream) -> ClipNorms:
-        first, squares, names = None, torch.zeros(0), set[str]()
+        names, squares, weights = list[str](), torch.zeros(0, dtype=torch.float64), tuple[float, ...]()
         for layer in layers:
-            found = torch.tensor([update.norm() ** 2 for update in layer], dtype=torch.float64)
-            first, squares = (layer, found) if first is None else (first, squares + found)
-            names.add(layer.name)
-        scales = {} if first is None else self._scales(squares.sqrt(), first.weights)
-        done = replace(self, scales=scales)
-        anchors = None if first is None else first.anchors
-        if anchors is not None and scales:
-            anchors = anchors.scaled(scales, names)
-        seen = Mapped(layers, lambda layer: replace(done._clipped(layer), anchors=anchors))
-        return replace(done, method=prepare(self.method, seen))
+            energies = torch.tensor([update.norm() ** 2 for update in layer], dtype=torch.float64)
+            squares = squares + energies if names else energies
+            names.append(layer.name)
+            weights = layer.weights
+        done = replace(self, scales=self._scales(squares.sqrt(), weights))
+        clipped = Scaled(layers, dict.fromkeys(names, done.scales or ()))
+        return replace(done, method=prepare(self.method, clipped if done._clips() else layers))
 
     def __call__(self, layer: Layer) -> Update:
         if self.scales is None:
-            return self.prepare(cast("LayerStream", [layer]))(layer)
-        if self.scales:
-            layer.record("clipped", {layer.adapters[k]: scale for k, scale in self.scales.items()})
-        return self.method(self._clipped(layer))
+            raise unprepared(self)
+        if self._clips():
+            scales = zip(layer.adapters, self.scales, strict=True)
+            layer.record("clipped", {label: scale for label, scale in scales if scale < 1})
+        return self.method(scaled(layer, self.scales))
 
-    def _clipped(self, layer: Layer) -> Layer:
-        scales = self.scales or {}
-        return replace(layer, updates=tuple(u.scaled(scales[k]) if k in scales else u for k, u in enumerate(layer)))
+    def _clips(self) -> bool:
+        return any(scale < 1 for scale in self.scales or ())
 
-    def _scales(self, norms: Tensor, weights: tuple[float, ...]) -> dict[int, float]:
+    def _scales(self, norms: Tensor, weights: tuple[float, ...]) -> tuple[float, ...]:
+        """One factor per adapter, 1 for those that are not longer than the bound."""
         counted = {k: float(norm) for k, norm in enumerate(norms) if weights[k] != 0 and norm > 0}
         bound = self.ratio * median_high(counted.values()) if counted else math.inf
-        return {k: bound / norm for k, norm in counted.items() if norm > bound}
+        return tuple(min(1.0, bound / counted[k]) if k in counted else 1.0 for k in range(len(weights)))

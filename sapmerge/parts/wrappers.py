@@ -14,8 +14,9 @@ from fnmatch import fnmatchcase
 
 from sapmerge.core.frames import Frames
 from sapmerge.core.layer import Layer
-from sapmerge.core.part import Mapped, part, prepare, recipe
-from sapmerge.core.protocols import AnchorPass, Basis, LayerStream, Merger, Method, Transform
+from sapmerge.core.part import part, prepare, recipe
+from sapmerge.core.protocols import Basis, LayerStream, Merger, Method, Transform
+from sapmerge.core.stream import Mapped
 from sapmerge.core.updates import Dense, LowRank, Update
 from sapmerge.errors import MethodError
 
@@ -47,7 +48,7 @@ class Chain:
     def prepare(self, layers: LayerStream) -> Chain:
         done: list[Transform | Merger] = []
         for step in self.steps:
-            done.append(prepare(step, Mapped(layers, _transforms(tuple(done)))))
+            done.append(prepare(step, Mapped(layers, _transforms(tuple(done))) if done else layers))
         return Chain(*done)
 
     def __call__(self, layer: Layer) -> Update:
@@ -69,17 +70,6 @@ def _transforms(steps: tuple[Transform | Merger, ...]) -> Callable[[Layer], Laye
     return run
 
 
-def anchors_of(layer: Layer | None, owner: str, advice: str = "") -> AnchorPass:
-    """The anchors of a merge, from its first layer.
-
-    Raises:
-        MethodError: there are none; `owner` begins the message, `advice` ends it.
-    """
-    if layer is None or layer.anchors is None:
-        raise MethodError(f"{owner} needs anchors and a model: merge(adapters, anchor_loader, model, ...){advice}")
-    return layer.anchors
-
-
 @part
 class In:
     """Run a method in other coordinates and bring its result back.
@@ -93,7 +83,8 @@ class In:
     method: Method
 
     def prepare(self, layers: LayerStream) -> In:
-        return replace(self, method=prepare(self.method, Mapped(layers, lambda layer: self._inside(layer)[1])))
+        inside = Mapped(layers, lambda layer: self._inside(layer)[1], layers.anchors)
+        return replace(self, method=prepare(self.method, inside))
 
     def __call__(self, layer: Layer) -> Update:
         frames, inside = self._inside(layer)
@@ -101,8 +92,7 @@ class In:
 
     def _inside(self, layer: Layer) -> tuple[Frames, Layer]:
         frames = self.basis(layer)
-        inside = tuple(frames.inside(update) for update in layer)
-        return frames, replace(layer, updates=inside, frames=(*layer.frames, frames))
+        return frames, layer.inside(frames)
 
 
 @part
@@ -131,7 +121,7 @@ class ByModule:
                 raise MethodError(f"ByModule: no module is left for the pattern {pattern!r}; modules: {names[:5]}, ...")
 
         def group(pattern: str | None) -> Mapped:
-            return Mapped(layers, lambda layer: layer if self._pattern(layer.name) == pattern else None)
+            return Mapped(layers, lambda layer: layer if self._pattern(layer.name) == pattern else None, layers.anchors)
 
         prepared = {pattern: prepare(method, group(pattern)) for pattern, method in self.methods.items()}
         rest = any(self._pattern(name) is None for name in names)

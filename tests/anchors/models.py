@@ -16,6 +16,7 @@ import sapmerge as sm
 from sapmerge.anchors import Anchors
 from sapmerge.io.adapter import Adapter
 from sapmerge.io.contents import Module
+from tests.conftest import Anchored
 
 TEXT = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 50}
 VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -218,7 +219,7 @@ def spied(
 ) -> Spy:
     """What a scorer sees in the layers, in the coordinates of a unit."""
     spy = Spy(statistic, at)
-    sm.prepare(wrap(sm.Chain(sm.Prune(spy, sm.TopFraction(0.5), units=units), sm.Mean())), list(layers))
+    sm.prepare(wrap(sm.Chain(sm.Prune(spy, sm.TopFraction(0.5), units=units), sm.Mean())), layers)
     return spy
 
 
@@ -228,7 +229,7 @@ def anchored(
     updates: Sequence[Mapping[str, sm.Update]],
     loss: Any = None,
     budget: int = 1 << 30,
-) -> tuple[Anchors, list[sm.Layer]]:
+) -> tuple[Anchors, Anchored]:
     """Anchors and layers for updates that are in no file, so that they can be float64."""
     shapes = {name: update.shape for found in updates for name, update in found.items()}
     modules = {
@@ -244,11 +245,10 @@ def anchored(
             name,
             tuple(found[name] if name in found else sm.absent(shape, like) for found in updates),
             adapters=labels,
-            anchors=anchors,
         )
         for name, shape in shapes.items()
     ]
-    return anchors, layers
+    return anchors, Anchored(layers, anchors)
 
 
 def random_updates(

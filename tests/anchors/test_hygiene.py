@@ -342,7 +342,7 @@ def test_layers_that_take_no_part_have_scores_of_zero() -> None:
         merged = models.merge(adapters, loader, model, method=method)
     assert len(caught) == 1
     report = merged.report
-    dead = [name for name in merged.stream.modules if "vision_tower" in name and ".layers.1." in name]
+    dead = [name for name in merged.run.stream.modules if "vision_tower" in name and ".layers.1." in name]
     assert len(dead) == 1
     assert report.notes["layers without gradient"] == dead
     for (_, name, _), gradient in spy.gradient.items():

@@ -24,13 +24,13 @@ TARGETS = [r".*vision_model.*(q_proj|v_proj)", r".*vision_model.*(q_proj|fc1)", 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int | None]:
     """The adapters for which the anchors were run with gradients."""
     seen: list[int | None] = []
-    backward = passes.Anchors.backward
+    backward = passes.Runner.backward
 
-    def counting(self: passes.Anchors, adapter: int | None, *rest: Any) -> int:
+    def counting(self: passes.Runner, adapter: int | None, *rest: Any) -> int:
         seen.append(adapter)
         return backward(self, adapter, *rest)
 
-    monkeypatch.setattr(passes.Anchors, "backward", counting)
+    monkeypatch.setattr(passes.Runner, "backward", counting)
     return seen
 
 

@@ -181,7 +181,7 @@ def test_losses_in_the_report_are_those_of_peft(kind: str, tmp_path: Any) -> Non
     assert len({round(value, 5) for value in wanted.values()}) == 4
     loaded = models.load(model, tmp_path / "out")
     for name, update in merged.updates():
-        layer = loaded.get_base_model().get_submodule(merged.stream.modules[name].spelled)
+        layer = loaded.get_base_model().get_submodule(merged.run.stream.modules[name].spelled)
         assert error(layer.get_delta_weight("default"), update.dense()) < 1e-5
 
 

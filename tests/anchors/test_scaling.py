@@ -43,7 +43,7 @@ def test_length_is_where_the_anchors_stop(price: float, trust: float) -> None:
     model, loader = models.clip(), models.pairs((7, 4))
     adapters, _ = models.adapters(model, [models.BOTH_TARGETS] * 3)
     matched = models.merge(adapters, method=sm.MatchEnergy(sm.mean()))
-    spelled = {name: module.spelled for name, module in matched.stream.modules.items()}
+    spelled = {name: module.spelled for name, module in matched.run.stream.modules.items()}
     deltas = {spelled[name]: update.dense() for name, update in matched.updates()}
     losses = [
         dense_loss(model, loader, {name: float(s) * delta for name, delta in deltas.items()}, sm.centered_alignment)
@@ -77,7 +77,7 @@ def test_one_pair_per_batch_and_language_models_use_their_own_loss() -> None:
     model, loader = models.clip(), models.pairs((1, 1, 1))
     adapters, _ = models.adapters(model, [models.VISION_TARGETS] * 2)
     matched = models.merge(adapters, method=sm.MatchEnergy(sm.mean()))
-    spelled = {name: module.spelled for name, module in matched.stream.modules.items()}
+    spelled = {name: module.spelled for name, module in matched.run.stream.modules.items()}
     deltas = {spelled[name]: update.dense() for name, update in matched.updates()}
     merged = models.merge(adapters, loader, model, method=sm.ScaleByAnchors(sm.mean()))
     losses = merged.report.layers[0].notes["losses_by_length"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +15,7 @@ from sapmerge.errors import MethodError
 from tests import conftest
 from tests.anchors import models
 from tests.anchors.models import anchored, random_updates
-from tests.conftest import error, make_layers
+from tests.conftest import changed, error, make_layers
 
 WEIGHTS = (1.0, 0.5)
 
@@ -27,7 +26,8 @@ def plain(weights: tuple[float, ...] = WEIGHTS) -> tuple[Any, list[sm.Layer], nn
     updates = [random_updates(model, ["conv", "line", "twice", "head", "words"], 2, 1)]
     updates.append(random_updates(model, ["line", "twice", "head"], 3, 2))
     anchors, layers = anchored(model, loader, updates, models.plain_loss)
-    return anchors, [replace(layer, weights=weights) for layer in layers], model, loader, updates
+    layers = conftest.Anchored([changed(layer, weights=weights) for layer in layers], anchors)
+    return anchors, layers, model, loader, updates
 
 
 def by_autograd(model: nn.Module, loader: Any, layers: list[sm.Layer], c: Tensor, loss: Any) -> tuple[Tensor, Tensor]:
@@ -53,7 +53,7 @@ def by_autograd(model: nn.Module, loader: Any, layers: list[sm.Layer], c: Tensor
 def test_slopes_are_the_gradient(dense: bool) -> None:
     anchors, layers, model, loader, _ = plain()
     if dense:
-        layers = [replace(layer, updates=tuple(sm.Dense(u.dense()) for u in layer)) for layer in layers]
+        layers = [changed(layer, updates=tuple(sm.Dense(u.dense()) for u in layer)) for layer in layers]
     c = torch.rand(len(layers), 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     model.words.padding_idx = None  # autograd leaves the padding row out, as the anchors do
     value, wanted = by_autograd(model, loader, layers, c, models.plain_loss)
@@ -70,7 +70,7 @@ def test_slopes_are_the_gradient(dense: bool) -> None:
 def test_steps_are_those_of_adam(scope: str) -> None:
     _, layers, model, loader, _ = plain()
     model.words.padding_idx = None
-    layers = sorted(layers, key=lambda layer: layer.name)
+    layers.sort(key=lambda layer: layer.name)
     found: dict[str, Any] = {}
     method = sm.adamerging(scope, init=0.3, lr=0.05, steps=6)
     prepared = sm.prepare(method, layers)
@@ -83,7 +83,7 @@ def test_steps_are_those_of_adam(scope: str) -> None:
         adam.step()
         c.data.clamp_(0, 1)
     for row, layer in zip(c.detach().expand(len(layers), 2), layers):
-        got = prepared(replace(layer, record=found.__setitem__)).dense()
+        got = prepared(changed(layer, record=found.__setitem__)).dense()
         wanted = sum(x * w * u.dense() for x, w, u in zip(row, layer.weights, layer))
         assert error(got, wanted) < 1e-8, layer.name
         assert found["coefficients"] == pytest.approx(dict(zip(layer.adapters, row.tolist())), abs=1e-8)
@@ -105,7 +105,7 @@ def test_it_learns_whom_to_trust() -> None:
     _, layers = anchored(head, [{"x": x, "y": y}], updates, loss)
     found: dict[str, Any] = {}
     prepared = sm.prepare(sm.adamerging(lr=0.05, steps=100), layers)
-    got = prepared(replace(layers[0], record=found.__setitem__))
+    got = prepared(changed(layers[0], record=found.__setitem__))
     assert found["coefficients"]["a0"] > 0.95
     assert found["coefficients"]["a1"] < 0.05
     assert found["fit_loss"][-1] < 1e-2 * found["fit_loss"][0]
@@ -125,8 +125,7 @@ def test_in_a_basis_the_coefficients_are_the_same() -> None:
 
 def test_no_steps_is_a_scaled_sum() -> None:
     for layer in make_layers(weights=(1.0, 0.5, 0.7)):
-        layer = replace(layer, anchors=conftest.LinearLoss())
-        got = sm.adamerging(init=0.3, steps=0)(layer)
+        got = sm.on_one_layer(sm.adamerging(init=0.3, steps=0), layer, conftest.LinearLoss())
         assert error(got.dense(), 0.3 * sm.task_arithmetic()(layer).dense()) < 1e-12
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,12 +14,12 @@ from sapmerge.contrib.loraprune import sensitivity
 from sapmerge.core.lowrank import balanced
 from sapmerge.errors import MethodError, NonFiniteError
 from tests import conftest, oracles
-from tests.conftest import error, low_rank, make_layers, run
+from tests.conftest import changed, error, low_rank, make_layers, run
 from tests.methods.test_anchored import tensor
 
 
-def with_anchors(layers: list[sm.Layer]) -> list[sm.Layer]:
-    return [replace(layer, anchors=conftest.LinearLoss()) for layer in layers]
+def with_anchors(layers: list[sm.Layer]) -> conftest.Anchored:
+    return conftest.Anchored(layers, conftest.LinearLoss())
 
 
 def gradient(layer: sm.Layer) -> Tensor:
@@ -50,7 +49,7 @@ def test_the_groups_that_are_kept(axis: str, power: int) -> None:
     notes: dict[str, Any] = {}
     prepared = sm.prepare(method, layers)
     for layer in layers:
-        pruned = prepared(replace(layer, record=notes.__setitem__))
+        pruned = prepared(changed(layer, record=notes.__setitem__))
         assert isinstance(pruned, sm.LowRank)
         even, G = balanced(layer.updates[2]), gradient(layer)
         found = sensitivity(even.dense(), even.A, even.B, even.B.T @ G, G @ even.A.T, power)
@@ -66,7 +65,7 @@ def test_loraprune_scales_with_the_adapter() -> None:
     """f(c u) = c f(u) for c > 0; the sign of gB gA alone follows that of the update, so f(-u) may keep other rows."""
     layers = make_layers()
     for factor in (3.0, 1e6, 1e-6):
-        scaled = [replace(layer, updates=tuple(u.scaled(factor) for u in layer)) for layer in layers]
+        scaled = [changed(layer, updates=tuple(u.scaled(factor) for u in layer)) for layer in layers]
         got, wanted = run(sm.loraprune(), scaled), run(sm.loraprune(), layers)
         assert all(error(got[name].dense(), wanted[name].dense() * factor) < 1e-9 for name in wanted)
 
@@ -119,7 +118,7 @@ def test_the_layers_that_are_kept(by: str, score: Any) -> None:
     prepared = sm.prepare(sm.gradpruner(0.5, score, by, merger=lambda layer: layer.updates[2]), layers)
     kept, scores = set(), {}
     for layer in layers:
-        update = prepared(replace(layer, record=notes.__setitem__))
+        update = prepared(changed(layer, record=notes.__setitem__))
         scores[layer.name] = notes["layer_score"]["a2"]
         if update.rank:
             kept.add(layer.name)
@@ -180,7 +179,7 @@ def test_loss_decrease_is_the_loss_that_the_run_has_won() -> None:
     layers = with_anchors(checkpoints())
     for layer in layers:
         D, G = [update.dense() for update in layer], gradient(layer)
-        seen = layer.anchors.observe(layers, sm.Entries())  # type: ignore[union-attr]
+        seen = layers.anchors.observe(layers, sm.Entries())
         scores = sm.LossDecrease()(layer, (0, 1, 3), seen)
         # The stand-in's gradient is the same everywhere, so the way between does not matter.
         assert error(scores, -D[3] * G) < 1e-12
@@ -217,7 +216,7 @@ def test_wrong_arguments_are_named() -> None:
         sm.prepare(sm.movement(score=sm.LossDecrease()), layers)
     with pytest.raises(MethodError, match="anchors and a model"):
         sm.prepare(sm.loraprune(), layers)
-    dense = [replace(layer, updates=(sm.Dense(low_rank(layer.shape, 2, 0).dense()),) * 2) for layer in layers]
+    dense = [changed(layer, updates=(sm.Dense(low_rank(layer.shape, 2, 0).dense()),) * 2) for layer in layers]
     for method in (sm.loraprune(), sm.gradpruner()):
         with pytest.raises(MethodError, match="dense"):
             sm.prepare(method, with_anchors(dense))

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import Tensor
 
 import sapmerge as sm
 from sapmerge.errors import MethodError
-from tests.conftest import error, low_rank, make_layers
+from tests.conftest import changed, error, low_rank, make_layers
 from tests.methods.test_anchored import Q, V, given, s3_layers, tensor
 
 
@@ -20,7 +18,7 @@ def sharing(factor: str) -> list[sm.Layer]:
     for layer in s3_layers():
         first = layer.updates[0]
         updates = [sm.LowRank(first.B, u.A) if factor == "B" else sm.LowRank(u.B, first.A) for u in layer]
-        out.append(replace(layer, updates=tuple(updates)))
+        out.append(changed(layer, updates=tuple(updates)))
     return out
 
 
@@ -38,7 +36,7 @@ def test_official_numbers(factor: str, alpha: str) -> None:
 
 
 def test_merging_A_is_regmean() -> None:
-    layers = [replace(layer, weights=(1.0, 0.5, -0.7)) for layer in sharing("B")]
+    layers = [changed(layer, weights=(1.0, 0.5, -0.7)) for layer in sharing("B")]
     lorm, regmean = (sm.prepare(m, layers) for m in (sm.lorm("A", 0.9, given()), sm.regmean(0.9, given())))
     for layer in layers:
         assert error(lorm(layer).dense(), regmean(layer).dense()) < 1e-9
@@ -46,7 +44,7 @@ def test_merging_A_is_regmean() -> None:
 
 
 def test_merging_B_has_the_least_error_of_outputs() -> None:
-    layers = [replace(layer, weights=(1.0, 0.5, 0.7)) for layer in sharing("A")]
+    layers = [changed(layer, weights=(1.0, 0.5, 0.7)) for layer in sharing("A")]
     prepared, grams = sm.prepare(sm.lorm("B", 1.0, given()), layers), given()
 
     def loss(X: Tensor, layer: sm.Layer) -> float:
@@ -65,12 +63,12 @@ def test_an_adapter_without_the_layer_counts_as_zero() -> None:
         layer = sharing(other)[0]
         zero = sm.LowRank(layer.updates[2].B * (factor == "A"), layer.updates[2].A * (factor == "B"))
         zero = sm.LowRank(zero.B, zero.A)
-        with_zero = replace(layer, updates=(*layer.updates[:2], zero))
-        without = replace(layer, updates=(*layer.updates[:2], sm.absent(layer.shape, zero.A)))
+        with_zero = changed(layer, updates=(*layer.updates[:2], zero))
+        without = changed(layer, updates=(*layer.updates[:2], sm.absent(layer.shape, zero.A)))
         method = sm.lorm(factor, 0.5, given())
-        assert error(method(with_zero).dense(), method(without).dense()) < 1e-9
-        none = replace(layer, updates=(sm.absent(layer.shape, zero.A),) * 3)
-        assert method(none).rank == 0
+        assert error(sm.on_one_layer(method, with_zero).dense(), sm.on_one_layer(method, without).dense()) < 1e-9
+        none = changed(layer, updates=(sm.absent(layer.shape, zero.A),) * 3)
+        assert sm.on_one_layer(method, none).rank == 0
 
 
 def test_what_is_not_shared_is_refused_before_any_work() -> None:
@@ -79,16 +77,16 @@ def test_what_is_not_shared_is_refused_before_any_work() -> None:
             sm.prepare(sm.lorm(factor, 0.0, given()), s3_layers())
     for shared, factor in (("B", "B"), ("A", "A")):  # the wrong one is shared
         with pytest.raises(MethodError, match="do not share"):
-            sm.lorm(factor, 0.0, given())(sharing(shared)[0])
+            sm.on_one_layer(sm.lorm(factor, 0.0, given()), sharing(shared)[0])
     layer = sharing("B")[0]
-    dense = replace(layer, updates=tuple(sm.Dense(u.dense()) for u in layer))
+    dense = changed(layer, updates=tuple(sm.Dense(u.dense()) for u in layer))
     with pytest.raises(MethodError, match="dense"):
-        sm.lorm(grams=given())(dense)
+        sm.on_one_layer(sm.lorm(grams=given()), dense)
     with pytest.raises(MethodError, match="anchors and a model"):
-        sm.lorm()(layer)
+        sm.on_one_layer(sm.lorm(), layer)
     ranks = sm.Layer("l", tuple(make_layers([2, 3], {"l": (4, 5)})[0].updates))
     with pytest.raises(MethodError, match="do not share"):
-        sm.lorm()(ranks)
+        sm.on_one_layer(sm.lorm(), ranks)
 
 
 def test_wrong_arguments_are_named() -> None:

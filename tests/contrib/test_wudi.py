@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 import sapmerge as sm
 from sapmerge.errors import MethodError
 from tests import test_laws as laws
-from tests.conftest import error, low_rank, make_layers, run
+from tests.conftest import changed, error, low_rank, make_layers, run
 from tests.test_goldens import HERE, INDEX
 
 ENTRIES = {entry["key"]: entry for entry in json.loads((HERE / "lora_native.json").read_text())["entries"]}
@@ -64,7 +63,7 @@ def test_closed_form_is_the_formula_and_the_minimum(weights: tuple[float, ...], 
 
 def test_dense_updates_and_low_rank_updates_are_one_thing() -> None:
     layer = make_layers([2, 3, 4])[0]
-    mixed = replace(layer, updates=(sm.Dense(layer.updates[0].dense()), *layer.updates[1:]))
+    mixed = changed(layer, updates=(sm.Dense(layer.updates[0].dense()), *layer.updates[1:]))
     assert error(sm.wudi()(mixed).dense(), sm.wudi()(layer).dense()) < 1e-9
     assert error(sm.WUDISteps()(mixed).dense(), sm.WUDISteps()(layer).dense()) < 1e-9
 

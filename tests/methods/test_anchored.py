@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from sapmerge.losses import entropy
 from tests import conftest
 from tests.anchors import models
 from tests.anchors.models import anchored, random_updates
-from tests.conftest import error, low_rank, make_layers, run
+from tests.conftest import changed, error, low_rank, make_layers, run
 
 HERE = Path(__file__).parents[1] / "goldens"
 ENTRIES = {entry["key"]: entry for entry in json.loads((HERE / "anchored.json").read_text())["entries"]}
@@ -99,12 +98,11 @@ def test_fisher_is_the_official_code(key: str) -> None:
         sm.Layer(
             name,
             tuple(u.get(name, sm.Dense(torch.zeros_like(each[0][name]))) for u in updates),
-            anchors=pass_,  # type: ignore[arg-type]
         )
         for name in each[0]
     ]
     method = sm.fisher(0.0, "batch" if size > 1 else "sample", normalize="norm1" in key)
-    prepared = sm.prepare(method, layers)
+    prepared = sm.prepare(method, conftest.Anchored(layers, pass_))
     for layer in layers[:2]:
         name = {"first": Q, "second": V}[layer.name]
         wanted = tensor(f"fisher/d3/{key}/{name}/W") - tensor(f"d3/base/{name}/W0")
@@ -128,17 +126,16 @@ def test_anchors_measure_that_fisher_information(size: int) -> None:
 def test_fisher_with_equal_information_is_the_mean() -> None:
     for layer in make_layers([2, 0, 3], weights=(1.0, 0.5, 0.7)):
         F = low_rank(layer.shape, 3, 5).dense().square()
-        known = replace(layer, anchors=Known({layer.name: [F] * 3}))
-        assert error(sm.fisher()(known).dense(), sm.mean()(layer).dense()) < 1e-12
-        zero = replace(layer, anchors=Known({layer.name: [F * 0] * 3}))
-        assert error(sm.fisher(floor=0.0)(zero).dense(), sm.mean()(layer).dense()) < 1e-12
+        known = Known({layer.name: [F] * 3})
+        assert error(sm.on_one_layer(sm.fisher(), layer, known).dense(), sm.mean()(layer).dense()) < 1e-12
+        zero = Known({layer.name: [F * 0] * 3})
+        assert error(sm.on_one_layer(sm.fisher(floor=0.0), layer, zero).dense(), sm.mean()(layer).dense()) < 1e-12
 
 
 def test_fisher_takes_each_entry_from_who_needs_it() -> None:
     one, other = sm.Dense(torch.ones(2, 2).double()), sm.Dense(3 * torch.ones(2, 2).double())
     F = [torch.tensor([[1.0, 0.0], [1.0, 3.0]]).double(), torch.tensor([[0.0, 1.0], [1.0, 1.0]]).double()]
-    layer = sm.Layer("l", (one, other), anchors=Known({"l": F}))  # type: ignore[arg-type]
-    got = sm.fisher()(layer).dense()
+    got = sm.on_one_layer(sm.fisher(), sm.Layer("l", (one, other)), Known({"l": F})).dense()  # type: ignore[arg-type]
     torch.testing.assert_close(got, torch.tensor([[1.0, 3.0], [2.0, 1.5]]).double(), atol=1e-5, rtol=0)
 
 
@@ -262,7 +259,7 @@ def test_regmean_is_fed_mammoth(alpha: str) -> None:
     prepared = sm.prepare(sm.regmean(float(alpha), given()), s3_layers())
     for layer in s3_layers():
         assert error(prepared(layer).dense(), tensor(f"regmean_dense/s3/alpha{alpha}/{layer.name}/dW")) < 1e-5
-        dense = replace(layer, updates=(sm.Dense(layer.updates[0].dense()), *layer.updates[1:]))
+        dense = changed(layer, updates=(sm.Dense(layer.updates[0].dense()), *layer.updates[1:]))
         assert (
             error(sm.prepare(sm.regmean(float(alpha), given()), [dense])(dense).dense(), prepared(layer).dense()) < 1e-9
         )
@@ -278,7 +275,9 @@ def test_regmean_is_mergelm(ratio: str) -> None:
     for name, golden in (("first", Q), ("second", V)):
         labels = ("t0", "t1", "t2")
         layer = sm.Layer(name, tuple(task(t)[name] for t in range(3)), adapters=labels)
-        got = sm.regmean(float(ratio), {k: {name: gram} for k, gram in zip(labels, merged[name])})(layer).dense()
+        got = sm.on_one_layer(
+            sm.regmean(float(ratio), {k: {name: gram} for k, gram in zip(labels, merged[name])}), layer
+        ).dense()
         base = tensor(f"d3/base/{golden}/W0")
         assert error(base + got, tensor(f"regmean/d3/a{ratio}/{golden}/W")) < 1e-5
 
@@ -289,26 +288,27 @@ def test_regmean_identities() -> None:
         alike = {label: {layer.name: 3 * torch.eye(n)} for label in layer.adapters}
         diagonal = {label: {layer.name: 3 * torch.ones(n)} for label in layer.adapters}
         for grams in (alike, diagonal):
-            assert error(sm.regmean(grams=grams)(layer).dense(), sm.mean()(layer).dense()) < 1e-12
+            assert error(sm.on_one_layer(sm.regmean(grams=grams), layer).dense(), sm.mean()(layer).dense()) < 1e-12
         # The same on W = W0 + D.
         G = {a: {layer.name: low_rank((n, n), n, k).dense() for k in [i]} for i, a in enumerate(layer.adapters)}
         G = {a: {name: g.T @ g for name, g in found.items()} for a, found in G.items()}
         W0 = low_rank(layer.shape, 4, 9).dense()
-        whole = replace(layer, updates=tuple(sm.Dense(W0 + u.dense()) for u in layer))
-        got = sm.regmean(grams=G)(whole).dense() - W0
-        assert error(got, sm.regmean(grams=G)(layer).dense()) < 1e-9
+        whole = changed(layer, updates=tuple(sm.Dense(W0 + u.dense()) for u in layer))
+        got = sm.on_one_layer(sm.regmean(grams=G), whole).dense() - W0
+        assert error(got, sm.on_one_layer(sm.regmean(grams=G), layer).dense()) < 1e-9
 
 
 def test_given_grams_are_taken_into_a_basis() -> None:
     layer, grams = s3_layers()[0], given()
-    plainly = sm.regmean(0.9, grams)(layer).dense()
-    assert error(sm.In(sm.SharedBasis(), sm.regmean(0.9, grams))(layer).dense(), plainly) < 1e-9
-    core = sm.In(sm.CoreSpace(), sm.regmean(0.5, grams))(layer).dense()
+    plainly = sm.on_one_layer(sm.regmean(0.9, grams), layer).dense()
+    shared = sm.on_one_layer(sm.In(sm.SharedBasis(), sm.regmean(0.9, grams)), layer)
+    assert error(shared.dense(), plainly) < 1e-9
+    core = sm.on_one_layer(sm.In(sm.CoreSpace(), sm.regmean(0.5, grams)), layer).dense()
     frames = sm.CoreSpace()(layer)
     assert frames.V is not None
     inside = {label: {layer.name: frames.V.T @ found[layer.name] @ frames.V} for label, found in grams.items()}
-    small = replace(layer, updates=tuple(frames.inside(update) for update in layer))
-    assert error(core, frames.outside(sm.regmean(0.5, inside)(small)).dense()) < 1e-9
+    small = changed(layer, updates=tuple(frames.inside(update) for update in layer))
+    assert error(core, frames.outside(sm.on_one_layer(sm.regmean(0.5, inside), small)).dense()) < 1e-9
 
 
 @pytest.mark.parametrize("shape", ["matrix", "diagonal"])
@@ -323,11 +323,11 @@ def test_regmean_where_no_anchor_looks(shape: str) -> None:
     grams = {a: {"l": g if shape == "matrix" else g.diagonal()} for a, g in zip(layer.adapters, G)}
     D = [update.dense() for update in layer]
     wanted = sum(d @ g for d, g in zip(D, G)) @ torch.linalg.pinv(sum(G), rtol=1e-10, hermitian=True)
-    assert error(sm.regmean(1.0, grams)(layer).dense(), wanted) < 1e-8
+    assert error(sm.on_one_layer(sm.regmean(1.0, grams), layer).dense(), wanted) < 1e-8
     rest = torch.eye(6).double() - frame @ frame.T
-    assert error(sm.regmean(1.0, grams, unseen=1.0)(layer).dense(), wanted + sum(D) / 2 @ rest) < 1e-8
-    one = replace(layer, updates=layer.updates[:1], adapters=layer.adapters[:1], weights=(1.0,), digests=("d",))
-    assert error(sm.regmean(1.0, grams, unseen=1.0)(one).dense(), D[0]) < 1e-8
+    assert error(sm.on_one_layer(sm.regmean(1.0, grams, unseen=1.0), layer).dense(), wanted + sum(D) / 2 @ rest) < 1e-8
+    one = changed(layer, updates=layer.updates[:1], adapters=layer.adapters[:1], weights=(1.0,), digests=("d",))
+    assert error(sm.on_one_layer(sm.regmean(1.0, grams, unseen=1.0), one).dense(), D[0]) < 1e-8
 
 
 def test_what_is_prepared_does_not_ask_again() -> None:
@@ -337,7 +337,7 @@ def test_what_is_prepared_does_not_ask_again() -> None:
         prepared = sm.prepare(method, layers)
         before = [prepared(layer).dense() for layer in layers]
         model.head.weight.data += 1.0
-        after = [prepared(replace(layer, anchors=None)).dense() for layer in layers]
+        after = [prepared(layer).dense() for layer in layers]
         model.head.weight.data -= 1.0
         assert all(torch.equal(one, other) for one, other in zip(before, after))
 
@@ -364,7 +364,7 @@ def test_tune_finds_the_scale_and_the_method_that_made_the_data() -> None:
         scales = (0.5, 1.0, 1.5, 2.0)
         method = sm.tune({"ties": sm.ties(0.2), "mean": sm.mean(), "pruned": sm.magnitude_prune(0.3)}, scales)
         prepared = sm.prepare(method, layers)
-        got = prepared(replace(layers[0], record=notes.__setitem__))
+        got = prepared(changed(layers[0], record=notes.__setitem__))
         assert error(got.dense(), target) < 1e-12
         assert notes["tuned"]["chosen"] == "mean"
         assert notes["tuned"]["scale"] == 1.5
@@ -395,7 +395,7 @@ def test_tune_prepares_on_one_half_and_looks_at_the_other() -> None:
             asked.append(("loss", self.name))
             return super().loss_of(updates, loss)
 
-    layers = [replace(layer, anchors=Halves("all")) for layer in make_layers()]
+    layers = conftest.Anchored(make_layers(), Halves("all"))
     sm.prepare(sm.tune((sm.sap_original(0.5), sm.mean())), layers)
     steps = [step for step, _ in groupby(asked)]
     assert steps[:2] == [("observe", "even"), ("loss", "odd")]
@@ -409,7 +409,7 @@ def test_tune_in_a_basis_measures_the_update_itself() -> None:
         curves = []
         for method in (sm.tune((sm.mean(),), (0.5, 1.0)), sm.In(basis, sm.tune((sm.mean(),), (0.5, 1.0)))):
             notes: dict[str, Any] = {}
-            sm.prepare(method, layers)(replace(layers[0], record=notes.__setitem__))
+            sm.prepare(method, layers)(changed(layers[0], record=notes.__setitem__))
             curves.append(next(iter(notes["tuned"]["loss"].values())))
         assert all(abs(curves[0][scale] - curves[1][scale]) < 1e-9 for scale in (0.5, 1.0))
 
@@ -438,16 +438,16 @@ def test_halves_are_every_other_batch_or_sample() -> None:
 # --- scorers on activations -------------------------------------------------------------------------------------------
 
 
-def wanda_layer() -> tuple[sm.Layer, nn.Module, list[dict[str, Tensor]]]:
+def wanda_layers() -> tuple[conftest.Anchored, nn.Module, list[dict[str, Tensor]]]:
     module = nn.Sequential()
     module.add_module("l", nn.Linear(16, 24, bias=False).double())
     loader = [{"input": x[None]} for x in tensor("wanda/toy/X")]
     layers = anchored(module, loader, [{"l": sm.Dense(tensor("wanda/toy/W"))}], lambda m, b: m(b["input"]).mean())[1]
-    return layers[0], module, loader
+    return layers, module, loader
 
 
 def test_activation_is_wanda() -> None:
-    layer, *_ = wanda_layer()
+    layers, *_ = wanda_layers()
     seen: list[Tensor] = []
 
     def scorer(values: Tensor, stats: sm.Stats) -> Tensor:
@@ -455,7 +455,7 @@ def test_activation_is_wanda() -> None:
         return seen[-1]
 
     method = sm.Chain(sm.Prune(scorer, sm.PerRow(0.5)), sm.Mean())
-    merged = sm.prepare(method, [layer])(layer).dense()
+    merged = sm.prepare(method, layers)(layers[0]).dense()
     assert error(seen[0], tensor("wanda/toy/metric")) < 1e-6
     kept = tensor("wanda/toy/metric").argsort(1, descending=True)[:, :8]
     wanted = torch.zeros(24, 16).double().scatter(1, kept, tensor("wanda/toy/W").gather(1, kept))
@@ -528,13 +528,13 @@ def test_what_is_missing_is_said() -> None:
     for method in (sm.fisher(), sm.regmean(), sm.tune(), sm.adamerging()):
         with pytest.raises(MethodError, match="anchors and a model"):
             sm.prepare(method, layers)
-        with pytest.raises(MethodError, match="anchors and a model"):
+        with pytest.raises(MethodError, match="looks at whole adapters"):
             method(layers[0])
     with pytest.raises(MethodError, match="anchors and a model"):
         sm.Chain(sm.Prune(sm.Activation(), sm.PerRow(0.5)), sm.Mean())(layers[0])
-    layers = [replace(layer, anchors=conftest.LinearLoss()) for layer in layers]
+    layers = conftest.Anchored(layers, conftest.LinearLoss())
     pruned = sm.Chain(sm.Prune(sm.Magnitude(), sm.TopFraction(0.5)), sm.FisherMean())
-    with pytest.raises(MethodError, match="nothing may prune"):
+    with pytest.raises(MethodError, match="only the first step"):
         sm.prepare(pruned, layers)
     _anchors, real, *_ = plain()
     with pytest.raises(MethodError, match="single inputs"):
@@ -585,7 +585,7 @@ def test_wrong_arguments_are_named() -> None:
         {a: {"l": torch.full((5, 5), float("nan"))} for a in ("a0", "a1")},
     ):
         with pytest.raises(MethodError, match="Gram"):
-            sm.regmean(grams=grams)(layer)
+            sm.on_one_layer(sm.regmean(grams=grams), layer)
     for method in (sm.fisher(0.1, "batch", True), sm.regmean(0.5, unseen=1.0), sm.tune({0.5: sm.sap(0.5)}, (1.0, 2.0))):
         assert repr(sm.parse(repr(method))) == repr(method)
     named = sm.tune((sm.mean(), sm.ByModule({"*": sm.mean()}, sm.mean())))

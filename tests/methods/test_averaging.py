@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import sapmerge as sm
-from tests.conftest import dense, error, low_rank, make_layers, run
+from tests.conftest import changed, dense, error, low_rank, make_layers, run
 
 WEIGHTS = [[1.0, 1.0, 1.0, 1.0], [1.0, 0.5, 0.7, 2.0], [1.0, -0.5, 0.7, 2.0]]
 RANKS = (2, 4, 3, 1)
@@ -40,17 +39,17 @@ def test_slerp_is_the_formula(weights: list[float]) -> None:
         (x, y), t = (u.dense().numpy() for u in layer), weights[1] / sum(weights)
         angle = math.acos((x * y).sum() / np.linalg.norm(x) / np.linalg.norm(y))
         wanted = (math.sin((1 - t) * angle) * x + math.sin(t * angle) * y) / math.sin(angle)
-        got = sm.slerp()(layer)
+        got = sm.on_one_layer(sm.slerp(), layer)
         matches(got, wanted)
         assert isinstance(got, sm.LowRank)
-        swapped = replace(layer, updates=layer.updates[::-1], weights=layer.weights[::-1])
+        swapped = changed(layer, updates=layer.updates[::-1], weights=layer.weights[::-1])
         matches(sm.slerp()(swapped), wanted)
 
 
 def test_slerp_keeps_the_norm_of_equal_norms() -> None:
     layer = make_layers((2, 3), {"l": (8, 9)})[0]
-    unit = replace(layer, updates=tuple(u.scaled(1 / u.norm()) for u in layer))
-    assert sm.slerp()(unit).norm() == pytest.approx(1.0)
+    unit = changed(layer, updates=tuple(u.scaled(1 / u.norm()) for u in layer))
+    assert sm.on_one_layer(sm.slerp(), unit).norm() == pytest.approx(1.0)
     assert sm.mean()(unit).norm() < 0.9
 
 
@@ -58,7 +57,7 @@ def test_slerp_without_an_arc_is_linear() -> None:
     layer = make_layers((2, 3), {"l": (8, 9)}, weights=[1.0, 3.0])[0]
     x = layer.updates[0]
     for other, wanted in ((x, 1.0), (x.scaled(-1), -0.5), (sm.absent(x.shape, x.A), 0.25), (x.scaled(1e-9), None)):
-        got = sm.slerp()(replace(layer, updates=(x, other)))
+        got = sm.slerp()(changed(layer, updates=(x, other)))
         if wanted is not None:
             matches(got, x.dense().numpy() * wanted, 1e-7)
         assert torch.isfinite(got.dense()).all()
@@ -68,8 +67,8 @@ def test_slerp_takes_two() -> None:
     layers = make_layers((2, 3, 4))
     with pytest.raises(sm.MethodError, match=r"two adapters; got 3.*mean\(\)"):
         sm.prepare(sm.slerp(), layers)
-    two = [replace(layer, weights=(1.0, 0.0, 2.0)) for layer in layers]
-    others = [replace(x, updates=x.updates[::2], adapters=("a", "c"), weights=(1.0, 2.0), digests=()) for x in layers]
+    two = [changed(layer, weights=(1.0, 0.0, 2.0)) for layer in layers]
+    others = [changed(x, updates=x.updates[::2], adapters=("a", "c"), weights=(1.0, 2.0), digests=()) for x in layers]
     for name, matrix in dense(run(sm.slerp(), two)).items():
         assert torch.equal(matrix, dense(run(sm.slerp(), others))[name])
 
@@ -96,7 +95,7 @@ def test_factor_average_of_absent_and_zero_weights() -> None:
     wanted = (x.B + y.B) @ (x.A + y.A) / 9
     matches(sm.factor_average()(layer), wanted.numpy())
     with pytest.raises(sm.MethodError, match=r"sum to zero.*FactorSum"):
-        sm.factor_average()(replace(layer, weights=(1.0, 0.0, -1.0)))
+        sm.factor_average()(changed(layer, weights=(1.0, 0.0, -1.0)))
 
 
 @pytest.mark.parametrize("merger", [sm.FactorMean(), sm.FactorSum()])
@@ -144,7 +143,7 @@ def test_model_stock_is_the_formula(weights: list[float]) -> None:
         assert isinstance(got, sm.LowRank)
         rows = np.stack(
             [
-                sm.model_stock()(replace(layer, updates=tuple(sm.Dense(u.dense()[i : i + 1]) for u in layer))).dense()[
+                sm.model_stock()(changed(layer, updates=tuple(sm.Dense(u.dense()[i : i + 1]) for u in layer))).dense()[
                     0
                 ]
                 for i in range(layer.shape[0])
@@ -156,9 +155,9 @@ def test_model_stock_is_the_formula(weights: list[float]) -> None:
 def test_model_stock_of_copies_and_strangers() -> None:
     layer = make_layers((2, 2), {"l": (6, 6)})[0]
     x = layer.updates[0]
-    matches(sm.model_stock()(replace(layer, updates=(x, x))), x.dense().numpy())
+    matches(sm.model_stock()(changed(layer, updates=(x, x))), x.dense().numpy())
     for other in (x.scaled(-1), sm.absent(x.shape, x.A)):
-        assert not sm.model_stock()(replace(layer, updates=(x, other))).dense().any()
+        assert not sm.model_stock()(changed(layer, updates=(x, other))).dense().any()
     with pytest.raises(sm.MethodError, match="'layer' or 'row'"):
         sm.model_stock(scope="tensor")
 
@@ -194,11 +193,11 @@ def test_geometric_median_is_the_minimum(weights: list[float], scope: str) -> No
 
 def test_geometric_median_at_an_adapter_and_between_two() -> None:
     layers = make_layers((2, 3, 2), {"l": (6, 7)})
-    heavy = [replace(layer, weights=(1.0, 5.0, 1.0)) for layer in layers]
+    heavy = [changed(layer, weights=(1.0, 5.0, 1.0)) for layer in layers]
     matches(run(sm.geometric_median(), heavy)["l"], layers[0].updates[1].dense().numpy(), 1e-15)
     two = make_layers((2, 3), {"l": (6, 7)})
     matches(run(sm.geometric_median(), two)["l"], sm.mean()(two[0]).dense().numpy(), 1e-15)
-    twice = [replace(x, updates=(*x.updates, x.updates[0]), adapters=(), weights=(), digests=()) for x in two]
+    twice = [changed(x, updates=(*x.updates, x.updates[0]), adapters=(), weights=(), digests=()) for x in two]
     matches(run(sm.geometric_median(), twice)["l"], two[0].updates[0].dense().numpy(), 1e-12)
 
 
@@ -229,14 +228,14 @@ def test_a_weight_of_two_is_two_votes(method: sm.Method) -> None:
     twice = []
     for x in layers:
         updates = (x.updates[0], *x.updates[:2], x.updates[2].scaled(-1), x.updates[3])
-        twice.append(replace(x, updates=updates, adapters=(), weights=(), digests=()))
+        twice.append(changed(x, updates=updates, adapters=(), weights=(), digests=()))
     for name, matrix in dense(run(method, twice)).items():
         assert error(dense(run(method, layers))[name], matrix) < 1e-9
 
 
 def test_trimmed_mean_reports_what_it_trims() -> None:
     layer, notes = make_layers((2, 2, 2, 2, 2), {"l": (3, 3)})[0], {}
-    sm.trimmed_mean()(replace(layer, record=notes.__setitem__))
+    sm.trimmed_mean()(changed(layer, record=notes.__setitem__))
     assert notes == {"trimmed": pytest.approx(0.4)}
     for wrong in (0.5, -0.1, 20):
         with pytest.raises(sm.MethodError, match=r"\[0, 0.5\)"):
@@ -276,7 +275,7 @@ def test_krum_is_the_paper(byzantine: int | None, select: int, weights: tuple[fl
 def test_krum_of_three_is_the_mean_of_the_closest_pair() -> None:
     layer = make_layers((2, 2, 2), {"l": (6, 6)})[0]
     x, y, z = layer.updates
-    close = replace(layer, updates=(x, sm.Dense(x.dense() + 0.01 * y.dense()), z))
+    close = changed(layer, updates=(x, sm.Dense(x.dense() + 0.01 * y.dense()), z))
     matches(run(sm.krum(), [close])["l"], (x.dense() + 0.005 * y.dense()).numpy())
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import sapmerge as sm
 from sapmerge.errors import MethodError
 from sapmerge.parts.scaling import block_of, magnitudes
-from tests.conftest import dense, error, make_layers, run
+from tests.conftest import changed, dense, error, make_layers, run
 from tests.test_goldens import HERE
 
 ENTRY = next(e for e in json.loads((HERE / "lora_native.json").read_text())["entries"] if e["key"] == "misc/lines/toy")
@@ -78,7 +78,10 @@ def test_one_block_is_alpha() -> None:
         error(run(sm.lines(alpha=0.3), layers)["layers.0.q"].dense(), 0.3 * sm.task_arithmetic()(layers[0]).dense())
         < 1e-12
     )
-    assert error(sm.lines(alpha=0.3)(layers[0]).dense(), 0.3 * sm.task_arithmetic()(layers[0]).dense()) < 1e-12
+    assert (
+        error(sm.on_one_layer(sm.lines(alpha=0.3), layers[0]).dense(), 0.3 * sm.task_arithmetic()(layers[0]).dense())
+        < 1e-12
+    )
 
 
 @pytest.mark.parametrize("method", [sm.task_arithmetic(), sm.mean(), sm.ties(0.3), sm.knots()])
@@ -109,7 +112,7 @@ def test_norm_matched_alpha_does_not_count_who_is_not_there() -> None:
     ]
     wanted, got = (dense(run(sm.lines(alpha="norm"), x)) for x in (layers, more))
     assert all(error(got[name], wanted[name]) < 1e-12 for name in wanted)
-    empty = [replace(x, updates=tuple(u.scaled(0.0) for u in x)) for x in layers]
+    empty = [changed(x, updates=tuple(u.scaled(0.0) for u in x)) for x in layers]
     assert not any(matrix.any() for matrix in dense(run(sm.lines(alpha="norm"), empty)).values())
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import sapmerge as sm
 from sapmerge.errors import MethodError
 from sapmerge.parts.mergers.factors import signed_kmeans
-from tests.conftest import error, low_rank, make_layers, run
+from tests.conftest import changed, error, low_rank, make_layers, run
 from tests.test_goldens import HERE, INDEX
 
 NUMBERS = load_file(HERE / "lora_native.safetensors")
@@ -81,7 +80,7 @@ def test_a_row_that_is_pruned_whole_is_dropped_where_the_code_returns_nan() -> N
         first = layer.updates[0]
         A = first.A.clone()
         A[0] *= 1e-6
-        layer = replace(layer, updates=(sm.LowRank(first.B, A), *layer.updates[1:]))
+        layer = changed(layer, updates=(sm.LowRank(first.B, A), *layer.updates[1:]))
         assert not torch.isfinite(NUMBERS[ENTRIES[key]["outputs"][f"{name}/B"]]).all()
         for method in (sm.RobustFactors(21 / 96), sm.robustmerge(21 / 96)):
             assert torch.isfinite(method(layer).dense()).all()
@@ -107,11 +106,11 @@ def test_zero_and_identical_adapters_in_both_forms() -> None:
     """The code counts an adapter with B = 0, whose A enters the cross terms; in the paper's form ours has no vote."""
     layer = make_layers([8, 8, 8], {"l": (24, 16)})[0]
     first, second, third = layer.updates
-    zero = replace(layer, updates=(first, second, sm.LowRank(third.B * 0, third.A)))
+    zero = changed(layer, updates=(first, second, sm.LowRank(third.B * 0, third.A)))
     pairs = [(u.B, u.A) for u in zero.updates]
     assert error(sm.RobustFactors(0.2)(zero).dense(), official(pairs, 0.2, 0.2, 2.0)) < 1e-12
     assert error(sm.robustmerge(0.2)(zero).dense(), paper(pairs[:2], 0.2)) < 1e-12
-    same = replace(layer, updates=(first,) * 3)
+    same = changed(layer, updates=(first,) * 3)
     pairs = [(first.B, first.A)] * 3
     assert error(sm.RobustFactors(0.2)(same).dense(), official(pairs, 0.2, 0.2, 2.0)) < 1e-12
     assert error(sm.robustmerge(0.2)(same).dense(), paper(pairs, 0.2)) < 1e-12
@@ -145,8 +144,8 @@ def test_ranks_that_differ_share_what_they_have() -> None:
 def test_negative_and_scaled_weights(method: sm.Method) -> None:
     """The weights are those of a mean, with the sign of each on its adapter."""
     layer = make_layers([3, 3], {"l": (9, 8)}, weights=[1.0, -0.5])[0]
-    twice = replace(layer, weights=(2.0, -1.0))
-    flipped = replace(layer, updates=(layer.updates[0], layer.updates[1].scaled(-1)), weights=(1.0, 0.5))
+    twice = changed(layer, weights=(2.0, -1.0))
+    flipped = changed(layer, updates=(layer.updates[0], layer.updates[1].scaled(-1)), weights=(1.0, 0.5))
     assert error(method(twice).dense(), method(layer).dense()) < 1e-12
     assert error(method(flipped).dense(), method(layer).dense()) < 1e-12
 
@@ -154,7 +153,7 @@ def test_negative_and_scaled_weights(method: sm.Method) -> None:
 def test_balanced_robustmerge_depends_on_the_updates_alone() -> None:
     layer = make_layers([4, 4, 4], {"l": (24, 16)})[0]
     R = low_rank((4, 4), 4, 5).dense() + 2 * torch.eye(4).double()
-    other = replace(layer, updates=tuple(sm.LowRank(u.B @ torch.linalg.inv(R), R @ u.A) for u in layer))
+    other = changed(layer, updates=tuple(sm.LowRank(u.B @ torch.linalg.inv(R), R @ u.A) for u in layer))
     for method, low, high in ((sm.robustmerge(), 0.1, 5.0), (sm.robustmerge(balance=True), 0.0, 1e-9)):
         assert low <= error(method(other).dense(), method(layer).dense()) <= high
 
@@ -300,7 +299,7 @@ def test_primitives_are_finite_on_degenerate_inputs(scale: float, method: sm.Mer
             (zero,) * len(layer),
             tuple(sm.Dense(u.dense()) for u in layer),
         ):
-            merged = method(replace(layer, updates=updates))
+            merged = method(changed(layer, updates=updates))
             assert merged.shape == layer.shape
             assert merged.dtype == torch.float32
             assert torch.isfinite(merged.dense()).all()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import sapmerge as sm
 from sapmerge.core.selection import kth_largest
-from tests.conftest import dense, error, make_layers, run
+from tests.conftest import changed, dense, error, make_layers, run
 from tests.methods.golden_entries import input_layers
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
@@ -179,7 +179,7 @@ def test_consensus_is_the_formula(weights: tuple[float, ...]) -> None:
             for needed in (1, 2, 3, 9):
                 wanted = total * (votes >= min(needed, 3))
                 notes: dict[str, float] = {}
-                got = sm.consensus_ta(ratio, needed)(replace(layer, record=notes.__setitem__))
+                got = sm.consensus_ta(ratio, needed)(changed(layer, record=notes.__setitem__))
                 matches(got, wanted)
                 assert notes["consensus_density"] == pytest.approx((votes >= min(needed, 3)).mean())
 
@@ -240,10 +240,10 @@ def test_pcb_is_the_formula(weights: tuple[float, ...], inter: sm.Inter, density
 def test_pcb_of_a_zero_adapter_and_without_a_pre_pass() -> None:
     layers = make_layers([2, 3], {"l": (7, 8)})
     zero = sm.LowRank(layers[0].updates[0].B * 0, layers[0].updates[0].A)
-    more = [replace(layers[0], updates=(*layers[0].updates, zero), adapters=(), weights=(), digests=())]
+    more = [sm.Layer("l", (*layers[0].updates, zero))]
     wanted = dense(run(sm.pcb(0.3), layers))["l"]
     assert error(dense(run(sm.pcb(0.3), more))["l"], wanted) < 1e-12
-    assert torch.equal(sm.pcb(0.3)(layers[0]).dense(), wanted)
+    assert torch.equal(sm.on_one_layer(sm.pcb(0.3), layers[0]).dense(), wanted)
 
 
 @given(st.integers(0, 10**6), st.sampled_from([torch.float32, torch.float64]), st.floats(0, 1), st.floats(-8, 8))
@@ -285,7 +285,7 @@ def test_emr_is_the_formula(weights: tuple[float, ...]) -> None:
         shares[layer.name] = masks.mean((1, 2))
     for layer in layers:
         notes: dict[str, dict[str, float]] = {}
-        method(replace(layer, record=notes.__setitem__))
+        method(changed(layer, record=notes.__setitem__))
         np.testing.assert_allclose(list(notes["emr_scalar"].values()), above / below, rtol=1e-12)
         np.testing.assert_allclose(list(notes["emr_mask"].values()), shares[layer.name], rtol=1e-12)
 

@@ -22,7 +22,7 @@ import sapmerge as sm
 from sapmerge.contrib import ctm
 from sapmerge.core.lowrank import balanced
 from tests import test_laws
-from tests.conftest import error, low_rank, make_layers, run
+from tests.conftest import changed, error, low_rank, make_layers, run
 
 HERE = Path(__file__).parent.parent / "goldens"
 ENTRIES = {entry["key"]: entry for entry in json.loads((HERE / "spectral.json").read_text())["entries"]}
@@ -274,7 +274,7 @@ def test_cart_with_all_components_and_scale_one_is_the_mean() -> None:
     layer = make_layers([2, 0, 3], {"l": (9, 8)}, weights=[1.0, 0.5, 2.0])[0]
     assert error(sm.cart(1.0, 1.0)(layer).dense(), sm.mean()(layer).dense()) < 1e-12
     with pytest.raises(sm.MethodError, match="sum to zero"):
-        sm.cart()(replace(layer, weights=(1.0, -2.0, 1.0)))
+        sm.cart()(changed(layer, weights=(1.0, -2.0, 1.0)))
 
 
 def test_decorrelated_directions_are_orthogonal() -> None:

@@ -13,8 +13,9 @@ from torch import Tensor
 from sapmerge.core.core_space import check_rank, components, cores_of, polar
 from sapmerge.core.frames import Frames
 from sapmerge.core.layer import Layer
-from sapmerge.core.part import Mapped, part, prepare
+from sapmerge.core.part import part, prepare
 from sapmerge.core.protocols import LayerStream, Method
+from sapmerge.core.stream import Mapped
 from sapmerge.core.updates import Dense, LowRank, Update, absent, zero_of
 
 __all__ = ["InCoverSpace"]
@@ -44,7 +45,8 @@ class InCoverSpace:
         check_rank("InCoverSpace", self.rank)
 
     def prepare(self, layers: LayerStream) -> InCoverSpace:
-        return replace(self, method=prepare(self.method, Mapped(layers, lambda layer: self._inside(layer)[2])))
+        inside = Mapped(layers, lambda layer: self._inside(layer)[2], layers.anchors)
+        return replace(self, method=prepare(self.method, inside))
 
     def __call__(self, layer: Layer) -> Update:
         frames, owner, inside = self._inside(layer)
@@ -67,4 +69,4 @@ class InCoverSpace:
             updates[piece.adapter] = LowRank(left.T @ (piece.U * piece.sigma), piece.Vh @ right)
         owner = torch.cat([torch.full((len(piece.sigma),), piece.adapter) for piece in pieces]).to(left.device)
         frames = Frames(U=left if core.U is None else core.U @ left, V=right if core.V is None else core.V @ right)
-        return frames, owner, replace(layer, updates=tuple(updates), frames=(*layer.frames, frames))
+        return frames, owner, layer.inside(frames, updates)

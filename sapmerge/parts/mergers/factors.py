@@ -273,9 +273,10 @@ class _Task:
 def _factors(layer: Layer, balance: bool) -> list[_Pair]:
     """The factors of every adapter that has the layer and a weight; a dense update has only balanced ones."""
     pairs: list[_Pair] = []
-    for update, weight, digest in zip(layer, layer.weights, layer.digests, strict=True):
-        if update.rank == 0 or weight == 0:
+    for member in layer.members:
+        if not member.counts:
             continue
+        update, weight, digest = member.update, member.weight, member.digest
         if isinstance(update, Dense) or balance:
             U, sigma, Vh = update.svd()
             pairs.append(_Pair(*split_evenly(U, sigma, Vh, numerical_rank(sigma)), weight, digest))

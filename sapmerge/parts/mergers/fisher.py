@@ -10,12 +10,12 @@ from torch import Tensor
 
 from sapmerge.core.layer import Layer
 from sapmerge.core.linalg import norm
-from sapmerge.core.part import Mapped, part
+from sapmerge.core.part import part, unprepared
 from sapmerge.core.protocols import LayerStream, Observation
-from sapmerge.core.updates import Dense, LowRank, Update
+from sapmerge.core.stream import Mapped, anchors_of, filled_with_zeros
+from sapmerge.core.updates import Dense, Update
 from sapmerge.errors import MethodError
 from sapmerge.parts.units import Entries
-from sapmerge.parts.wrappers import anchors_of
 
 __all__ = ["FisherMean"]
 
@@ -51,19 +51,15 @@ class FisherMean:
             )
 
     def prepare(self, layers: LayerStream) -> FisherMean:
-        first = next(iter(layers), None)
-        if first is None:
-            return self
-        advice = "; and nothing may prune before it, since gradients are those of the adapters as read"
-        anchors = anchors_of(first, "FisherMean", advice)
-        filled = Mapped(layers, _filled)
+        anchors = anchors_of(layers, "FisherMean")
+        filled = Mapped(layers, filled_with_zeros, anchors)
         seen = anchors.observe(filled, Entries())
         sizes = self._sizes(filled, seen)
         return replace(self, merged={layer.name: self._merge(layer, seen, sizes) for layer in filled})
 
     def __call__(self, layer: Layer) -> Update:
         if self.merged is None:
-            return self.prepare([layer])(layer)
+            raise unprepared(self)
         return self.merged[layer.name]
 
     def _sizes(self, layers: LayerStream, seen: Observation) -> list[float]:
@@ -97,11 +93,3 @@ class FisherMean:
             count += abs(weight)
         merged = torch.where(mass > 0, total / torch.where(mass > 0, mass, 1.0), plain / count)
         return Dense(merged.to(like.dtype))
-
-
-def _filled(layer: Layer) -> Layer:
-    """An adapter without the layer has an update of zero, at which gradients are taken too."""
-    like = layer.updates[0]
-    nothing = torch.zeros(1, dtype=like.dtype, device=like.device)
-    zero = LowRank(nothing.expand(layer.shape[0], 1), nothing.expand(1, layer.shape[1]))
-    return replace(layer, updates=tuple(update if update.rank else zero for update in layer))

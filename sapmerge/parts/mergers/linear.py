@@ -77,7 +77,7 @@ class DisjointMean:
     """
 
     def __call__(self, layer: Layer) -> Update:
-        present = [(update.dense(), weight) for update, weight in zip(layer, layer.weights, strict=True) if update.rank]
+        present = [(m.update.dense(), m.weight) for m in layer.members if not m.absent]
         if not present:
             return layer.updates[0]
         total = torch.zeros_like(present[0][0])
@@ -101,7 +101,7 @@ class DisjointMax:
     """
 
     def __call__(self, layer: Layer) -> Update:
-        present = [(u.dense(), w) for u, w in zip(layer, layer.weights, strict=True) if u.rank and w != 0]
+        present = [(m.update.dense(), m.weight) for m in layer.members if m.counts]
         if not present:
             return layer.updates[0].scaled(0.0)
         best = torch.zeros_like(present[0][0])
@@ -175,7 +175,7 @@ def _apart(layer: Layer, left: Sequence[float], right: Sequence[float]) -> Updat
 
 def _factors(layer: Layer) -> list[tuple[int, LowRank]]:
     """The adapters that have the layer, with factors of one rank."""
-    present = [(k, update) for k, update in enumerate(layer) if update.rank]
+    present = [(k, update) for k, update in enumerate(layer) if not update.absent]
     low = [(k, update) for k, update in present if isinstance(update, LowRank)]
     if len(low) < len(present):
         raise MethodError(f"layer {layer.name!r}: an update is dense and has no factors to average; use mean()")

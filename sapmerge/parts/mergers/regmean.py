@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from sapmerge.core.layer import Layer
-from sapmerge.core.part import part
+from sapmerge.core.part import part, unprepared
 from sapmerge.core.protocols import LayerStream
+from sapmerge.core.stream import anchors_of
 from sapmerge.core.updates import Dense, LowRank, Update, zero_of
 from sapmerge.errors import MethodError
 
@@ -69,7 +70,7 @@ class RegMean:
 
     def __call__(self, layer: Layer) -> Update:
         if self.merged is None:
-            return self.prepare([layer])(layer)
+            raise unprepared(self)
         return self.merged[layer.name]
 
 
@@ -92,7 +93,7 @@ class NormalEquations:
         self.total = _plus(self.total, gram * abs(weight))
         if isinstance(update, Dense):
             self.dense.append((times(update.matrix.double(), gram) * weight, update.matrix.double() * weight))
-        elif update.rank:
+        elif not update.absent:
             A = update.A.double()
             self.low.append((update.B.double() * weight, times(A, gram), A))
 
@@ -117,17 +118,10 @@ class NormalEquations:
 
 def each_gram(who: str, layers: LayerStream, grams: Grams | None, fold: Callable[[Layer, int, Tensor], None]) -> None:
     """Hand every Gram matrix to `fold`, the given ones or those of the anchors, adapter after adapter in each layer."""
-    first = next(iter(layers), None)
-    if first is None:
-        return
     if grams is None:
-        if first.anchors is None:
-            raise MethodError(
-                f"{who} needs the inputs of the layers: anchors and a model, merge(adapters, anchor_loader, model, ...)"
-                ", or grams={label: {layer: matrix}}; and nothing may prune before it, since inputs are those that the "
-                "adapters make as read"
-            )
-        first.anchors.grams(layers, fold)
+        anchors_of(layers, who, ", and so are the inputs of the layers; or grams={label: {layer: matrix}}").grams(
+            layers, fold
+        )
         return
     for layer in layers:
         for k, label in enumerate(layer.adapters):

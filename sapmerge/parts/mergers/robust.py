@@ -8,7 +8,7 @@ weight |w|, and one without the layer is a member whose update is zero.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import field, replace
 from typing import TypeAlias
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from sapmerge.core.layer import Layer
 from sapmerge.core.linalg import RTOL
 from sapmerge.core.lowrank import gram, weighted_sum, whole_gram
-from sapmerge.core.part import part
+from sapmerge.core.part import part, unprepared
 from sapmerge.core.protocols import LayerStream
 from sapmerge.core.updates import Dense, LowRank, Update, absent
 from sapmerge.errors import MethodError
@@ -53,7 +53,7 @@ class GeometricMedian:
         return replace(self, fitted=_coefficients(layers, _geometric_median)) if self.scope == "adapter" else self
 
     def __call__(self, layer: Layer) -> Update:
-        return _combine(layer, self.fitted or _coefficients([layer], _geometric_median))
+        return _combine(layer, _fitted(self, self.fitted, layer, _geometric_median))
 
 
 @part
@@ -91,7 +91,7 @@ class Krum:
         return replace(self, fitted=_coefficients(layers, self._choose)) if self.scope == "adapter" else self
 
     def __call__(self, layer: Layer) -> Update:
-        return _combine(layer, self.fitted or _coefficients([layer], self._choose))
+        return _combine(layer, _fitted(self, self.fitted, layer, self._choose))
 
     def _choose(self, products: Tensor, weights: Tensor) -> Tensor:
         count = len(weights)
@@ -218,7 +218,7 @@ def _spread(layer: Layer, index: Sequence[int], coefficients: Tensor) -> tuple[f
     return tuple(found.get(k, 0.0) for k in range(len(layer)))
 
 
-def _coefficients(layers: LayerStream | Sequence[Layer], rule: Rule) -> tuple[float, ...] | None:
+def _coefficients(layers: Iterable[Layer], rule: Rule) -> tuple[float, ...] | None:
     """What a rule makes of the Gram matrix summed over all layers; None without layers."""
     total, last = whole_gram(layers)
     if last is None:
@@ -228,13 +228,24 @@ def _coefficients(layers: LayerStream | Sequence[Layer], rule: Rule) -> tuple[fl
     return _spread(last, index, chosen * signs)
 
 
+def _fitted(
+    owner: GeometricMedian | Krum, fitted: tuple[float, ...] | None, layer: Layer, rule: Rule
+) -> tuple[float, ...] | None:
+    """The coefficients of the whole adapter, or for scope "layer" those of the layer."""
+    if owner.scope == "layer":
+        return _coefficients([layer], rule)
+    if fitted is None:
+        raise unprepared(owner)
+    return fitted
+
+
 def _combine(layer: Layer, coefficients: tuple[float, ...] | None) -> Update:
     """sum_k a_k D_k, without those of coefficient 0."""
     shares = coefficients or (0.0,) * len(layer)
     layer.record("coefficients", dict(zip(layer.adapters, shares, strict=True)))
     none = absent(layer.shape, layer.updates[0].rows(torch.zeros(0, dtype=torch.int64)))
     used = [u if share != 0 else none for u, share in zip(layer, shares, strict=True)]
-    return weighted_sum(replace(layer, updates=tuple(used)), shares)
+    return weighted_sum(layer.with_updates(used), shares)
 
 
 def _squared_distances(products: Tensor) -> Tensor:

@@ -1,0 +1,127 @@
+"""A merge that is ready to run: its data, and the merged layers one after the other. What a sink is made from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from sapmerge.core.layer import Layer
+from sapmerge.core.lowrank import truncate
+from sapmerge.core.part import recipe
+from sapmerge.core.protocols import Method
+from sapmerge.core.torch_state import pinned_state
+from sapmerge.core.updates import Dense, LowRank, Update
+from sapmerge.errors import MethodError, NonFiniteError
+from sapmerge.io.adapter import Adapter
+from sapmerge.io.contents import Module
+from sapmerge.losses import loss_name
+from sapmerge.merging.heads import Heads
+from sapmerge.merging.inputs import Base
+from sapmerge.merging.report import LayerReport, describe
+from sapmerge.merging.stream import AdapterLayers, in_order, with_progress
+
+__all__ = ["Run"]
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """What a merge is made from, after every check and every pre-pass.
+
+    Args:
+        adapters: in the user's order.
+        weights: one per adapter.
+        base: the base model that the output is for.
+        heads: what happens to modules saved whole.
+        method: as it was given, for the recipe.
+        scale: multiplies the merged update.
+        rank: of the output, see `merge`.
+        stream: the layers, adapters sorted by content.
+        prepared: the method, after its pre-pass.
+        names: canonical name -> the name that the output uses; others are written as they are.
+        progress: whether to show a bar.
+    """
+
+    adapters: tuple[Adapter, ...]
+    weights: tuple[float, ...]
+    base: Base
+    heads: Heads
+    method: Method
+    scale: float
+    rank: int | float | str | None
+    stream: AdapterLayers
+    prepared: Method
+    names: Mapping[str, str]
+    progress: bool = False
+    kept: dict[str, LowRank] = field(default_factory=dict[str, LowRank])
+    """With anchors: the update of every layer as a sink has stored it, for the loss of the merged model."""
+
+    def updates(self) -> Iterator[tuple[str, Update]]:
+        """(module, merged update) for every layer, exact: scale applied, nothing truncated or rounded."""
+        for name in with_progress(self.stream.modules, len(self.stream.modules), self.progress):
+            yield name, self.merged(name)[1]
+
+    @property
+    def recipe(self) -> Mapping[str, Any]:
+        """The whole call, as it is written into the output's metadata."""
+        return {
+            "method": recipe(self.method),
+            "weights": {a.label: weight for a, weight in zip(self.adapters, self.weights, strict=True)},
+            "scale": self.scale,
+            "rank": self.rank,
+            "base_model": self.base.name,
+            "modules_to_save": self.heads.policy,
+            "loss": None if self.stream.anchors is None else loss_name(self.stream.anchors.loss),
+        }
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the output: that of the inputs, or the narrowest that holds all of them."""
+        dtypes = [module.dtype for adapter in self.adapters for module in adapter.modules.values()]
+        out = dtypes[0]
+        for dtype in dtypes[1:]:
+            out = torch.promote_types(out, dtype)
+        return out
+
+    def stored(self, lossless: bool = False) -> Iterator[tuple[Module, Update, LayerReport]]:
+        """For every layer its module, the update as a sink stores it, and its report.
+
+        Args:
+            lossless: give the update as it is; otherwise factors of the rank that was asked for.
+        """
+        default = max((module.rank for adapter in self.adapters for module in adapter.modules.values()), default=1)
+
+        def finished(name: str) -> tuple[str, Update, LayerReport]:
+            with pinned_state():
+                layer, update, notes = self.merged(name)
+                kept, energy = (update, 1.0) if lossless else truncate(update, self.rank, default)
+                return name, kept, describe(layer, update, kept.rank, energy, notes)
+
+        layers = in_order(finished, self.stream.modules, self.stream.layers_at_once())
+        for name, kept, row in with_progress(layers, len(self.stream.modules), self.progress):
+            if self.stream.anchors is not None and isinstance(kept, LowRank):
+                self.kept[name] = LowRank(kept.B, kept.A)  # without what it has computed
+            yield self.stream.modules[name], kept, row
+
+    def merged(self, name: str) -> tuple[Layer, Update, dict[str, Any]]:
+        """A layer, its merged update, and what the parts of the method recorded."""
+        notes: dict[str, Any] = {}
+        with pinned_state():
+            layer = self.stream.layer(name, notes.__setitem__)
+            update = self.prepared(layer)
+            if not isinstance(update, (LowRank, Dense)):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise MethodError(
+                    f"a method returns an update, LowRank(B, A) or Dense(matrix); {self.method!r} returned a "
+                    f"{type(update).__name__} for layer {name!r}"
+                )
+            if self.scale != 1.0:
+                update = update.scaled(self.scale)
+            if update.shape != layer.shape:
+                raise MethodError(f"{self.method!r} made an update {update.shape} for layer {name!r} {layer.shape}")
+            if not math.isfinite(update.norm()):
+                raise NonFiniteError(f"the merged update of layer {name!r} is NaN or infinite: {self.method!r}")
+        return layer, update, notes
