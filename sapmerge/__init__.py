@@ -50,8 +50,8 @@ from sapmerge.errors import (
     SapmergeWarning,
 )
 from sapmerge.io.adapter import Adapter
-from sapmerge.io.contents import Module, SavedTensor
 from sapmerge.io.files import Limits
+from sapmerge.io.modules import Module, SavedTensor
 from sapmerge.losses import alignment, centered_alignment, contrastive, entropy, language_modeling, outputs_only
 from sapmerge.merging.inspection import AdapterSummary, Inspection, LayerSummary, inspect
 from sapmerge.merging.merge import Merged, merge

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from sapmerge.errors import ModelMismatchError
-from sapmerge.io.contents import Module
+from sapmerge.io.modules import Module
 from sapmerge.io.names import canonical
 
 __all__ = [
+    "ModelWeights",
+    "Site",
     "base_of",
     "canonical_in",
     "check_untied",
     "device_of",
     "find_modules",
     "find_saved",
+    "find_sites",
+    "find_tensors",
     "model_names",
     "tensor_name",
     "weight_view",
@@ -50,44 +56,135 @@ def canonical_in(base: nn.Module, name: str) -> str:
     return canonical(name, {"base_model_name_or_path": family})
 
 
+@dataclass(frozen=True)
+class Site:
+    """Where the weight of one layer lies in a model.
+
+    Args:
+        module: the module that owns it, without PEFT's wrappers.
+        name: of the parameter in the module, e.g. "weight", "in_proj_weight" or "gate_up_proj".
+        parameter: the whole parameter.
+        weight: the layer's part of it: all of it, or one expert's slice (a view).
+        transposed: whether the weight is stored as (inputs, outputs).
+        hooked: whether the module maps an input to W x, so that an update can be added to its output.
+    """
+
+    module: nn.Module
+    name: str
+    parameter: Tensor
+    weight: Tensor
+    transposed: bool
+    hooked: bool
+
+    def view(self, matrix: Tensor) -> Tensor:
+        """An (outputs, inputs) matrix in the layout of the weight."""
+        return matrix.T if self.transposed else matrix.reshape(self.weight.shape)
+
+    def matrix(self) -> Tensor:
+        """The weight as an (outputs, inputs) matrix."""
+        weight = self.weight.detach()
+        return weight.T if self.transposed else weight.reshape(weight.shape[0], -1)
+
+
+class ModelWeights:
+    """The weights of a live model, for kinds of adapters that need them (see `Adapter.with_base`)."""
+
+    def __init__(self, model: Any, wanted: Mapping[str, Module]) -> None:
+        self._sites, self._model = find_sites(model, wanted), model
+
+    def matrix(self, module: Module) -> Tensor:
+        """The weight of a layer as an (outputs, inputs) matrix, in float32 on the CPU."""
+        return self._sites[module.name].matrix().to("cpu", torch.float32)
+
+    def tensor(self, name: str) -> Tensor:
+        """A parameter by its canonical name, in float32 on the CPU."""
+        return find_tensors(self._model, [name])[name].detach().to("cpu", torch.float32)
+
+
 def find_modules(model: Any, wanted: Mapping[str, Module]) -> dict[str, nn.Module]:
-    """The model's module for every adapted module.
+    """The model's module for every adapted weight; see `find_sites`."""
+    return {name: site.module for name, site in find_sites(model, wanted).items()}
+
+
+def find_sites(model: Any, wanted: Mapping[str, Module]) -> dict[str, Site]:
+    """Where the weight of every layer lies in a model.
 
     Raises:
         ModelMismatchError: modules are missing, or their weight has another shape.
     """
     base, names = base_of(model), model_names(model)
-    missing = [name for name in wanted if name not in names]
+    fused = {name: part for name, spec in wanted.items() if (part := fused_part(spec, names, base)) is not None}
+    missing = [spec.owner for name, spec in wanted.items() if spec.owner not in names and name not in fused]
     if missing:
         raise ModelMismatchError(
             f"{type(base).__name__} has no module {missing[0]!r}"
             + (f" (nor {len(missing) - 1} others of the {len(wanted)} adapted ones)" if len(missing) > 1 else "")
             + f"; it has e.g. {list(names.values())[-3:]}. Is it the adapters' base model?"
         )
-    found: dict[str, nn.Module] = {}
+    found: dict[str, Site] = {}
     for name, spec in wanted.items():
-        module = base.get_submodule(names[name])
-        module = cast("nn.Module", getattr(module, "base_layer", module))
-        weight = getattr(module, "weight", None)
-        if not isinstance(weight, Tensor) or not weight.is_floating_point():
-            raise ModelMismatchError(f"module {name!r} ({type(module).__name__}) has no floating-point weight")
-        shape = matrix_shape(module, weight)
+        site = fused.get(name) or _site(unwrapped(base.get_submodule(names[spec.owner])), spec)
+        shape = tuple(site.matrix().shape)
         if shape != spec.shape:
             raise ModelMismatchError(
                 f"module {name!r} has a weight matrix {shape} in {type(base).__name__}, but the adapters' update is "
                 f"{spec.shape}"
             )
-        found[name] = module
+        found[name] = site
     return found
 
 
-def matrix_shape(module: nn.Module, weight: Tensor) -> tuple[int, int]:
-    """(outputs, inputs) of a module's weight, seen as the matrix that an update is added to."""
-    if _transposed(module):
-        return weight.shape[1], weight.shape[0]
-    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and module.groups != 1:
-        raise ModelMismatchError(f"{module} has groups: updates of grouped convolutions are not supported")
-    return weight.shape[0], weight.numel() // max(1, weight.shape[0])
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside PEFT's wrappers."""
+    while isinstance(inner := getattr(module, "base_layer", None), nn.Module):
+        module = inner
+    return module
+
+
+def _site(module: nn.Module, spec: Module) -> Site:
+    parameter: object = module
+    for part in spec.parameter.split("."):
+        parameter = getattr(parameter, part, None)
+    if not isinstance(parameter, Tensor) or not parameter.is_floating_point():
+        raise ModelMismatchError(
+            f"module {spec.name!r} ({type(module).__name__}) has no floating-point {spec.parameter}"
+        )
+    if spec.kind != "parameter":
+        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and module.groups != 1:
+            raise ModelMismatchError(f"{module} has groups: updates of grouped convolutions are not supported")
+        hooked = spec.parameter == "weight"
+        return Site(module, spec.parameter, parameter, parameter, hooked and _transposed(module), hooked)
+    experts = parameter.shape[0] if parameter.ndim == 3 else 1
+    if experts != spec.experts:
+        raise ModelMismatchError(
+            f"{spec.parameter} of module {spec.owner!r} holds {experts} matrices in {type(module).__name__}, and the "
+            f"adapters have {spec.experts}"
+        )
+    weight = parameter[spec.expert] if parameter.ndim == 3 else parameter
+    # As PEFT reads it: see ParamWrapper.
+    transposed = parameter.ndim == 3 and bool(getattr(module, "is_transposed", False))
+    return Site(module, spec.parameter, parameter, weight, transposed, False)
+
+
+_EXPERT = re.compile(r"(?P<bank>.+\.experts)\.(?P<number>\d+)\.(?P<leaf>gate_proj|up_proj|down_proj|w1|w2|w3)")
+
+
+def fused_part(spec: Module, names: Mapping[str, str], base: nn.Module) -> Site | None:
+    """The part of a fused parameter that was a module of its own before transformers 5: "experts.3.up_proj"."""
+    match = _EXPERT.fullmatch(spec.owner) if spec.kind == "linear" and spec.owner not in names else None
+    if match is None:
+        return None
+    bank = next((b for b in (match["bank"], match["bank"].replace("block_sparse_moe", "mlp")) if b in names), None)
+    module = None if bank is None else unwrapped(base.get_submodule(names[bank]))
+    name = "down_proj" if match["leaf"] in ("down_proj", "w2") else "gate_up_proj"
+    parameter, number = getattr(module, name, None), int(match["number"])
+    if module is None or not isinstance(parameter, Tensor) or parameter.ndim != 3 or number >= parameter.shape[0]:
+        return None
+    if getattr(module, "is_transposed", False) or not getattr(module, "is_concatenated", True):
+        return None
+    half = parameter.shape[1] // 2
+    rows = {"gate_up_proj": slice(0, half) if match["leaf"] in ("gate_proj", "w1") else slice(half, None)}
+    return Site(module, name, parameter, parameter[number, rows.get(name, slice(None))], False, False)
 
 
 def weight_view(module: nn.Module, matrix: Tensor) -> Tensor:
@@ -129,18 +226,34 @@ def find_saved(model: Any, wanted: Mapping[str, tuple[int, ...]]) -> dict[str, T
     Raises:
         ModelMismatchError: it has none, or one of another shape.
     """
-    state, names = cast("dict[str, Tensor]", base_of(model).state_dict(keep_vars=True)), model_names(model)
-    own = {name.replace(".original_module.", "."): tensor for name, tensor in state.items()}
-    targets: dict[str, Tensor] = {}
+    targets = find_tensors(model, wanted, "modules_to_save='drop' leaves it out")
     for name, shape in wanted.items():
-        target = own.get(tensor_name(name, names))
-        if target is None or tuple(target.shape) != shape:
-            found = "none" if target is None else str(tuple(target.shape))
+        found = tuple(targets[name].shape)
+        if found != shape:
             raise ModelMismatchError(
                 f"the adapters save {name!r} {shape}, and the model has {found}; modules_to_save='drop' leaves it out"
             )
-        targets[name] = target
     return targets
+
+
+def find_tensors(model: Any, wanted: Iterable[str], advice: str = "is it their base?") -> dict[str, Tensor]:
+    """The model's own tensor for every canonical name, e.g. "classifier.weight", in PEFT's wrappers too.
+
+    Raises:
+        ModelMismatchError: it has none; `advice` ends the message.
+    """
+    state, names = cast("dict[str, Tensor]", base_of(model).state_dict(keep_vars=True)), model_names(model)
+    own = {_WRAPPERS.sub(".", name): tensor for name, tensor in state.items()}
+    found: dict[str, Tensor] = {}
+    for name in wanted:
+        target = own.get(tensor_name(name, names))
+        if target is None:
+            raise ModelMismatchError(f"the adapters change {name!r}, and the model has none; {advice}")
+        found[name] = target
+    return found
+
+
+_WRAPPERS = re.compile(r"(?:\.(?:original_module|base_layer|token_adapter))+\.")
 
 
 def device_of(model: Any) -> torch.device:

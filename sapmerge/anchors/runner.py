@@ -22,7 +22,7 @@ from sapmerge.anchors.towers import embedded, stand_in
 from sapmerge.core.linalg import finite, wide
 from sapmerge.core.updates import Update
 from sapmerge.errors import AnchorError, NonFiniteError
-from sapmerge.io.contents import Module
+from sapmerge.io.modules import Module
 from sapmerge.losses import PAIR_LOSSES, Loss, default_loss, is_outputs_only, loss_name
 from sapmerge.models import device_of, find_modules
 

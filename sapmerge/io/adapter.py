@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import stat
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -18,20 +17,22 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from sapmerge.core.torch_state import pinned_state
-from sapmerge.core.updates import LowRank
-from sapmerge.errors import AdapterFormatError, AdapterSecurityError, MethodError, SapmergeWarning
+from sapmerge.core.updates import Update
+from sapmerge.errors import AdapterFormatError, MethodError, SapmergeWarning
 from sapmerge.io.config import Settings, settings
-from sapmerge.io.contents import Contents, Module, SavedTensor, sort_contents
-from sapmerge.io.files import DEFAULT_LIMITS, Limits, RegularFile, reason, shown
+from sapmerge.io.contents import Contents, sort_contents
+from sapmerge.io.files import DEFAULT_LIMITS, Limits, RegularFile, shown
+from sapmerge.io.folder import CONFIG, PICKLE, WEIGHTS, which_weights
 from sapmerge.io.header import open_weights
+from sapmerge.io.kinds.vectors import Vector
 from sapmerge.io.live import check_live_scaling, config_bytes, live_adapter
+from sapmerge.io.modules import BaseWeights, Module, SavedTensor
 from sapmerge.io.pickles import held, open_pickle
 from sapmerge.io.strict_json import parse
 
 __all__ = ["Adapter", "check_readable"]
 
-CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-_VIEWS = {"config", "modules", "saved", "files"}  # fields that nobody can write to
+_VIEWS = {"config", "modules", "saved", "vectors", "files"}  # fields that nobody can write to
 _LABEL = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -45,6 +46,7 @@ class Adapter:
         config: the JSON as it came.
         modules: canonical name -> Module, sorted.
         saved: canonical tensor name -> SavedTensor, sorted.
+        vectors: biases and rows of embeddings that the adapter moves or replaces, sorted (see `Vector`).
         digest: sha256 of all that decides about the update: values, scalings, names. Not of path, label or order.
         files: file name -> sha256 of the bytes used; empty for adapters in memory.
         folder: where the files are, absolute, links resolved; None for adapters in memory.
@@ -57,6 +59,7 @@ class Adapter:
     config: Mapping[str, object] = field(repr=False)
     modules: Mapping[str, Module] = field(repr=False)
     saved: Mapping[str, SavedTensor] = field(repr=False)
+    vectors: Mapping[str, Vector] = field(repr=False)
     digest: str
     files: Mapping[str, str]
     base_model: str | None
@@ -65,6 +68,7 @@ class Adapter:
     fan_in_fan_out: bool
     folder: str | None
     _contents: Contents = field(repr=False)
+    _base: BaseWeights | None = field(default=None, repr=False)
 
     def __reduce__(self) -> tuple[object, ...]:
         values = {one.name: getattr(self, one.name) for one in fields(self)}
@@ -97,7 +101,7 @@ class Adapter:
             raise AdapterFormatError("adapter '': an empty path; expected a local folder")
         folder = os.path.abspath(source)
         where = f"adapter {shown(source)}"
-        weights_name = _which_weights(folder, where, allow_pickle_weights)
+        weights_name = which_weights(folder, where, allow_pickle_weights)
         label = label or _label_from(os.path.basename(folder))
         read = _read(folder, weights_name, where, limits)
         return _finished(label, source, *read, folder=os.path.realpath(folder))
@@ -181,23 +185,29 @@ class Adapter:
         """The same adapter under another label."""
         return replace(self, label=_checked_label(label))
 
+    def with_base(self, base: BaseWeights) -> Adapter:
+        """The same adapter, with the weights of its base at hand: some kinds of updates depend on them."""
+        return replace(self, _base=base)
+
     @pinned_state()
-    def update(self, name: str) -> LowRank:
-        """B @ A of one module in float32, scaling folded into B.
+    def update(self, name: str) -> Update:
+        """The update of one weight matrix in float32, every scaling folded in.
 
         Args:
             name: a key of `modules`.
 
         Returns:
-            B (m, r), A (r, n). Convolutions and embeddings are brought to that form.
+            B (m, r), A (r, n) as a `LowRank`; a `Dense` for DoRA. Convolutions and embeddings are brought to that form.
 
         Raises:
+            MethodError: there is no such module, or its kind needs the base's weight (`Module.needs_base`).
             InputChangedError: the file is not the one that was loaded.
             NonFiniteError: a factor or the product is not finite in float32.
         """
         if name not in self.modules:
             raise MethodError(f"adapter {shown(self.source)} has no module {shown(name)}")
-        return self._contents.update(name, self.source)
+        module, base = self.modules[name], self._base
+        return self._contents.update(name, self.source, None if base is None else lambda: base.matrix(module))
 
     @pinned_state()
     def saved_tensor(self, name: str) -> Tensor:
@@ -209,6 +219,27 @@ class Adapter:
         if name not in self.saved:
             raise MethodError(f"adapter {shown(self.source)} has no saved tensor {shown(name)}")
         return self._contents.weights.read(self._contents.tensors[name][0])
+
+    @pinned_state()
+    def vector(self, key: str) -> Tensor:
+        """A bias, or rows of an embedding, as the file has them, in float32.
+
+        Args:
+            key: of `vectors`.
+        """
+        if key not in self.vectors:
+            raise MethodError(f"adapter {shown(self.source)} has no vector {shown(key)}")
+        return self._contents.weights.read(self.vectors[key].tensor).float()
+
+    def copies(self) -> Mapping[str, tuple[str, ...]]:
+        """Module -> sha256 of the copies of its weight in the base that the file has, and does not need."""
+        facts = self._contents.weights.facts
+        return {name: tuple(facts[t].digest for t in tensors) for name, tensors in self._contents.copies.items()}
+
+    @pinned_state()
+    def copied(self, name: str) -> Tensor:
+        """The copy of a module's weight in the base, in float32."""
+        return self._contents.weights.read(self._contents.copies[name][0]).float()
 
 
 def check_readable(folder: str) -> None:
@@ -245,33 +276,6 @@ def _read(
     return config, chosen, contents, {CONFIG: hashlib.sha256(raw).hexdigest(), weights_name: sha256}
 
 
-def _which_weights(folder: str, where: str, allow_pickle_weights: bool) -> str:
-    """The name of the file with the weights, from a look at the folder."""
-    try:
-        if not stat.S_ISDIR(os.stat(folder).st_mode):
-            raise AdapterFormatError(f"{where}: is a file; expected the folder that holds {CONFIG} and {WEIGHTS}")
-    except (OSError, ValueError) as error:
-        raise AdapterFormatError(
-            f"{where}: cannot be opened ({reason(error)}). Paths are local only; use Adapter.from_hub('user/name') "
-            "for the Hub"
-        ) from None
-    safe, pickled = (os.path.lexists(os.path.join(folder, name)) for name in (WEIGHTS, PICKLE))
-    if not os.path.lexists(os.path.join(folder, CONFIG)):
-        raise AdapterFormatError(f"{where}: has no {CONFIG}; expected a folder written by save_pretrained")
-    if safe and pickled:
-        _warn(f"{where}: {PICKLE} is ignored, {WEIGHTS} is used; one of them may be out of date")
-    if safe:
-        return WEIGHTS
-    if not pickled:
-        raise AdapterFormatError(f"{where}: has no {WEIGHTS}; nothing is downloaded for a local folder")
-    if not allow_pickle_weights:
-        raise AdapterSecurityError(
-            f"{where}: the weights are in {PICKLE}, a pickle, which can hold code. If you trust its author, load it "
-            "with sapmerge.Adapter.load(path, allow_pickle_weights=True), or ask for safetensors"
-        )
-    return PICKLE
-
-
 def _in_memory(config: object, tensors: Mapping[str, Tensor], label: str, source: str, limits: Limits) -> Adapter:
     where = f"adapter {shown(label)}, {source}"
     parsed = parse(config_bytes(config, f"{where}, config"), f"{where}, config", limits)
@@ -299,6 +303,7 @@ def _finished(
         config=MappingProxyType(config),
         modules=MappingProxyType(contents.modules),
         saved=MappingProxyType(dict(sorted(contents.saved.items()))),
+        vectors=MappingProxyType(dict(sorted(contents.vectors.items()))),
         digest=contents.digest(),
         files=MappingProxyType(files),
         base_model=chosen.base_model,

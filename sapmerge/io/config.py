@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import math
-import re
 import sys
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NoReturn, cast
+from typing import cast
 
-from sapmerge.errors import AdapterConfigError, AdapterSecurityError, SapmergeWarning
+from sapmerge.errors import AdapterConfigError, AdapterSecurityError
+from sapmerge.io.config_reader import MODULE, ConfigReader
 from sapmerge.io.files import shown
+from sapmerge.io.kinds.adalora import as_lora
 
 __all__ = ["Settings", "settings"]
 
@@ -36,6 +35,15 @@ class Settings:
     base_model: str | None
     revision: str | None
     task_type: str | None
+    dora: bool = False
+    lora_bias: bool = False
+    bias: str = "none"
+    parameters: tuple[str, ...] = ()
+    tokens: Mapping[str, tuple[int, ...]] | None = None
+    """Rows of the embedding that `trainable_token_indices` names; "" for the model's input embedding."""
+    start: str | None = None
+    """An initialisation that was subtracted from the base: "pissa" or "olora"."""
+    adalora: bool = False
 
 
 # PEFT adds these to modules_to_save of every adapter for the task, whether the model has them or not.
@@ -46,29 +54,22 @@ HEADS = {
 }
 TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION", *HEADS)
 
-_BOTH = "merge it into its base with PEFT's merge_and_unload, or train plain LoRA"
 # Keys that change what the adapter does in a way a sum of B @ A cannot say: the value that means "off", and why.
 REFUSED: dict[str, tuple[object, str]] = {
-    "use_dora": (False, f"DoRA also scales the columns of the base weight; {_BOTH}"),
-    "lora_bias": (False, f"the bias of lora_B is not part of B @ A; {_BOTH}"),
-    "bias": ("none", "trained biases replace those of the base; train with bias='none'"),
     "layer_replication": (None, "the adapter belongs to a model with repeated layers, not to its base"),
     "megatron_config": (None, "Megatron layers are not supported; convert the adapter to plain LoRA"),
-    "trainable_token_indices": (None, "trained token embeddings are not part of B @ A; train without them"),
-    "target_parameters": (None, "LoRA on parameters (mixture of experts) is not supported yet"),
     "alora_invocation_tokens": (None, "activated LoRA acts on some tokens only, a merged adapter on all"),
     "use_qalora": (False, "QALoRA pools its inputs, so its update is not B @ A"),
     "use_bdlora": (None, "block-diagonal LoRA stores blocks, not B and A"),
     "arrow_config": (None, "Arrow routes between adapters and has no update of its own"),
     "kasa_config": (None, "KaSA truncates the base weight, so its update is not B @ A"),
     "monteclora_config": (None, "MonteCLoRA samples its update"),
-    "ensure_weight_tying": (False, "tied adapters share one update between two modules"),
     "enable_lora": (None, "the adapter was written by PEFT before 0.3 and fuses several projections; train it again"),
 }
-# Initialisations that leave the base alone. The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) subtract from it.
+# Initialisations that leave the base alone. The others (CorDA, LoftQ, LoRA-GA) subtract from it what no file tells.
 INITS = ("gaussian", "eva", "orthogonal", "mica")
-_MODULE = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*")
-_LONGEST = 500
+# What was subtracted from the base can be computed from the base.
+STARTS = ("pissa", "olora")
 _TEXT = (str, type(None))
 _TABLE = (dict, type(None))
 # Keys that say nothing about the update, and the types they may have.
@@ -105,19 +106,32 @@ READ = frozenset(
         "init_lora_weights",
         "lora_dropout",
         "megatron_core",
+        "use_dora",
+        "lora_bias",
+        "bias",
+        "trainable_token_indices",
+        "target_parameters",
+        "lora_B_layout",
+        "ensure_weight_tying",
     ]
+)
+# Keys that other trainers add, and that say nothing about the update: learning rates, the dtype of training, versions.
+HARMLESS = frozenset(
+    ["lorap_lr_ratio", "lorap_emb_lr", "lora_dtype", "loraplus_lr_ratio", "loraplus_lr_embedding", "swift_version"]
 )
 
 
-def settings(config: Mapping[str, object], where: str) -> Settings:
+def settings(config: Mapping[str, object], where: str, *, adalora: bool = False) -> Settings:
     """Every key used, neutral, or refused by name.
 
     Raises:
         AdapterConfigError: a key or value that is missing, unknown, contradictory or unsupported.
         AdapterSecurityError: a key that asks for code.
     """
-    read = _Reader(config, where)
+    read = ConfigReader(config, where)
     peft_type = config.get("peft_type")
+    if peft_type == "ADALORA":
+        return settings(as_lora(config, where), where, adalora=True)
     if peft_type != "LORA":
         known = f"merge {shown(peft_type)} adapters into their bases with PEFT instead" if peft_type else ""
         read.fail("peft_type", "'LORA'", known)
@@ -129,7 +143,7 @@ def settings(config: Mapping[str, object], where: str) -> Settings:
     core = config.get("megatron_core")
     if core not in (None, "megatron.core"):
         raise AdapterSecurityError(f"{where}: megatron_core {shown(core)} would be imported; expected 'megatron.core'")
-    _check_init(config.get("init_lora_weights", True), read)
+    start = _start(config.get("init_lora_weights", True), read)
     dropout = read.number("lora_dropout", 0.0)
     if not 0 <= dropout <= 1:
         read.fail("lora_dropout", "a number in [0, 1]")
@@ -137,7 +151,7 @@ def settings(config: Mapping[str, object], where: str) -> Settings:
     if isinstance(r, bool) or not isinstance(r, int) or r < 1:
         read.fail("r", "a positive whole number")
     targets, excluded = read.names("target_modules"), read.names("exclude_modules")
-    if targets is not None and not targets:
+    if targets is not None and not targets and not config.get("target_parameters"):
         read.fail("target_modules", "at least one module name")
     layers, lists = read.layers(), read.names("layers_pattern")
     lists = (lists,) if isinstance(lists, str) and lists else tuple(lists or ())
@@ -151,12 +165,26 @@ def settings(config: Mapping[str, object], where: str) -> Settings:
     saved = read.names("modules_to_save")
     if isinstance(saved, str):
         read.fail("modules_to_save", "a list of module names")
-    if not all(_MODULE.fullmatch(name) for name in saved or ()):
+    if not all(MODULE.fullmatch(name) for name in saved or ()):
         read.fail("modules_to_save", "plain module names")
     ranks = read.table("rank_pattern")
     if any(isinstance(rank, bool) or not isinstance(rank, int) or rank < 1 for rank in ranks.values()):
         read.fail("rank_pattern", "positive whole numbers")
     alphas = read.table("alpha_pattern")
+    read.flag("ensure_weight_tying")  # PEFT has stored what it tied, too
+    dora, lora_bias = read.flag("use_dora"), read.flag("lora_bias")
+    if (start is not None) + dora + lora_bias > 1:
+        read.fail("use_dora" if dora else "lora_bias", "false", "PEFT has no use_dora with lora_bias, PiSSA or OLoRA")
+    bias = config.get("bias") or "none"
+    if bias not in ("none", "all", "lora_only"):
+        read.fail("bias", "'none', 'all' or 'lora_only'")
+    parameters = read.names("target_parameters")
+    if isinstance(parameters, str) or not all(MODULE.fullmatch(name) for name in parameters or ()):
+        read.fail("target_parameters", "a list of parameter names")
+    if parameters and (dora or lora_bias or start):
+        read.fail("target_parameters", "null", "PEFT has no such layer with use_dora, lora_bias or PiSSA")
+    if adalora and (dora or lora_bias or start or parameters):
+        read.fail("peft_type", "'LORA'", "PEFT has no AdaLoRA with use_dora, lora_bias, target_parameters or PiSSA")
     return Settings(
         r=r,
         alpha=read.number("lora_alpha", 8.0),
@@ -173,10 +201,17 @@ def settings(config: Mapping[str, object], where: str) -> Settings:
         base_model=read.text("base_model_name_or_path") or None,
         revision=read.text("revision") or None,
         task_type=task,
+        dora=dora,
+        lora_bias=lora_bias,
+        bias=str(bias),
+        parameters=tuple(parameters or ()),
+        tokens=read.tokens(),
+        start=start,
+        adalora=adalora,
     )
 
 
-def _check_key(key: str, read: _Reader) -> None:
+def _check_key(key: str, read: ConfigReader) -> None:
     """Refuse what is switched on and unsupported, and what nobody knows."""
     value = read.config[key]
     if key in REFUSED:
@@ -190,6 +225,8 @@ def _check_key(key: str, read: _Reader) -> None:
             library = str(cast("dict[str, object]", value).get("parent_library")).split(".")[0]
             if library in sys.stdlib_module_names:
                 read.warn(f"auto_mapping names {shown(library)}, which is no library of models; it is never imported")
+    elif key in HARMLESS and (value is None or isinstance(value, str | int | float)):
+        read.warn(f"key {shown(key)} is ignored: it is known to say nothing about the update")
     elif key not in READ and value is not None:
         if value is False or value in ("", [], {}):
             read.warn(f"unknown key {shown(key)} is ignored: {shown(value)} is taken to mean that it is off")
@@ -197,76 +234,17 @@ def _check_key(key: str, read: _Reader) -> None:
             read.fail(key, "only known keys of a LoraConfig", "remove it if it does not change the update")
 
 
-def _check_init(init: object, read: _Reader) -> None:
+def _start(init: object, read: ConfigReader) -> str | None:
+    """Which initialisation was subtracted from the base; None if the base was left alone."""
     if init is None or isinstance(init, bool) or (isinstance(init, str) and init.lower() in INITS):
-        return
+        return None
+    if isinstance(init, str) and init.lower() in STARTS:
+        return init.lower()
     if isinstance(init, str) and init.lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
         read.fail(
             "init_lora_weights",
-            "an initialisation that leaves the base weights alone",
-            "convert it: save_pretrained(..., path_initial_model_for_weight_conversion=...) in PEFT",
+            "'pissa', 'olora' or an initialisation that leaves the base weights alone",
+            "what it subtracted from the base depends on data or chance; convert it: "
+            "save_pretrained(..., path_initial_model_for_weight_conversion=...) in PEFT",
         )
-    read.fail("init_lora_weights", f"true, false, {', '.join(INITS)}")
-
-
-class _Reader:
-    """Typed access to a config; each mistake names the key, what was found and what was expected."""
-
-    def __init__(self, config: Mapping[str, object], where: str) -> None:
-        self.config, self.where = config, where
-
-    def fail(self, key: str, expected: str, advice: str = "") -> NoReturn:
-        tail = f"; {advice}" if advice else ""
-        found = shown(self.config[key]) if key in self.config else "missing"
-        raise AdapterConfigError(f"{self.where}: {shown(key)} is {found}, expected {expected}{tail}")
-
-    def warn(self, text: str) -> None:
-        warnings.warn(f"{self.where}: {text}", SapmergeWarning, stacklevel=2)
-
-    def flag(self, key: str) -> bool:
-        value = self.config.get(key)
-        if value is not None and not isinstance(value, bool):
-            self.fail(key, "true or false")
-        return bool(value)
-
-    def text(self, key: str) -> str | None:
-        value = self.config.get(key)
-        if value is not None and not isinstance(value, str):
-            self.fail(key, "a string or null")
-        if value is not None and (len(value) > _LONGEST or not value.isprintable()):
-            # It goes into reports, messages and the output's model card.
-            self.fail(key, f"at most {_LONGEST} printable characters")
-        return value
-
-    def number(self, key: str, default: float) -> float:
-        return self.as_number(self.config.get(key, default), key)
-
-    def as_number(self, value: object, key: str) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            self.fail(key, "a finite number" if key != "alpha_pattern" else "finite numbers")
-        return float(value)
-
-    def table(self, key: str) -> dict[str, object]:
-        value = self.config.get(key)
-        if value is not None and not isinstance(value, dict):
-            self.fail(key, "an object {pattern: number}")
-        return cast("dict[str, object]", value or {})
-
-    def names(self, key: str) -> str | tuple[str, ...] | None:
-        """A pattern, or names."""
-        value = self.config.get(key)
-        if value is None or isinstance(value, str):
-            return value
-        items = cast("list[object]", value) if isinstance(value, list) else [None]
-        if not all(isinstance(item, str) and item for item in items):
-            self.fail(key, "a string, a list of strings, or null")
-        return tuple(cast("list[str]", items))
-
-    def layers(self) -> tuple[int, ...] | None:
-        value = self.config.get("layers_to_transform")
-        if value is None:
-            return None
-        items = cast("list[object]", value) if isinstance(value, list) else [value]
-        if not all(isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in items):
-            self.fail("layers_to_transform", "a layer number, a list of them, or null")
-        return tuple(cast("list[int]", items))
+    return read.fail("init_lora_weights", f"true, false, {', '.join((*INITS, *STARTS))}")

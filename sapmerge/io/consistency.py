@@ -10,59 +10,102 @@ from typing import NamedTuple
 from sapmerge.errors import AdapterConfigError, SapmergeWarning
 from sapmerge.io.config import Settings
 from sapmerge.io.files import Limits, shown
-from sapmerge.io.keys import Pair
+from sapmerge.io.kinds.adalora import scaling_of
+from sapmerge.io.pairs import Pair
 from sapmerge.io.patterns import Budget, Pattern, Selection, matching, tail_patterns
 
-__all__ = ["Scaling", "check"]
+__all__ = ["Checks", "Scaling"]
 
 USUAL_SCALING = 100.0
 FAINT = 1e6
 
 
 class Scaling(NamedTuple):
-    """How strongly one module's B @ A acts."""
+    """How strongly one module's B @ A acts.
+
+    Args:
+        rank: by the config; of a parameter that of one expert.
+    """
 
     alpha: float
+    rank: int
     factor: float
 
 
-def check(pairs: Sequence[Pair], settings: Settings, where: str, limits: Limits) -> dict[str, Scaling]:
-    """The scaling of each module (by its spelled name), once config and tensors tell the same story.
+class Checks:
+    """One config, asked about the modules of its file.
+
+    Args:
+        where: how messages name the config.
 
     Raises:
-        AdapterConfigError: a module that the config hides, a rank it contradicts, a target without tensors.
         LimitExceededError: patterns that are too long, too many or too slow.
     """
-    budget = Budget(limits, where)
-    saved = (*settings.saved, *settings.heads)
-    selection = Selection(settings.targets, settings.excluded, settings.layers, settings.layers_pattern, saved, budget)
-    ranks = _Table(settings.rank_pattern, "rank_pattern", where, budget)
-    alphas = _Table(settings.alpha_pattern, "alpha_pattern", where, budget)
-    scalings: dict[str, Scaling] = {}
-    for pair in pairs:
-        reason = selection.why_not(pair.spelled)
-        if reason is not None:
-            raise AdapterConfigError(
-                f"{where}: the file has tensors for module {shown(pair.spelled)}, but {reason}; config and weights "
-                "do not belong together"
-            )
-        rank = ranks.get(pair.spelled, settings.r)
-        if rank != pair.rank:
-            raise AdapterConfigError(
-                f"{where}: module {shown(pair.spelled)} has rank {pair.rank} in the tensors, {int(rank)} by "
-                "r and rank_pattern; config and weights do not belong together"
-            )
-        alpha = alphas.get(pair.spelled, settings.alpha)
-        scalings[pair.spelled] = Scaling(alpha, alpha / (math.sqrt(rank) if settings.rslora else rank))
-    for problem in selection.unseen():
-        raise AdapterConfigError(
-            f"{where}: {problem}, but no tensor of it is in the file; the file may be incomplete. If the base model "
-            "has no such module, remove the name"
+
+    def __init__(self, settings: Settings, where: str, limits: Limits) -> None:
+        self._settings, self._where, self._budget = settings, where, Budget(limits, where)
+        targets = () if settings.targets is None and settings.parameters else settings.targets
+        saved = (*settings.saved, *settings.heads)
+        self._selection = Selection(
+            targets, settings.excluded, settings.layers, settings.layers_pattern, saved, self._budget
         )
-    ranks.warn()
-    alphas.warn()
-    _warn_of_scalings(scalings, where)
-    return scalings
+        self._reasons: dict[str, str | None] = {}
+
+    def selects(self, module: str) -> bool:
+        """Whether `target_modules` means this module."""
+        if module not in self._reasons:
+            self._reasons[module] = self._selection.why_not(module)
+        return self._reasons[module] is None
+
+    def scalings(self, pairs: Sequence[Pair]) -> list[Scaling]:
+        """The scaling of each pair, once config and tensors tell the same story.
+
+        Raises:
+            AdapterConfigError: a module that the config hides, a rank it contradicts, a target without tensors.
+        """
+        settings, where = self._settings, self._where
+        ranks = _Table(settings.rank_pattern, "rank_pattern", where, self._budget)
+        alphas = _Table(settings.alpha_pattern, "alpha_pattern", where, self._budget)
+        scalings: list[Scaling] = []
+        for pair in pairs:
+            if not pair.parameter and not self.selects(pair.key):
+                raise AdapterConfigError(
+                    f"{where}: the file has tensors for module {shown(pair.spelled)}, but {self._reasons[pair.key]}; "
+                    "config and weights do not belong together"
+                )
+            rank = int(ranks.get(pair.key, settings.r))
+            if pair.rank % rank if pair.parameter else rank != pair.rank:
+                what = f"{pair.rank} rows for all experts" if pair.parameter else f"rank {pair.rank}"
+                raise AdapterConfigError(
+                    f"{where}: module {shown(pair.key)} has {what} in the tensors, rank {rank} by "
+                    "r and rank_pattern; config and weights do not belong together"
+                )
+            scalings.append(_scaling(alphas.get(pair.key, settings.alpha), rank, settings))
+        self._check_seen(pairs)
+        ranks.warn()
+        alphas.warn()
+        _warn_of_scalings({pair.key: scaling for pair, scaling in zip(pairs, scalings, strict=True)}, where)
+        return scalings
+
+    def _check_seen(self, pairs: Sequence[Pair]) -> None:
+        """What the config names is in the file."""
+        keys = [pair.key for pair in pairs if pair.parameter]
+        unseen = list(self._selection.unseen()) + [
+            f"target_parameters names {shown(target)}"
+            for target in self._settings.parameters
+            if not any(f".{key}".endswith(f".{target}") for key in keys)
+        ]
+        for problem in unseen:
+            raise AdapterConfigError(
+                f"{self._where}: {problem}, but no tensor of it is in the file; the file may be incomplete. If the "
+                "base model has no such module, remove the name"
+            )
+
+
+def _scaling(alpha: float, rank: int, settings: Settings) -> Scaling:
+    if settings.adalora:
+        return Scaling(settings.alpha, rank, scaling_of(settings.alpha, settings.r))
+    return Scaling(alpha, rank, alpha / (math.sqrt(rank) if settings.rslora else rank))
 
 
 class _Table:

@@ -5,20 +5,23 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from sapmerge.core.linalg import factor_inner
-from sapmerge.core.updates import LowRank
-from sapmerge.errors import AdapterFormatError, NonFiniteError, SapmergeWarning
+from sapmerge.core.updates import Update
+from sapmerge.errors import AdapterFormatError, MethodError, NonFiniteError, SapmergeWarning
 from sapmerge.io.config import Settings
-from sapmerge.io.consistency import check
+from sapmerge.io.consistency import Checks
 from sapmerge.io.files import Limits, Weights, shown
 from sapmerge.io.keys import sort_tensors
+from sapmerge.io.kinds.reading import BaseMatrix, Reading
+from sapmerge.io.kinds.vectors import Vector, replaced_biases, token_rows
+from sapmerge.io.modules import Module, SavedTensor, made_of, moved_biases
 from sapmerge.io.names import canonical
+from sapmerge.io.pairs import make_pairs
 
-__all__ = ["Contents", "Module", "SavedTensor", "sort_contents"]
+__all__ = ["Contents", "sort_contents"]
 
 _LARGEST = torch.finfo(torch.float32).max
 # Factors whose norms differ by more hide their size from methods that look at one factor. Below the floor a factor
@@ -27,47 +30,24 @@ _BALANCE, _FLOOR = 1e3, 1e-30
 
 
 @dataclass(frozen=True)
-class Module:
-    """One adapted weight matrix of one adapter.
+class Contents:
+    """Modules and saved tensors by canonical name, and the tensors of the file that they are made of.
 
     Args:
-        name: without "base_model.model.", in transformers 5 spelling where that can be told.
-        spelled: as the file spells it.
-        kind: "linear", "conv" or "embedding".
-        shape: (m, n) of the update B @ A; conv: n = in * kernel; embedding: m = its dimension, n = its rows.
-        rank: of the tensors.
-        scaling: alpha / rank, or alpha / sqrt(rank) for rsLoRA.
-        dtype: of the factors as stored.
-        a_shape, b_shape: of the factors as stored.
+        readings: module -> how its update is made.
+        saved: tensors of modules that were saved whole.
+        vectors: what is neither: biases and rows of embeddings.
+        copies: module -> copies of its weight in the base, which nobody needs.
+        twice: pairs of tensors that must hold the same values.
+        tensors: module, saved tensor or vector -> names in the file.
     """
 
-    name: str
-    spelled: str
-    kind: str
-    shape: tuple[int, int]
-    rank: int
-    alpha: float
-    scaling: float
-    dtype: torch.dtype
-    a_shape: tuple[int, ...]
-    b_shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class SavedTensor:
-    """One tensor of a module that was saved whole (`modules_to_save`)."""
-
-    spelled: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Contents:
-    """Modules and saved tensors by canonical name, and the tensors of the file that they are made of."""
-
     modules: dict[str, Module]
+    readings: dict[str, Reading]
     saved: dict[str, SavedTensor]
+    vectors: dict[str, Vector]
+    copies: dict[str, tuple[str, ...]]
+    twice: tuple[tuple[str, str], ...]
     tensors: dict[str, tuple[str, ...]]
     weights: Weights
 
@@ -84,14 +64,19 @@ class Contents:
                 raise NonFiniteError(
                     f"{weights.where}: tensor {shown(name)} has {facts.bad} values that are NaN or infinite in float32"
                 )
+        for first, second in self.twice:
+            if weights.facts[first].digest != weights.facts[second].digest:
+                raise AdapterFormatError(
+                    f"{weights.where}: tensors {shown(first)} and {shown(second)} are one bias, with different values"
+                )
         for name, module in self.modules.items():
-            if not self._bounded(module):
-                self.update(name, source)
+            if self.readings[name].bound(weights.facts) > _LARGEST and module.needs_base is None:
+                self.update(name, source, None)
 
     def _warn_of_oddities(self) -> None:
         weights, odd = self.weights, list[tuple[float, str]]()
-        for name in self.modules:
-            a, b = (weights.facts[tensor].norm for tensor in self.tensors[name])
+        for name, reading in self.readings.items():
+            a, b = (weights.facts[tensor].norm for tensor in reading.tensors[:2])
             if min(a, b) > _FLOOR and not 1 / _BALANCE <= a / b <= _BALANCE:
                 odd.append((a / b, name))
         if odd:
@@ -104,31 +89,32 @@ class Contents:
         if double is not None:
             _warn(f"{weights.where}: tensor {shown(double)} is float64; computations round it to float32")
 
-    def _bounded(self, module: Module) -> bool:
-        """Whether the norms of the factors tell that the product is finite; else it has to be formed."""
-        a, b = (self.weights.facts[tensor].norm for tensor in self.tensors[module.name])
-        return abs(module.scaling) * max(b, a * b) <= _LARGEST
-
-    def update(self, name: str, source: str) -> LowRank:
-        """B @ A of one module in float32, scaling folded into B."""
-        module = self.modules[name]
-        a_name, b_name = self.tensors[name]
-        a = self.weights.read(a_name).float().reshape(module.rank, module.shape[1])
-        b = self.weights.read(b_name).float().reshape(module.shape[0], module.rank) * module.scaling
+    def update(self, name: str, source: str, base: BaseMatrix | None) -> Update:
+        """The update of one module in float32, every scaling folded in."""
+        module, reading = self.modules[name], self.readings[name]
+        if module.needs_base is not None and base is None:
+            raise MethodError(
+                f"adapter {shown(source)}, module {shown(name)}: {module.needs_base}, so the base model is needed: "
+                "merge(adapters, model=model)"
+            )
+        update = reading.update(self.weights, base)
         # Written so that NaN fails too.
-        if not (self._bounded(module) or factor_inner(b, a, b, a) <= _LARGEST**2):
+        fine = reading.bound(self.weights.facts) <= _LARGEST or update.norm() <= _LARGEST
+        if not fine:
             raise NonFiniteError(
                 f"adapter {shown(source)}, module {shown(name)}: the update (scaling {module.scaling:g} times "
                 "lora_B lora_A) is not finite in float32"
             )
-        return LowRank(b, a)
+        return update
 
     def digest(self) -> str:
         """sha256 of all that decides about the update. Needs `weights.facts`."""
         digest = hashlib.sha256()
         for name in sorted(self.tensors):
             module = self.modules.get(name)
-            scaling = module and (module.kind, module.scaling.hex())
+            scaling = module and (module.kind, module.scaling.hex(), *self.readings[name].mark())
+            if name in self.vectors:
+                scaling = self.vectors[name].mark()
             entries = [self.weights.entries[tensor] for tensor in self.tensors[name]]
             kinds = [(entry.shape, str(entry.dtype)) for entry in entries]
             values = [self.weights.facts[tensor].digest for tensor in self.tensors[name]]
@@ -144,28 +130,19 @@ def sort_contents(
     Args:
         where: how messages name the config.
     """
-    found = sort_tensors(weights, settings.saved, settings.heads, limits)
-    scalings = check(found.pairs, settings, where, limits)
-    contents = Contents({}, {}, {}, weights)
-    named = [(canonical(pair.spelled, config), pair) for pair in found.pairs]
-    for name, pair in sorted(named, key=lambda item: item[0]):
-        if name in contents.modules:
+    found, checks = sort_tensors(weights, settings), Checks(settings, where, limits)
+    pairs = make_pairs(weights, found.groups, settings, checks.selects, limits, where)
+    copies = {canonical(module, config): names for module, names in found.copies.items()}
+    contents = Contents({}, {}, {}, {}, copies, found.twice, {}, weights)
+    scalings = checks.scalings(pairs)
+    for module, reading in made_of(pairs, scalings, settings, config, where):
+        if module.name in contents.modules:
             raise AdapterFormatError(
-                f"{weights.where}: tensors {shown(contents.tensors[name][0])} and {shown(pair.a)} belong to one module"
+                f"{weights.where}: tensors {shown(contents.tensors[module.name][0])} and {shown(reading.tensors[0])} "
+                "belong to one module"
             )
-        contents.modules[name] = Module(
-            name=name,
-            spelled=pair.spelled,
-            kind=pair.kind,
-            shape=pair.shape,
-            rank=pair.rank,
-            alpha=scalings[pair.spelled].alpha,
-            scaling=scalings[pair.spelled].factor,
-            dtype=pair.dtype,
-            a_shape=pair.a_shape,
-            b_shape=pair.b_shape,
-        )
-        contents.tensors[name] = pair.a, pair.b
+        contents.modules[module.name], contents.readings[module.name] = module, reading
+        contents.tensors[module.name] = reading.tensors
     for spelled, tensor in found.saved.items():
         module, _, last = spelled.rpartition(".")
         name = f"{canonical(module, config)}.{last}"
@@ -173,6 +150,23 @@ def sort_contents(
             raise AdapterFormatError(f"{weights.where}: tensor {shown(tensor)} is there in two spellings")
         contents.saved[name] = SavedTensor(spelled, weights.entries[tensor].dtype, weights.entries[tensor].shape)
         contents.tensors[name] = (tensor,)
+    vectors = [
+        *moved_biases(weights, pairs, scalings),
+        *replaced_biases(weights, found.biases),
+        *token_rows(weights, found.tokens, settings.tokens, where),
+    ]
+    for vector in vectors:
+        module, _, leaf = vector.spelled.rpartition(".")
+        named = replace(vector, name=f"{canonical(module, config)}.{leaf}")
+        if named.key in contents.vectors:
+            raise AdapterFormatError(f"{weights.where}: tensor {shown(vector.tensor)} is there in two spellings")
+        contents.vectors[named.key] = named
+        contents.tensors[named.key] = (vector.tensor,)
+    if copies:
+        _warn(
+            f"{weights.where}: copies of the base's weight of {shown(sorted(copies))} are ignored; "
+            "save_pretrained(..., save_embedding_layers=False) stores none"
+        )
     return contents
 
 

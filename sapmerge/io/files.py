@@ -42,7 +42,7 @@ class Limits:
     header_bytes: int = 100_000_000
     tensors: int = 200_000
     name_length: int = 512
-    rank_above_shape: bool = False
+    rank_above_shape: bool = True
 
 
 DEFAULT_LIMITS = Limits()

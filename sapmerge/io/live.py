@@ -11,8 +11,8 @@ from typing import cast
 from torch import Tensor, nn
 
 from sapmerge.errors import AdapterConfigError, MethodError
-from sapmerge.io.contents import Module
 from sapmerge.io.files import shown
+from sapmerge.io.modules import Module
 
 __all__ = ["check_live_scaling", "config_bytes", "live_adapter"]
 

@@ -15,8 +15,9 @@ from dataclasses import dataclass, replace
 from typing import Any, NoReturn, cast
 
 from sapmerge.errors import AdapterFormatError, SapmergeError
-from sapmerge.io.adapter import CONFIG, PICKLE, WEIGHTS, Adapter
+from sapmerge.io.adapter import Adapter
 from sapmerge.io.files import DEFAULT_LIMITS, RegularFile, shown
+from sapmerge.io.folder import CONFIG, PICKLE, WEIGHTS
 from sapmerge.io.strict_json import parse
 from sapmerge.io.writing import CONFIG_DIGEST_KEY, TENSORS_DIGEST_KEY, digest_of
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from sapmerge.errors import AdapterFormatError, LimitExceededError, SapmergeError
-from sapmerge.io.adapter import CONFIG, WEIGHTS
 from sapmerge.io.atomic import StagedFolder
 from sapmerge.io.files import RegularFile, shown
+from sapmerge.io.folder import CONFIG, WEIGHTS
 from sapmerge.io.live import config_bytes
 
 __all__ = ["files_of", "stage", "zipped"]

@@ -14,6 +14,8 @@ import torch
 from sapmerge.errors import IncompatibleAdaptersError, MethodError, SapmergeWarning
 from sapmerge.io.adapter import Adapter
 from sapmerge.io.files import shown
+from sapmerge.io.modules import BaseWeights, Module
+from sapmerge.models import ModelWeights
 
 __all__ = [
     "AdapterLike",
@@ -25,6 +27,8 @@ __all__ = [
     "in_content_order",
     "load_adapters",
     "resolve_weights",
+    "weights_of",
+    "with_base",
 ]
 
 AdapterLike: TypeAlias = "Adapter | str | os.PathLike[str] | tuple[Any, Mapping[str, Any]]"
@@ -158,6 +162,36 @@ def resolve_weights(weights: Sequence[float] | Mapping[str, float] | None, adapt
     return numbers
 
 
+def with_base(adapters: Sequence[Adapter], model: Any) -> list[Adapter]:
+    """The adapters, with the weights of the base at hand where a kind needs them (DoRA, PiSSA).
+
+    Raises:
+        MethodError: one needs them, and there is no model.
+        ModelMismatchError: the model is not the adapters' base.
+    """
+    needing = {m.name: (m, a) for a in adapters for m in a.modules.values() if m.needs_base is not None}
+    if not needing:
+        return list(adapters)
+    module, adapter = next(iter(needing.values()))
+    if model is None:
+        raise MethodError(
+            f"adapter {adapter.label!r}, module {module.name!r}: {module.needs_base}; its update can only be told with "
+            "the base model at hand: merge(adapters, model=model)"
+        )
+    weights = weights_of(model, {name: module for name, (module, _) in needing.items()})
+    assert weights is not None
+    return [adapter.with_base(weights) for adapter in adapters]
+
+
+def weights_of(model: Any, wanted: Mapping[str, Module] | None = None) -> BaseWeights | None:
+    """The weights of a base model, if there is one.
+
+    Args:
+        wanted: the layers whose matrices will be asked for.
+    """
+    return None if model is None else ModelWeights(model, wanted or {})
+
+
 @dataclass(frozen=True)
 class Base:
     """The base model that the merged adapter belongs to."""
@@ -193,6 +227,11 @@ def check_mergeable(adapters: Sequence[Adapter], base_model: str | None = None) 
                 raise IncompatibleAdaptersError(
                     f"module {name!r} is {known.kind} {known.shape} in {other.label!r} but {module.kind} "
                     f"{module.shape} in {adapter.label!r}: the adapters are for different models"
+                )
+            if (known.experts, known.parameter) != (module.experts, module.parameter):
+                raise IncompatibleAdaptersError(
+                    f"{known.owner!r} has {known.experts} experts in {other.label!r}, {module.experts} in "
+                    f"{adapter.label!r}"
                 )
             if known.kind == "conv" and known.a_shape[1:] != module.a_shape[1:]:
                 raise IncompatibleAdaptersError(

@@ -31,10 +31,13 @@ from sapmerge.merging.inputs import (
     check_numbers,
     load_adapters,
     resolve_weights,
+    weights_of,
+    with_base,
 )
 from sapmerge.merging.report import LayerReport, Report, describe_adapters, notes_of
 from sapmerge.merging.run import Run
 from sapmerge.merging.stream import AdapterLayers
+from sapmerge.merging.vectors import check_vectors, plan_vectors
 from sapmerge.models import base_of, find_modules, find_saved, model_names
 
 __all__ = ["Merged", "merge"]
@@ -96,6 +99,7 @@ def merge(
     numbers = resolve_weights(weights, opened)
     base = check_mergeable(opened, base_model)
     heads = plan_heads(opened, numbers, modules_to_save)
+    opened = with_base(opened, model)
     stream = AdapterLayers.of(opened, numbers, check_device(device))
     if anchor_loader is not None:
         stream = stream.with_anchors(anchor_loader, model, loss, cache)
@@ -110,11 +114,15 @@ def merge(
             SapmergeWarning,
             stacklevel=2,
         )
+    vectors = plan_vectors(prepared, stream.adapters, stream.weights, float(scale), weights_of(model))
+    if model is not None:
+        check_vectors(vectors, model)
     run = Run(
         adapters=tuple(opened),
         weights=tuple(numbers),
         base=base,
         heads=heads,
+        vectors=vectors,
         method=method,
         scale=float(scale),
         rank=rank,

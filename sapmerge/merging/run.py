@@ -18,12 +18,13 @@ from sapmerge.core.torch_state import pinned_state
 from sapmerge.core.updates import Dense, LowRank, Update
 from sapmerge.errors import MethodError, NonFiniteError
 from sapmerge.io.adapter import Adapter
-from sapmerge.io.contents import Module
+from sapmerge.io.modules import Module
 from sapmerge.losses import loss_name
 from sapmerge.merging.heads import Heads
 from sapmerge.merging.inputs import Base
 from sapmerge.merging.report import LayerReport, describe
 from sapmerge.merging.stream import AdapterLayers, in_order, with_progress
+from sapmerge.merging.vectors import Vectors
 
 __all__ = ["Run"]
 
@@ -37,6 +38,7 @@ class Run:
         weights: one per adapter.
         base: the base model that the output is for.
         heads: what happens to modules saved whole.
+        vectors: what happens to biases and rows of embeddings.
         method: as it was given, for the recipe.
         scale: multiplies the merged update.
         rank: of the output, see `merge`.
@@ -50,6 +52,7 @@ class Run:
     weights: tuple[float, ...]
     base: Base
     heads: Heads
+    vectors: Vectors
     method: Method
     scale: float
     rank: int | float | str | None

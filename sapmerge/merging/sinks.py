@@ -8,20 +8,33 @@ import re
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from sapmerge.core.linalg import finite
-from sapmerge.core.updates import LowRank, Update
+from sapmerge.core.updates import Update
 from sapmerge.errors import MethodError, ModelMismatchError, NonFiniteError, OutputError, OutputExistsError
-from sapmerge.io.contents import Module
+from sapmerge.io.kinds.experts import WRITTEN_BY
+from sapmerge.io.modules import Module
 from sapmerge.io.writing import CheckpointWriter
+from sapmerge.merging.bundles import Bundle, Bundler
 from sapmerge.merging.inputs import in_content_order
 from sapmerge.merging.report import LayerReport, table
 from sapmerge.merging.run import Run
-from sapmerge.models import check_untied, find_modules, find_saved, model_names, tensor_name, weight_view
+from sapmerge.merging.vector_output import for_checkpoint, for_live_model
+from sapmerge.merging.vectors import apply_vectors, check_vectors
+from sapmerge.models import (
+    ModelWeights,
+    base_of,
+    check_untied,
+    find_modules,
+    find_saved,
+    find_sites,
+    model_names,
+    tensor_name,
+)
 
 __all__ = ["add", "apply", "save", "save_together"]
 
@@ -59,39 +72,48 @@ class _Checkpoint:
     """One checkpoint that is being written: its layers in order, then the rest."""
 
     def __init__(self, run: Run, writer: CheckpointWriter) -> None:
-        self.run, self._writer = run, writer
-        self._rows, self._ranks = list[LayerReport](), dict[str, int]()
+        self.run, self._writer, self._adapted = run, writer, run.stream.modules
+        self._beside = for_checkpoint(run.vectors, self._adapted, run.dtype)
+        self._bundler = Bundler(self._adapted, run.names, run.dtype)
+        self._rows, self._ranks, self._parameters = list[LayerReport](), dict[str, int](), list[str]()
 
     def add(self, module: Module, update: Update, row: LayerReport) -> None:
         """One layer, as `Run.stored` gives it."""
-        name = self.run.names.get(module.name, module.name)
-        for key, tensor in _factors(module, update, self.run.dtype).items():
-            self._writer.add(f"{_PREFIX}{name}.{key}", tensor)
-        self._ranks[name] = max(1, update.rank)
+        self._write(self._bundler.add(module, update))
         self._rows.append(row)
 
     def finish(self) -> tuple[LayerReport, ...]:
         """The heads, the config and the card; then the folder is in its place."""
-        run = self.run
+        self._write(self._bundler.finish())
+        run, names = self.run, self.run.names
         for name, read in run.heads.tensors().items():
-            self._writer.add(_PREFIX + tensor_name(name, run.names), read())
-        config, card = _config(run, self._ranks, run.names), _card(run, self._rows)
-        self._writer.commit(config=config, metadata=_metadata(run), card=card)
+            self._writer.add(_PREFIX + tensor_name(name, names), read())
+        for key, tensor in self._beside.tensors(self._adapted, names).items():
+            self._writer.add(_PREFIX + key, tensor)
+        config = _config(run, self._ranks, self._parameters, names) | self._beside.config(self._adapted, names)
+        self._writer.commit(config=config, metadata=_metadata(run), card=_card(run, self._rows))
         return tuple(self._rows)
+
+    def _write(self, bundle: Bundle) -> None:
+        for key, tensor in bundle.tensors.items():
+            self._writer.add(_PREFIX + key, tensor)
+        self._ranks |= bundle.ranks
+        self._parameters += bundle.parameters
 
 
 def apply(run: Run, model: Any) -> tuple[LayerReport, ...]:
     """Add the updates to the weights, in place; on any error the weights are what they were."""
-    modules, rows = find_modules(model, run.stream.modules), list[LayerReport]()
+    sites, rows = find_sites(model, run.stream.modules), list[LayerReport]()
     saved = find_saved(model, run.heads.shapes())
-    check_untied(model, {name: cast("Tensor", module.weight) for name, module in modules.items()} | saved)
+    check_untied(model, {name: site.parameter for name, site in sites.items()} | saved)
+    targets = check_vectors(run.vectors, model)
     with _restored_on_error() as keep, torch.no_grad():
         for module, update, row in run.stored(lossless=True):
-            target = modules[module.name]
-            weight = cast("Tensor", target.weight)
+            site = sites[module.name]
+            weight = site.weight
             keep(weight)
             wide = torch.promote_types(weight.dtype, torch.float32)
-            change = weight_view(target, update.dense()).to(device=weight.device, dtype=wide)
+            change = site.view(update.dense()).to(device=weight.device, dtype=wide)
             weight.copy_(weight.to(wide) + change)
             if not bool(torch.isfinite(weight).all()):
                 raise NonFiniteError(f"the weight of {module.name!r} plus its update is not finite in {weight.dtype}")
@@ -99,6 +121,9 @@ def apply(run: Run, model: Any) -> tuple[LayerReport, ...]:
         for name, read in run.heads.tensors().items():
             keep(saved[name])
             saved[name].copy_(read().to(saved[name]))
+        for target in targets.values():
+            keep(target)
+        apply_vectors(run.vectors, targets)
     return tuple(rows)
 
 
@@ -115,18 +140,26 @@ def add(run: Run, peft_model: Any, adapter_name: str) -> tuple[LayerReport, ...]
         raise MethodError(f"{adapter_name!r} cannot be an adapter's name; use letters, digits, '_' and '-'")
     find_modules(peft_model, run.stream.modules)
     find_saved(peft_model, run.heads.shapes())
-    names = model_names(peft_model)
-    rows, ranks, state = list[LayerReport](), dict[str, int](), dict[str, Tensor]()
+    names, adapted = model_names(peft_model), run.stream.modules
+    check_vectors(run.vectors, peft_model)
+    vectors = replace(run.vectors, base=ModelWeights(peft_model, {}))
+    beside = for_live_model(vectors, adapted, run.dtype)
+    rows, ranks, state, parameters = list[LayerReport](), dict[str, int](), dict[str, Tensor](), list[str]()
+    bundler, bundles = Bundler(adapted, names, run.dtype), list[Bundle]()
     for module, update, row in run.stored():
-        name = names[module.name]
-        for key, tensor in _factors(module, update, run.dtype).items():
-            state[f"{_PREFIX}{name}.{key}"] = tensor
-        ranks[name] = max(1, update.rank)
+        bundles.append(bundler.add(module, update))
         rows.append(row)
+    for bundle in (*bundles, bundler.finish()):
+        state |= {_PREFIX + key: tensor for key, tensor in bundle.tensors.items()}
+        ranks |= bundle.ranks
+        parameters += bundle.parameters
     for name, read in run.heads.tensors().items():
         state[_PREFIX + tensor_name(name, names)] = read()
-    config = _config(run, ranks, names)
+    state |= {_PREFIX + key: tensor for key, tensor in beside.tensors(adapted, names).items()}
+    config = _config(run, ranks, parameters, names) | beside.config(adapted, names)
     config.pop("peft_type")
+    if parameters:
+        config["target_parameters"] = _live_parameters(peft_model, parameters)
     try:
         peft_model.add_adapter(adapter_name, LoraConfig(**config))
         for name, tensor in _own_heads(peft_model, adapter_name).items():
@@ -141,6 +174,28 @@ def add(run: Run, peft_model: Any, adapter_name: str) -> tuple[LayerReport, ...]
     return tuple(rows)
 
 
+def _live_parameters(peft_model: Any, parameters: Sequence[str]) -> list[str]:
+    """How `target_parameters` of a live model's other adapters say the same: PEFT wants one wording for all of them.
+
+    Raises:
+        ModelMismatchError: they mean other parameters.
+    """
+    known = [config.target_parameters for config in peft_model.peft_config.values()]
+    wording = next((list(targets) for targets in known if targets), list(parameters))
+    names = [_LORA_INFIX.sub("", name) for name, _ in base_of(peft_model).named_parameters()]
+    meant = {name for name in names if any(f".{name}".endswith(f".{target}") for target in wording)}
+    if meant != set(parameters):
+        raise ModelMismatchError(
+            f"PEFT wants all adapters of a model to adapt the same parameters; those that are there adapt "
+            f"{sorted(meant ^ set(parameters))[0]!r} and the merged one does not, or the other way round. Use "
+            "save_pretrained or apply_to"
+        )
+    return wording
+
+
+_LORA_INFIX = re.compile(r"\.base_layer(?=\.)")
+
+
 def _own_heads(peft_model: Any, adapter_name: str) -> dict[str, Tensor]:
     """The heads that PEFT gives to every adapter of a model: copies of the base's, also where the merge has none."""
     from peft.utils import ModulesToSaveWrapper
@@ -153,30 +208,17 @@ def _own_heads(peft_model: Any, adapter_name: str) -> dict[str, Tensor]:
     }
 
 
-def _factors(module: Module, update: Update, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The tensors of one module as PEFT stores them, rounded once to the output's dtype."""
-    assert isinstance(update, LowRank)
-    b, a = update.B.to("cpu", dtype), update.A.to("cpu", dtype)
-    if update.rank == 0:  # PEFT knows no rank 0
-        b, a = b.new_zeros(b.shape[0], 1), a.new_zeros(1, a.shape[1])
-    if not (finite(a) and finite(b)):
-        raise NonFiniteError(f"the merged update of layer {module.name!r} overflows the output's {dtype}")
-    if module.kind == "embedding":
-        return {"lora_embedding_A": a.contiguous(), "lora_embedding_B": b.contiguous()}
-    a = a.reshape(a.shape[0], *module.a_shape[1:])
-    b = b.reshape(*b.shape, *module.b_shape[2:])
-    return {"lora_A.weight": a.contiguous(), "lora_B.weight": b.contiguous()}
-
-
-def _config(run: Run, ranks: Mapping[str, int], names: Mapping[str, str]) -> dict[str, Any]:
+def _config(run: Run, ranks: Mapping[str, int], parameters: Sequence[str], names: Mapping[str, str]) -> dict[str, Any]:
     """An adapter_config.json from nothing: r = alpha everywhere, explicit modules, no trace of the inputs' settings.
 
     Args:
-        ranks: module, as the model spells it -> rank.
+        ranks: module or parameter, as the model spells it -> rank.
+        parameters: those of them that are parameters (experts).
         names: canonical name -> the name that the model uses.
     """
     rank = max(Counter(ranks.values()).items(), key=lambda item: (item[1], item[0]))[0]
     odd = {"^" + re.escape(name): value for name, value in ranks.items() if value != rank}
+    experts = {"target_parameters": sorted(parameters), "peft_version": WRITTEN_BY} if parameters else {}
     return {
         "peft_type": "LORA",
         "task_type": _task(run),
@@ -186,7 +228,7 @@ def _config(run: Run, ranks: Mapping[str, int], names: Mapping[str, str]) -> dic
         "lora_alpha": rank,
         "rank_pattern": odd,
         "alpha_pattern": odd,
-        "target_modules": sorted(ranks),
+        "target_modules": sorted(set(ranks) - set(parameters)),
         "modules_to_save": _saved_modules(run, names) or None,
         "fan_in_fan_out": any(adapter.fan_in_fan_out for adapter in run.adapters),
         "lora_dropout": 0.0,
@@ -194,6 +236,7 @@ def _config(run: Run, ranks: Mapping[str, int], names: Mapping[str, str]) -> dic
         "use_rslora": False,
         "init_lora_weights": True,
         "inference_mode": True,
+        **experts,
     }
 
 

@@ -17,7 +17,7 @@ from sapmerge.core.layer import Layer, Member
 from sapmerge.core.torch_state import pinned_state
 from sapmerge.core.updates import Update, absent
 from sapmerge.io.adapter import Adapter
-from sapmerge.io.contents import Module
+from sapmerge.io.modules import Module
 from sapmerge.losses import Loss
 from sapmerge.merging.inputs import in_content_order
 

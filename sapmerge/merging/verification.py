@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from sapmerge.errors import AdapterFormatError, AnchorError, IncompatibleAdaptersError, SapmergeError
-from sapmerge.io.adapter import CONFIG, WEIGHTS, Adapter
+from sapmerge.io.adapter import Adapter
 from sapmerge.io.files import shown
+from sapmerge.io.folder import CONFIG, WEIGHTS
 from sapmerge.io.provenance import Provenance, read_provenance
 from sapmerge.merging.merge import Merged, merge
 from sapmerge.parsing import parse

@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 import sapmerge as sm
 from sapmerge.anchors import Anchors
 from sapmerge.io.adapter import Adapter
-from sapmerge.io.contents import Module
+from sapmerge.io.modules import Module
 from tests.conftest import Anchored
 
 TEXT = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 50}

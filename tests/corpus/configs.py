@@ -6,12 +6,16 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
+
 from .build import (
     CONFIG,
     PREFIX,
+    WEIGHTS,
+    Build,
     Case,
     Q,
-    V,
+    Raw,
     accept,
     changed,
     files,
@@ -19,6 +23,7 @@ from .build import (
     good_tensors,
     module,
     pair,
+    random,
     raw,
     refuse,
     warn,
@@ -39,6 +44,34 @@ def number(name: str, key: str, value: object, *words: str) -> Case:
 
 def meaning(name: str, key: str, value: object, *words: str) -> Case:
     return refuse("meaning", name, changed(**{key: value}), CONFIG, key, *words)
+
+
+BOTH = ["q_proj", "v_proj"]
+LAYERS = [PREFIX + module(layer, part) for layer in (0, 1) for part in BOTH]
+TOKENS = PREFIX + "model.embed_tokens.token_adapter.trainable_tokens_delta"
+EXPERTS = PREFIX + "model.layers.0.mlp.experts"
+
+
+def magnitudes(size: int | None = None, columns: int = 1) -> dict[str, Raw]:
+    """Magnitudes of DoRA for the good adapter; of the right size by default."""
+    return {
+        f"{name}.lora_magnitude_vector": raw(np.ones((size or (16 if "q_proj" in name else 8), columns)).squeeze())
+        for name in LAYERS
+    }
+
+
+def bank(nest: str, rows: int, columns: int | None = None) -> dict[str, Raw]:
+    """The factors of all experts of one parameter."""
+    return {
+        f"{EXPERTS}{nest}.lora_A.weight": random((rows, 16), 70),
+        f"{EXPERTS}{nest}.lora_B.weight": random((24, columns or rows), 71),
+    }
+
+
+def experts(tensors: dict[str, Raw] | None = None, **config: object) -> Build:
+    """The good adapter with experts in it."""
+    settings = {"peft_version": "0.21.2", "target_parameters": ["mlp.experts.gate_up_proj"]} | config
+    return with_tensors(bank("", 8) if tensors is None else tensors, **settings)
 
 
 def with_text(key: str, value: str) -> str:
@@ -176,7 +209,7 @@ CASES = [
     accept("patterns", "exclude_modules, a pattern", changed(exclude_modules=r".*\.k_proj")),
     # Meaning.
     meaning("peft_type missing", "peft_type", ...),
-    *(meaning(f"peft_type {value}", "peft_type", value) for value in ("FOO", "lora", "LOHA", "ADALORA", "IA3", None, {}, ["LORA"])),
+    *(meaning(f"peft_type {value}", "peft_type", value) for value in ("FOO", "lora", "LOHA", "IA3", None, {}, ["LORA"])),
     meaning("target_modules empty", "target_modules", [], "at least one"),
     meaning("target_modules a number", "target_modules", 3, "a list of strings"),
     meaning("target_modules with a number", "target_modules", ["q_proj", 3]),
@@ -198,26 +231,59 @@ CASES = [
     refuse("meaning", "modules_to_save names an adapted module", changed(modules_to_save=["v_proj"]), "modules_to_save", "v_proj"),
     meaning("modules_to_save a path", "modules_to_save", ["../lm_head"]),
     refuse("meaning", "one of two modules_to_save absent", with_tensors(HEAD, modules_to_save=["lm_head", "embed_tokens"]), "modules_to_save", "embed_tokens"),
-    meaning("DoRA, magnitudes missing", "use_dora", True),
-    refuse("meaning", "DoRA", with_tensors({name + ".lora_magnitude_vector": raw([1.0] * 16) for name in (Q, V)}, use_dora=True), "use_dora"),
-    meaning("lora_bias", "lora_bias", True),
-    meaning("bias all", "bias", "all"),
-    meaning("bias lora_only", "bias", "lora_only"),
+    refuse("meaning", "an AdaLoRA of no rank", changed(peft_type="ADALORA"), "init_r"),
+    refuse("meaning", "an AdaLoRA without lora_E", changed(peft_type="ADALORA", init_r=4), WEIGHTS),
+    refuse("meaning", "an AdaLoRA whose masks are numbers", changed(peft_type="ADALORA", init_r=4, rank_pattern={"q_proj": [1, 0]}), "rank_pattern"),
+    refuse("meaning", "DoRA, magnitudes missing", changed(use_dora=True), "use_dora", "lora_magnitude_vector"),
+    refuse("meaning", "DoRA, magnitudes too long", with_tensors(magnitudes(16), use_dora=True), "lora_magnitude_vector", "8 values"),
+    refuse("meaning", "DoRA, magnitudes of two dimensions", with_tensors(magnitudes(8, 2), use_dora=True), "lora_magnitude_vector"),
+    refuse("meaning", "DoRA without a base", with_tensors(magnitudes(), use_dora=True), "use_dora", "model"),
+    refuse("meaning", "DoRA with lora_bias", with_tensors(magnitudes(), use_dora=True, lora_bias=True), "use_dora"),
+    refuse("meaning", "lora_bias, biases missing", changed(lora_bias=True), "lora_bias"),
+    refuse("meaning", "lora_bias, a bias too long", with_tensors({f"{n}.lora_B.bias": raw([1.0] * 99) for n in LAYERS}, lora_bias=True), "lora_B.bias", "99"),
+    accept("meaning", "bias all, and no bias", changed(bias="all")),
+    accept("meaning", "bias lora_only, and no bias", changed(bias="lora_only")),
+    refuse("meaning", "bias lora_only, a bias elsewhere", with_tensors({PREFIX + "model.norm.bias": raw([1.0] * 16)}, bias="lora_only"), "model.norm.bias"),
+    refuse("meaning", "bias all, a bias of two dimensions", with_tensors({PREFIX + "model.norm.bias": raw([[1.0] * 16])}, bias="all"), "no bias"),
+    refuse("meaning", "bias all, a weight", with_tensors({PREFIX + "model.norm.weight": raw([1.0] * 16)}, bias="all"), "model.norm.weight"),
+    refuse("meaning", "bias all, a bias in a factor", with_tensors({Q + ".lora_A.bias": raw([1.0] * 4)}, bias="all"), "lora_A.bias"),
+    refuse("meaning", "bias all, one bias twice", with_tensors({Q + ".bias": raw([1.0] * 16), Q + ".base_layer.bias": raw([1.0] * 16)}, bias="all"), "another spelling"),
+    refuse("meaning", "bias all, a head's bias with two values", with_tensors(HEAD | {PREFIX + "lm_head.bias": raw([1.0] * 32), PREFIX + "lm_head.modules_to_save.bias": raw([2.0] * 32)}, bias="all", modules_to_save=["lm_head"]), "different values"),
     meaning("bias a number", "bias", 1),
     *(meaning(f"init {value}", "init_lora_weights", value) for value in ("unheard", 3, {})),
-    *(meaning(f"init {value}", "init_lora_weights", value, "leaves the base weights alone") for value in ("pissa", "pissa_niter_16", "PiSSA", "olora", "corda", "loftq", "lora_ga")),
+    *(meaning(f"init {value}", "init_lora_weights", value, "leaves the base weights alone") for value in ("pissa_niter_16", "corda", "loftq", "lora_ga")),
+    *(refuse("meaning", f"init {value} without a base", changed(init_lora_weights=value), value.lower(), "model") for value in ("pissa", "PiSSA", "olora")),
     meaning("layer_replication", "layer_replication", [[0, 2], [1, 2]]),
     meaning("megatron_config", "megatron_config", {"hidden_size": 16}),
     meaning("megatron_core, a module of Python", "megatron_core", "antigravity"),
     meaning("trainable_token_indices", "trainable_token_indices", [0, 1]),
+    refuse("meaning", "token rows, too few", with_tensors({TOKENS: random((2, 16), 60)}, trainable_token_indices=[0, 1, 2]), "3 rows"),
+    refuse("meaning", "token rows of another module", with_tensors({TOKENS: random((2, 16), 60)}, trainable_token_indices={"lm_head": [0, 1]}), "lm_head"),
+    refuse("meaning", "token rows, of one dimension", with_tensors({TOKENS: raw([1.0, 2.0])}, trainable_token_indices=[0, 1]), "2 rows"),
+    *(meaning(f"token rows {value!r}", "trainable_token_indices", value) for value in ([0, 0], [-1], [True], ["0"], {"": [[0]]}, {"a b": [0]}, "0")),
     meaning("target_parameters", "target_parameters", ["mlp.experts.gate_up_proj"]),
+    *(meaning(f"target_parameters {value!r}", "target_parameters", value) for value in ("experts.w", [1], ["../w"], ["a b"])),
+    refuse("meaning", "experts without a version", experts(peft_version=...), "peft_version"),
+    refuse("meaning", "experts in a layout nobody knows", experts(lora_B_layout="diagonal"), "lora_B_layout"),
+    refuse("meaning", "experts, rows that are no multiple of the rank", experts(bank("", 9)), "9 rows"),
+    refuse("meaning", "experts, other rows in B", experts(bank("", 8, 12)), "rank 8 in A, 12 in B"),
+    refuse("meaning", "experts with half a nest", experts(bank(".base_layer", 8)), "nested"),
+    refuse("meaning", "experts, three nested where two are named", experts(bank("", 8) | bank(".base_layer", 8) | bank(".base_layer.base_layer", 8)), "target_parameters"),
+    refuse("meaning", "experts, of a convolution", experts({EXPERTS + ".lora_A.weight": random((8, 4, 1), 1), EXPERTS + ".lora_B.weight": random((4, 8, 1), 2)}), "expected A"),
+    refuse("meaning", "parameters in an order nobody knows", experts(bank("", 8) | bank(".base_layer", 8), target_parameters=["mlp.experts.up", "mlp.experts.down"]), "order"),
+    refuse("meaning", "a base layer's factor where no parameter is named", with_tensors(bank(".base_layer", 8)), "base_layer"),
+    refuse("meaning", "experts with DoRA", experts(use_dora=True), "target_parameters"),
+    refuse("meaning", "an out_proj beside no in_proj", with_tensors(pair("attn.base_layer.out_proj", 16, 16), target_modules=[*BOTH, "attn"]), "out_proj"),
+    refuse("meaning", "an out_proj beside a narrow in_proj", with_tensors(pair("attn.base_layer.out_proj", 16, 16) | pair("attn", 32, 16), target_modules=[*BOTH, "attn"]), "3 d"),
+    warn("meaning", "a learning rate of a trainer", changed(lorap_lr_ratio=16.0), "lorap_lr_ratio"),
+    refuse("meaning", "a learning rate that is an object", changed(lorap_lr_ratio={"a": 1}), "lorap_lr_ratio"),
     meaning("activated LoRA", "alora_invocation_tokens", [1, 2]),
     meaning("QALoRA", "use_qalora", True),
     meaning("KaSA", "kasa_config", {"beta": 1e-4}),
     meaning("BD-LoRA", "use_bdlora", {"nblocks": 2}),
     meaning("Arrow", "arrow_config", {"top_k": 3}),
     meaning("MonteCLoRA", "monteclora_config", {"a": 1}),
-    meaning("weight tying", "ensure_weight_tying", True),
+    accept("meaning", "weight tying", changed(ensure_weight_tying=True)),
     meaning("fused projections", "enable_lora", [True, False, True]),
     meaning("an unknown key", "unheard_of", 1),
     meaning("an unknown key, true", "unheard_of", True),

@@ -27,14 +27,14 @@ Q = PREFIX + module(0, "q_proj")
         ("model.norm.weight", "begin with"),
         (PREFIX + "model.norm.weight", "weight of the base model"),
         (PREFIX + "model.layers.0.mlp.down_proj.weight", "weight of the base model"),
-        (Q + ".base_layer.weight", "save_embedding_layers=False"),
-        (Q + ".lora_A.victim.weight", "another adapter"),
+        (Q + ".base_layer.weight", "weight of the base model"),
+        (Q + ".lora_A.victim.weight", "another spelling"),
         (Q + ".lora_magnitude_vector", "DoRA"),
         (Q + ".lora_B.bias", "lora_bias"),
         (Q + ".lora_C.weight", "not part of a LoRA"),
         (Q + ".hada_w1_a", "another method"),
-        (PREFIX + "lm_head.weight", "modules_to_save names none"),
-        (PREFIX + "lm_head.bias", "bias"),
+        (PREFIX + "score.weight", "modules_to_save names none"),
+        (PREFIX + "score.bias", "bias"),
         (PREFIX + "model.embed_tokens.token_adapter.trainable_tokens_delta", "trained token"),
         ("lora_unet_mid.lora_down.weight", "kohya"),
         (module(0, "q_proj") + ".lora_A.weight", "begin with"),
@@ -81,8 +81,8 @@ def test_shapes(tmp_path: Path, a: tuple[int, ...], b: tuple[int, ...], word: st
 def test_a_rank_above_the_shape(tmp_path: Path) -> None:
     tensors = {f"{Q}.lora_A.weight": torch.ones(9, 16), f"{Q}.lora_B.weight": torch.ones(8, 9)}
     write(tmp_path, good_config(r=9, target_modules=["q_proj"]), tensors)
-    refused(tmp_path, "rank 9", error=LimitExceededError)
-    assert accepted(tmp_path, limits=Limits(rank_above_shape=True)).modules[module(0, "q_proj")].rank == 9
+    refused(tmp_path, "rank 9", error=LimitExceededError, limits=Limits(rank_above_shape=False))
+    assert accepted(tmp_path).modules[module(0, "q_proj")].rank == 9
 
 
 def test_modules_to_save(tmp_path: Path) -> None:

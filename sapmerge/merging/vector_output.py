@@ -1,0 +1,140 @@
+"""Biases and rows of embeddings as a PEFT checkpoint, or an adapter of a live model, stores them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sapmerge.core.linalg import finite
+from sapmerge.errors import MethodError, ModelMismatchError, NonFiniteError
+from sapmerge.io.modules import Module
+from sapmerge.merging.vectors import Change, Vectors
+from sapmerge.models import tensor_name
+
+__all__ = ["VectorOutput", "for_checkpoint", "for_live_model"]
+
+
+@dataclass(frozen=True)
+class VectorOutput:
+    """What is written beside the factors.
+
+    Args:
+        moved: module -> the change of its bias, for `lora_B.bias`; PEFT then wants one for every adapted module.
+        replaced: tensors of the base that are stored whole.
+        rows: rows of embeddings.
+    """
+
+    moved: Mapping[str, Tensor] | None
+    replaced: Mapping[str, Tensor]
+    rows: Mapping[str, tuple[Change, Tensor]]
+    dtype: torch.dtype = field(default=torch.float32)
+
+    def tensors(self, adapted: Mapping[str, Module], names: Mapping[str, str]) -> dict[str, Tensor]:
+        """Name without prefix -> tensor.
+
+        Args:
+            adapted: the layers of the output.
+            names: canonical name -> the name that the model uses.
+        """
+        found: dict[str, Tensor] = {}
+        owners = {module.owner: module for module in adapted.values()}
+        if self.moved is not None:
+            for owner, module in owners.items():
+                bias = self.moved.get(owner, torch.zeros(module.shape[0]))
+                found[f"{names.get(owner, owner)}.lora_B.bias"] = bias.to(self.dtype)
+        for name, value in self.replaced.items():
+            owner, _, leaf = name.rpartition(".")
+            outer = owner.removesuffix(".out_proj")
+            if owner != outer and outer in owners:
+                spelled = f"{names.get(outer, outer)}.base_layer.out_proj.base_layer.{leaf}"
+            else:
+                inner = ".base_layer" if owner in owners else ""
+                spelled = f"{names.get(owner, owner)}{inner}.{leaf}"
+            found[spelled] = value
+        for name, (_, value) in self.rows.items():
+            module = tensor_name(name, names).rpartition(".")[0]
+            found[f"{module}.token_adapter.trainable_tokens_delta"] = value
+        for name, value in found.items():
+            if not finite(value):
+                raise NonFiniteError(f"the merged tensor {name!r} is NaN or infinite in {value.dtype}")
+        return {name: value.contiguous() for name, value in found.items()}
+
+    def config(self, adapted: Mapping[str, Module], names: Mapping[str, str]) -> dict[str, Any]:
+        """What the config has to say about them."""
+        found: dict[str, Any] = {}
+        if self.moved is not None:
+            found["lora_bias"] = True
+        if self.replaced:
+            owners = {module.owner for module in adapted.values()}
+            found["bias"] = "lora_only" if all(_module(name) in owners for name in self.replaced) else "all"
+        if self.rows:
+            found["trainable_token_indices"] = {
+                tensor_name(name, names).rpartition(".")[0]: list(change.rows)
+                for name, (change, _) in self.rows.items()
+            }
+        return found
+
+
+def for_checkpoint(vectors: Vectors, adapted: Mapping[str, Module], dtype: torch.dtype) -> VectorOutput:
+    """The form of a folder. Where PEFT knows no `lora_bias`, what moves the base's bias is added to it.
+
+    Raises:
+        MethodError: that needs the base, and there is no model.
+    """
+    moves = {change.module: change.value(None) for change in vectors.of("moves")}
+    replaced = {change.name: vectors.value(change) for change in vectors.of("replaces")}
+    odd = _odd(adapted.values())
+    if moves and odd is not None:
+        if vectors.base is None:
+            raise MethodError(
+                f"some adapters have lora_bias, and PEFT has no lora_bias for {odd.kind} layers such as {odd.name!r}: "
+                "to store whole biases instead, the base is needed: merge(adapters, model=model)"
+            )
+        for module, delta in moves.items():
+            name = f"{module}.bias"
+            before = replaced.get(name, vectors.base.tensor(name))
+            replaced[name] = (before.double() + delta).to(dtype)
+        moves = {}
+    rows = {change.name: (change, vectors.value(change)) for change in vectors.of("rows")}
+    return VectorOutput(moves or None, replaced, rows, dtype)
+
+
+def for_live_model(vectors: Vectors, adapted: Mapping[str, Module], dtype: torch.dtype) -> VectorOutput:
+    """The form of an adapter beside others: what replaces a bias of the base becomes a move of it.
+
+    Args:
+        vectors: with the live model's base.
+
+    Raises:
+        ModelMismatchError: a bias of a module that the adapter does not adapt.
+    """
+    moves = {change.module: change.value(None) for change in vectors.of("moves")}
+    plain = {module.owner for module in adapted.values()}
+    odd = _odd(adapted.values())
+    for change in vectors.of("replaces"):
+        if change.module not in plain or odd is not None:
+            raise ModelMismatchError(
+                f"the merged adapter replaces {change.name!r}, which is no bias that one adapter of several can have "
+                "for itself; use save_pretrained or apply_to"
+            )
+        assert vectors.base is not None
+        base = vectors.base.tensor(change.name)
+        delta = change.value(base) - base.double()
+        moves[change.module] = moves.get(change.module, torch.zeros_like(delta)) + delta
+    if moves and odd is not None:
+        raise ModelMismatchError(f"PEFT has no lora_bias for {odd.kind} layers such as {odd.name!r}; use apply_to")
+    rows = {change.name: (change, vectors.value(change)) for change in vectors.of("rows")}
+    return VectorOutput(moves or None, {}, rows, dtype)
+
+
+def _odd(modules: Iterable[Module]) -> Module | None:
+    """A layer for which PEFT has no `lora_bias`."""
+    return next((module for module in modules if module.kind not in ("linear", "conv")), None)
+
+
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]
