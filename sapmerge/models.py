@@ -150,8 +150,7 @@ def _site(module: nn.Module, spec: Module) -> Site:
             f"module {spec.name!r} ({type(module).__name__}) has no floating-point {spec.parameter}"
         )
     if spec.kind != "parameter":
-        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and module.groups != 1:
-            raise ModelMismatchError(f"{module} has groups: updates of grouped convolutions are not supported")
+        matrix_shape(module, parameter)  # refuses grouped convolutions
         hooked = spec.parameter == "weight"
         return Site(module, spec.parameter, parameter, parameter, hooked and _transposed(module), hooked)
     experts = parameter.shape[0] if parameter.ndim == 3 else 1
@@ -185,6 +184,15 @@ def fused_part(spec: Module, names: Mapping[str, str], base: nn.Module) -> Site 
     half = parameter.shape[1] // 2
     rows = {"gate_up_proj": slice(0, half) if match["leaf"] in ("gate_proj", "w1") else slice(half, None)}
     return Site(module, name, parameter, parameter[number, rows.get(name, slice(None))], False, False)
+
+
+def matrix_shape(module: nn.Module, weight: Tensor) -> tuple[int, int]:
+    """(outputs, inputs) of a module's weight, seen as the matrix that an update is added to."""
+    if _transposed(module):
+        return weight.shape[1], weight.shape[0]
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and module.groups != 1:
+        raise ModelMismatchError(f"{module} has groups: updates of grouped convolutions are not supported")
+    return weight.shape[0], weight.numel() // max(1, weight.shape[0])
 
 
 def weight_view(module: nn.Module, matrix: Tensor) -> Tensor:

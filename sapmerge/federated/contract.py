@@ -21,8 +21,8 @@ from sapmerge.errors import (
     SapmergeError,
 )
 from sapmerge.io.adapter import Adapter
-from sapmerge.io.contents import Module
 from sapmerge.io.files import shown
+from sapmerge.io.modules import Module
 from sapmerge.io.records import is_folder, read_record
 from sapmerge.models import base_of, canonical_in, matrix_shape, model_names
 
