@@ -110,6 +110,11 @@ class Contract:
                 raise IncompatibleAdaptersError(
                     f"the saved tensor {shown(name)} is {tuple(tensor.shape)}; the round expects {self.saved[name]}"
                 )
+        for vector in adapter.vectors.values():
+            raise AdapterConfigError(
+                f"the upload changes {shown(vector.name)} of the base, which the round does not take; train without "
+                "lora_bias, with bias='none' and without trainable_token_indices"
+            )
         ranks = [module.rank for module in adapter.modules.values()]
         norm = math.sqrt(sum(adapter.update(name).norm() ** 2 for name in adapter.modules))
         return {"modules": len(ranks), "rank": [min(ranks), max(ranks)], "saved": len(adapter.saved), "norm": norm}
@@ -127,6 +132,8 @@ class Contract:
                 f"module {shown(name)} is {module.kind} {module.shape} in the upload; the round expects {slot.kind} "
                 f"{slot.shape}"
             )
+        if module.needs_base is not None:
+            raise AdapterConfigError(f"module {shown(name)}: {module.needs_base}; the round takes plain LoRA only")
         if module.rank > self.max_rank:
             raise LimitExceededError(f"module {shown(name)} has rank {module.rank}; at most {self.max_rank} is allowed")
 

@@ -5,10 +5,8 @@ Nothing in the files is believed, executed or downloaded: see `sapmerge.io`. PEF
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
@@ -18,19 +16,18 @@ from torch import Tensor, nn
 
 from sapmerge.core.torch_state import pinned_state
 from sapmerge.core.updates import Update
-from sapmerge.errors import AdapterFormatError, MethodError, SapmergeWarning
+from sapmerge.errors import AdapterFormatError, MethodError
 from sapmerge.io.config import Settings, settings
 from sapmerge.io.contents import Contents, sort_contents
-from sapmerge.io.files import DEFAULT_LIMITS, Limits, RegularFile, shown
-from sapmerge.io.folder import CONFIG, PICKLE, WEIGHTS, which_weights
-from sapmerge.io.header import open_weights
+from sapmerge.io.files import DEFAULT_LIMITS, Limits, shown
+from sapmerge.io.folder import CONFIG, WEIGHTS, read_folder, which_weights
 from sapmerge.io.kinds.vectors import Vector
 from sapmerge.io.live import check_live_scaling, config_bytes, live_adapter
 from sapmerge.io.modules import BaseWeights, Module, SavedTensor
-from sapmerge.io.pickles import held, open_pickle
+from sapmerge.io.pickles import held
 from sapmerge.io.strict_json import parse
 
-__all__ = ["Adapter", "check_readable"]
+__all__ = ["Adapter"]
 
 _VIEWS = {"config", "modules", "saved", "vectors", "files"}  # fields that nobody can write to
 _LABEL = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -103,7 +100,7 @@ class Adapter:
         where = f"adapter {shown(source)}"
         weights_name = which_weights(folder, where, allow_pickle_weights)
         label = label or _label_from(os.path.basename(folder))
-        read = _read(folder, weights_name, where, limits)
+        read = read_folder(folder, weights_name, where, limits)
         return _finished(label, source, *read, folder=os.path.realpath(folder))
 
     @classmethod
@@ -242,40 +239,6 @@ class Adapter:
         return self._contents.weights.read(self._contents.copies[name][0]).float()
 
 
-def check_readable(folder: str) -> None:
-    """Refuse what `Adapter.load` would refuse, without a warning: for a folder that is about to become an output."""
-    contents = _read(folder, WEIGHTS, "the output", DEFAULT_LIMITS)[2]
-    contents.check_finite("the output")
-
-
-def _read(
-    folder: str, weights_name: str, where: str, limits: Limits
-) -> tuple[dict[str, object], Settings, Contents, dict[str, str]]:
-    """Config, what it says, the contents of the weights with every value seen, and file name -> sha256."""
-    config_where, weights_where = f"{where}, {CONFIG}", f"{where}, {weights_name}"
-    weights_path = os.path.join(folder, weights_name)
-    with (
-        RegularFile(os.path.join(folder, CONFIG), config_where) as config_file,
-        RegularFile(weights_path, weights_where) as file,
-    ):
-        # One byte more than allowed is enough to refuse it.
-        raw = bytes(config_file.read(0, min(config_file.size, limits.config_bytes + 1)))
-        config = parse(raw, config_where, limits)
-        chosen = settings(config, config_where)
-        if weights_name == PICKLE:
-            weights, data = open_pickle(file, limits)
-            contents = sort_contents(weights, chosen, config, config_where, limits)
-            weights.scan()
-            sha256 = hashlib.sha256(data).hexdigest()
-            _warn(f"{weights_where}: read from a pickle; save it as safetensors, which cannot hold code")
-        else:
-            weights = open_weights(file, weights_path, limits)
-            contents = sort_contents(weights, chosen, config, config_where, limits)
-            weights.scan(file)
-            sha256 = weights.sha256
-    return config, chosen, contents, {CONFIG: hashlib.sha256(raw).hexdigest(), weights_name: sha256}
-
-
 def _in_memory(config: object, tensors: Mapping[str, Tensor], label: str, source: str, limits: Limits) -> Adapter:
     where = f"adapter {shown(label)}, {source}"
     parsed = parse(config_bytes(config, f"{where}, config"), f"{where}, config", limits)
@@ -329,7 +292,3 @@ def _checked_label(label: str) -> str:
     if not _LABEL.fullmatch(label):
         raise MethodError(f"label {shown(label)}: expected 1 to 64 of the characters A-Z a-z 0-9 . _ -")
     return label
-
-
-def _warn(text: str) -> None:
-    warnings.warn(text, SapmergeWarning, stacklevel=3)

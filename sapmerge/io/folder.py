@@ -1,15 +1,21 @@
-"""The folder of an adapter: which of its files are read."""
+"""The folder of an adapter: which of its files are read, and what they hold."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 import warnings
 
 from sapmerge.errors import AdapterFormatError, AdapterSecurityError, SapmergeWarning
-from sapmerge.io.files import reason
+from sapmerge.io.config import Settings, settings
+from sapmerge.io.contents import Contents, sort_contents
+from sapmerge.io.files import DEFAULT_LIMITS, Limits, RegularFile, reason
+from sapmerge.io.header import open_weights
+from sapmerge.io.pickles import open_pickle
+from sapmerge.io.strict_json import parse
 
-__all__ = ["CONFIG", "PICKLE", "WEIGHTS", "which_weights"]
+__all__ = ["CONFIG", "PICKLE", "WEIGHTS", "check_readable", "read_folder", "which_weights"]
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
@@ -39,6 +45,40 @@ def which_weights(folder: str, where: str, allow_pickle_weights: bool) -> str:
             "with sapmerge.Adapter.load(path, allow_pickle_weights=True), or ask for safetensors"
         )
     return PICKLE
+
+
+def check_readable(folder: str) -> None:
+    """Refuse what `Adapter.load` would refuse, without a warning: for a folder that is about to become an output."""
+    contents = read_folder(folder, WEIGHTS, "the output", DEFAULT_LIMITS)[2]
+    contents.check_finite("the output")
+
+
+def read_folder(
+    folder: str, weights_name: str, where: str, limits: Limits
+) -> tuple[dict[str, object], Settings, Contents, dict[str, str]]:
+    """Config, what it says, the contents of the weights with every value seen, and file name -> sha256."""
+    config_where, weights_where = f"{where}, {CONFIG}", f"{where}, {weights_name}"
+    weights_path = os.path.join(folder, weights_name)
+    with (
+        RegularFile(os.path.join(folder, CONFIG), config_where) as config_file,
+        RegularFile(weights_path, weights_where) as file,
+    ):
+        # One byte more than allowed is enough to refuse it.
+        raw = bytes(config_file.read(0, min(config_file.size, limits.config_bytes + 1)))
+        config = parse(raw, config_where, limits)
+        chosen = settings(config, config_where)
+        if weights_name == PICKLE:
+            weights, data = open_pickle(file, limits)
+            contents = sort_contents(weights, chosen, config, config_where, limits)
+            weights.scan()
+            sha256 = hashlib.sha256(data).hexdigest()
+            _warn(f"{weights_where}: read from a pickle; save it as safetensors, which cannot hold code")
+        else:
+            weights = open_weights(file, weights_path, limits)
+            contents = sort_contents(weights, chosen, config, config_where, limits)
+            weights.scan(file)
+            sha256 = weights.sha256
+    return config, chosen, contents, {CONFIG: hashlib.sha256(raw).hexdigest(), weights_name: sha256}
 
 
 def _warn(text: str) -> None:

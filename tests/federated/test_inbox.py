@@ -241,6 +241,19 @@ def test_what_the_contract_forbids_is_refused(tmp_path: Path, options: dict[str,
     assert box.report.refused == (("a", outcome.reason),)
 
 
+def test_only_plain_lora_is_taken(tmp_path: Path) -> None:
+    config, tensors = pair(1, targets=("q",))
+    box = inbox(tmp_path)
+    biases = {n.replace("lora_B.weight", "lora_B.bias"): t[:, 0] for n, t in tensors.items() if "lora_B" in n}
+    outcome = box.add((config | {"lora_bias": True}, tensors | biases), "a")
+    assert not outcome
+    assert "q.bias' of the base" in outcome.reason
+    magnitudes = {n.replace("lora_B.weight", "lora_magnitude_vector"): t[:, 0] for n, t in tensors.items() if "_B" in n}
+    outcome = box.add((config | {"use_dora": True}, tensors | magnitudes), "b")
+    assert not outcome
+    assert "plain LoRA only" in outcome.reason
+
+
 def test_heads_are_taken_if_the_round_says_so(tmp_path: Path) -> None:
     folder = save_lora(tmp_path / "head", seed=1, targets=("q",), modules_to_save=["head"])
     outcome = inbox(tmp_path).add(folder, "a")
