@@ -13,7 +13,7 @@ from torch import Tensor
 from sapmerge.core.layer import Layer
 from sapmerge.core.lowrank import weighted_sum
 from sapmerge.core.protocols import Method
-from sapmerge.core.updates import LowRank, Update
+from sapmerge.core.updates import Update
 from sapmerge.errors import IncompatibleAdaptersError, MethodError
 from sapmerge.io.adapter import Adapter
 from sapmerge.io.atomic import StagedFolder
@@ -83,9 +83,9 @@ class Personal(Mapping[str, Merged]):
 class _ReadOnce(Adapter):
     """An adapter that holds the update it has read last; copies under other labels share it."""
 
-    last: dict[str, LowRank] = field(default_factory=dict[str, LowRank], repr=False)
+    last: dict[str, Update] = field(default_factory=dict[str, Update], repr=False)
 
-    def update(self, name: str) -> LowRank:
+    def update(self, name: str) -> Update:
         if name not in self.last:
             found = super().update(name)
             self.last.clear()

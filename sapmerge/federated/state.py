@@ -92,6 +92,10 @@ class MergeState:
 
     def _moved(self, adapter: Adapter, weight: float, members: Mapping[str, float]) -> MergeState:
         sums, slots = dict(self.sums), dict(self.slots)
+        odd = next((m.name for m in adapter.modules.values() if m.kind not in ("linear", "conv", "embedding")), None)
+        if adapter.vectors or odd is not None:
+            what = odd or next(iter(adapter.vectors.values())).name
+            raise MethodError(f"a state sums plain LoRA; adapter {adapter.label!r} changes {what!r}: use merge")
         for name, module in adapter.modules.items():
             slot = Slot(module.kind, module.shape, tuple(module.a_shape[1:]) if module.kind == "conv" else ())
             self._check(name, slot, repr(adapter.label))

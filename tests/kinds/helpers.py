@@ -245,7 +245,7 @@ def check_sinks(
         compare(make, unloaded(make, out), wanted, tolerance)
         again = sm.Adapter.load(out)
         assert sm.verify(out, [str(path) for path in paths]) == []
-        assert len(again.modules) == len(done.stream.modules)
+        assert len(again.modules) == len(done.run.stream.modules)
         if live:
             other = PeftModel.from_pretrained(make(), str(paths[0]), adapter_name="first")
             done.add_to(other, "both")
