@@ -12,7 +12,7 @@ from hypothesis.extra import numpy as hnp
 import sapmerge as sm
 from sapmerge.core import updates
 from sapmerge.core.linalg import qr, top_svd
-from sapmerge.core.lowrank import balanced, concatenate, gram, inner, mean_cosine, truncate
+from sapmerge.core.lowrank import concatenate, gram, inner, mean_cosine, truncate
 from tests import oracles
 from tests.conftest import error, low_rank
 
@@ -165,7 +165,7 @@ def test_concatenate_is_the_weighted_sum(m: int, n: int, several: list[int], see
 @given(sizes, sizes, ranks, seeds, st.floats(1e-4, 1e4), st.sampled_from([torch.float32, torch.float64]))
 def test_balanced(m: int, n: int, rank: int, seed: int, gauge: float, dtype: torch.dtype) -> None:
     update = low_rank((m, n), rank, seed, dtype)
-    even = balanced(sm.LowRank(update.B / gauge, update.A * gauge))
+    even = sm.LowRank(update.B / gauge, update.A * gauge).balanced
     assert even.dtype == dtype
     assert even.rank <= min(m, n, rank)
     tolerance = 1e-10 if dtype == torch.float64 else 1e-4
@@ -224,7 +224,7 @@ def test_zero_has_rank_zero_and_keeps_all_energy(rank: int | float | str | None,
     assert got.dtype == torch.float32
     assert not got.dense().any()
     assert update.norm() == 0.0
-    assert balanced(update).rank == 0
+    assert update.balanced.rank == 0
 
 
 def test_exact_drops_dependent_directions() -> None:

@@ -14,7 +14,7 @@ from sapmerge.core.layer import Layer
 from sapmerge.core.linalg import factor_inner, norm, numerical_rank, split_evenly, top_svd
 from sapmerge.core.updates import Dense, LowRank, Update
 
-__all__ = ["balanced", "concatenate", "gram", "inner", "mean_cosine", "size_of", "truncate", "whole_gram"]
+__all__ = ["concatenate", "gram", "inner", "mean_cosine", "size_of", "truncate", "whole_gram"]
 
 _ROUNDING = 1e-7
 """A norm this small beside the factors is their rounding error: it comes from a difference of squares in float64."""
@@ -102,17 +102,6 @@ def concatenate(updates: Sequence[LowRank], weights: Sequence[float]) -> LowRank
         torch.cat([update.B * weight for update, weight in zip(updates, weights, strict=True)], dim=1),
         torch.cat([update.A for update in updates]),
     )
-
-
-def balanced(update: Update) -> LowRank:
-    """The same update with factors of equal weight: B = U sqrt(sigma), A = sqrt(sigma) V^T.
-
-    LoRA training prefers no factorisation (B R^-1, R A) over another; this one depends on the update alone.
-    Singular values below `linalg.RTOL` are dropped: their directions are arbitrary.
-    """
-    U, sigma, Vh = update.svd()
-    B, A = split_evenly(U, sigma, Vh, numerical_rank(sigma))
-    return LowRank(B.to(update.dtype), A.to(update.dtype))
 
 
 def truncate(update: Update, rank: int | float | str | None, default: int) -> tuple[LowRank, float]:

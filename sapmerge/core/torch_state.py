@@ -113,18 +113,18 @@ def model_state(device: torch.device) -> Generator[None]:
 
     A model may make tensors where the caller has put it, so a default device of its kind holds inside.
     """
-    undo = Undo()
-    try:
+    with pinned_state():
+        undo = Undo()  # inside: the threads are put back while it is known how many there were
         try:
-            with pinned_state():
+            try:
                 threads, default = _own.outside
                 _set_threads(threads, undo)
                 with default if default.type == device.type != "cpu" else ExitStack():
                     yield
+            finally:
+                undo.run()
         finally:
             undo.run()
-    finally:
-        undo.run()
 
 
 def _note_outside(undo: Undo) -> None:

@@ -9,7 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from sapmerge.core.linalg import factor_grams, factor_svd, norm, svd
+from sapmerge.core.linalg import factor_grams, factor_svd, norm, numerical_rank, split_evenly, svd
 from sapmerge.core.torch_state import without_autocast
 from sapmerge.errors import MethodError
 
@@ -107,6 +107,15 @@ class LowRank:
     def _grams(self) -> tuple[Tensor, Tensor]:
         return factor_grams(self.B, self.A)
 
+    @cached_property
+    def balanced(self) -> LowRank:
+        """The same update with factors of equal weight: B = U sqrt(sigma), A = sqrt(sigma) V^T.
+
+        LoRA training prefers no factorisation (B R^-1, R A) over another; this one depends on the update alone.
+        Singular values below `linalg.RTOL` are dropped: their directions are arbitrary.
+        """
+        return _even(self)
+
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LowRank:
         return LowRank(self.B.to(device=device, dtype=dtype), self.A.to(device=device, dtype=dtype))
 
@@ -163,6 +172,10 @@ class Dense:
         return self._norm
 
     @cached_property
+    def balanced(self) -> LowRank:
+        return _even(self)
+
+    @cached_property
     def _norm(self) -> float:
         return norm(self.matrix)
 
@@ -171,6 +184,12 @@ class Dense:
 
 
 Update: TypeAlias = LowRank | Dense
+
+
+def _even(update: Update) -> LowRank:
+    U, sigma, Vh = update.svd()
+    B, A = split_evenly(U, sigma, Vh, numerical_rank(sigma))
+    return LowRank(B.to(update.dtype), A.to(update.dtype))
 
 
 def absent(shape: tuple[int, int], like: Tensor) -> LowRank:

@@ -106,7 +106,7 @@ def merge(
     elif model is not None:
         find_modules(model, stream.modules)
         find_saved(model, heads.shapes())
-    with pinned_state():
+    with pinned_state(), stream.holding():
         prepared = prepare(method, stream)
     if stream.anchors is not None and not stream.anchors.used:
         warnings.warn(
@@ -135,7 +135,11 @@ def merge(
 
 
 class Merged:
-    """A merge that is ready to run. Every sink streams the layers once; memory does not grow with the model's depth."""
+    """A merge that is ready to run. Every sink streams the layers once.
+
+    Memory does not grow with the model's depth: what pre-passes read is held for the merge up to half a gigabyte, and
+    read again beyond it.
+    """
 
     def __init__(self, run: Run) -> None:
         self.run = run

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -15,7 +16,7 @@ import torch
 from sapmerge.anchors.anchors import Anchors
 from sapmerge.core.layer import Layer, Member
 from sapmerge.core.torch_state import pinned_state
-from sapmerge.core.updates import Update, absent
+from sapmerge.core.updates import LowRank, Update, absent
 from sapmerge.io.adapter import Adapter
 from sapmerge.io.modules import Module
 from sapmerge.losses import Loss
@@ -27,6 +28,26 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 _MOST, _IN_FLIGHT = 4, 1 << 30  # layers, and bytes of their updates as matrices
+_HELD = 1 << 29  # bytes of factors that are held between the pre-passes of a merge and the merge itself
+
+
+class _Held:
+    """The updates that pre-passes have read, as far as they fit: each is read and verified once, and what it has
+    computed of itself (norm, Gram matrices, balanced factors) serves every pass."""
+
+    def __init__(self, room: int) -> None:
+        self.filling, self._room = False, room
+        self._updates: dict[tuple[int, str], Update] = {}
+
+    def get(self, key: tuple[int, str], read: Callable[[], Update]) -> Update:
+        update = self._updates.get(key)
+        if update is None:
+            update = read()
+            size = update.B.nbytes + update.A.nbytes if isinstance(update, LowRank) else update.matrix.nbytes
+            if self.filling and size <= self._room:
+                self._room -= size
+                self._updates[key] = update
+        return update
 
 
 @dataclass(frozen=True)
@@ -38,6 +59,7 @@ class AdapterLayers:
     modules: Mapping[str, Module]
     device: torch.device
     anchors: Anchors | None = None
+    held: _Held = field(default_factory=lambda: _Held(_HELD), repr=False)
 
     @staticmethod
     def of(adapters: Sequence[Adapter], weights: Sequence[float], device: torch.device) -> AdapterLayers:
@@ -53,10 +75,10 @@ class AdapterLayers:
     ) -> AdapterLayers:
         """The same layers, with gradients on the anchors at hand."""
 
-        def reader(adapter: Adapter) -> Callable[[], Mapping[str, Update]]:
-            return lambda: {name: adapter.update(name) for name in adapter.modules}
+        def reader(k: int) -> Callable[[], Mapping[str, Update]]:
+            return lambda: {name: self._update(k, name) for name in self.adapters[k].modules}
 
-        readers = [(adapter.label, reader(adapter)) for adapter in self.adapters]
+        readers = [(adapter.label, reader(k)) for k, adapter in enumerate(self.adapters)]
         anchors = Anchors(model, loader, self.modules, readers, loss)
         if cache is not None:
             anchors.resume_in(cache, [adapter.digest for adapter in self.adapters])
@@ -71,15 +93,25 @@ class AdapterLayers:
         layer = Layer(
             name,
             [
-                Member(self._update(adapter, name), adapter.label, weight, adapter.digest)
-                for adapter, weight in zip(self.adapters, self.weights, strict=True)
+                Member(self._update(k, name), adapter.label, self.weights[k], adapter.digest)
+                for k, adapter in enumerate(self.adapters)
             ],
         )
         return layer if record is None else layer.noting(record)
 
-    def _update(self, adapter: Adapter, name: str) -> Update:
+    @contextmanager
+    def holding(self) -> Generator[None]:
+        """What is read in the block is held for later, within a budget: for the pre-passes of a method."""
+        self.held.filling = True
+        try:
+            yield
+        finally:
+            self.held.filling = False
+
+    def _update(self, k: int, name: str) -> Update:
+        adapter = self.adapters[k]
         if name in adapter.modules:
-            return adapter.update(name).to(self.device)
+            return self.held.get((k, name), lambda: adapter.update(name).to(self.device))
         return absent(self.modules[name].shape, torch.empty(0, device=self.device))
 
     def layers_at_once(self) -> int:

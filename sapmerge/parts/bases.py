@@ -13,7 +13,6 @@ from sapmerge.core.core_space import check_fraction, check_rank, cores_of, nonze
 from sapmerge.core.frames import Frames
 from sapmerge.core.layer import Layer
 from sapmerge.core.linalg import RTOL, norm, numerical_rank, qr, svd
-from sapmerge.core.lowrank import balanced
 from sapmerge.core.part import part
 from sapmerge.core.updates import LowRank, Update
 from sapmerge.errors import MethodError
@@ -65,7 +64,7 @@ class CoreSpace:
         present = [update for update in layer if not update.absent]
         if not present:
             return Frames()
-        pairs = [update if isinstance(update, LowRank) and not self.balance else balanced(update) for update in present]
+        pairs = [update if isinstance(update, LowRank) and not self.balance else update.balanced for update in present]
         left = svd(torch.cat([pair.B for pair in pairs], dim=1))[0]
         right = svd(torch.cat([pair.A for pair in pairs]))[2]
         return Frames(U=left.to(present[0].dtype), V=right.T.to(present[0].dtype))

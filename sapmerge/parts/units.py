@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from sapmerge.core.linalg import numerical_rank
-from sapmerge.core.lowrank import balanced
 from sapmerge.core.part import part
 from sapmerge.core.protocols import Coordinates, GradientView
 from sapmerge.core.updates import Dense, LowRank, Update
@@ -52,7 +51,7 @@ class Factors:
                 "units=Factors() prunes LoRA factors, but this update is dense already; prune factors first, "
                 "or use units=Entries()"
             )
-        even = balanced(update)
+        even = update.balanced
         return Coordinates(
             values={"A": even.A, "B": even.B},
             join=lambda parts: LowRank(parts["B"], parts["A"]),

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 import sapmerge as sm
-from sapmerge.core.lowrank import balanced
 from sapmerge.errors import AnchorError, MethodError, SapmergeWarning
 from sapmerge.losses import alignment, centered_alignment, contrastive, language_modeling
 from tests.anchors import models
@@ -35,7 +34,7 @@ def peft_gradients(peft: Any, adapter: sm.Adapter, batches: list[Any], loss: Any
     peft = copy.deepcopy(peft)
     parameters: dict[tuple[str, str], nn.Parameter] = {}
     for name, module in adapter.modules.items():
-        even = balanced(adapter.update(name))
+        even = adapter.update(name).balanced
         layer = peft.get_base_model().get_submodule(module.spelled)
         layer.lora_A["default"].weight.data = even.A.clone()
         layer.lora_B["default"].weight.data = even.B / module.scaling
@@ -99,7 +98,7 @@ def test_sap_original_step_by_step(density: float) -> None:
             {k: v.abs() for k, v in peft_gradients(peft, adapter, half, alignment).items()} for half in halves(loader)
         )
         for name in adapter.modules:
-            even, original = balanced(adapter.update(name)), adapter.update(name).dense()
+            even, original = adapter.update(name).balanced, adapter.update(name).dense()
             keep = {part: top(scores[name, part], density) for part in "AB"}
             product = (even.B * keep["B"]) @ (even.A * keep["A"])
             total[name] = total[name] + product * original.norm() / product.norm() / 3

@@ -11,7 +11,6 @@ from torch import Tensor
 import sapmerge as sm
 from sapmerge.contrib.gradpruner import initial_importance
 from sapmerge.contrib.loraprune import sensitivity
-from sapmerge.core.lowrank import balanced
 from sapmerge.errors import MethodError, NonFiniteError
 from tests import conftest, oracles
 from tests.conftest import changed, error, low_rank, make_layers, run
@@ -51,7 +50,7 @@ def test_the_groups_that_are_kept(axis: str, power: int) -> None:
     for layer in layers:
         pruned = prepared(changed(layer, record=notes.__setitem__))
         assert isinstance(pruned, sm.LowRank)
-        even, G = balanced(layer.updates[2]), gradient(layer)
+        even, G = layer.updates[2].balanced, gradient(layer)
         found = sensitivity(even.dense(), even.A, even.B, even.B.T @ G, G @ even.A.T, power)
         sums = found.sum(1 if axis == "row" else 0)
         kept = sums >= sums.sort(descending=True).values[oracles.count(0.4, len(sums)) - 1]
@@ -123,7 +122,7 @@ def test_the_layers_that_are_kept(by: str, score: Any) -> None:
         if update.rank:
             kept.add(layer.name)
             assert update is layer.updates[2]
-        even, G = balanced(layer.updates[2]), gradient(layer)
+        even, G = layer.updates[2].balanced, gradient(layer)
         gA, gB = even.B.T @ G, G @ even.A.T
         wanted = {
             "GradientProduct": float((gB @ gA).norm()),

@@ -20,7 +20,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sapmerge as sm
 from sapmerge.contrib import ctm
-from sapmerge.core.lowrank import balanced
 from tests import test_laws
 from tests.conftest import changed, error, low_rank, make_layers, run
 
@@ -439,7 +438,7 @@ def test_no_arbitrary_direction_at_the_edges(method: sm.Method, case: str) -> No
 @pytest.mark.parametrize("method", [sm.tsv(), sm.iso_c(), sm.iso_cts()], ids=["tsv", "iso_c", "iso_cts"])
 def test_opposite_adapters_leave_nothing(method: sm.Method) -> None:
     update = low_rank((12, 10), 3, 8)
-    rewritten = balanced(update.scaled(-1.0))
+    rewritten = update.scaled(-1.0).balanced
     layer = sm.Layer("l", (update, rewritten))
     assert float(method(layer).dense().norm()) < 1e-12 * update.norm()
 
