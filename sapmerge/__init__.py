@@ -60,6 +60,7 @@ from sapmerge.methods import *
 from sapmerge.parsing import parse
 from sapmerge.parts.bases import CoreSpace, SharedBasis, TuckerSpace
 from sapmerge.parts.chances import Flip, MagnitudeChance, RankChance
+from sapmerge.parts.contaminated import FlagContaminated
 from sapmerge.parts.masks import DropOutliers, NtoM, PerRow, Reciprocal, Threshold, TopFraction, TopWithTies
 from sapmerge.parts.mergers.cover_space import InCoverSpace
 from sapmerge.parts.mergers.entrywise import CoordinateMedian, TrimmedMean
@@ -146,6 +147,7 @@ __all__ = [
     "Factors",
     "Fisher",
     "FisherMean",
+    "FlagContaminated",
     "Flip",
     "GeometricMedian",
     "In",

@@ -10,6 +10,7 @@ from sapmerge import contrib, losses, methods
 from sapmerge.errors import MethodError
 from sapmerge.parts.bases import CoreSpace, SharedBasis, TuckerSpace
 from sapmerge.parts.chances import Flip, MagnitudeChance, RankChance
+from sapmerge.parts.contaminated import FlagContaminated
 from sapmerge.parts.masks import DropOutliers, NtoM, PerRow, Reciprocal, Threshold, TopFraction, TopWithTies
 from sapmerge.parts.mergers.cover_space import InCoverSpace
 from sapmerge.parts.mergers.entrywise import CoordinateMedian, TrimmedMean
@@ -57,6 +58,7 @@ CALLABLE: Mapping[str, Callable[..., Any]] = {
         Factors,
         Fisher,
         FisherMean,
+        FlagContaminated,
         Flip,
         GeometricMedian,
         In,

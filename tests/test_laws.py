@@ -45,6 +45,7 @@ EXCEPTIONS = {
     ("yoco", "gauge rotate"): "as factor_average",
     ("yoco", "gauge general"): "as factor_average",
     ("ffa", "zero is neutral"): "as mean",
+    ("clair", "zero is neutral"): "as mean",
     ("fedrpca", "zero is neutral"): "as mean",
     ("fedrpca", "copies"): "copies are of low rank to the tolerance of the iteration, 1e-7; one adapter is exactly",
     ("model_stock", "zero is neutral"): "as mean",

@@ -1,6 +1,7 @@
 """Methods of narrower use: the same form as `sapmerge.methods`, and the same laws."""
 
 from sapmerge.contrib import adamerging as _adamerging
+from sapmerge.contrib import clair as _clair
 from sapmerge.contrib import ctm as _ctm
 from sapmerge.contrib import emr as _emr
 from sapmerge.contrib import fedlora as _fedlora
@@ -11,6 +12,7 @@ from sapmerge.contrib import movement as _movement
 from sapmerge.contrib import pcb as _pcb
 from sapmerge.contrib import wudi as _wudi
 from sapmerge.contrib.adamerging import *
+from sapmerge.contrib.clair import *
 from sapmerge.contrib.ctm import *
 from sapmerge.contrib.emr import *
 from sapmerge.contrib.fedlora import *
@@ -23,6 +25,7 @@ from sapmerge.contrib.wudi import *
 
 __all__: list[str] = []
 __all__ += _adamerging.__all__
+__all__ += _clair.__all__
 __all__ += _ctm.__all__
 __all__ += _emr.__all__
 __all__ += _fedlora.__all__

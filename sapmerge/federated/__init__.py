@@ -9,6 +9,7 @@ from sapmerge.federated.nearest import neighbours
 from sapmerge.federated.outcome import Kept, Outcome, Refused
 from sapmerge.federated.personal import Personal, by_task, personalize, pilot
 from sapmerge.federated.prompts import Prompts, average_prompts
+from sapmerge.federated.refinement import refine
 from sapmerge.federated.report import ClientReport, RoundReport
 from sapmerge.federated.rules import FedEx, fedex, fedit, fedrpca, ffa, flex, flora, hetlora, yoco
 from sapmerge.federated.state import MergeState
@@ -38,5 +39,6 @@ __all__ = [
     "neighbours",
     "personalize",
     "pilot",
+    "refine",
     "yoco",
 ]

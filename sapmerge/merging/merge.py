@@ -34,7 +34,7 @@ from sapmerge.merging.inputs import (
     weights_of,
     with_base,
 )
-from sapmerge.merging.report import LayerReport, Report, describe_adapters, notes_of
+from sapmerge.merging.report import LayerReport, Report, describe_adapters, findings_of, notes_of
 from sapmerge.merging.run import Run
 from sapmerge.merging.stream import AdapterLayers
 from sapmerge.merging.vectors import check_vectors, plan_vectors
@@ -227,7 +227,7 @@ class Merged:
             layers=layers,
             modules_to_save=run.heads.modules,
             dropped_modules=run.heads.dropped,
-            notes=self._anchor_notes(layers),
+            notes=self._anchor_notes(layers) | findings_of(run.prepared),
         )
         if report.energy_kept < 0.9:
             warnings.warn(

@@ -13,12 +13,13 @@ from sapmerge.anchors.loading import batch_size
 from sapmerge.core.geometry import SAMPLED_ROWS, off_diagonal_mean, share_opposed, sign_counts
 from sapmerge.core.layer import Layer
 from sapmerge.core.lowrank import mean_cosine
+from sapmerge.core.part import parts
 from sapmerge.core.updates import Update
 from sapmerge.errors import NonFiniteError, printable
 from sapmerge.io.adapter import Adapter
 from sapmerge.losses import loss_name
 
-__all__ = ["AdapterReport", "LayerReport", "Report", "notes_of", "table"]
+__all__ = ["AdapterReport", "LayerReport", "Report", "findings_of", "notes_of", "table"]
 
 
 @dataclass(frozen=True)
@@ -252,6 +253,14 @@ def notes_of(anchors: Anchors) -> dict[str, Any]:
         "anchor loss": {"base model": anchors.loss_at(None), **losses},
     }
     return notes | ({"layers without gradient": sorted(anchors.unused)} if anchors.unused else {})
+
+
+def findings_of(method: object) -> dict[str, Any]:
+    """What the parts of a prepared method have found out about whole adapters."""
+    found: dict[str, Any] = {}
+    for step in parts(method):
+        found |= getattr(step, "findings", {})
+    return found
 
 
 def _loss(anchors: Anchors, adapter: int) -> float | None:
