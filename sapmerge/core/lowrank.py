@@ -151,8 +151,8 @@ def size_of(update: Update) -> float:
 
 
 def weighted_sum(layer: Layer, weights: tuple[float, ...]) -> Update:
-    """sum_k weights[k] D_k; low-rank updates are concatenated, exactly."""
-    low = [(u, w) for u, w in zip(layer, weights, strict=True) if isinstance(u, LowRank) and not u.absent]
+    """sum_k weights[k] D_k; low-rank updates are concatenated, exactly; those that share A (FFA-LoRA) keep its rank."""
+    low = _shared([(u, w) for u, w in zip(layer, weights, strict=True) if isinstance(u, LowRank) and not u.absent])
     dense = [(u, w) for u, w in zip(layer, weights, strict=True) if isinstance(u, Dense)]
     factors = concatenate([u for u, _ in low], [w for _, w in low]) if low else None
     if not dense:
@@ -161,3 +161,23 @@ def weighted_sum(layer: Layer, weights: tuple[float, ...]) -> Update:
     for update, weight in dense:
         total.add_(update.matrix, alpha=weight)
     return Dense(total)
+
+
+def _shared(terms: list[tuple[LowRank, float]]) -> list[tuple[LowRank, float]]:
+    """The terms of a sum, those with one and the same A as one: sum w (B A) = (sum w B) A."""
+    groups: list[list[tuple[LowRank, float]]] = []
+    for update, weight in terms:
+        group = next((found for found in groups if _same(found[0][0].A, update.A)), None)
+        if group is None:
+            groups.append([(update, weight)])
+        else:
+            group.append((update, weight))
+    return [
+        group[0] if len(group) == 1 else (LowRank(torch.stack([w * u.B for u, w in group]).sum(0), group[0][0].A), 1.0)
+        for group in groups
+    ]
+
+
+def _same(first: Tensor, second: Tensor) -> bool:
+    """Equal; the first row tells most that are not."""
+    return first.shape == second.shape and torch.equal(first[:1], second[:1]) and torch.equal(first, second)

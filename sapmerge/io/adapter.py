@@ -27,7 +27,7 @@ from sapmerge.io.modules import BaseWeights, Module, SavedTensor
 from sapmerge.io.pickles import held
 from sapmerge.io.strict_json import parse
 
-__all__ = ["Adapter"]
+__all__ = ["Adapter", "label_from"]
 
 _VIEWS = {"config", "modules", "saved", "vectors", "files"}  # fields that nobody can write to
 _LABEL = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -99,7 +99,7 @@ class Adapter:
         folder = os.path.abspath(source)
         where = f"adapter {shown(source)}"
         weights_name = which_weights(folder, where, allow_pickle_weights)
-        label = label or _label_from(os.path.basename(folder))
+        label = label or label_from(os.path.basename(folder))
         read = read_folder(folder, weights_name, where, limits)
         return _finished(label, source, *read, folder=os.path.realpath(folder))
 
@@ -140,7 +140,7 @@ class Adapter:
         folder = os.path.dirname(paths[0])
         if os.path.dirname(paths[1]) != folder:
             raise AdapterFormatError(f"the Hub repository {shown(repo_id)} changed between two downloads; try again")
-        return cls.load(folder, label=label or _label_from(repo_id.rpartition("/")[2]), limits=limits)
+        return cls.load(folder, label=label or label_from(repo_id.rpartition("/")[2]), limits=limits)
 
     @classmethod
     @pinned_state()
@@ -174,7 +174,7 @@ class Adapter:
         """
         config, tensors = live_adapter(model, adapter_name)
         source = f"PeftModel[{shown(adapter_name)}]"
-        adapter = _in_memory(config, tensors, label or _label_from(adapter_name), source, limits)
+        adapter = _in_memory(config, tensors, label or label_from(adapter_name), source, limits)
         check_live_scaling(model, adapter_name, adapter.modules, source)
         return adapter
 
@@ -283,7 +283,7 @@ def _unpickled(values: Mapping[str, Any]) -> Adapter:
     return Adapter(**{**values, **views})
 
 
-def _label_from(name: str) -> str:
+def label_from(name: str) -> str:
     """A label made of any name."""
     return re.sub(r"[^A-Za-z0-9._-]+", "_", name)[:64].strip(".") or "adapter"
 

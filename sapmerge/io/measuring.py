@@ -14,6 +14,7 @@ from torch import Tensor
 __all__ = ["CHUNK", "Entry", "Facts", "groups", "measure", "measure_group"]
 
 CHUNK = 1 << 22
+_NARROWED = (torch.float64, torch.float8_e4m3fn, torch.float8_e5m2)  # looked at as the float32 that they are read as
 
 
 class Entry(NamedTuple):
@@ -38,7 +39,7 @@ def measure(chunks: Iterator[tuple[memoryview, Tensor]]) -> Facts:
     digest, square, bad = hashlib.sha256(), 0.0, 0
     for data, stored in chunks:
         digest.update(data)
-        values = stored.float() if stored.dtype == torch.float64 else stored
+        values = stored.float() if stored.dtype in _NARROWED else stored
         part = float(values.double().square().sum())
         if not math.isfinite(part):
             bad += int((~torch.isfinite(values)).sum())
@@ -64,7 +65,7 @@ def groups(entries: dict[str, Entry]) -> Iterator[list[tuple[str, Entry]]]:
 def measure_group(group: list[tuple[str, Entry]], data: memoryview, first: Entry) -> Iterator[tuple[str, Facts]]:
     """`measure` for tensors that lie side by side."""
     stored = torch.frombuffer(data, dtype=first.dtype)
-    values = stored.float() if stored.dtype == torch.float64 else stored
+    values = stored.float() if stored.dtype in _NARROWED else stored
     bounds = [(entry.start - first.start, entry.start - first.start + entry.size) for _, entry in group]
     starts = [begin // first.dtype.itemsize for begin, _ in bounds]
     squares = np.add.reduceat(values.double().square().numpy(), starts)

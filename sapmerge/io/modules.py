@@ -14,7 +14,7 @@ from sapmerge.io.consistency import Scaling
 from sapmerge.io.files import Weights
 from sapmerge.io.kinds.attention import TWICE
 from sapmerge.io.kinds.dora import Dora
-from sapmerge.io.kinds.experts import ExpertFactors, Layout, layout_of
+from sapmerge.io.kinds.experts import Bank, ExpertFactors, Layout, layout_of
 from sapmerge.io.kinds.reading import Factors, Reading
 from sapmerge.io.kinds.start import Started
 from sapmerge.io.kinds.vectors import Vector
@@ -41,6 +41,7 @@ class Module:
         owner: the module that has the weight, by its canonical name.
         parameter: the weight's name in it.
         experts, expert: how many matrices the parameter holds, and which of them this is.
+        method: what the update is, where it is not plain LoRA: "dora", "pissa", "olora" or "adalora".
         needs_base: why the update cannot be told without the base's weight; None where it can.
     """
 
@@ -58,6 +59,7 @@ class Module:
     parameter: str = "weight"
     experts: int = 1
     expert: int = 0
+    method: str = ""
     needs_base: str | None = None
 
     def __post_init__(self) -> None:
@@ -132,6 +134,7 @@ def _matrix(pair: Pair, scaling: Scaling, settings: Settings, config: Mapping[st
         b_shape=pair.b_shape,
         owner=owner,
         parameter=parameter,
+        method="dora" if pair.magnitude is not None else settings.start or ("adalora" if settings.adalora else ""),
         needs_base=reading.needs_base,
     )
     return module, reading
@@ -140,7 +143,7 @@ def _matrix(pair: Pair, scaling: Scaling, settings: Settings, config: Mapping[st
 def _experts(
     pair: Pair, scaling: Scaling, layout: Layout, config: Mapping[str, object]
 ) -> Iterator[tuple[Module, Reading]]:
-    experts, owner = pair.rank // scaling.rank, canonical(pair.spelled, config)
+    experts, owner, bank = pair.rank // scaling.rank, canonical(pair.spelled, config), Bank(pair.a, pair.b)
     flat = experts == 1
     layout = Layout() if flat else layout  # a parameter of two dimensions was always read as (out, in)
     shape = (pair.shape[1], pair.shape[0]) if layout.flipped else pair.shape
@@ -161,7 +164,7 @@ def _experts(
             experts=experts,
             expert=expert,
         )
-        yield module, ExpertFactors(pair.a, pair.b, experts, expert, scaling.rank, scaling.factor, layout)
+        yield module, ExpertFactors(bank, experts, expert, scaling.rank, scaling.factor, layout)
 
 
 def moved_biases(weights: Weights, pairs: Sequence[Pair], scalings: Sequence[Scaling]) -> Iterator[Vector]:

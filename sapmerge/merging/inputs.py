@@ -13,6 +13,7 @@ import torch
 
 from sapmerge.errors import IncompatibleAdaptersError, MethodError, SapmergeWarning
 from sapmerge.io.adapter import Adapter
+from sapmerge.io.base_names import one_base
 from sapmerge.io.files import shown
 from sapmerge.io.modules import BaseWeights, Module
 from sapmerge.models import ModelWeights
@@ -246,8 +247,19 @@ def _common_base(adapters: Sequence[Adapter], base_model: str | None) -> Base:
         same = [adapter for adapter in adapters if adapter.base_model == base_model]
         revisions = {_revision(adapter) for adapter in same}
         return Base(base_model, revisions.pop() if len(revisions) == 1 else None)
+    named = {adapter.label: adapter.base_model for adapter in adapters if adapter.base_model}
+    one = one_base(list(named.values())) if len(set(named.values())) > 1 else None
+    if one is not None:
+        listed = ", ".join(f"{label}: {value!r}" for label, value in named.items())
+        warnings.warn(
+            f"the adapters name copies of one base ({listed}), which differ by the rounding of their weights; the "
+            f"output names {one!r}",
+            SapmergeWarning,
+            stacklevel=4,
+        )
+        named = dict.fromkeys(named, one)
     for what, found in (
-        ("base models", {adapter.label: adapter.base_model for adapter in adapters if adapter.base_model}),
+        ("base models", named),
         ("revisions of the base model", {adapter.label: _revision(adapter) for adapter in adapters}),
     ):
         if len(set(found.values())) > 1:
@@ -263,7 +275,7 @@ def _common_base(adapters: Sequence[Adapter], base_model: str | None) -> Base:
             f"the adapters were trained on different models ({listed}), and {unnamed} name no base; if they do fit one "
             "base, say which: base_model='...'"
         )
-    name = next((adapter.base_model for adapter in adapters if adapter.base_model), None)
+    name = next(iter(named.values()), None)
     return Base(name, _revision(adapters[0]))
 
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 
 from sapmerge.core.geometry import Geometry, geometry, off_diagonal_mean
 from sapmerge.core.torch_state import pinned_state
-from sapmerge.errors import IncompatibleAdaptersError
+from sapmerge.errors import IncompatibleAdaptersError, MethodError, SapmergeError
 from sapmerge.io.adapter import Adapter
-from sapmerge.merging.inputs import Adapters, check_mergeable, load_adapters
+from sapmerge.io.description import Described, describe_config
+from sapmerge.merging.inputs import Adapters, check_mergeable, load_adapters, with_base
 from sapmerge.merging.report import table
 
 __all__ = ["AdapterSummary", "Inspection", "LayerSummary", "inspect"]
@@ -20,7 +23,13 @@ __all__ = ["AdapterSummary", "Inspection", "LayerSummary", "inspect"]
 
 @dataclass(frozen=True)
 class AdapterSummary:
-    """One adapter at a glance."""
+    """One adapter at a glance.
+
+    Args:
+        kinds: of its layers, and what it changes besides; of a refused adapter its `peft_type`.
+        norm: of all updates together; None where they cannot be told without the base, or the adapter is refused.
+        problem: why it is refused; None for one that can be read.
+    """
 
     label: str
     source: str
@@ -31,8 +40,9 @@ class AdapterSummary:
     alphas: str
     scalings: str
     dtype: str
-    norm: float
+    norm: float | None
     modules_to_save: tuple[str, ...]
+    problem: str | None = None
 
 
 @dataclass(frozen=True)
@@ -79,12 +89,13 @@ class Inspection:
                 ["adapter", "base", "kind", "layers", "ranks", "alphas", "scaling", "dtype", "norm", "saved modules"],
                 [
                     [a.label, a.base_model or "-", a.kinds, a.layers, a.ranks, a.alphas, a.scalings, a.dtype,
-                     f"{a.norm:.4g}",
+                     "-" if a.norm is None else f"{a.norm:.4g}",
                      ", ".join(a.modules_to_save) or "-"]
                     for a in self.adapters
                 ],
             )
         ]  # fmt: skip
+        blocks += [f"{a.label} is refused: {a.problem}" for a in self.adapters if a.problem is not None]
         if len(self.adapters) > 1:
             blocks.append(f"mergeable: {'yes' if self.problem is None else 'no: ' + self.problem}")
         if self.cosine:
@@ -120,21 +131,27 @@ def inspect(adapters: Adapters, model: Any = None) -> Inspection:
         An `Inspection`. Cosines come from Gram products of the factors and sign conflicts from blocks of rows: no
         (m, n) matrix is formed.
 
+    An adapter that `merge` refuses is described as far as its config goes, with the reason.
+
     Raises:
-        SapmergeError: an adapter that cannot be read.
+        SapmergeError: a folder that holds no adapter at all.
     """
-    opened = load_adapters(adapters, model)
+    opened, refused = _readable(adapters, model)
+    needing = next((m for a in opened for m in a.modules.values() if m.needs_base is not None), None)
+    problem = next((summary.problem for summary in refused), None)
     try:
         check_mergeable(opened)
-        problem = None
-    except IncompatibleAdaptersError as error:
-        problem = str(error)
+        opened = with_base(opened, model)
+    except (IncompatibleAdaptersError, MethodError) as error:
+        problem = problem or str(error)
     if problem is None:
         layers, overall, norms = _compare(opened)
     else:
-        layers, overall, norms = (), None, {adapter.label: _norm(adapter) for adapter in opened}
+        known = needing is None or isinstance(model, nn.Module)
+        layers, overall = (), None
+        norms = {adapter.label: _norm(adapter) if known else None for adapter in opened}
     return Inspection(
-        adapters=tuple(_summary(adapter, norms[adapter.label]) for adapter in opened),
+        adapters=(*[_summary(adapter, norms[adapter.label]) for adapter in opened], *refused),
         layers=layers,
         problem=problem,
         cosine={} if overall is None else _by_label(opened, overall.cosine),
@@ -142,7 +159,49 @@ def inspect(adapters: Adapters, model: Any = None) -> Inspection:
     )
 
 
-def _compare(adapters: Sequence[Adapter]) -> tuple[tuple[LayerSummary, ...], Geometry | None, dict[str, float]]:
+def _readable(adapters: Adapters, model: Any) -> tuple[list[Adapter], list[AdapterSummary]]:
+    """The adapters that can be read, and summaries of the others."""
+    given: list[tuple[str | None, Any]] = (
+        [(str(label), adapter) for label, adapter in adapters.items()]
+        if isinstance(adapters, Mapping)
+        else [(None, adapter) for adapter in adapters]
+        if isinstance(adapters, (list, tuple))
+        else []
+    )
+    fine, refused = list[Adapter](), list[AdapterSummary]()
+    for label, adapter in given:
+        try:
+            fine += load_adapters([adapter] if label is None else {label: adapter}, model)
+        except SapmergeError as error:
+            described = (
+                describe_config(cast("str | os.PathLike[str]", adapter))
+                if isinstance(adapter, (str, os.PathLike))
+                else None
+            )
+            if described is None:
+                raise
+            refused.append(_refused(label, described, str(error)))
+    return (load_adapters(fine) if fine else [] if refused else load_adapters(adapters, model)), refused
+
+
+def _refused(label: str | None, described: Described, problem: str) -> AdapterSummary:
+    return AdapterSummary(
+        label=label or described.label,
+        source=described.source,
+        base_model=described.base_model,
+        kinds=described.peft_type,
+        layers=0,
+        ranks=described.rank,
+        alphas="-",
+        scalings="-",
+        dtype="-",
+        norm=None,
+        modules_to_save=(),
+        problem=problem,
+    )
+
+
+def _compare(adapters: Sequence[Adapter]) -> tuple[tuple[LayerSummary, ...], Geometry | None, dict[str, float | None]]:
     count = len(adapters)
     zeros = torch.zeros(count, count, dtype=torch.float64)
     overall, layers = Geometry(zeros, zeros.clone(), zeros.clone()), list[LayerSummary]()
@@ -162,7 +221,7 @@ def _compare(adapters: Sequence[Adapter]) -> tuple[tuple[LayerSummary, ...], Geo
                 sign_conflict=off_diagonal_mean(found.sign_conflict),
             )
         )
-    norms = {adapter.label: float(norm) for adapter, norm in zip(adapters, overall.norms, strict=True)}
+    norms: dict[str, float | None] = {a.label: float(norm) for a, norm in zip(adapters, overall.norms, strict=True)}
     return tuple(layers), overall if count > 1 else None, norms
 
 
@@ -170,13 +229,15 @@ def _norm(adapter: Adapter) -> float:
     return sum(adapter.update(name).norm() ** 2 for name in adapter.modules) ** 0.5
 
 
-def _summary(adapter: Adapter, norm: float) -> AdapterSummary:
+def _summary(adapter: Adapter, norm: float | None) -> AdapterSummary:
     modules = list(adapter.modules.values())
+    kinds = {module.kind for module in modules} | {vector.label for vector in adapter.vectors.values()}
+    kinds |= {module.method for module in modules if module.method}
     return AdapterSummary(
         label=adapter.label,
         source=adapter.source,
         base_model=adapter.base_model,
-        kinds=_listed({module.kind for module in modules}),
+        kinds=_listed(kinds),
         layers=len(modules),
         ranks=_listed({module.rank for module in modules}),
         alphas=_listed({module.alpha for module in modules}),

@@ -22,9 +22,11 @@ from sapmerge.errors import MethodError, SapmergeWarning
 from sapmerge.io.adapter import Adapter
 from sapmerge.losses import Loss
 from sapmerge.merging import sinks
+from sapmerge.merging.copies import check_copies
 from sapmerge.merging.heads import HeadPolicy, plan_heads
 from sapmerge.merging.inputs import (
     Adapters,
+    Base,
     as_given,
     check_device,
     check_mergeable,
@@ -100,6 +102,7 @@ def merge(
     base = check_mergeable(opened, base_model)
     heads = plan_heads(opened, numbers, modules_to_save)
     opened = with_base(opened, model)
+    check_copies(opened, weights_of(model))
     stream = AdapterLayers.of(opened, numbers, check_device(device))
     if anchor_loader is not None:
         stream = stream.with_anchors(anchor_loader, model, loss, cache)
@@ -159,6 +162,11 @@ class Merged:
     def weights(self) -> tuple[float, ...]:
         """One number per adapter."""
         return self.run.weights
+
+    @property
+    def base(self) -> Base:
+        """The base model that the output is for."""
+        return self.run.base
 
     @property
     def method(self) -> Method:
@@ -227,7 +235,7 @@ class Merged:
             layers=layers,
             modules_to_save=run.heads.modules,
             dropped_modules=run.heads.dropped,
-            notes=self._anchor_notes(layers) | findings_of(run.prepared),
+            notes=run.vectors.notes() | self._anchor_notes(layers) | findings_of(run.prepared),
         )
         if report.energy_kept < 0.9:
             warnings.warn(

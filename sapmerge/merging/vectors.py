@@ -169,6 +169,14 @@ class Vectors:
         base = self.base.tensor(change.name) if change.needs_base and self.base is not None else None
         return change.value(base).to(change.dtype)
 
+    def notes(self) -> dict[str, Any]:
+        """For the report: how many biases and rows of embeddings there are."""
+        rows, biases = (
+            sum(len(change.rows) for change in self.of("rows")),
+            len({c.name for c in self.changes if not c.rows}),
+        )
+        return ({"biases": biases} if biases else {}) | ({"token rows": rows} if rows else {})
+
     def of(self, how: str) -> list[Change]:
         return [change for change in self.changes if change.how == how]
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from threading import Lock
 from typing import NamedTuple
 
 import torch
@@ -26,7 +27,7 @@ from sapmerge.io.files import Weights, shown
 from sapmerge.io.kinds.reading import BaseMatrix
 from sapmerge.io.measuring import Facts
 
-__all__ = ["WRITTEN_BY", "ExpertFactors", "Layout", "layout_of", "order_of", "packed", "parameters_of"]
+__all__ = ["WRITTEN_BY", "Bank", "ExpertFactors", "Layout", "layout_of", "order_of", "packed", "parameters_of"]
 
 WRITTEN_BY = "0.19.1"
 """The oldest PEFT that reads the banks we write; the output's `peft_version`."""
@@ -110,19 +111,46 @@ def order_of(parameters: Sequence[str], module: str, where: str) -> list[str]:
     return sorted(parameters, key=lambda name: _ORDER.index(name) if name in _ORDER else 0)
 
 
+class Bank:
+    """Reads two tensors for all experts at once: each is read and verified whole, and the experts come one by one.
+
+    What was read is held until it was asked for once per expert, which is how often a pass over the layers asks.
+    """
+
+    def __init__(self, a: str, b: str) -> None:
+        self.tensors = a, b
+        self._lock = Lock()
+        self._left = 0
+        self._held: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Bank, self.tensors
+
+    def read(self, weights: Weights, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B. They are let go when they were asked for as often as there are experts."""
+        with self._lock:
+            held = self._held
+            if held is None:
+                held = weights.read(self.tensors[0]), weights.read(self.tensors[1])
+                self._held, self._left = held, experts
+            self._left -= 1
+            if self._left <= 0:
+                self._held = None
+            return held
+
+
 @dataclass(frozen=True)
 class ExpertFactors:
     """The B A of one expert, a slice of the tensors that hold all of them.
 
     Args:
-        a, b: tensor names.
+        bank: reads the tensors.
         experts: how many there are.
         expert: which one.
         rank: of one expert.
     """
 
-    a: str
-    b: str
+    bank: Bank
     experts: int
     expert: int
     rank: int
@@ -131,14 +159,14 @@ class ExpertFactors:
 
     @property
     def tensors(self) -> tuple[str, ...]:
-        return self.a, self.b
+        return self.bank.tensors
 
     @property
     def needs_base(self) -> str | None:
         return None
 
     def update(self, weights: Weights, base: BaseMatrix | None = None) -> LowRank:
-        stored_a, stored_b = weights.read(self.a), weights.read(self.b)
+        stored_a, stored_b = self.bank.read(weights, self.experts)
         a = stored_a.reshape(self.experts, self.rank, -1)[self.expert].float()
         if self.layout.expert_major:
             b = stored_b.reshape(stored_b.shape[0], self.experts, self.rank)[:, self.expert].float()
@@ -148,7 +176,7 @@ class ExpertFactors:
         return LowRank((left * self.scaling).contiguous(), right.contiguous())
 
     def bound(self, facts: Mapping[str, Facts]) -> float:
-        a, b = facts[self.a].norm, facts[self.b].norm
+        a, b = (facts[name].norm for name in self.tensors)
         return abs(self.scaling) * max(a, b, a * b)
 
     def mark(self) -> tuple[object, ...]:

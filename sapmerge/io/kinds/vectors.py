@@ -42,6 +42,11 @@ class Vector:
     rows: tuple[int, ...] = ()
 
     @property
+    def label(self) -> str:
+        """What `inspect` calls it."""
+        return {"moves": "lora_bias", "replaces": "biases", "rows": "token rows"}[self.how]
+
+    @property
     def key(self) -> str:
         """Unique in one adapter."""
         return f"{self.how} {self.name}"

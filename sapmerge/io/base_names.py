@@ -1,0 +1,36 @@
+"""Names of base models: quantised copies of one base have its weights but for rounding."""
+
+from __future__ import annotations
+
+import re
+
+__all__ = ["one_base", "unquantised"]
+
+_QUANTISED = re.compile(
+    r"(?:-unsloth)?-bnb-[48]bit|-gptq(?:-int[2-8])?|-awq(?:-int4)?|-fp8(?:-dynamic)?|-gptq-marlin", re.IGNORECASE
+)
+
+
+def unquantised(name: str) -> str:
+    """The name without a trailing slash and the suffix of a quantised copy.
+
+    Example:
+        >>> unquantised("unsloth/Llama-3.2-1B-unsloth-bnb-4bit")
+        'unsloth/Llama-3.2-1B'
+        >>> unquantised("Qwen/Qwen2.5-7B-Instruct-GPTQ-Int4/")
+        'Qwen/Qwen2.5-7B-Instruct'
+    """
+    plain = name.rstrip("/")
+    match = re.search(rf"(?:{_QUANTISED.pattern})$", plain, re.IGNORECASE)
+    return plain[: match.start()] if match and match.start() else plain
+
+
+def one_base(names: list[str]) -> str | None:
+    """The base that all names mean, spelled without a suffix; None if they mean several.
+
+    Names are compared without regard to case, a trailing slash, and suffixes of quantised copies.
+    """
+    if len({unquantised(name).lower() for name in names}) != 1:
+        return None
+    plain = sorted({name.rstrip("/") for name in names if unquantised(name) == name.rstrip("/")})
+    return plain[0] if plain else sorted({unquantised(name) for name in names})[0]
