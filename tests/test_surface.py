@@ -41,6 +41,7 @@ DISK = {
 AUTOGRAD = {"anchors": "gradients of the anchors' loss", "demo": "trains"}
 CODE = {
     ("io.pickles", "torch.load"): "the one place that unpickles, tensors only, when the user says so",
+    ("federated.extras", "importlib"): "packages of the extras, by constant names",
     ("cli", "importlib"): "a function that the user typed",
     ("demo.extras", "importlib"): "packages of the extra, by constant names",
 }

@@ -3,6 +3,7 @@
 `inbox` is the place to start reading. Nothing here needs more than the library's own dependencies.
 """
 
+from sapmerge.federated.client import fixed_point, from_fixed_point, prune_for_upload
 from sapmerge.federated.contract import Contract, Slot
 from sapmerge.federated.inbox import Inbox
 from sapmerge.federated.nearest import neighbours
@@ -33,12 +34,15 @@ __all__ = [
     "fedit",
     "fedrpca",
     "ffa",
+    "fixed_point",
     "flex",
     "flora",
+    "from_fixed_point",
     "hetlora",
     "neighbours",
     "personalize",
     "pilot",
+    "prune_for_upload",
     "refine",
     "yoco",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from statistics import median_high
 from typing import Any
 
@@ -12,7 +13,7 @@ from sapmerge.errors import MethodError, RoundError
 from sapmerge.io.files import shown
 from sapmerge.io.records import Records
 
-__all__ = ["Entry", "capped", "client_name", "entries_of", "sample_count", "scaled_to_mean_1", "votes"]
+__all__ = ["Entry", "capped", "client_name", "entries_of", "moment", "sample_count", "scaled_to_mean_1", "votes"]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _MOST = 10**12
@@ -123,3 +124,8 @@ def scaled_to_mean_1(weights: Sequence[float]) -> list[float]:
         return [1.0] * len(weights)
     total = sum(weights)
     return [weight * len(weights) / total for weight in weights]
+
+
+def moment(digest: str, samples: int) -> dict[str, Any]:
+    """An entry of a client's history: what came, and when."""
+    return {"digest": digest, "samples": samples, "time": datetime.now(timezone.utc).isoformat(timespec="seconds")}

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from datetime import datetime, timezone
 from typing import Any
 
 import torch
@@ -15,8 +15,8 @@ import torch
 from sapmerge.core.protocols import Method
 from sapmerge.errors import OutputError, RoundError, SapmergeError, SapmergeWarning
 from sapmerge.federated.contract import Contract, Manifest, contract
-from sapmerge.federated.entries import Entry, client_name, entries_of, sample_count, scaled_to_mean_1, votes
-from sapmerge.federated.outcome import Kept, Outcome, Refused
+from sapmerge.federated.entries import Entry, client_name, entries_of, moment, sample_count, scaled_to_mean_1, votes
+from sapmerge.federated.outcome import Kept, Outcome, Refused, refusal
 from sapmerge.federated.report import RoundReport, rows_of
 from sapmerge.federated.state import MergeState
 from sapmerge.io.adapter import Adapter
@@ -96,7 +96,7 @@ class Inbox:
             with self._clients.locked():
                 found = read_record(path)  # another process may have been first
                 if found is None:
-                    write_record(path, self.contract.to_dict())
+                    write_record(path, {**self.contract.to_dict(), "id": secrets.token_hex(8)})
         if found is not None:
             self.contract = Contract.from_dict(found, path)
             if model is not None or manifest is not None:
@@ -172,7 +172,7 @@ class Inbox:
             with self._clients.locked():
                 folder.publish()
                 before = self._clients.get(client) or {}
-                history = [*before.get("history", []), _moment(adapter.digest, samples)]
+                history = [*before.get("history", []), moment(adapter.digest, samples)]
                 record = {"client": client, "samples": samples, "key": key, "digest": adapter.digest, "checks": checks}
                 self._clients.put(client, {**record, "history": history[-_HISTORY:]})
                 self._drop(before)
@@ -186,15 +186,20 @@ class Inbox:
         said = [str(w.message).replace(folder, "upload") for w in caught if issubclass(w.category, SapmergeWarning)]
         return adapter, {**checks, "warnings": said}
 
+    @property
+    def id(self) -> str:
+        """A name of the round that no other round has."""
+        return str((read_record(os.path.join(self.path, _ROUND)) or {}).get("id", "round"))
+
+    def refuse(self, client: str, reason: str) -> Refused:
+        """Write down that nothing of a client could be taken, for the report."""
+        return self._refuse(client, RoundError(reason))
+
     def _refuse(self, client: object, error: Exception) -> Refused:
-        reason = str(error) if isinstance(error, SapmergeError) else f"{type(error).__name__}: {error}"
-        reason = SapmergeError(reason.replace(self.path, "")).args[0]
-        who = client if isinstance(client, str) else shown(client)
-        if len(who) > 64 or not who.isascii() or not who.isprintable():
-            who = shown(who, 64)
-        name = hashlib.sha256(f"{who}\0{reason}".encode()).hexdigest()[:32]
-        self._refused.put(name, {"client": who, "reason": reason})
-        return Refused(who, reason)
+        refused = refusal(client, error, self.path)
+        name = hashlib.sha256(f"{refused.client}\0{refused.reason}".encode()).hexdigest()[:32]
+        self._refused.put(name, {"client": refused.client, "reason": refused.reason})
+        return refused
 
     def _drop(self, record: Mapping[str, Any]) -> None:
         """Under the lock: remove the files of an upload that no client's record names any more."""
@@ -317,14 +322,8 @@ class Inbox:
     @property
     def report(self) -> RoundReport:
         """Every client and every refused upload; after `merge`, with weights, agreement and losses of the last one."""
-        entries = self._entries()
         used, aside = self._chosen()
-        weights = {entry.client: weight for entry, weight in used}
-        rows = rows_of(entries, weights, aside, self._merged)
+        rows = rows_of(self._entries(), {entry.client: weight for entry, weight in used}, aside, self._merged)
         refused = sorted((r["client"], r["reason"]) for r in map(self._refused.get, self._refused.names()) if r)
         method = None if self._merged is None else str(self._merged.recipe["method"])
         return RoundReport(self.contract.base_model, self.contract.quorum, method, rows, tuple(refused))
-
-
-def _moment(digest: str, samples: int) -> dict[str, Any]:
-    return {"digest": digest, "samples": samples, "time": datetime.now(timezone.utc).isoformat(timespec="seconds")}

@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-__all__ = ["Kept", "Outcome", "Refused"]
+from sapmerge.errors import SapmergeError
+from sapmerge.io.files import shown
+
+__all__ = ["Kept", "Outcome", "Refused", "refusal"]
 
 
 @dataclass(frozen=True)
@@ -39,3 +42,16 @@ class Refused:
 
 
 Outcome: TypeAlias = Kept | Refused
+
+
+def refusal(client: object, error: Exception, hidden: str) -> Refused:
+    """What an error says of an upload, fit to be shown: no control characters, nothing long.
+
+    Args:
+        hidden: a path of the server's, which a client need not know.
+    """
+    reason = str(error) if isinstance(error, SapmergeError) else f"{type(error).__name__}: {error}"
+    who = client if isinstance(client, str) else shown(client)
+    if len(who) > 64 or not who.isascii() or not who.isprintable():
+        who = shown(who, 64)
+    return Refused(who, SapmergeError(reason.replace(hidden, "")).args[0])

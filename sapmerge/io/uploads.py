@@ -13,11 +13,12 @@ from torch import Tensor
 
 from sapmerge.errors import AdapterFormatError, LimitExceededError, SapmergeError
 from sapmerge.io.atomic import StagedFolder
-from sapmerge.io.files import RegularFile, shown
+from sapmerge.io.files import DEFAULT_LIMITS, RegularFile, shown
 from sapmerge.io.folder import CONFIG, WEIGHTS
+from sapmerge.io.header import open_weights
 from sapmerge.io.live import config_bytes
 
-__all__ = ["files_of", "stage", "zipped"]
+__all__ = ["files_of", "stage", "tensors_of", "zipped"]
 
 
 def files_of(upload: object, most: int) -> tuple[bytes, bytes]:
@@ -69,6 +70,19 @@ def zipped(path: str) -> bytes:
     """
     with RegularFile(path, f"upload {shown(path)}") as file:
         return bytes(file.read(0, file.size))
+
+
+def tensors_of(folder: str) -> dict[str, Tensor]:
+    """The tensors of an adapter's file, by their names in it.
+
+    Raises:
+        SapmergeError: it cannot be read.
+    """
+    path = os.path.join(folder, WEIGHTS)
+    with RegularFile(path, path) as file:
+        weights = open_weights(file, path, DEFAULT_LIMITS)
+        weights.scan(file)
+    return {name: weights.read(name) for name in weights.entries}
 
 
 def _within(config: bytes, weights: bytes, most: int) -> tuple[bytes, bytes]:
