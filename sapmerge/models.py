@@ -67,6 +67,7 @@ class Site:
         weight: the layer's part of it: all of it, or one expert's slice (a view).
         transposed: whether the weight is stored as (inputs, outputs).
         hooked: whether the module maps an input to W x, so that an update can be added to its output.
+        part: where in the parameter the layer's weight is.
     """
 
     module: nn.Module
@@ -75,6 +76,7 @@ class Site:
     weight: Tensor
     transposed: bool
     hooked: bool
+    part: tuple[int | slice, ...] = ()
 
     def view(self, matrix: Tensor) -> Tensor:
         """An (outputs, inputs) matrix in the layout of the weight."""
@@ -159,10 +161,10 @@ def _site(module: nn.Module, spec: Module) -> Site:
             f"{spec.parameter} of module {spec.owner!r} holds {experts} matrices in {type(module).__name__}, and the "
             f"adapters have {spec.experts}"
         )
-    weight = parameter[spec.expert] if parameter.ndim == 3 else parameter
+    part = (spec.expert,) if parameter.ndim == 3 else ()
     # As PEFT reads it: see ParamWrapper.
     transposed = parameter.ndim == 3 and bool(getattr(module, "is_transposed", False))
-    return Site(module, spec.parameter, parameter, weight, transposed, False)
+    return Site(module, spec.parameter, parameter, parameter[part] if part else parameter, transposed, False, part)
 
 
 _EXPERT = re.compile(r"(?P<bank>.+\.experts)\.(?P<number>\d+)\.(?P<leaf>gate_proj|up_proj|down_proj|w1|w2|w3)")
@@ -183,7 +185,8 @@ def fused_part(spec: Module, names: Mapping[str, str], base: nn.Module) -> Site 
         return None
     half = parameter.shape[1] // 2
     rows = {"gate_up_proj": slice(0, half) if match["leaf"] in ("gate_proj", "w1") else slice(half, None)}
-    return Site(module, name, parameter, parameter[number, rows.get(name, slice(None))], False, False)
+    part = (number, rows.get(name, slice(None)))
+    return Site(module, name, parameter, parameter[part], False, False, part)
 
 
 def matrix_shape(module: nn.Module, weight: Tensor) -> tuple[int, int]:

@@ -13,11 +13,12 @@ from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 from sapmerge.anchors.gradients import Call, TokenGradient, embed_scale, token_gradient
+from sapmerge.anchors.parameters import Leaf, substituted
 from sapmerge.core.linalg import finite
 from sapmerge.core.torch_state import model_state
 from sapmerge.core.updates import LowRank, Update
 from sapmerge.errors import AnchorError, NonFiniteError
-from sapmerge.models import base_of, device_of, weight_view
+from sapmerge.models import Site, base_of, device_of, weight_view
 
 __all__ = ["Seen", "Watch", "attached", "check_base", "frozen", "seeing"]
 
@@ -67,13 +68,13 @@ def _switch(tuner: nn.Module, on: bool) -> None:
     cast("Callable[[bool], None]", tuner.enable_adapters)(on)
 
 
-def check_base(base: nn.Module, targets: Mapping[str, nn.Module]) -> None:
+def check_base(base: nn.Module, sites: Mapping[str, Site]) -> None:
     """Refuse weights of which gradients mean nothing.
 
     Raises:
         NonFiniteError: a weight is NaN or infinite.
     """
-    names = {id(module.weight): name for name, module in targets.items()}
+    names = {id(site.parameter): name for name, site in sites.items()}
     for name, parameter in base.named_parameters():
         if not (parameter.is_meta or not parameter.is_floating_point() or "lora_" in name or finite(parameter)):
             raise NonFiniteError(
@@ -91,10 +92,12 @@ class Watch:
     Args:
         sinks: layer -> what to do with its calls.
         hold: keep all calls until `deliver`, instead of handing them on during the backward pass.
+        leaves: of layers that are watched in their weights (see `sapmerge.anchors.parameters`).
     """
 
     sinks: Mapping[str, Sink]
     hold: bool = False
+    leaves: Sequence[Leaf] = ()
     _zeros: dict[torch.device, Tensor] = field(default_factory=dict[torch.device, Tensor])
     _expected: dict[str, int] = field(default_factory=dict[str, int])
     _calls: dict[str, list[Call]] = field(default_factory=dict[str, list[Call]])
@@ -131,7 +134,16 @@ class Watch:
     def backward(self, loss: Tensor) -> None:
         """Run the backward pass."""
         self._closed = True
-        torch.autograd.grad(loss, list(self._zeros.values()), allow_unused=True)
+        zeros = [*self._zeros.values(), *(leaf.zero for leaf in self.leaves)]
+        found = torch.autograd.grad(loss, zeros, allow_unused=True)
+        for leaf, gradient in zip(self.leaves, found[len(self._zeros) :], strict=True):
+            if gradient is None:  # pyright: ignore[reportUnnecessaryComparison]
+                continue
+            for name, calls in leaf.calls(gradient).items():
+                if self.hold:
+                    self._calls[name] = calls
+                else:
+                    self.sinks[name](name, calls)
 
     def finite(self) -> bool:
         """Whether all gradients that are held are."""
@@ -146,12 +158,12 @@ class Watch:
 
 @contextmanager
 def attached(
-    modules: Mapping[str, nn.Module], updates: Mapping[str, Update], who: str, watch: Watch | None = None
+    sites: Mapping[str, Site], updates: Mapping[str, Update], who: str, watch: Watch | None = None
 ) -> Generator[None]:
     """Add updates to the outputs of modules, and watch gradients; the hooks are gone on the way out.
 
     Args:
-        modules: layer -> module.
+        sites: layer -> where its weight is.
         updates: layer -> update, for the layers that have one.
         who: what messages call the updates.
         watch: sees inputs and gradients of the outputs.
@@ -159,8 +171,14 @@ def attached(
     Raises:
         NonFiniteError: the output of one of the layers is not finite. Later ones may hide it: attention can.
     """
-    names = {**updates, **({} if watch is None else watch.sinks)}
-    with removed([modules[name].register_forward_hook(_hook(name, updates.get(name), who, watch)) for name in names]):
+    sinks: Mapping[str, Sink] = {} if watch is None else watch.sinks
+    hidden = {name: site for name, site in sites.items() if not site.hooked}
+    names = [name for name in {**updates, **sinks} if name not in hidden]
+    watched = {name for name in sinks if name in hidden} if torch.is_grad_enabled() else set[str]()
+    handles = [sites[name].module.register_forward_hook(_hook(name, updates.get(name), who, watch)) for name in names]
+    with removed(handles), substituted(hidden, updates, watched, who) as leaves:
+        if watch is not None:
+            watch.leaves = leaves
         yield
 
 
@@ -239,7 +257,7 @@ Seen = Callable[[TokenGradient, int, int], None]
 
 
 @contextmanager
-def seeing(modules: Mapping[str, nn.Module], watched: Mapping[str, Seen], size: int, before: int) -> Generator[None]:
+def seeing(sites: Mapping[str, Site], watched: Mapping[str, Seen], size: int, before: int) -> Generator[None]:
     """Show the inputs of layers while a batch runs."""
 
     def hook(name: str, see: Seen) -> Callable[[nn.Module, Any, Any], None]:
@@ -248,5 +266,11 @@ def seeing(modules: Mapping[str, nn.Module], watched: Mapping[str, Seen], size: 
 
         return look
 
-    with removed([modules[name].register_forward_hook(hook(name, see)) for name, see in watched.items()]):
+    hidden = next((name for name in watched if not sites[name].hooked), None)
+    if hidden is not None:
+        raise AnchorError(
+            f"the inputs of layer {hidden!r} cannot be seen: {type(sites[hidden].module).__name__} uses its weight "
+            "inside of its own forward pass. Take a method that does not look at inputs, or ByModule for the others"
+        )
+    with removed([sites[name].module.register_forward_hook(hook(name, see)) for name, see in watched.items()]):
         yield

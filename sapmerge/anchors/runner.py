@@ -24,7 +24,7 @@ from sapmerge.core.updates import Update
 from sapmerge.errors import AnchorError, NonFiniteError
 from sapmerge.io.modules import Module
 from sapmerge.losses import PAIR_LOSSES, Loss, default_loss, is_outputs_only, loss_name
-from sapmerge.models import device_of, find_modules
+from sapmerge.models import device_of, find_sites
 
 __all__ = ["Load", "Runner"]
 
@@ -63,12 +63,13 @@ class Runner:
         loss: Loss | None = None,
         budget: int = _BUDGET,
     ) -> None:
-        self.targets, self.modules = find_modules(model, modules), modules
+        self.sites, self.modules = find_sites(model, modules), modules
+        self.targets = {name: site.module for name, site in self.sites.items()}
         self.model, self.adapters, self.budget = model, adapters, budget
         self.batches = Batches(loader, device_of(model))
         with frozen(model) as base:
             self.loss: Loss = default_loss(base) if loss is None else loss
-            check_base(base, self.targets)
+            check_base(base, self.sites)
         self._used = Event()  # shared by copies
         self.unused = set[str]()
         self.resume: Resume | None = None
@@ -101,7 +102,7 @@ class Runner:
         """The mean loss on the anchors at base + updates."""
         self._used.set()
         loss, total, count = loss or self.loss, 0.0, 0
-        with self._running(loss) as base, torch.no_grad(), attached(self.targets, self._moved(updates), who):
+        with self._running(loss) as base, torch.no_grad(), attached(self.sites, self._moved(updates), who):
             for batch, size in self._batches(base, loss):
                 total, count = total + float(self._value(loss, base, batch, who)) * size, count + size
         return total / count
@@ -163,7 +164,7 @@ class Runner:
                     scale: float, hold: bool, base: nn.Module = base, batch: Any = batch, size: int = size
                 ) -> tuple[float, Watch]:
                     watch = Watch(dict.fromkeys(watched, self._sink(watched, size, scale, who)), hold)
-                    with attached(self.targets, moved, who, watch):
+                    with attached(self.sites, moved, who, watch):
                         value = self._value(self.loss, base, batch, who)
                         if value.requires_grad:
                             watch.backward(wide(value) * scale)
@@ -187,9 +188,9 @@ class Runner:
         """One pass without gradients, at base + adapter: layer -> what to do with its inputs. The number of samples."""
         self._used.set()
         (who, updates), count = self._place(adapter), 0
-        with self._running(self.loss) as base, torch.no_grad(), attached(self.targets, self._moved(updates), who):
+        with self._running(self.loss) as base, torch.no_grad(), attached(self.sites, self._moved(updates), who):
             for batch, size in self._batches(base, self.loss):
-                with seeing(self.targets, watched, size, count):
+                with seeing(self.sites, watched, size, count):
                     self._value(self.loss, base, batch, who)
                 count += size
         return count
@@ -243,9 +244,7 @@ class Runner:
 
     def _moved(self, updates: Mapping[str, Update]) -> dict[str, Update]:
         return {
-            name: update.to(cast("Tensor", self.targets[name].weight).device)
-            for name, update in updates.items()
-            if not update.absent
+            name: update.to(self.sites[name].weight.device) for name, update in updates.items() if not update.absent
         }
 
     def _batches(self, base: nn.Module, loss: Loss) -> Iterator[tuple[Any, int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,6 +18,7 @@ from sapmerge.anchors.anchors import Anchors
 from sapmerge.core.layer import Layer, Member
 from sapmerge.core.torch_state import pinned_state
 from sapmerge.core.updates import LowRank, Update, absent
+from sapmerge.errors import SapmergeWarning
 from sapmerge.io.adapter import Adapter
 from sapmerge.io.modules import Module
 from sapmerge.losses import Loss
@@ -78,6 +80,14 @@ class AdapterLayers:
         def reader(k: int) -> Callable[[], Mapping[str, Update]]:
             return lambda: {name: self._update(k, name) for name in self.adapters[k].modules}
 
+        beside = [adapter.label for adapter in self.adapters if adapter.vectors]
+        if beside:
+            warnings.warn(
+                f"the anchors see {beside} without their biases and rows of embeddings: losses and gradients are those "
+                "of the base plus the updates of its matrices",
+                SapmergeWarning,
+                stacklevel=4,
+            )
         readers = [(adapter.label, reader(k)) for k, adapter in enumerate(self.adapters)]
         anchors = Anchors(model, loader, self.modules, readers, loss)
         if cache is not None:
