@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from sapmerge.core.protocols import Method
 from sapmerge.errors import MethodError, ModelMismatchError, OutputExistsError, SapmergeWarning
@@ -19,7 +19,8 @@ from sapmerge.parts.masks import check_density
 
 __all__ = ["COMBINATION_TYPES", "add_weighted_adapter"]
 
-_Rule = Callable[[float, str], Method]
+_Sign = Literal["total", "frequency"]
+_Rule = Callable[[float, _Sign], Method]
 
 _RULES: dict[str, _Rule] = {
     "ties": lambda density, sign: ties(density, sign),
@@ -44,7 +45,7 @@ def add_weighted_adapter(
     svd_full_matrices: bool = True,
     svd_driver: str | None = None,
     density: float | None = None,
-    majority_sign_method: str = "total",
+    majority_sign_method: Literal["total", "frequency"] = "total",
 ) -> None:
     """Add an adapter to a live PeftModel, merged from some of its own: signature and names of PEFT's method.
 
@@ -139,7 +140,7 @@ def _checked_names(adapters: object) -> list[str]:
     return [str(name) for name in adapters]  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
 
 
-def _method(rule: str, density: float | None, majority_sign_method: str) -> Method:
+def _method(rule: str, density: float | None, majority_sign_method: _Sign) -> Method:
     if rule in _SUMS:
         return task_arithmetic()
     if density is None:

@@ -20,7 +20,6 @@ from tests.conftest import SHAPES, changed, dense, error, low_rank, make_layers
 # (method, law) -> why the law does not hold. Everything else holds for every method.
 EXCEPTIONS = {
     ("mean", "zero is neutral"): "an adapter of zero counts as a member of the mean",
-    ("sap", "zero is neutral"): "as mean, and the energy given back is the mean energy",
     ("sap", "homogeneous"): "weights and length are those of a loss that is not homogeneous",
     ("sap_original", "zero is neutral"): "as mean",
     ("iso_c", "one adapter"): "every direction gets the mean singular value, so one adapter gets it too",
@@ -47,16 +46,13 @@ EXCEPTIONS = {
     ("ffa", "zero is neutral"): "as mean",
     ("clair", "zero is neutral"): "as mean",
     ("fedrpca", "zero is neutral"): "as mean",
-    ("fedrpca", "copies"): "copies are of low rank to the tolerance of the iteration, 1e-7; one adapter is exactly",
     ("model_stock", "zero is neutral"): "as mean",
     ("geometric_median", "zero is neutral"): "zero is a point like any other, and pulls",
-    ("coordinate_median", "zero is neutral"): "as geometric_median",
     ("trimmed_mean", "zero is neutral"): "as mean",
     ("krum", "zero is neutral"): "as geometric_median",
     ("fisher", "zero is neutral"): "as mean: the model that it leaves alone has a Fisher information too",
     ("regmean", "zero is neutral"): "as mean, with the inputs that the base sees",
     ("lorm", "zero is neutral"): "as regmean",
-    ("tune", "zero is neutral"): "as sap",
     ("tune", "homogeneous"): "another candidate may have the lowest loss: the anchor loss is not homogeneous",
     ("adamerging", "homogeneous"): "the coefficients lower a loss that is not homogeneous",
     ("loraprune", "zero is neutral"): "as mean",
@@ -65,6 +61,15 @@ EXCEPTIONS = {
     ("movement", "zero is neutral"): "as mean",
     ("sce", "zero is neutral"): "entries are selected by their variance over all adapters",
 }
+
+AND_YET = {
+    ("robustmerge-1", "gauge rotate"),
+    ("robustmerge-1", "gauge general"),
+    ("core_space-1", "copies"),
+    ("core_space-2", "copies"),
+    ("core_space-4", "copies"),
+}
+"""Variants of a method in EXCEPTIONS that obey the law: (method-number of the variant, law)."""
 
 # Arguments under which a method drops nothing; `density=1` where there is a density.
 KEEPS_ALL = {
@@ -75,6 +80,7 @@ KEEPS_ALL = {
     "adamerging": {"init": 1.0, "steps": 0},
     "tune": {"candidates": (methods.mean(),)},
     "breadcrumbs": {"density": 1.0, "gamma": 0.0},
+    "subspace_boosting": {"beta": 1.0},
     "pcb": {"density": 1.0, "clip": 0.0},
 }
 
@@ -184,9 +190,29 @@ def cases() -> Iterator[object]:
 every_method = pytest.mark.parametrize(("name", "method"), list(cases()))
 
 
+@pytest.fixture(autouse=True)
+def _case(request: pytest.FixtureRequest) -> None:
+    """The case that runs, for `hold`."""
+    CASE[:] = [request.node]
+
+
+CASE: list[pytest.Item] = []
+
+
 def hold(name: str, law: str) -> None:
-    if (name, law) in EXCEPTIONS:
-        pytest.skip(EXCEPTIONS[name, law])
+    """What is an exception has to fail: a law that holds after all is taken off the list."""
+    [case] = CASE
+    variant = case.name.partition("[")[2].rstrip("]").split("-")  # "dtype0-scale-sap-3": the third variant of sap
+    variant = f"{name}-{variant[-1]}" if len(variant) > 1 and variant[-2] == name else name
+    if (name, law) in EXCEPTIONS and (variant, law) not in AND_YET:
+        strict = law != "homogeneous"  # a small factor may choose no other candidate, row or step
+        case.add_marker(pytest.mark.xfail(strict=strict, reason=EXCEPTIONS[name, law]))
+    case.add_report_section(
+        "call",
+        "law",
+        f"{name} does not obey {law!r}. If that is a property of the method, say why in EXCEPTIONS[{name!r}, {law!r}]; "
+        "if it holds under some arguments, put them into KEEPS_ALL; else the method is wrong.",
+    )
 
 
 def keeping_all(name: str) -> sm.Method:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ class FitCoefficients:
         MethodError: there are no anchors.
     """
 
-    scope: str = "layer"
+    scope: Literal["layer", "adapter"] = "layer"
     loss: Callable[..., Tensor] | None = None
     init: float = 0.3
     lr: float = 0.02
@@ -48,8 +49,6 @@ class FitCoefficients:
     losses: tuple[float, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
-        if self.scope not in ("layer", "adapter"):
-            raise MethodError(f"FitCoefficients' scope is 'layer' or 'adapter'; got {self.scope!r}")
         if not 0 <= self.init <= 1 or not self.lr > 0 or self.steps < 0:
             raise MethodError(
                 f"FitCoefficients takes init in [0, 1], lr > 0 and steps >= 0; got init={self.init!r}, lr={self.lr!r}, "
@@ -87,7 +86,7 @@ class FitCoefficients:
 
 
 def adamerging(
-    scope: str = "layer",
+    scope: Literal["layer", "adapter"] = "layer",
     loss: Callable[..., Tensor] | None = None,
     init: float = 0.3,
     lr: float = 0.02,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import field, replace
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -88,15 +88,13 @@ class PruneLayers:
 
     score: LayerScore
     density: float
-    by: str = "block"
+    by: Literal["block", "module"] = "block"
     units: Units = Factors()
     dropped: frozenset[tuple[str, int]] | None = field(default=None, repr=False)
     scores: Mapping[tuple[str, int], float] = field(default_factory=dict[tuple[str, int], float], repr=False)
 
     def __post_init__(self) -> None:
         check_density(self.density)
-        if self.by not in ("block", "module"):
-            raise MethodError(f"PruneLayers' by is 'block' or 'module'; got {self.by!r}")
 
     def prepare(self, layers: LayerStream) -> PruneLayers:
         seen = None if layers.anchors is None else layers.anchors.observe(layers, self.units)
@@ -139,7 +137,9 @@ class PruneLayers:
 _SCORE = GradientProduct()
 
 
-def gradpruner(density: float = 0.7, score: LayerScore = _SCORE, by: str = "block", merger: Merger = Mean()) -> Method:
+def gradpruner(
+    density: float = 0.7, score: LayerScore = _SCORE, by: Literal["block", "module"] = "block", merger: Merger = Mean()
+) -> Method:
     """GradPruner's layer score, for merging: drop the blocks of each adapter that the anchors need least, average.
 
         score of a block = sum over its modules of ||gB gA||_F, with gA and gB the gradients of the LoRA factors

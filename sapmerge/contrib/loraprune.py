@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -64,14 +65,12 @@ class PruneGroups:
     """
 
     mask: MaskBuilder
-    axis: str = "row"
+    axis: Literal["row", "column"] = "row"
     power: int = 2
     rescaler: Rescaler = MatchNorm()
     kept: Mapping[tuple[str, int], Tensor] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        if self.axis not in ("row", "column"):
-            raise MethodError(f"PruneGroups' axis is 'row' or 'column'; got {self.axis!r}")
         if self.power not in (1, 2):
             raise MethodError(f"PruneGroups' power is 2 (the paper) or 1 (its code); got {self.power!r}")
 
@@ -121,7 +120,7 @@ class PruneGroups:
 
 def loraprune(
     density: float = 0.5,
-    axis: str = "row",
+    axis: Literal["row", "column"] = "row",
     power: int = 2,
     rescaler: Rescaler = MatchNorm(),
     merger: Merger = Mean(),

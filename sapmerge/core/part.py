@@ -6,9 +6,11 @@ reads it back). `prepare` runs the pre-pass of a part that needs whole adapters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import abc
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
-from typing import TypeVar, cast
+from functools import cache
+from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from typing_extensions import dataclass_transform
 
@@ -59,9 +61,45 @@ def unprepared(owner: object) -> MethodError:
 @dataclass_transform(frozen_default=True)
 def part(cls: type[T]) -> type[T]:
     """A frozen dataclass whose repr is its recipe: `TopFraction(density=0.2, scope='layer')`."""
+    own = cls.__dict__.get("__post_init__")
+
+    def checked(self: Any) -> None:
+        _check_arguments(self)
+        if own is not None:
+            own(self)
+
+    cls.__post_init__ = checked  # type: ignore[attr-defined]
     made = dataclass(frozen=True, repr=False)(cls)
     made.__repr__ = lambda self: recipe(self)
     return made
+
+
+def _check_arguments(made: Any) -> None:
+    """Modes are among their choices, and where a part or a function is wanted there is one.
+
+    Raises:
+        MethodError: names the part, the argument, what it may be, and what it is.
+    """
+    for f in fields(made):
+        if f.repr:
+            hint, value = _hints(made.__class__)[f.name], getattr(made, f.name)
+            if get_origin(hint) is Literal and not (isinstance(value, Hashable) and value in get_args(hint)):
+                choices = " or ".join(map(repr, get_args(hint)))
+                raise MethodError(f"{type(made).__name__}'s {f.name} is {choices}; got {value!r}")
+            if _wants_function(hint) and (isinstance(value, type) or not callable(value)):
+                raise MethodError(
+                    f"{type(made).__name__}'s {f.name} is a part or a function, e.g. Magnitude(); got {value!r:.80}"
+                )
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls)
+
+
+def _wants_function(hint: Any) -> bool:
+    """Whether an annotation is that of a function, or of a protocol that is called."""
+    return get_origin(hint) is abc.Callable or getattr(hint, "_is_protocol", False)  # pyright: ignore[reportUnknownMemberType]
 
 
 def recipe(value: object) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
 from torch import Tensor
 
@@ -73,7 +74,7 @@ def sap_original(density: float = 0.5) -> Method:
     return Chain(Prune(Taylor(), TopFraction(density), MatchNorm(), units=Factors()), Mean())
 
 
-def fisher(floor: float = 1e-6, square: str = "sample", normalize: bool = False) -> Method:
+def fisher(floor: float = 1e-6, square: Literal["sample", "batch"] = "sample", normalize: bool = False) -> Method:
     """Fisher merging: in every entry the mean of the adapters, each weighed by how much its own loss depends on it.
 
         D = sum_k w_k F_k D_k / sum_k |w_k| F_k,    F_k = E[(dL/dW)^2] at base + adapter k

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from sapmerge.core.protocols import Method
 from sapmerge.parts.mergers.entrywise import CoordinateMedian, TrimmedMean
 from sapmerge.parts.mergers.linear import FactorMean, Mean, Sum
@@ -61,7 +63,7 @@ def factor_average() -> Method:
     return Chain(FactorMean())
 
 
-def model_stock(scope: str = "layer") -> Method:
+def model_stock(scope: Literal["layer", "row"] = "layer") -> Method:
     """t mean(D) with t = N c / (1 + (N - 1) c), c the mean cosine between the updates of the layer.
 
     For adapters of one task. Those of unrelated tasks have c = 0, and what comes back is the base model; the report
@@ -75,7 +77,7 @@ def model_stock(scope: str = "layer") -> Method:
     return Chain(ModelStock(scope))
 
 
-def geometric_median(scope: str = "adapter") -> Method:
+def geometric_median(scope: Literal["adapter", "layer"] = "adapter") -> Method:
     """The update that minimises sum w ||X - D||, by Weiszfeld's iteration; exact, of rank at most the sum of the ranks.
 
     Args:
@@ -109,7 +111,7 @@ def trimmed_mean(trim: float = 0.2) -> Method:
     return Chain(TrimmedMean(trim))
 
 
-def krum(byzantine: int | None = None, select: int = 1, scope: str = "adapter") -> Method:
+def krum(byzantine: int | None = None, select: int = 1, scope: Literal["adapter", "layer"] = "adapter") -> Method:
     """Krum: the adapter nearest to its K - f - 2 nearest others; with `select` > 1 the mean of so many (multi-Krum).
 
     Args:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from sapmerge.core.protocols import Method
 from sapmerge.parts.mergers.factors import ClusterUnits, RobustSum
 from sapmerge.parts.wrappers import Chain
@@ -33,7 +35,12 @@ def robustmerge(density: float = 0.2, balance: bool = False) -> Method:
     return Chain(RobustSum(density, balance))
 
 
-def lora_lego(rank: int | None = None, balance: bool = True, output_scale: str = "adapter", seed: int = 0) -> Method:
+def lora_lego(
+    rank: int | None = None,
+    balance: bool = True,
+    output_scale: Literal["adapter", "all"] = "adapter",
+    seed: int = 0,
+) -> Method:
     """LoRA-LEGO: cluster the rank-one units of all adapters; the centroids are the merged adapter, of rank k.
 
         u_i = [a_i; b_i],    c = mean of the u_i of a cluster,    c * mean |u_i|_inf / |c|_inf,    B * output scale

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from sapmerge.core.protocols import Method
 from sapmerge.parts.chances import Flip, RankChance
 from sapmerge.parts.masks import DropOutliers, Reciprocal, Threshold, TopFraction, check_density
@@ -39,7 +41,11 @@ def magnitude_prune(density: float = 0.5) -> Method:
     return Chain(Prune(Magnitude(), TopFraction(density)), Sum())
 
 
-def ties(density: float = 0.2, majority_sign_method: str = "total", scope: str = "layer") -> Method:
+def ties(
+    density: float = 0.2,
+    majority_sign_method: Literal["total", "frequency"] = "total",
+    scope: Literal["layer", "adapter"] = "layer",
+) -> Method:
     """TIES: keep the largest entries, elect a sign per entry, average the adapters that agree with it.
 
     Args:
@@ -66,7 +72,9 @@ def dare(density: float = 0.5, seed: int = 0) -> Method:
     return Chain(_drop(density, seed), Sum())
 
 
-def dare_ties(density: float = 0.5, seed: int = 0, majority_sign_method: str = "total") -> Method:
+def dare_ties(
+    density: float = 0.5, seed: int = 0, majority_sign_method: Literal["total", "frequency"] = "total"
+) -> Method:
     """DARE's random pruning, then the sign election and the disjoint mean of TIES.
 
     Args:
@@ -79,7 +87,7 @@ def dare_ties(density: float = 0.5, seed: int = 0, majority_sign_method: str = "
     return Chain(_drop(density, seed), ElectSign(majority_sign_method), DisjointMean())
 
 
-def della(density: float = 0.7, window: float = 0.14, seed: int = 0, scope: str = "row") -> Method:
+def della(density: float = 0.7, window: float = 0.14, seed: int = 0, scope: Literal["row", "layer"] = "row") -> Method:
     """DELLA: keep entries by chance, larger ones more likely, divide each by its chance; then the election of TIES.
 
     p = density - window/2 + window (rank - 1)/(n - 1), rank 1 the smallest magnitude of the n; D~ = D / p where kept.
@@ -97,7 +105,12 @@ def della(density: float = 0.7, window: float = 0.14, seed: int = 0, scope: str 
     return Chain(prune, ElectSign(), DisjointMean())
 
 
-def breadcrumbs(density: float = 0.1, gamma: float = 0.01, scope: str = "layer", first: str = "drop") -> Method:
+def breadcrumbs(
+    density: float = 0.1,
+    gamma: float = 0.01,
+    scope: Literal["layer", "row"] = "layer",
+    first: Literal["drop", "keep"] = "drop",
+) -> Method:
     """Model Breadcrumbs: drop the largest entries of every update as outliers, keep the next largest, sum.
 
     Args:

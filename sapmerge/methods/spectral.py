@@ -1,4 +1,4 @@
-"""Methods that merge singular vectors: TSV, Iso-C, Iso-CTS, CART, DC-Merge.
+"""Methods that merge singular vectors: TSV, Iso-C, Iso-CTS, CART, DC-Merge, Subspace Boosting.
 
 Weights multiply the updates. On low-rank updates they run in the core of the factors, and what the papers' codes draw
 from the null space is left out; see `sapmerge.spectral`. Inside `core_space`, min(m, n) is the side of the core.
@@ -6,7 +6,17 @@ from the null space is left out; see `sapmerge.spectral`. Inside `core_space`, m
 
 from __future__ import annotations
 
-from sapmerge.core.protocols import Method
+from dataclasses import replace
+from typing import Literal
+
+import torch
+
+from sapmerge.core.core_space import check_fraction, in_form_of, rank_of
+from sapmerge.core.layer import Layer
+from sapmerge.core.lowrank import size_of
+from sapmerge.core.part import part, prepare
+from sapmerge.core.protocols import LayerStream, Method
+from sapmerge.core.updates import Update, zero_of
 from sapmerge.parts.masks import TopWithTies
 from sapmerge.parts.mergers.cover_space import InCoverSpace
 from sapmerge.parts.mergers.linear import DisjointMean, Sum
@@ -16,7 +26,7 @@ from sapmerge.parts.scorers import Magnitude
 from sapmerge.parts.transforms import ElectSign, RoundOff, SmoothSpectrum
 from sapmerge.parts.wrappers import Chain
 
-__all__ = ["cart", "dc_merge", "iso_c", "iso_cts", "tsv"]
+__all__ = ["BoostSpectrum", "cart", "dc_merge", "iso_c", "iso_cts", "subspace_boosting", "tsv"]
 
 
 def tsv() -> Method:
@@ -75,7 +85,7 @@ def cart(rank_fraction: float = 0.04, scale: float = 0.1) -> Method:
     return CART(rank_fraction, scale)
 
 
-def dc_merge(smoothing: str = "avg", density: float = 0.001) -> Method:
+def dc_merge(smoothing: Literal["avg", "linear", "none"] = "avg", density: float = 0.001) -> Method:
     """DC-Merge: even out the singular values, keep the largest entries in the common cover space, elect signs, average.
 
     1. Every update is cut to its rank or floor(min(m, n) / K), and written in the cover space (see `InCoverSpace`).
@@ -95,3 +105,56 @@ def dc_merge(smoothing: str = "avg", density: float = 0.001) -> Method:
     prune = Prune(Magnitude(), TopWithTies(density))
     smooth = () if smoothing == "none" else (SmoothSpectrum(smoothing),)
     return InCoverSpace(Chain(*smooth, RoundOff(), prune, ElectSign(), DisjointMean()))
+
+
+@part
+class BoostSpectrum:
+    """Raise the small singular values of a method's result: s' = max(s, s_k).
+
+    k is the first with s_1 + ... + s_k >= beta (s_1 + ... + s_r).
+
+    Args:
+        method: any method.
+        beta: the share of the sum of singular values that stays as it is, in [0, 1]: 0 makes all of them the largest,
+            1 changes nothing.
+
+    Only directions that the result has are raised; those of the null space are arbitrary, so its rank stays.
+    """
+
+    method: Method = Sum()
+    beta: float = 0.01
+
+    def __post_init__(self) -> None:
+        check_fraction("beta", self.beta)
+
+    def prepare(self, layers: LayerStream) -> BoostSpectrum:
+        return replace(self, method=prepare(self.method, layers))
+
+    def __call__(self, layer: Layer) -> Update:
+        merged = self.method(layer)
+        U, sigma, Vh = merged.svd()
+        keep = rank_of(sigma, size_of(merged))
+        if keep == 0:
+            return zero_of(merged)
+        sigma = sigma[:keep]
+        reached = torch.cumsum(sigma, 0) >= self.beta * sigma.sum() * (1 - 1e-12)
+        floor = sigma[int(reached.to(torch.int8).argmax())]
+        return in_form_of(U[:, :keep] * sigma.clamp(min=float(floor)), Vh[:keep], merged)
+
+
+def subspace_boosting(method: Method = Sum(), beta: float = 0.01) -> Method:
+    """Subspace Boosting: of the few large and many small directions of a sum, raise the small ones.
+
+        s'_j = max(s_j, s_k),   k the first with s_1 + ... + s_k >= beta (s_1 + ... + s_r)
+
+    Args:
+        method: whose result is boosted: a sum (task arithmetic), `ties()`, `consensus_ta()`, ...
+        beta: 0.00 to 0.02 in the paper, 0.01 in its code.
+
+    With the small betas of the paper all singular values become nearly the largest, so the result is several times
+    longer than the method's own: compare at matched length (`MatchEnergy`). One adapter does not come back.
+
+    Source: Skorobogat et al., "Subspace-Boosted Model Merging", https://arxiv.org/abs/2506.16506. The authors raise
+    all min(m, n) singular values, also of the null space of a low-rank sum, whose directions are arbitrary; we do not.
+    """
+    return BoostSpectrum(method, beta)

@@ -8,7 +8,7 @@ and 0 where it is not, so that the mask `Reciprocal` divides what is kept by its
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -38,13 +38,11 @@ class RankChance:
 
     density: float
     window: float = 0.14
-    scope: str = "row"
+    scope: Literal["row", "layer"] = "row"
     reads_gradients: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _check_window(self.density, self.window)
-        if self.scope not in ("row", "layer"):
-            raise MethodError(f"RankChance's scope is 'row' or 'layer'; got {self.scope!r}")
 
     def __call__(self, values: Tensor, stats: Stats) -> Tensor:
         if values.numel() == 0:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -50,12 +51,10 @@ class TopFraction:
     """
 
     density: float
-    scope: str = "layer"
+    scope: Literal["layer", "adapter"] = "layer"
 
     def __post_init__(self) -> None:
         check_density(self.density)
-        if self.scope not in ("layer", "adapter"):
-            raise MethodError(f"TopFraction's scope is 'layer' or 'adapter'; got {self.scope!r}")
 
     def __call__(self, scores: Tensor) -> Tensor:
         total = scores.numel()
@@ -172,18 +171,14 @@ class DropOutliers:
 
     density: float
     gamma: float = 0.01
-    scope: str = "layer"
-    first: str = "drop"
+    scope: Literal["layer", "row"] = "layer"
+    first: Literal["drop", "keep"] = "drop"
 
     def __post_init__(self) -> None:
         check_density(self.density)
         if not 0 <= self.gamma < 1:
             hint = f"; for {self.gamma:g} % write {self.gamma / 100:g}" if 1 <= self.gamma < 100 else ""
             raise MethodError(f"DropOutliers' gamma is the fraction dropped, in [0, 1); got {self.gamma!r}{hint}")
-        if self.scope not in ("layer", "row"):
-            raise MethodError(f"DropOutliers' scope is 'layer' or 'row'; got {self.scope!r}")
-        if self.first not in ("drop", "keep"):
-            raise MethodError(f"DropOutliers' first is 'drop' or 'keep'; got {self.first!r}")
 
     def __call__(self, scores: Tensor) -> Tensor:
         if scores.numel() == 0:

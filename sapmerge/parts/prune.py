@@ -51,11 +51,6 @@ class Prune:
     fitted: Mapping[str, MaskBuilder] | None = field(default=None, repr=False)
     decided: Mapping[tuple[str, int], _Decision] | None = field(default=None, repr=False)
 
-    def __post_init__(self) -> None:
-        for name, given in (("scorer", self.scorer), ("mask", self.mask), ("rescaler", self.rescaler)):
-            if isinstance(given, type) or not callable(given):
-                raise MethodError(f"Prune's {name} is a part or a function, e.g. Magnitude(); got {given!r:.80}")
-
     def prepare(self, layers: LayerStream) -> Prune:
         """Fit a mask that needs the whole adapter; with gradients, decide every mask, so that only masks are kept."""
         reads = getattr(self.scorer, "reads_gradients", None)  # a user's function does not say

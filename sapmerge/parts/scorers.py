@@ -5,7 +5,7 @@ A plain function is a scorer too: `lambda values, stats: (values * stats.gradien
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -61,7 +61,7 @@ class Taylor:
     Source: Molchanov et al., https://arxiv.org/abs/1906.10771; Lee et al. (SNIP), https://arxiv.org/abs/1810.02340
     """
 
-    at: str = "adapter"
+    at: Literal["adapter", "base"] = "adapter"
     reads_gradients: ClassVar[bool] = True
 
     def __call__(self, values: Tensor, stats: Stats) -> Tensor:
@@ -78,7 +78,7 @@ class SignedTaylor:
         at: see `Taylor`.
     """
 
-    at: str = "adapter"
+    at: Literal["adapter", "base"] = "adapter"
     reads_gradients: ClassVar[bool] = True
 
     def __call__(self, values: Tensor, stats: Stats) -> Tensor:
@@ -93,7 +93,7 @@ class PerSampleTaylor:
         at: see `Taylor`.
     """
 
-    at: str = "adapter"
+    at: Literal["adapter", "base"] = "adapter"
     reads_gradients: ClassVar[bool] = True
 
     def __call__(self, values: Tensor, stats: Stats) -> Tensor:
@@ -110,7 +110,7 @@ class Fisher:
     Source: LeCun et al., "Optimal brain damage", 1989; Theis et al., https://arxiv.org/abs/1801.05787
     """
 
-    at: str = "adapter"
+    at: Literal["adapter", "base"] = "adapter"
     reads_gradients: ClassVar[bool] = True
 
     def __call__(self, values: Tensor, stats: Stats) -> Tensor:
@@ -130,7 +130,7 @@ class SNIP:
     Source: Lee et al., "SNIP", https://arxiv.org/abs/1810.02340
     """
 
-    at: str = "adapter"
+    at: Literal["adapter", "base"] = "adapter"
     reads_gradients: ClassVar[bool] = True
 
     def __call__(self, values: Tensor, stats: Stats) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -30,11 +32,7 @@ class ElectSign:
     Source: Yadav et al., "TIES-Merging", https://arxiv.org/abs/2306.01708
     """
 
-    majority_sign_method: str = "total"
-
-    def __post_init__(self) -> None:
-        if self.majority_sign_method not in ("total", "frequency"):
-            raise MethodError(f"majority_sign_method is 'total' or 'frequency'; got {self.majority_sign_method!r}")
+    majority_sign_method: Literal["total", "frequency"] = "total"
 
     def __call__(self, layer: Layer) -> Layer:
         voters = [(m.update.dense(), m.weight) for m in layer.members if not m.absent]
@@ -181,12 +179,10 @@ class SmoothSpectrum:
     Source: see `sapmerge.dc_merge`.
     """
 
-    smoothing: str = "avg"
+    smoothing: Literal["avg", "linear"] = "avg"
     ratio: float = 5.0
 
     def __post_init__(self) -> None:
-        if self.smoothing not in ("avg", "linear"):
-            raise MethodError(f"smoothing is 'avg' or 'linear'; got {self.smoothing!r}")
         if not self.ratio >= 1:
             raise MethodError(f"ratio is at least 1; got {self.ratio!r}")
 

@@ -557,3 +557,25 @@ def test_ctm_of_one_adapter_loses_nothing() -> None:
     layer = make_layers([3], {"l": (12, 10)})[0]
     assert error(ctm(inner=sm.ties(1.0))(layer).dense(), layer.updates[0].dense()) < 1e-12
     assert ctm(2)(layer).rank == 2
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.01, 0.3, 0.7, 1.0])
+@pytest.mark.parametrize("inner", [sm.task_arithmetic(), sm.mean()])
+def test_subspace_boosting_is_the_formula(beta: float, inner: sm.Method) -> None:
+    """The authors' steps on the dense matrix of full rank: SVD, cumulative share, clamp, product."""
+    for layer in make_layers([4, 4, 4], {"q": (11, 9), "v": (8, 12)}, weights=(1.0, 0.5, 2.0)):
+        X = inner(layer).dense().numpy()
+        U, S, Vh = np.linalg.svd(X, full_matrices=False)
+        cutoff = int(np.nonzero(np.cumsum(S) / S.sum() >= beta - 1e-12)[0][0])
+        wanted = (U * np.maximum(S, S[cutoff])) @ Vh
+        got = sm.subspace_boosting(inner, beta)(layer)
+        assert error(got.dense(), torch.from_numpy(wanted)) < 1e-10
+
+
+def test_subspace_boosting_raises_no_direction_of_the_null_space() -> None:
+    [layer] = make_layers([2, 1], {"q": (11, 9)})
+    got = sm.subspace_boosting(beta=0.0)(layer)
+    sigma = torch.linalg.svdvals(got.dense())
+    assert int((sigma > 1e-9).sum()) == 3
+    assert torch.allclose(sigma[:3], torch.linalg.svdvals(sm.task_arithmetic()(layer).dense())[:1].expand(3))
+    assert sm.subspace_boosting()(sm.Layer("z", [sm.absent((4, 3), layer.updates[0].A)])).rank == 0

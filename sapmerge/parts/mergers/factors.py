@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -125,15 +126,13 @@ class ClusterUnits:
 
     rank: int | None = None
     balance: bool = True
-    output_scale: str = "adapter"
+    output_scale: Literal["adapter", "all"] = "adapter"
     starts: int = 10
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.rank is not None and (isinstance(self.rank, bool) or self.rank < 1):
             raise MethodError(f"rank is the number of clusters, at least 1, or None; got {self.rank!r}")
-        if self.output_scale not in ("adapter", "all"):
-            raise MethodError(f"output_scale is 'adapter' or 'all'; got {self.output_scale!r}")
         if self.starts < 1:
             raise MethodError(f"starts is at least 1; got {self.starts!r}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -39,16 +40,13 @@ class FisherMean:
     """
 
     floor: float = 1e-6
-    square: str = "sample"
+    square: Literal["sample", "batch"] = "sample"
     normalize: bool = False
     merged: Mapping[str, Update] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        if not self.floor >= 0 or self.square not in _STATISTICS:
-            raise MethodError(
-                f"FisherMean takes floor >= 0 and square 'sample' or 'batch'; got floor={self.floor!r}, "
-                f"square={self.square!r}"
-            )
+        if not self.floor >= 0:
+            raise MethodError(f"FisherMean's floor is a share of the mean of F, at least 0; got {self.floor!r}")
 
     def prepare(self, layers: LayerStream) -> FisherMean:
         anchors = anchors_of(layers, "FisherMean")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import field, replace
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -43,11 +43,8 @@ class GeometricMedian:
     Source: Pillutla et al., "Robust aggregation for federated learning" (RFA), https://arxiv.org/abs/1912.13445
     """
 
-    scope: str = "adapter"
+    scope: Literal["adapter", "layer"] = "adapter"
     fitted: tuple[float, ...] | None = field(default=None, repr=False)
-
-    def __post_init__(self) -> None:
-        _check_scope("GeometricMedian", self.scope, "adapter", "layer")
 
     def prepare(self, layers: LayerStream) -> GeometricMedian:
         return replace(self, fitted=_coefficients(layers, _geometric_median)) if self.scope == "adapter" else self
@@ -77,11 +74,10 @@ class Krum:
 
     byzantine: int | None = None
     select: int = 1
-    scope: str = "adapter"
+    scope: Literal["adapter", "layer"] = "adapter"
     fitted: tuple[float, ...] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        _check_scope("Krum", self.scope, "adapter", "layer")
         if self.byzantine is not None and self.byzantine < 0:
             raise MethodError(f"Krum's byzantine is a number of adapters, at least 0; got {self.byzantine!r}")
         if self.select < 1:
@@ -130,10 +126,7 @@ class ModelStock:
     of two norms at 1e-6, so that small LoRA rows seem orthogonal; we do not.
     """
 
-    scope: str = "layer"
-
-    def __post_init__(self) -> None:
-        _check_scope("ModelStock", self.scope, "layer", "row")
+    scope: Literal["layer", "row"] = "layer"
 
     def __call__(self, layer: Layer) -> Update:
         index, signs, weights = members(layer)
@@ -196,11 +189,6 @@ class Slerp:
             if cosine >= -0.9995 and math.sin(angle) > 1e-7:
                 shares = torch.sin(shares * angle) / math.sin(angle)
         return _combine(layer, _spread(layer, index, shares * signs))
-
-
-def _check_scope(name: str, scope: str, *choices: str) -> None:
-    if scope not in choices:
-        raise MethodError(f"{name}'s scope is {' or '.join(map(repr, choices))}; got {scope!r}")
 
 
 def members(layer: Layer) -> tuple[list[int], Tensor, Tensor]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -61,10 +62,7 @@ class Isotropic:
     """
 
     method: Method = Sum()
-    over: str = "rank"
-
-    def __post_init__(self) -> None:
-        _check_over(self.over)
+    over: Literal["rank", "full"] = "rank"
 
     def prepare(self, layers: LayerStream) -> Isotropic:
         return replace(self, method=prepare(self.method, layers))
@@ -141,11 +139,10 @@ class IsotropicCommonSpecific:
     """
 
     common_fraction: float = 0.8
-    over: str = "rank"
+    over: Literal["rank", "full"] = "rank"
 
     def __post_init__(self) -> None:
         check_fraction("common_fraction", self.common_fraction)
-        _check_over(self.over)
 
     def __call__(self, layer: Layer) -> Update:
         core = cores_of(layer)
@@ -216,8 +213,3 @@ class CART:
             merged = merged + share * (U[:, :keep] * sigma[:keep]) @ Vh[:keep]
         eye = torch.eye(min(merged.shape), dtype=merged.dtype, device=merged.device)
         return core.outside(*((eye, merged) if merged.shape[0] <= merged.shape[1] else (merged, eye)))
-
-
-def _check_over(over: str) -> None:
-    if over not in ("rank", "full"):
-        raise MethodError(f"over is 'rank' (the directions that there are) or 'full' (all min(m, n)); got {over!r}")
