@@ -26,6 +26,7 @@ from sapmerge.core.protocols import Method
 from sapmerge.errors import MethodError, OutputError, SapmergeError, SapmergeWarning, printable
 from sapmerge.federated.commands import add_commands
 from sapmerge.merging import verification
+from sapmerge.merging.spelling import CHOICES
 
 __all__ = ["main"]
 
@@ -86,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--rank", type=_rank, help="cap on the rank, share of energy in (0, 1), or 'exact'")
     merge.add_argument("--modules-to-save", help="heads: mean, first, drop, or module=adapter[,module=adapter]")
     merge.add_argument("--base-model", help="the base model the output is for")
+    merge.add_argument("--names", choices=CHOICES, help="how the output spells its modules: as the adapters do, or ...")
     merge.add_argument("--overwrite", action="store_true", help="replace an existing output")
     merge.add_argument("--quiet", action="store_true", help="no progress, no report")
     merge.set_defaults(run=_merge)
@@ -133,7 +135,7 @@ def _merge(options: argparse.Namespace) -> None:
         base_model=options.base_model,
         progress=False if options.quiet else None,
     )
-    merged.save_pretrained(options.output, overwrite=options.overwrite)
+    merged.save_pretrained(options.output, overwrite=options.overwrite, names=options.names)
     if not options.quiet:
         print(f"{merged.report}\n\nwritten to {printable(options.output)}")
 

@@ -12,13 +12,12 @@ from torch import Tensor, nn
 
 from sapmerge.errors import ModelMismatchError
 from sapmerge.io.modules import Module
-from sapmerge.io.names import canonical
+from sapmerge.naming import Names, base_of
 
 __all__ = [
     "ModelWeights",
     "Site",
     "base_of",
-    "canonical_in",
     "check_untied",
     "device_of",
     "find_modules",
@@ -31,29 +30,15 @@ __all__ = [
 ]
 
 
-def base_of(model: Any) -> nn.Module:
-    """The plain model inside a PeftModel, or the model itself."""
-    inner = getattr(model, "get_base_model", None)
-    return cast("nn.Module", inner() if inner is not None and hasattr(model, "peft_config") else model)
-
-
 def model_names(model: Any) -> Mapping[str, str]:
-    """Canonical name -> the name that the model uses, without the wrappers that PEFT inserts."""
-    base = base_of(model)
-    names = cast("list[str]", [name for name, _ in base.named_modules()])  # pyright: ignore[reportUnknownVariableType]
-    return {canonical_in(base, name): name for name in names if name and ".lora_" not in name}
+    """Key -> where the model has the module, without the wrappers that PEFT inserts."""
+    return Names(model).paths
 
 
 def tensor_name(name: str, names: Mapping[str, str]) -> str:
     """A canonical tensor name, e.g. "classifier.weight", as the model with those module names spells it."""
     module, _, last = name.rpartition(".")
     return f"{names.get(module, module)}.{last}"
-
-
-def canonical_in(base: nn.Module, name: str) -> str:
-    """The canonical name of a module or tensor of a model."""
-    family = getattr(getattr(base, "config", None), "model_type", "")
-    return canonical(name, {"base_model_name_or_path": family})
 
 
 @dataclass(frozen=True)
@@ -114,14 +99,15 @@ def find_sites(model: Any, wanted: Mapping[str, Module]) -> dict[str, Site]:
     Raises:
         ModelMismatchError: modules are missing, or their weight has another shape.
     """
-    base, names = base_of(model), model_names(model)
+    own = Names(model)
+    base, names = own.base, own.located(wanted.values())
     fused = {name: part for name, spec in wanted.items() if (part := fused_part(spec, names, base)) is not None}
-    missing = [spec.owner for name, spec in wanted.items() if spec.owner not in names and name not in fused]
+    missing = [spec.spelled for name, spec in wanted.items() if spec.owner not in names and name not in fused]
     if missing:
         raise ModelMismatchError(
             f"{type(base).__name__} has no module {missing[0]!r}"
             + (f" (nor {len(missing) - 1} others of the {len(wanted)} adapted ones)" if len(missing) > 1 else "")
-            + f"; it has e.g. {list(names.values())[-3:]}. Is it the adapters' base model?"
+            + f"; it has e.g. {list(own.plain.values())[-3:]}. Is it the adapters' base model?"
         )
     found: dict[str, Site] = {}
     for name, spec in wanted.items():
@@ -253,8 +239,11 @@ def find_tensors(model: Any, wanted: Iterable[str], advice: str = "is it their b
     Raises:
         ModelMismatchError: it has none; `advice` ends the message.
     """
-    state, names = cast("dict[str, Tensor]", base_of(model).state_dict(keep_vars=True)), model_names(model)
+    wanted, known = list(wanted), Names(model)
+    state = cast("dict[str, Tensor]", known.base.state_dict(keep_vars=True))
     own = {_WRAPPERS.sub(".", name): tensor for name, tensor in state.items()}
+    keys = known.locate({name.rpartition(".")[0]: None for name in wanted})
+    names = {module: known.paths[key] for module, key in keys.items()}
     found: dict[str, Tensor] = {}
     for name in wanted:
         target = own.get(tensor_name(name, names))

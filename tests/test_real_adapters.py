@@ -253,7 +253,7 @@ def test_vit_of_two_authors(tmp_path: Path) -> None:
     assert (len(one), len(two)) == (24, 60)
     wanted = combined([one, two], 0.5)
     merged = sm.merge(paths, method=sm.mean(), modules_to_save="first")
-    merged.save_pretrained(tmp_path / "out")
+    merged.save_pretrained(tmp_path / "out", names="transformers 5")
     peft_model = load(tmp_path / "out", base("vit")).eval()
     close(lazy_deltas(peft_model), wanted)
     head = peft_model.get_base_model().classifier.modules_to_save["default"]
@@ -265,12 +265,15 @@ def test_vit_of_two_authors(tmp_path: Path) -> None:
         assert error(peft_model(pixels).logits, model(pixels).logits) < 1e-5
     sm.merge(paths, model=model, method=sm.mean(), modules_to_save="first").save_pretrained(tmp_path / "checked")
     assert files(tmp_path / "checked") == files(tmp_path / "out")
+    merged.save_pretrained(tmp_path / "as it was")
+    spelled = {name for path in paths for name in tensors(path)}
+    assert set(load_file(tmp_path / "as it was" / "adapter_model.safetensors")) == spelled
 
 
 def test_vit_by_a_rule_that_makes_it_dense(tmp_path: Path) -> None:
     inputs = [last_layers(folder(name), 1) for name in VIT]
     merged = sm.merge(inputs, method=sm.ties(0.2), rank=0.95)
-    merged.save_pretrained(tmp_path / "out")
+    merged.save_pretrained(tmp_path / "out", names="transformers 5")
     assert merged.report.energy_kept >= 0.95
     assert 0 < len(merged.report.layers) == len(stored(tmp_path / "out"))
     close(lazy_deltas(load(tmp_path / "out", base("vit"))), stored(tmp_path / "out"))

@@ -240,7 +240,7 @@ def test_the_model_card(zoo: list[Path], tmp_path: Path) -> None:
 
 
 def test_a_model_with_other_spelling_gets_its_own_names(tmp_path: Path) -> None:
-    """The adapter is saved as transformers 5 spells it, or as the model does if one is given."""
+    """The adapter is saved as it was spelled, or as `names` says, or as the model does if one is given."""
 
     class Llava(nn.Module):  # as transformers 4 names things
         def __init__(self) -> None:
@@ -253,7 +253,10 @@ def test_a_model_with_other_spelling_gets_its_own_names(tmp_path: Path) -> None:
     folder = save_lora(tmp_path / "v4", 1, Llava(), targets=["q"], modules_to_save=["multi_modal_projector"])
     merged = sm.merge([folder], method=sm.mean(), modules_to_save="mean")
     assert list(merged.run.stream.modules) == ["model.language_model.layers.0.q"]
-    merged.save_pretrained(tmp_path / "v5")
+    merged.save_pretrained(tmp_path / "as it was")
+    names = set(load_file(tmp_path / "as it was" / "adapter_model.safetensors"))
+    assert names == set(load_file(folder / "adapter_model.safetensors"))
+    merged.save_pretrained(tmp_path / "v5", names="transformers 5")
     names = set(load_file(tmp_path / "v5" / "adapter_model.safetensors"))
     assert names == {
         PREFIX + "model.language_model.layers.0.q.lora_A.weight",

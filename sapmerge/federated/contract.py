@@ -23,8 +23,9 @@ from sapmerge.errors import (
 from sapmerge.io.adapter import Adapter
 from sapmerge.io.files import shown
 from sapmerge.io.modules import Module
+from sapmerge.io.names import canonical
 from sapmerge.io.records import is_folder, read_record
-from sapmerge.models import base_of, canonical_in, matrix_shape, model_names
+from sapmerge.models import base_of, matrix_shape, model_names
 
 __all__ = ["Contract", "Manifest", "Slot", "contract"]
 
@@ -308,7 +309,5 @@ def _saved(model: Any, wanted: Sequence[str]) -> dict[str, tuple[int, ...]]:
         }
         if not own:
             raise SapmergeError(f"modules_to_save: {type(base).__name__} has no module {module!r}")
-        found |= {
-            canonical_in(base, name.rpartition(".")[0]) + f".{name.rpartition('.')[2]}": s for name, s in own.items()
-        }
+        found |= {canonical(name.rpartition(".")[0]) + f".{name.rpartition('.')[2]}": s for name, s in own.items()}
     return found

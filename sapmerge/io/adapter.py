@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any, cast
@@ -17,14 +17,16 @@ from torch import Tensor, nn
 from sapmerge.core.torch_state import pinned_state
 from sapmerge.core.updates import Update
 from sapmerge.errors import AdapterFormatError, MethodError
+from sapmerge.io.beside import with_beside
 from sapmerge.io.config import Settings, settings
 from sapmerge.io.contents import Contents, sort_contents
 from sapmerge.io.files import DEFAULT_LIMITS, Limits, shown
-from sapmerge.io.folder import CONFIG, WEIGHTS, read_folder, which_weights
+from sapmerge.io.folder import BESIDE, CONFIG, WEIGHTS, read_folder, which_weights
 from sapmerge.io.kinds.vectors import Vector
 from sapmerge.io.live import check_live_scaling, config_bytes, live_adapter
 from sapmerge.io.modules import BaseWeights, Module, SavedTensor
 from sapmerge.io.pickles import held
+from sapmerge.io.rearranged import Piece, rearranged
 from sapmerge.io.strict_json import parse
 
 __all__ = ["Adapter", "label_from"]
@@ -81,12 +83,13 @@ class Adapter:
         allow_pickle_weights: bool = False,
         limits: Limits = DEFAULT_LIMITS,
     ) -> Adapter:
-        """Read a folder written by `save_pretrained`: two files, nothing else, and never the network.
+        """Read a folder written by `save_pretrained`: its own files, nothing else, and never the network.
 
         Args:
             path: a local folder.
             label: by default the folder's name.
-            allow_pickle_weights: read `adapter_model.bin` where there is no safetensors file (torch >= 2.10).
+            allow_pickle_weights: read `adapter_model.bin` where there is no safetensors file, and
+                `non_lora_trainables.bin`, the projector of the original code of LLaVA (torch >= 2.10).
             limits: sizes above which an adapter is refused.
 
         Raises:
@@ -98,10 +101,13 @@ class Adapter:
             raise AdapterFormatError("adapter '': an empty path; expected a local folder")
         folder = os.path.abspath(source)
         where = f"adapter {shown(source)}"
-        weights_name = which_weights(folder, where, allow_pickle_weights)
+        weights_name, beside = which_weights(folder, where, allow_pickle_weights)
         label = label or label_from(os.path.basename(folder))
-        read = read_folder(folder, weights_name, where, limits)
-        return _finished(label, source, *read, folder=os.path.realpath(folder))
+        config, chosen, contents, files = read_folder(folder, weights_name, where, limits)
+        if beside:
+            contents, more = with_beside(contents, os.path.join(folder, BESIDE), f"{where}, {BESIDE}", limits)
+            files = {**files, **more}
+        return _finished(label, source, config, chosen, contents, files, folder=os.path.realpath(folder))
 
     @classmethod
     def from_hub(
@@ -181,6 +187,17 @@ class Adapter:
     def relabelled(self, label: str) -> Adapter:
         """The same adapter under another label."""
         return replace(self, label=_checked_label(label))
+
+    def respelled(self, names: Mapping[str, str], cut: Mapping[str, Sequence[Piece]] | None = None) -> Adapter:
+        """The same adapter under other keys; the digest stays.
+
+        Args:
+            names: module of the base -> its new key; those that it does not name keep theirs.
+            cut: new key -> the pieces of other modules that its update is made of.
+        """
+        contents = rearranged(self._contents, names, cut or {})
+        tables = {name: dict(sorted(getattr(contents, name).items())) for name in ("modules", "saved", "vectors")}
+        return replace(self, **{name: MappingProxyType(table) for name, table in tables.items()}, _contents=contents)
 
     def with_base(self, base: BaseWeights) -> Adapter:
         """The same adapter, with the weights of its base at hand: some kinds of updates depend on them."""

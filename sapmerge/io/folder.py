@@ -12,39 +12,55 @@ from sapmerge.io.config import Settings, settings
 from sapmerge.io.contents import Contents, sort_contents
 from sapmerge.io.files import DEFAULT_LIMITS, Limits, RegularFile, reason
 from sapmerge.io.header import open_weights
+from sapmerge.io.listing import unread_weights, way_on
 from sapmerge.io.pickles import open_pickle
 from sapmerge.io.strict_json import parse
 
-__all__ = ["CONFIG", "PICKLE", "WEIGHTS", "check_readable", "read_folder", "which_weights"]
+__all__ = ["BESIDE", "CONFIG", "PICKLE", "WEIGHTS", "check_readable", "read_folder", "which_weights"]
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+BESIDE = "non_lora_trainables.bin"
+"""Where the original code of LLaVA keeps what it has trained besides the LoRA: the projector."""
 
 
-def which_weights(folder: str, where: str, allow_pickle_weights: bool) -> str:
-    """The name of the file with the weights, from a look at the folder."""
+def which_weights(folder: str, where: str, allow_pickle_weights: bool) -> tuple[str, bool]:
+    """The name of the file with the weights, and whether there is one of `BESIDE`, from a look at the folder.
+
+    Raises:
+        AdapterFormatError: it is no folder of an adapter; the message says what lies there.
+        AdapterSecurityError: weights in a pickle, without leave to read it.
+    """
+    names = _listed(folder, where)
+    if CONFIG not in names:
+        raise AdapterFormatError(f"{where}: has no {CONFIG}; {way_on(folder, names, CONFIG)}")
+    if WEIGHTS in names and PICKLE in names:
+        _warn(f"{where}: {PICKLE} is ignored, {WEIGHTS} is used; one of them may be out of date")
+    if WEIGHTS not in names and PICKLE not in names:
+        raise AdapterFormatError(f"{where}: has no {WEIGHTS}; {way_on(folder, names, CONFIG)}")
+    pickled = [name for name in (BESIDE, PICKLE) if name in names and (name == BESIDE or WEIGHTS not in names)]
+    if pickled and not allow_pickle_weights:
+        held = "what was trained besides the LoRA (a projector)" if pickled[0] == BESIDE else "the weights"
+        verb = "is" if pickled[0] == BESIDE else "are"
+        raise AdapterSecurityError(
+            f"{where}: {held} {verb} in {pickled[0]}, a pickle, which can hold code. If you trust its author, load it "
+            "with sapmerge.Adapter.load(path, allow_pickle_weights=True), or ask for safetensors"
+        )
+    unread = unread_weights(names, (WEIGHTS, PICKLE, BESIDE))
+    if unread is not None:
+        _warn(f"{where}: {unread}")
+    return (WEIGHTS if WEIGHTS in names else PICKLE), BESIDE in names
+
+
+def _listed(folder: str, where: str) -> set[str]:
     try:
         if not stat.S_ISDIR(os.stat(folder).st_mode):
             raise AdapterFormatError(f"{where}: is a file; expected the folder that holds {CONFIG} and {WEIGHTS}")
+        return set(os.listdir(folder))
     except (OSError, ValueError) as error:
         raise AdapterFormatError(
             f"{where}: cannot be opened ({reason(error)}). Paths are local only; use Adapter.from_hub('user/name') "
             "for the Hub"
         ) from None
-    safe, pickled = (os.path.lexists(os.path.join(folder, name)) for name in (WEIGHTS, PICKLE))
-    if not os.path.lexists(os.path.join(folder, CONFIG)):
-        raise AdapterFormatError(f"{where}: has no {CONFIG}; expected a folder written by save_pretrained")
-    if safe and pickled:
-        _warn(f"{where}: {PICKLE} is ignored, {WEIGHTS} is used; one of them may be out of date")
-    if safe:
-        return WEIGHTS
-    if not pickled:
-        raise AdapterFormatError(f"{where}: has no {WEIGHTS}; nothing is downloaded for a local folder")
-    if not allow_pickle_weights:
-        raise AdapterSecurityError(
-            f"{where}: the weights are in {PICKLE}, a pickle, which can hold code. If you trust its author, load it "
-            "with sapmerge.Adapter.load(path, allow_pickle_weights=True), or ask for safetensors"
-        )
-    return PICKLE
 
 
 def check_readable(folder: str) -> None:

@@ -18,7 +18,12 @@ from sapmerge.errors import AdapterFormatError, LimitExceededError
 from sapmerge.io.files import Limits, RegularFile, StoredWeights, shown
 from sapmerge.io.measuring import Entry
 
-__all__ = ["open_weights"]
+__all__ = ["UNGATHERED", "open_weights"]
+
+UNGATHERED = (
+    ". Saved under DeepSpeed ZeRO-3 or FSDP without gathering the parameters? Set "
+    "stage3_gather_16bit_weights_on_model_save, or run zero_to_fp32.py, and save again"
+)
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -220,7 +225,7 @@ def _checked(found: str, shape: tuple[int, ...], offsets: tuple[int, ...], base:
     if dtype is None:
         raise AdapterFormatError(f"{where}: tensor {shown(name)} has dtype {found!r}; expected F32, F16 or BF16")
     if 0 in shape:
-        raise AdapterFormatError(f"{where}: tensor {shown(name)} is empty: shape {shape}")
+        raise AdapterFormatError(f"{where}: tensor {shown(name)} is empty: shape {shape}{UNGATHERED}")
     begin, end = offsets
     needed = math.prod(shape) * _SIZES[found]
     if end - begin != needed:

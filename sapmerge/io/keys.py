@@ -15,6 +15,7 @@ import torch
 from sapmerge.errors import AdapterConfigError, AdapterFormatError, AdapterSecurityError
 from sapmerge.io.config import Settings
 from sapmerge.io.files import Weights, shown
+from sapmerge.io.header import UNGATHERED
 from sapmerge.io.measuring import Entry
 
 __all__ = ["EMBEDDINGS", "Group", "Sorted", "sort_tensors"]
@@ -288,4 +289,4 @@ def _check_entry(weights: Weights, name: str, entry: Entry) -> None:
             f"{weights.where}: tensor {shown(name)} has dtype {found}; expected float32, float16 or bfloat16"
         )
     if 0 in entry.shape:
-        raise AdapterFormatError(f"{weights.where}: tensor {shown(name)} is empty: shape {entry.shape}")
+        raise AdapterFormatError(f"{weights.where}: tensor {shown(name)} is empty: shape {entry.shape}{UNGATHERED}")

@@ -17,7 +17,8 @@ from typing import Any, NoReturn, cast
 from sapmerge.errors import AdapterFormatError, SapmergeError
 from sapmerge.io.adapter import Adapter
 from sapmerge.io.files import DEFAULT_LIMITS, RegularFile, shown
-from sapmerge.io.folder import CONFIG, PICKLE, WEIGHTS
+from sapmerge.io.folder import BESIDE, CONFIG, PICKLE, WEIGHTS
+from sapmerge.io.names import STYLES
 from sapmerge.io.strict_json import parse
 from sapmerge.io.writing import CONFIG_DIGEST_KEY, TENSORS_DIGEST_KEY, digest_of
 
@@ -34,7 +35,8 @@ class Provenance:
 
     Args:
         version: of the library that wrote it.
-        recipe: the call: method, weights, scale, rank, base_model, modules_to_save, loss.
+        recipe: the call: method, weights, scale, rank, base_model, modules_to_save, loss, and how it was written
+            (`names` and the like) if not by default.
         inputs: label, digest, weight, and file name -> sha256 of every adapter that went in.
         problems: what does not agree with the bytes, or with itself; empty for an intact output.
     """
@@ -103,7 +105,7 @@ _Schema = Mapping[str, tuple[str, _Check]]
 
 
 def _fitting(value: object, schema: _Schema, where: str) -> dict[str, Any]:
-    """The value, if it is a table of exactly these fields."""
+    """The value, if it is a table of exactly these fields; those of `_OPTIONAL` may be missing."""
 
     def fail(problem: str) -> NoReturn:
         raise AdapterFormatError(f"{where}: {problem}; it was not written by sapmerge, or by another version of it")
@@ -113,6 +115,8 @@ def _fitting(value: object, schema: _Schema, where: str) -> dict[str, Any]:
     table = cast("dict[str, Any]", value)
     for name, (expected, fits) in schema.items():
         if name not in table:
+            if name in _OPTIONAL:
+                continue
             fail(f"{name!r} is missing")
         if not fits(table[name]):
             fail(f"{name!r} is {shown(table[name])}, expected {expected}")
@@ -150,6 +154,13 @@ def _like(pattern: re.Pattern[str]) -> _Check:
     return lambda value: isinstance(value, str) and pattern.fullmatch(value) is not None
 
 
+def _written(value: object) -> bool:
+    table = cast("dict[str, object]", value) if isinstance(value, dict) else {"": None}
+    return all(key in _WRITTEN and one in _WRITTEN[key] for key, one in table.items())
+
+
+_OPTIONAL = {"written"}
+_WRITTEN: Mapping[str, tuple[object, ...]] = {"names": ("input", *STYLES), "uniform_rank": (False,)}
 _texts = _all(_text, _text)
 _RECIPE: _Schema = {
     "method": ("text", _text),
@@ -159,12 +170,13 @@ _RECIPE: _Schema = {
     "base_model": ("text or null", _text_or_none),
     "modules_to_save": ("null, text, or an object of texts", lambda value: _text_or_none(value) or _texts(value)),
     "loss": ("text or null", _text_or_none),
+    "written": ("how it was written", _written),
 }
 _INPUT: _Schema = {
     "label": ("a label", _like(_LABEL)),
     "digest": ("a sha256", _like(_SHA256)),
     "weight": ("a finite number", _number),
-    "files": ("the sha256 of the files", _all(lambda name: name in (CONFIG, WEIGHTS, PICKLE), _like(_SHA256))),
+    "files": ("the sha256 of the files", _all(lambda name: name in (CONFIG, WEIGHTS, PICKLE, BESIDE), _like(_SHA256))),
 }
 
 

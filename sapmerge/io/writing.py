@@ -123,6 +123,25 @@ class CheckpointWriter:
         self._stored[name] = _Stored(tensor.dtype, tuple(tensor.shape), self._size, data.nbytes, digest)
         self._size += data.nbytes
 
+    def widen(self, name: str, dim: int, rank: int, wanted: int) -> None:
+        """Pads a factor that was added with zeros, from one rank to a larger one.
+
+        Args:
+            dim: where the rank is: 0 in A, where it may be in several blocks below each other, 1 in B.
+            rank: of the factor as it is.
+            wanted: rank that it gets.
+        """
+        self._require_open()
+        stored = self._stored.pop(name)
+        with explained(self._folder.path, f"read tensor {name!r} again"):
+            data = bytearray(os.pread(self._scratch, stored.size, stored.start))
+        outer = stored.shape[0] // rank if dim == 0 else stored.shape[0]
+        factor = torch.frombuffer(data, dtype=stored.dtype).reshape(outer, rank, -1)
+        padded = torch.cat([factor, factor.new_zeros(outer, wanted - rank, factor.shape[2])], 1)
+        shape = list(stored.shape)
+        shape[dim] = shape[dim] // rank * wanted
+        self.add(name, padded.reshape(shape))
+
     def commit(
         self,
         *,

@@ -17,6 +17,8 @@ from sapmerge.io.adapter import Adapter
 from sapmerge.io.description import Described, describe_config
 from sapmerge.merging.inputs import Adapters, check_mergeable, load_adapters, with_base
 from sapmerge.merging.report import table
+from sapmerge.merging.spelling import one_spelling
+from sapmerge.naming import without_wrappers
 
 __all__ = ["AdapterSummary", "Inspection", "LayerSummary", "inspect"]
 
@@ -139,6 +141,7 @@ def inspect(adapters: Adapters, model: Any = None) -> Inspection:
     opened, refused = _readable(adapters, model)
     needing = next((m for a in opened for m in a.modules.values() if m.needs_base is not None), None)
     problem = next((summary.problem for summary in refused), None)
+    opened = one_spelling(opened)
     try:
         check_mergeable(opened)
         opened = with_base(opened, model)

@@ -23,6 +23,7 @@ from sapmerge.io.adapter import Adapter
 from sapmerge.losses import Loss
 from sapmerge.merging import sinks
 from sapmerge.merging.copies import check_copies
+from sapmerge.merging.form import Form
 from sapmerge.merging.heads import HeadPolicy, plan_heads
 from sapmerge.merging.inputs import (
     Adapters,
@@ -38,9 +39,11 @@ from sapmerge.merging.inputs import (
 )
 from sapmerge.merging.report import LayerReport, Report, describe_adapters, findings_of, notes_of
 from sapmerge.merging.run import Run
+from sapmerge.merging.spelling import Own, one_spelling, say_what_is_not_shared
 from sapmerge.merging.stream import AdapterLayers
 from sapmerge.merging.vectors import check_vectors, plan_vectors
-from sapmerge.models import base_of, find_modules, find_saved, model_names
+from sapmerge.models import find_modules, find_saved
+from sapmerge.naming import base_of, without_wrappers
 
 __all__ = ["Merged", "merge"]
 
@@ -68,7 +71,7 @@ def merge(
             (config, state_dict) pairs; or a mapping label -> any of these.
         anchor_loader: a re-iterable of batches, for methods that read gradients.
         model: the base model. Without anchors it is only used to check names and shapes; the output spells its modules
-            as the model does (without one, as transformers 5 does).
+            as the model does (without one, as the adapters do).
         method: e.g. `ties(density=0.2)`; with anchors `sap()` by default. It may see several layers at the same time,
             in threads: functions of your own should keep nothing from one layer to the next.
         weights: one number per adapter, 1 by default; also a mapping label -> number.
@@ -97,9 +100,12 @@ def merge(
     method = _check_method(method, anchor_loader, model)
     check_numbers(scale, rank)
     weights = as_given(weights)
-    opened = load_adapters(adapters, model, weights)
+    model = without_wrappers(model)
+    opened = one_spelling(load_adapters(adapters, model, weights), model)
     numbers = resolve_weights(weights, opened)
     base = check_mergeable(opened, base_model)
+    if model is None:  # else the names are settled
+        say_what_is_not_shared(opened)
     heads = plan_heads(opened, numbers, modules_to_save)
     opened = with_base(opened, model)
     check_copies(opened, weights_of(model))
@@ -131,7 +137,7 @@ def merge(
         rank=rank,
         stream=stream,
         prepared=prepared,
-        names={} if model is None else model_names(model),
+        own_names=Own.of(model),
         progress=sys.stderr.isatty() if progress is None else progress,
     )
     return Merged(run)
@@ -182,18 +188,30 @@ class Merged:
         """(module, merged update) for every layer, exact: scale applied, nothing truncated or rounded."""
         return self.run.updates()
 
-    def save_pretrained(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+    def save_pretrained(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        overwrite: bool = False,
+        names: str | None = None,
+        uniform_rank: bool = True,
+    ) -> None:
         """Write a PEFT checkpoint: `PeftModel.from_pretrained(base, path)`. The folder appears whole or not at all.
 
         Args:
             path: the folder to write.
             overwrite: replace an existing checkpoint.
+            names: how modules are spelled: "input" as the adapters do, "transformers 5", "transformers 4" (4.51 and
+                before; PEFT reads it in later ones too) or "llava" (the original code). By default as the model of the
+                merge does, or "input" without one.
+            uniform_rank: give all modules the largest rank, padded with zeros: exact, and what engines need that read
+                no `rank_pattern` (llama.cpp, SGLang, TGI). False: each its own, in a smaller file.
 
         Raises:
             OutputExistsError: `path` exists.
             NonFiniteError: a merged update is not finite, or overflows the output's dtype.
         """
-        self._report = self._report_of(sinks.save(self.run, path, overwrite=overwrite))
+        self._report = self._report_of(sinks.save(self.run, path, overwrite=overwrite, form=Form(names, uniform_rank)))
 
     def apply_to(self, model: Any) -> None:
         """Add the merged update to the weights of `model`, in place, without any loss of rank.

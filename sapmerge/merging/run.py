@@ -23,6 +23,7 @@ from sapmerge.losses import loss_name
 from sapmerge.merging.heads import Heads
 from sapmerge.merging.inputs import Base
 from sapmerge.merging.report import LayerReport, describe
+from sapmerge.merging.spelling import Own
 from sapmerge.merging.stream import AdapterLayers, in_order, with_progress
 from sapmerge.merging.vectors import Vectors
 
@@ -44,7 +45,7 @@ class Run:
         rank: of the output, see `merge`.
         stream: the layers, adapters sorted by content.
         prepared: the method, after its pre-pass.
-        names: canonical name -> the name that the output uses; others are written as they are.
+        own_names: what the model calls its modules; None without one.
         progress: whether to show a bar.
     """
 
@@ -58,7 +59,7 @@ class Run:
     rank: int | float | str | None
     stream: AdapterLayers
     prepared: Method
-    names: Mapping[str, str]
+    own_names: Own | None
     progress: bool = False
     kept: dict[str, LowRank] = field(default_factory=dict[str, LowRank])
     """With anchors: the update of every layer as a sink has stored it, for the loss of the merged model."""

@@ -20,35 +20,38 @@ from sapmerge.io.kinds.experts import WRITTEN_BY
 from sapmerge.io.modules import Module
 from sapmerge.io.writing import CheckpointWriter
 from sapmerge.merging.bundles import Bundle, Bundler
+from sapmerge.merging.form import Form
 from sapmerge.merging.inputs import in_content_order
 from sapmerge.merging.report import LayerReport, table
 from sapmerge.merging.run import Run
+from sapmerge.merging.spelling import spelling_of, written_names
 from sapmerge.merging.vector_output import for_checkpoint, for_live_model
 from sapmerge.merging.vectors import apply_vectors, check_vectors
 from sapmerge.models import (
     ModelWeights,
-    base_of,
     check_untied,
     find_modules,
     find_saved,
     find_sites,
-    model_names,
     tensor_name,
 )
+from sapmerge.naming import Names, base_of
 
 __all__ = ["add", "apply", "save", "save_together"]
 
 _PREFIX = "base_model.model."
+_USUAL = Form()
 _ESCAPED = re.compile(r'["\\]')
 
 
-def save(run: Run, path: str | os.PathLike[str], *, overwrite: bool) -> tuple[LayerReport, ...]:
+def save(run: Run, path: str | os.PathLike[str], *, overwrite: bool, form: Form = _USUAL) -> tuple[LayerReport, ...]:
     """Write a checkpoint folder, streaming the layers; the config is built from scratch, scaling is exactly 1."""
+    written_names(run.adapters, form.names, run.own_names)  # refuses before any work
     for adapter in run.adapters:
         if adapter.files and os.path.realpath(adapter.source) == os.path.realpath(path):
             raise OutputError(f"the output {os.fspath(path)!r} is one of the inputs; write to another folder")
     with CheckpointWriter(path, overwrite=overwrite) as writer:
-        checkpoint = _Checkpoint(run, writer)
+        checkpoint = _Checkpoint(run, writer, form)
         for module, update, row in run.stored():
             checkpoint.add(module, update, row)
         return checkpoint.finish()
@@ -71,10 +74,12 @@ def save_together(runs: Mapping[str, Run]) -> None:
 class _Checkpoint:
     """One checkpoint that is being written: its layers in order, then the rest."""
 
-    def __init__(self, run: Run, writer: CheckpointWriter) -> None:
+    def __init__(self, run: Run, writer: CheckpointWriter, form: Form = _USUAL) -> None:
         self.run, self._writer, self._adapted = run, writer, run.stream.modules
+        self._form, self._names = form, written_names(run.adapters, form.names, run.own_names)
+        self._factors: dict[str, tuple[int, int]] = {}  # tensor -> where its rank is, and the rank
         self._beside = for_checkpoint(run.vectors, self._adapted, run.dtype)
-        self._bundler = Bundler(self._adapted, run.names, run.dtype)
+        self._bundler = Bundler(self._adapted, self._names, run.dtype)
         self._rows, self._ranks, self._parameters = list[LayerReport](), dict[str, int](), list[str]()
 
     def add(self, module: Module, update: Update, row: LayerReport) -> None:
@@ -85,20 +90,32 @@ class _Checkpoint:
     def finish(self) -> tuple[LayerReport, ...]:
         """The heads, the config and the card; then the folder is in its place."""
         self._write(self._bundler.finish())
-        run, names = self.run, self.run.names
+        run, names = self.run, self._names
         for name, read in run.heads.tensors().items():
             self._writer.add(_PREFIX + tensor_name(name, names), read())
         for key, tensor in self._beside.tensors(self._adapted, names).items():
             self._writer.add(_PREFIX + key, tensor)
+        if self._form.uniform_rank:
+            self._widen(max(self._ranks.values()))
         config = _config(run, self._ranks, self._parameters, names) | self._beside.config(self._adapted, names)
-        self._writer.commit(config=config, metadata=_metadata(run), card=_card(run, self._rows))
+        form = self._form.recorded(spelling_of(run.adapters, self._form.names, run.own_names))
+        self._writer.commit(config=config, metadata=_metadata(run, form), card=_card(run, self._rows))
         return tuple(self._rows)
 
     def _write(self, bundle: Bundle) -> None:
+        rank = next(iter(bundle.ranks.values()), 1)
         for key, tensor in bundle.tensors.items():
             self._writer.add(_PREFIX + key, tensor)
+            self._factors[_PREFIX + key] = int(".lora_B" in key or ".lora_embedding_B" in key), rank
         self._ranks |= bundle.ranks
         self._parameters += bundle.parameters
+
+    def _widen(self, wanted: int) -> None:
+        """One rank for all modules: what engines without patterns need, and exact."""
+        for key, (dim, rank) in self._factors.items():
+            if rank != wanted:
+                self._writer.widen(key, dim, rank, wanted)
+        self._ranks = dict.fromkeys(self._ranks, wanted)
 
 
 def apply(run: Run, model: Any) -> tuple[LayerReport, ...]:
@@ -140,7 +157,8 @@ def add(run: Run, peft_model: Any, adapter_name: str) -> tuple[LayerReport, ...]
         raise MethodError(f"{adapter_name!r} cannot be an adapter's name; use letters, digits, '_' and '-'")
     find_modules(peft_model, run.stream.modules)
     find_saved(peft_model, run.heads.shapes())
-    names, adapted = model_names(peft_model), run.stream.modules
+    adapted = run.stream.modules
+    names = _names_in(peft_model, run)
     check_vectors(run.vectors, peft_model)
     vectors = replace(run.vectors, base=ModelWeights(peft_model, {}))
     beside = for_live_model(vectors, adapted, run.dtype)
@@ -172,6 +190,14 @@ def add(run: Run, peft_model: Any, adapter_name: str) -> tuple[LayerReport, ...]
             peft_model.delete_adapter(adapter_name)
         raise
     return tuple(rows)
+
+
+def _names_in(peft_model: Any, run: Run) -> Mapping[str, str]:
+    """Key -> where a live model has the module, of everything that the merge changes."""
+    own = Names(peft_model)
+    tensors = (*run.heads.chosen, *(change.name for change in run.vectors.changes))
+    keys = own.locate({name.rpartition(".")[0]: None for name in tensors})
+    return own.located(run.stream.modules.values()) | {module: own.paths[key] for module, key in keys.items()}
 
 
 def _live_parameters(peft_model: Any, parameters: Sequence[str]) -> list[str]:
@@ -257,7 +283,7 @@ def _task(run: Run) -> str | None:
     return task if run.heads.modules or task not in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") else None
 
 
-def _metadata(run: Run) -> dict[str, str]:
+def _metadata(run: Run, form: Mapping[str, object]) -> dict[str, str]:
     from sapmerge.version import __version__
 
     inputs = [
@@ -266,7 +292,7 @@ def _metadata(run: Run) -> dict[str, str]:
     ]
     return {
         "sapmerge.version": __version__,
-        "sapmerge.recipe": json.dumps(dict(run.recipe), sort_keys=True),
+        "sapmerge.recipe": json.dumps({**run.recipe, **({"written": form} if form else {})}, sort_keys=True),
         "sapmerge.inputs": json.dumps(inputs, sort_keys=True),
     }
 

@@ -79,7 +79,7 @@ def reproduce(
     with tempfile.TemporaryDirectory() as folder:
         again = Path(folder) / "again"
         try:
-            _merged(found, given, functions).save_pretrained(again)
+            _merged(found, given, functions).save_pretrained(again, **dict(found.recipe.get("written", {})))
         except SapmergeError:
             raise
         except Exception as error:  # the recipe is anybody's text: it may ask for what no part can do

@@ -120,7 +120,7 @@ def test_sap_original_step_by_step(density: float) -> None:
 def test_sap_original_without_pruning_is_the_mean() -> None:
     model, loader = models.clip(), models.pairs()
     adapters, _ = models.adapters(model, [models.BOTH_TARGETS, models.VISION_TARGETS, models.TEXT_TARGETS])
-    mean = dict(models.merge(adapters, method=sm.mean()).updates())
+    mean = dict(models.merge(adapters, model=model, method=sm.mean()).updates())
     for name, update in models.merge(adapters, loader, model, method=sm.sap_original(density=1.0)).updates():
         assert error(update.dense(), mean[name].dense()) < 1e-6
 

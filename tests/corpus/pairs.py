@@ -7,7 +7,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .build import PREFIX, Build, Case, accept, good_config, good_tensors, module, pair, random, refuse, write
+from .build import PREFIX, Build, Case, accept, good_config, good_tensors, module, pair, random, refuse, warn, write
 
 
 def two(
@@ -85,7 +85,13 @@ CASES = [
     fine("different ranks", two({"r": 2}, good_tensors(1, rank=2))),
     fine("different scalings", two({"use_rslora": True, "lora_alpha": 3})),
     fine("different dtypes", two({}, good_tensors(1, "BF16"))),
-    fine("different layers", two({"layers_to_transform": [0]}, LAYER0, {"layers_to_transform": [1]}, LAYER1)),
+    warn(
+        "pairs",
+        "different layers",
+        two({"layers_to_transform": [0]}, LAYER0, {"layers_to_transform": [1]}, LAYER1),
+        "share no module",
+        action="merge",
+    ),
     fine("different modules", two({"exclude_modules": ["v_proj"]}, QUERY)),
     fine("patterns in one", two({"alpha_pattern": {"q_proj": 3}})),
     fine("the same adapter twice", two({}, good_tensors())),
