@@ -184,9 +184,9 @@ def test_rank_is_the_best_approximation(
     merged = sm.merge(paths(three), method=sm.mean(), rank=rank)
     if rank in (1, 5, 0.5):
         with pytest.warns(sm.SapmergeWarning, match=r"keeps \d+% of the merged update's energy.*apply_to.*rank="):
-            merged.save_pretrained(tmp_path / "out")
+            merged.save_pretrained(tmp_path / "out", uniform_rank=False)
     else:
-        merged.save_pretrained(tmp_path / "out")
+        merged.save_pretrained(tmp_path / "out", uniform_rank=False)
     stored = sm.Adapter.load(tmp_path / "out")
     for row in merged.report.layers:
         sigma = spectrum(dense_three, row.name)

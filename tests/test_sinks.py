@@ -126,7 +126,7 @@ def test_ranks_of_names_that_are_endings_of_other_names(tmp_path: Path) -> None:
         pattern = {"^" + re.escape(name): rank for name, rank in zip(names, ranks)}
         config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": list(names),
                   "rank_pattern": pattern, "alpha_pattern": pattern}  # fmt: skip
-        sm.merge([(config, state)], method=sm.mean()).save_pretrained(tmp_path / str(number))
+        sm.merge([(config, state)], method=sm.mean()).save_pretrained(tmp_path / str(number), uniform_rank=False)
         wanted = {n: (state[f"{PREFIX}{n}.lora_B.weight"] @ state[f"{PREFIX}{n}.lora_A.weight"]) for n in names}
         peft_model = load(tmp_path / str(number))
         close(deltas(peft_model), wanted)
@@ -182,8 +182,10 @@ def test_more_columns_than_rows(tmp_path: Path) -> None:
 
 def test_rank_above_the_size_of_a_layer(tmp_path: Path) -> None:
     folder = save_lora(tmp_path / "narrow", 1, r=8, alpha=8, targets=("narrow", "q"))
-    sm.merge([folder], method=sm.mean()).save_pretrained(tmp_path / "out")
-    close(matrices(deltas(load(tmp_path / "out")), Zoo()), matrices(deltas(load(folder)), Zoo()))
+    sm.merge([folder], method=sm.mean()).save_pretrained(tmp_path / "padded")
+    sm.merge([folder], method=sm.mean()).save_pretrained(tmp_path / "out", uniform_rank=False)
+    for name in ("padded", "out"):
+        close(matrices(deltas(load(tmp_path / name)), Zoo()), matrices(deltas(load(folder)), Zoo()))
     assert sm.Adapter.load(tmp_path / "out").modules["narrow"].rank == 2
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -63,9 +64,8 @@ def with_beside(contents: Contents, path: str, where: str, limits: Limits) -> tu
     with RegularFile(path, where) as file:
         weights, data = open_pickle(file, limits)
     weights.scan()
-    found = Contents(
-        contents.modules, dict(contents.saved), dict(contents.tensors), JoinedWeights(contents.weights, weights)
-    )
+    joined = JoinedWeights(contents.weights, weights)
+    found = replace(contents, saved=dict(contents.saved), tensors=dict(contents.tensors), weights=joined)
     for name, entry in weights.entries.items():
         spelled = _spelled(name)
         module, _, last = spelled.rpartition(".")

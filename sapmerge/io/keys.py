@@ -136,7 +136,7 @@ def sort_tensors(weights: Weights, settings: Settings) -> Sorted:
     if not groups:
         raise AdapterFormatError(
             f"{weights.where}: no LoRA tensor among {len(weights.entries)}; expected names like "
-            f"'{PREFIX}layers.0.q_proj.lora_A.weight'"
+            f"'{PREFIX}layers.0.q_proj.lora_A.weight'" + ("" if weights.entries else UNGATHERED)
         )
     _check_declared(weights, settings.saved, saved)
     return Sorted(

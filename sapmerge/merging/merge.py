@@ -175,6 +175,11 @@ class Merged:
         return self.run.base
 
     @property
+    def stream(self) -> AdapterLayers:
+        """The layers, adapters sorted by content."""
+        return self.run.stream
+
+    @property
     def method(self) -> Method:
         """The method as it was given."""
         return self.run.method

@@ -116,7 +116,7 @@ def test_a_bare_tower_without_its_class_is_not_guessed(tmp_path: Path) -> None:
     reconfigured(one, auto_mapping=None)
     old = renamed(two, "old", lambda key: key.replace(PREFIX, PREFIX + "text_model."), auto_mapping=None)
     with pytest.warns(sm.SapmergeWarning, match="'a1' and 'old' share no module"):
-        assert len(sm.merge([one, old], method=sm.mean()).stream.modules) == 8
+        assert len(sm.merge([one, old], method=sm.mean()).run.stream.modules) == 8
 
 
 def test_sap_runs_on_adapters_of_transformers_4(tmp_path: Path) -> None:

@@ -1,0 +1,122 @@
+"""What an output says about itself: its config, its metadata and its model card."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sapmerge.io.kinds.experts import WRITTEN_BY
+from sapmerge.merging.inputs import in_content_order
+from sapmerge.merging.report import LayerReport, table
+from sapmerge.merging.run import Run
+from sapmerge.models import tensor_name
+
+__all__ = ["card_of", "config_of", "metadata_of"]
+
+_ESCAPED = re.compile(r'["\\]')
+
+
+def config_of(
+    run: Run, ranks: Mapping[str, int], parameters: Sequence[str], names: Mapping[str, str]
+) -> dict[str, Any]:
+    """An adapter_config.json from nothing: r = alpha everywhere, explicit modules, no trace of the inputs' settings.
+
+    Args:
+        ranks: module or parameter, as the model spells it -> rank.
+        parameters: those of them that are parameters (experts).
+        names: canonical name -> the name that the model uses.
+    """
+    rank = max(Counter(ranks.values()).items(), key=lambda item: (item[1], item[0]))[0]
+    odd = {"^" + re.escape(name): value for name, value in ranks.items() if value != rank}
+    experts = {"target_parameters": sorted(parameters), "peft_version": WRITTEN_BY} if parameters else {}
+    return {
+        "peft_type": "LORA",
+        "task_type": _task(run),
+        "base_model_name_or_path": run.base.name,
+        "revision": run.base.revision,
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": odd,
+        "alpha_pattern": odd,
+        "target_modules": sorted(set(ranks) - set(parameters)),
+        "modules_to_save": _saved_modules(run, names) or None,
+        "fan_in_fan_out": any(adapter.fan_in_fan_out for adapter in run.adapters),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "use_rslora": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+        **experts,
+    }
+
+
+def _saved_modules(run: Run, names: Mapping[str, str]) -> list[str]:
+    """The saved modules as the model spells them, told by the names of their tensors."""
+    found: set[str] = set()
+    for tensor in run.heads.chosen:
+        module = next(module for module in run.heads.modules if tensor.startswith(f"{module}."))
+        tail, spelled = tensor[len(module) :], tensor_name(tensor, names)
+        found.add(spelled.removesuffix(tail) if spelled.endswith(tail) else module)
+    return sorted(found)
+
+
+def _task(run: Run) -> str | None:
+    """The inputs' common task. PEFT refuses a checkpoint of a task with a head that does not hold the head."""
+    tasks = {adapter.task_type for adapter in run.adapters}
+    task = tasks.pop() if len(tasks) == 1 else None
+    return task if run.heads.modules or task not in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") else None
+
+
+def metadata_of(run: Run, form: Mapping[str, object]) -> dict[str, str]:
+    from sapmerge.version import __version__
+
+    inputs = [
+        {"label": a.label, "digest": a.digest, "files": dict(a.files), "weight": weight}
+        for a, weight in sorted(zip(run.adapters, run.weights, strict=True), key=lambda pair: in_content_order(*pair))
+    ]
+    return {
+        "sapmerge.version": __version__,
+        "sapmerge.recipe": json.dumps({**run.recipe, **({"written": form} if form else {})}, sort_keys=True),
+        "sapmerge.inputs": json.dumps(inputs, sort_keys=True),
+    }
+
+
+def card_of(run: Run, rows: Sequence[LayerReport]) -> str:
+    from sapmerge.version import __version__
+
+    head = ["---", "library_name: peft", "tags: [lora, merge, sapmerge]"]
+    if run.base.name:
+        head.append(f"base_model: {_yaml(run.base.name)}")
+    listed = sorted(zip(run.adapters, run.weights, strict=True), key=lambda pair: in_content_order(*pair))
+    inputs = table(
+        ["adapter", "weight", "layers", "sha256"],
+        [[a.label, f"{w:g}", len(a.modules), a.digest[:16]] for a, w in listed],
+    )
+    return "\n".join(
+        [
+            *head,
+            "---",
+            "# Merged LoRA adapter",
+            "",
+            f"Made by sapmerge {__version__} from {len(run.adapters)} adapters, {len(rows)} layers.",
+            "",
+            "```",
+            inputs,
+            "",
+            f"method  {run.recipe['method']}",
+            f"scale   {run.scale:g}",
+            "```",
+            "",
+            "Load it with `PeftModel.from_pretrained(base, path)`.",
+            "",
+        ]
+    )
+
+
+def _yaml(text: str) -> str:
+    """A string of YAML. JSON's is one but for letters beyond 16 bits, which it writes as two halves."""
+    quoted = _ESCAPED.sub(r"\\\g<0>", text)
+    return '"' + "".join(one if one.isprintable() else f"\\U{ord(one):08x}" for one in quoted) + '"'
