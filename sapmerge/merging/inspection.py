@@ -18,7 +18,6 @@ from sapmerge.io.description import Described, describe_config
 from sapmerge.merging.inputs import Adapters, check_mergeable, load_adapters, with_base
 from sapmerge.merging.report import table
 from sapmerge.merging.spelling import one_spelling
-from sapmerge.naming import without_wrappers
 
 __all__ = ["AdapterSummary", "Inspection", "LayerSummary", "inspect"]
 
