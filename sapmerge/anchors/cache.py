@@ -46,6 +46,7 @@ class Resume:
         loss: Callable[..., Any],
     ) -> None:
         self._cache, self._digests = Cache(folder), digests
+        self._losses = Cache(os.path.join(folder, "losses"))
         self._common = [__version__, torch.__version__, digest_of_model(base), anchors, digest(loss)]
 
     def scaled(self, factors: Mapping[str, Sequence[float]], changed: Collection[int]) -> Resume:
@@ -64,6 +65,20 @@ class Resume:
             contents: layer -> its `content`.
         """
         return json.dumps([*self._common, self._digests[adapter], statistic, digest(units), sorted(contents.items())])
+
+    def loss_key(self, updates: Mapping[str, Update], loss: Callable[..., Any]) -> str:
+        """Everything that the loss at base + updates depends on, as text."""
+        contents = {name: self.content(update, ()) for name, update in updates.items() if not update.absent}
+        return json.dumps([*self._common[:-1], "loss", digest(loss), sorted(contents.items())])
+
+    def loss(self, key: str) -> float | None:
+        """A loss of an earlier run."""
+        kept = self._losses.get(key)
+        return None if kept is None else float(kept[1]["loss"])
+
+    def put_loss(self, key: str, loss: float) -> None:
+        """Keep a loss for a later run."""
+        self._losses.put(key, {}, {"loss": loss})
 
     def content(self, update: Update, frames: Sequence[Frames]) -> str:
         """What an update that is scored is, and the frames that it is seen in."""

@@ -6,6 +6,7 @@ import copy
 import os
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from threading import Event
 from typing import Any, TypeAlias, cast
 
@@ -26,7 +27,7 @@ from sapmerge.io.modules import Module
 from sapmerge.losses import PAIR_LOSSES, Loss, default_loss, is_outputs_only, loss_name
 from sapmerge.models import device_of, find_sites
 
-__all__ = ["Load", "Runner"]
+__all__ = ["Load", "Runner", "Shard", "ShardDone"]
 
 Load: TypeAlias = Callable[[], Mapping[str, Update]]
 """Gives the updates of one adapter, layer -> update."""
@@ -34,6 +35,23 @@ Load: TypeAlias = Callable[[], Mapping[str, Update]]
 _BUDGET = 2 << 30
 _HALF_SCALES = (2.0**14, 2.0**8, 2.0**3, 1.0)
 """What the loss is multiplied by in a float16 model, where gradients below 6e-8 are 0 and above 65504 infinite."""
+
+
+class ShardDone(Exception):
+    """All that a process with a share of the adapters can do is done: what comes next needs all of them."""
+
+
+@dataclass
+class Shard:
+    """The share of the adapters that a process runs: those whose number modulo `count` is `number`.
+
+    Args:
+        skipped: whether anything was left to others; what depends on it is not true then.
+    """
+
+    number: int = 0
+    count: int = 1
+    skipped: bool = False
 
 
 class Runner:
@@ -71,6 +89,7 @@ class Runner:
             self.loss: Loss = default_loss(base) if loss is None else loss
             check_base(base, self.sites)
         self._used = Event()  # shared by copies
+        self.cache_only, self.shard = False, Shard()
         self.unused = set[str]()
         self.resume: Resume | None = None
         self._known: dict[Load | None, float] = {}  # who gives an adapter -> its loss
@@ -102,10 +121,33 @@ class Runner:
         """The mean loss on the anchors at base + updates."""
         self._used.set()
         loss, total, count = loss or self.loss, 0.0, 0
+        key = "" if self.resume is None else self.resume.loss_key(updates, loss)
+        kept = None if self.resume is None else self.resume.loss(key)
+        if kept is not None:
+            return kept
+        self._allow(f"the loss {loss_name(loss)!r} at {who}")
+        if self.shard.skipped and who == "the merged adapter":
+            raise ShardDone
         with self._running(loss) as base, torch.no_grad(), attached(self.sites, self._moved(updates), who):
             for batch, size in self._batches(base, loss):
                 total, count = total + float(self._value(loss, base, batch, who)) * size, count + size
+        if self.resume is not None:
+            self.resume.put_loss(key, total / count)
         return total / count
+
+    def mine(self, adapter: int) -> bool:
+        """Whether this process runs what belongs to one adapter; noted if not."""
+        if self.shard.count == 1 or adapter % self.shard.count == self.shard.number:
+            return True
+        self.shard.skipped = True
+        return False
+
+    def _allow(self, what: str) -> None:
+        if self.cache_only:
+            raise AnchorError(
+                f"cache_only: the cache lacks {what}; run sapmerge.federated.score on all adapters with the same "
+                "anchors, model, loss and method, or merge without cache_only"
+            )
 
     def scaled(self, factors: Mapping[str, Sequence[float]]) -> Self:
         """The same at base + multiplied adapters: layer -> one factor per adapter; other layers stay as they are."""
@@ -155,6 +197,7 @@ class Runner:
         """
         self._used.set()
         who, updates = self._place(adapter)
+        self._allow(f"gradients at {who}")
         moved, total, count = self._moved(updates), 0.0, 0
         with self._running(self.loss) as base, torch.enable_grad():
             scales = _HALF_SCALES if any(p.dtype == torch.float16 for p in base.parameters()) else (1.0,)
@@ -188,6 +231,7 @@ class Runner:
         """One pass without gradients, at base + adapter: layer -> what to do with its inputs. The number of samples."""
         self._used.set()
         (who, updates), count = self._place(adapter), 0
+        self._allow(f"the inputs of the layers at {who}")
         with self._running(self.loss) as base, torch.no_grad(), attached(self.sites, self._moved(updates), who):
             for batch, size in self._batches(base, self.loss):
                 with seeing(self.sites, watched, size, count):
@@ -220,7 +264,10 @@ class Runner:
         if loss is self.loss and key in self._known:
             return self._known[key]
         who, updates = self._place(adapter)
-        found = self.loss_of(updates, loss, who)
+        kept = None if self.resume is None else self.resume.loss(self.resume.loss_key(updates, loss))
+        if kept is None and adapter is not None and not self.mine(adapter):
+            return 0.0
+        found = self.loss_of(updates, loss, who) if kept is None else kept
         if loss is self.loss:
             self._known[key] = found
         return found

@@ -155,6 +155,8 @@ class GradientStatistics:
             self._anchors.note_loss(k, notes["loss"])
             self._warn_of_unused(set(notes["unused"]))
             return {name: _on(halves, sums[name].device) for name, halves in found.items()}
+        if not self._anchors.mine(k):
+            return {name: found.halves(1) for name, found in sums.items()}  # of nobody: zeros
         count = self._anchors.backward(k, {name: found.add for name, found in sums.items()})
         unused = {name for name, found in sums.items() if not found.seen}
         self._warn_of_unused(unused)

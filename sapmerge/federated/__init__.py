@@ -13,6 +13,7 @@ from sapmerge.federated.prompts import Prompts, average_prompts
 from sapmerge.federated.refinement import refine
 from sapmerge.federated.report import ClientReport, RoundReport
 from sapmerge.federated.rules import FedEx, fedex, fedit, fedrpca, ffa, flex, flora, hetlora, yoco
+from sapmerge.federated.shards import Stage, plan, score
 from sapmerge.federated.state import MergeState
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "Refused",
     "RoundReport",
     "Slot",
+    "Stage",
     "average_prompts",
     "by_task",
     "fedex",
@@ -42,7 +44,9 @@ __all__ = [
     "neighbours",
     "personalize",
     "pilot",
+    "plan",
     "prune_for_upload",
     "refine",
+    "score",
     "yoco",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -10,6 +11,8 @@ from sapmerge.errors import SapmergeError
 from sapmerge.io.files import shown
 
 __all__ = ["Kept", "Outcome", "Refused", "refusal"]
+
+_STAGED = re.compile(r"(adapter )?'[^']*\.sapmerge-\d+-[0-9a-f]+\.tmp'")
 
 
 @dataclass(frozen=True)
@@ -54,4 +57,6 @@ def refusal(client: object, error: Exception, hidden: str) -> Refused:
     who = client if isinstance(client, str) else shown(client)
     if len(who) > 64 or not who.isascii() or not who.isprintable():
         who = shown(who, 64)
-    return Refused(who, SapmergeError(reason.replace(hidden, "")).args[0])
+    # Where it lay while it was looked at says nothing, and is another place each time.
+    reason = _STAGED.sub("the upload", reason).replace(hidden, "")
+    return Refused(who, SapmergeError(reason).args[0])

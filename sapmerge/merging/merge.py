@@ -9,6 +9,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from sapmerge.core.part import prepare, recipe
 from sapmerge.core.protocols import Method
 from sapmerge.core.torch_state import pinned_state
 from sapmerge.core.updates import Update
-from sapmerge.errors import MethodError, SapmergeWarning
+from sapmerge.errors import AnchorError, MethodError, SapmergeWarning
 from sapmerge.io.adapter import Adapter
 from sapmerge.losses import Loss
 from sapmerge.merging import sinks
@@ -63,6 +64,7 @@ def merge(
     device: torch.device | str | None = None,
     progress: bool | None = None,
     cache: str | os.PathLike[str] | None = None,
+    cache_only: bool = False,
 ) -> Merged:
     """Merge LoRA adapters into one.
 
@@ -85,6 +87,8 @@ def merge(
         progress: False: no progress bar. None: one if stderr is a terminal.
         cache: a folder of your own for the anchors' statistics: a merge that was killed goes on where it was, and one
             that differs in the density alone needs no pass at all.
+        cache_only: run no model: an error says what the cache lacks. `sapmerge.federated.score` fills it, on several
+            machines if need be.
 
     Returns:
         A lazy `Merged`: nothing is merged before it is saved, applied, added or reported.
@@ -99,6 +103,8 @@ def merge(
     """
     method = _check_method(method, anchor_loader, model)
     check_numbers(scale, rank)
+    if cache_only and (cache is None or anchor_loader is None):
+        raise MethodError("cache_only=True needs cache=..., and the anchors and the model that the cache is for")
     weights = as_given(weights)
     model = without_wrappers(model)
     opened = one_spelling(load_adapters(adapters, model, weights), model)
@@ -112,6 +118,8 @@ def merge(
     stream = AdapterLayers.of(opened, numbers, check_device(device))
     if anchor_loader is not None:
         stream = stream.with_anchors(anchor_loader, model, loss, cache)
+        assert stream.anchors is not None
+        stream.anchors.cache_only = cache_only
     elif model is not None:
         find_modules(model, stream.modules)
         find_saved(model, heads.shapes())
@@ -275,7 +283,8 @@ class Merged:
             return {}
         notes = notes_of(anchors)
         if self._applied or len(self.run.kept) == len(layers):
-            notes["anchor loss"]["merged adapter"] = anchors.loss_of({} if self._applied else self.run.kept)
+            with suppress(AnchorError) if anchors.cache_only else nullcontext():  # nobody has measured it
+                notes["anchor loss"]["merged adapter"] = anchors.loss_of({} if self._applied else self.run.kept)
         return notes
 
 

@@ -96,6 +96,12 @@ def test_bytes_do_not_depend_on_the_order_of_arrival(tmp_path: Path) -> None:
         for k in order:
             box.add(folders[k], f"c{k}", 10 + k)
         box.add(tmp_path / "nowhere", "late")
+        config, state = pair(9)
+        for _ in range(2):
+            outcome = box.add((config, {name: tensor * float("nan") for name, tensor in state.items()}), "bad")
+            assert not outcome
+            assert outcome.reason.startswith("the upload, adapter_model.safetensors: tensor")
+        assert len(box.report.refused) == 2
         data = merged_bytes(box, tmp_path / f"out{number}")
         results.add((data, box.report.to_json().replace(b"round1", b"round0")))
     assert len(results) == 1
