@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from threading import Lock, RLock
 from typing import Any, TypeAlias, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +36,24 @@ def frozen(model: Any) -> Generator[nn.Module]:
         AnchorError: an adapter of the model is merged into its weights: they are not the base's; or the model was made
             in inference mode.
     """
-    base = base_of(model)
+    with _one_at_a_time(base_of(model)) as base:
+        yield from _frozen(base)
+
+
+_LOCKS: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()
+_LOCKING = Lock()
+
+
+@contextmanager
+def _one_at_a_time(base: nn.Module) -> Generator[nn.Module]:
+    """A model has one set of hooks and flags: threads that run it do so one after the other."""
+    with _LOCKING:
+        lock = _LOCKS.setdefault(base, RLock())
+    with lock:
+        yield base
+
+
+def _frozen(base: nn.Module) -> Generator[nn.Module]:
     if any(parameter.is_inference() for parameter in base.parameters()):
         raise AnchorError(
             "the base model was made inside torch.inference_mode(), where nothing has a gradient: load it outside"
@@ -72,9 +91,16 @@ def check_base(base: nn.Module, sites: Mapping[str, Site]) -> None:
     """Refuse weights of which gradients mean nothing.
 
     Raises:
+        AnchorError: a weight has no data.
         NonFiniteError: a weight is NaN or infinite.
     """
     names = {id(site.parameter): name for name, site in sites.items()}
+    for name, site in sites.items():
+        if site.parameter.is_meta and not hasattr(site.module, "_hf_hook"):
+            raise AnchorError(
+                f"the base model's weight of {name!r} is on the meta device, without data: load the model with its "
+                "weights (accelerate's offloaded layers work, their hooks bring the weights in)"
+            )
     for name, parameter in base.named_parameters():
         if not (parameter.is_meta or not parameter.is_floating_point() or "lora_" in name or finite(parameter)):
             raise NonFiniteError(

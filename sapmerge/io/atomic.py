@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import os
 import stat
 from collections.abc import Callable, Generator
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from sapmerge.errors import OutputError, OutputExistsError, warn_afterwards
 from sapmerge.io.leftovers import remove, sibling_name, sweep_after
+from sapmerge.io.locks import lock
 
 __all__ = ["CARD_NAME", "CONFIG_NAME", "TENSORS_NAME", "StagedFolder", "explained", "write_all"]
 
@@ -223,7 +223,7 @@ class StagedFolder:
             try:
                 self._folder = os.open(name, _DIRECTORY, dir_fd=self._parent)
                 with _tolerating(_NO_LOCKS):
-                    fcntl.flock(self._folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    lock(self._folder, wait=False)
                 if os.path.samestat(os.fstat(self._folder), os.stat(name, dir_fd=self._parent, follow_symlinks=False)):
                     return
             except (FileNotFoundError, BlockingIOError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from sapmerge.errors import OutputError
 from sapmerge.io.leftovers import alive
+from sapmerge.io.locks import lock
 
 __all__ = ["Cache"]
 
@@ -80,7 +80,7 @@ class Cache:
         try:
             with open(scratch, "xb") as file:
                 with suppress(OSError):  # tells other computers that somebody writes here; not all have locks
-                    fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    lock(file.fileno(), wait=False)
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
@@ -109,5 +109,5 @@ def _sweep(folder: Path) -> None:
             match = _SCRATCH.fullmatch(entry)
             if match and not alive(int(match[1])):
                 with suppress(OSError), open(folder / entry, "rb") as file:
-                    fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    lock(file.fileno(), wait=False)
                     os.unlink(folder / entry)

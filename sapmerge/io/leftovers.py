@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import secrets
 import shutil
 from contextlib import suppress
+
+from sapmerge.io.locks import lock
 
 __all__ = ["alive", "remove", "sibling_name", "sweep", "sweep_after"]
 
@@ -65,7 +66,7 @@ def _remove_unlocked(folder: str) -> None:
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(descriptor, wait=False)
             remove(folder)
         finally:
             os.close(descriptor)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import secrets
@@ -15,6 +14,7 @@ from sapmerge.errors import OutputError, SapmergeError
 from sapmerge.io.atomic import explained, write_all
 from sapmerge.io.files import Limits, RegularFile, reason
 from sapmerge.io.leftovers import sweep
+from sapmerge.io.locks import lock
 from sapmerge.io.strict_json import parse
 
 __all__ = ["Records", "encoded", "folders", "is_folder", "read_record", "remove_folder", "write_record"]
@@ -161,7 +161,7 @@ class Records:
             file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX)
+                lock(file, wait=True)
             except OSError as error:
                 if error.errno not in _NO_LOCKS:
                     raise OutputError(f"{path!r}: cannot be locked ({reason(error)})") from error

@@ -58,8 +58,23 @@ def plan_heads(adapters: Sequence[Adapter], weights: Sequence[float], policy: He
         MethodError: there are saved modules and no policy, or the policy names something unknown.
         IncompatibleAdaptersError: "mean" over tensors of different shapes.
     """
+    _check_not_adapted_too(adapters, policy)
     heads = _plan(adapters, weights, policy)
     return heads if heads.policy is not None else replace(heads, policy=policy)
+
+
+def _check_not_adapted_too(adapters: Sequence[Adapter], policy: HeadPolicy) -> None:
+    """Refuse a module that has a LoRA in one adapter and was saved whole in another: PEFT would use one of both."""
+    adapted = {module.owner: adapter.label for adapter in adapters for module in adapter.modules.values()}
+    saved = {tensor.rpartition(".")[0]: adapter.label for adapter in adapters for tensor in adapter.saved}
+    both = sorted(adapted.keys() & saved.keys())
+    if both and policy != "drop":
+        name = both[0]
+        raise IncompatibleAdaptersError(
+            f"module {name!r} has a LoRA in {adapted[name]!r} and was saved whole in {saved[name]!r}: an output holds "
+            "one of both, and PEFT would not use the other. modules_to_save='drop' keeps the LoRA; or merge the LoRA "
+            "into its base with PEFT, and save the module whole in both"
+        )
 
 
 def _plan(adapters: Sequence[Adapter], weights: Sequence[float], policy: HeadPolicy) -> Heads:

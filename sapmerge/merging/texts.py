@@ -37,6 +37,7 @@ def config_of(
         "task_type": _task(run),
         "base_model_name_or_path": run.base.name,
         "revision": run.base.revision,
+        "auto_mapping": _auto_mapping(run),
         "r": rank,
         "lora_alpha": rank,
         "rank_pattern": odd,
@@ -51,6 +52,12 @@ def config_of(
         "inference_mode": True,
         **experts,
     }
+
+
+def _auto_mapping(run: Run) -> object:
+    """The class of the base, which AutoPeftModel needs where there is no task; copied where all inputs agree."""
+    found = [adapter.config.get("auto_mapping") for adapter in run.adapters]
+    return found[0] if all(one == found[0] for one in found) else None
 
 
 def _saved_modules(run: Run, names: Mapping[str, str]) -> list[str]:
