@@ -20,17 +20,16 @@ CONFIG_NAME = "adapter_config.json"  # what makes a folder a checkpoint, and saf
 TENSORS_NAME, CARD_NAME = "adapter_model.safetensors", "README.md"
 _REPLACED = {CONFIG_NAME, TENSORS_NAME, CARD_NAME, "adapter_model.bin"}
 """The files of an adapter. Whatever else lies in a folder is somebody's, and is not deleted with it."""
-_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
-_NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+_DIRECTORY = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_NOFOLLOW", 0)
+_NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
 _NOREPLACE, _EXCHANGE = 1, 2  # flags of renameat2(2)
 _NOT_SUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
 _NO_LOCKS = _NOT_SUPPORTED | {errno.ENOLCK, errno.EBADF}  # EBADF: NFS, which locks no folder
 _CHUNK = 1 << 26  # some systems refuse writes above 2 GiB
 _ATTEMPTS = 100
 
-_renameat2: Callable[[int, bytes, int, bytes, int], int] | None = getattr(
-    ctypes.CDLL(None, use_errno=True), "renameat2", None
-)
+_libc = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
+_renameat2: Callable[[int, bytes, int, bytes, int], int] | None = getattr(_libc, "renameat2", None)
 
 
 @contextmanager
