@@ -46,6 +46,7 @@ EXCEPTIONS = {
     ("ffa", "zero is neutral"): "as mean",
     ("clair", "zero is neutral"): "as mean",
     ("fedrpca", "zero is neutral"): "as mean",
+    ("fedrpca", "copies"): "copies are of low rank to the tolerance of the iteration, 1e-7; one adapter is exactly",
     ("model_stock", "zero is neutral"): "as mean",
     ("geometric_median", "zero is neutral"): "zero is a point like any other, and pulls",
     ("trimmed_mean", "zero is neutral"): "as mean",
@@ -63,6 +64,7 @@ EXCEPTIONS = {
 }
 
 AND_YET = {
+    ("fedrpca", "copies"),
     ("robustmerge-1", "gauge rotate"),
     ("robustmerge-1", "gauge general"),
     ("core_space-1", "copies"),
