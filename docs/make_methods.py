@@ -89,7 +89,7 @@ INDEX: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Some may be broken, and you have anchors", ("sap", "WeighByAnchors")),
     ("A result of the inputs' rank, without truncation at the end", ("ctm", "lora_lego", "factor_average")),
     ("Factors matched rank by rank", ("robustmerge", "lora_lego")),
-    ("The update closest to every adapter on the inputs that it reads", ("wudi", "regmean")),
+    ("The update closest to every adapter on the inputs that it reads", ("regmean",)),
     ("The largest entries that agree, without an average", ("emr",)),
     ("Early layers should change less: a wrapper on any method", ("lines",)),
     ("The result is too weak, or methods are compared: a wrapper that restores the norm", ("MatchEnergy",)),
