@@ -14,7 +14,7 @@ from dg.data import Domain, Task
 from dg.encoders import Encoder
 from dg.training import REGIMES, Regime, train
 
-__all__ = ["SETTINGS", "Clients"]
+__all__ = ["SETTINGS", "Clients", "scaled_copy"]
 
 SETTINGS = {
     "equal": "one client per source domain",
@@ -88,9 +88,9 @@ class Clients:
             few = replace(regime, epochs=regime.epochs * len(data.labels) / len(index))
             return {"tiny": self._fit(data.take(index), f"tiny-{source}", few)}
         if setting == "flipped":
-            return {"flipped": _times(-1.0, self.own(source), self._folder / f"flipped-{source}")}
+            return {"flipped": scaled_copy(-1.0, self.own(source), self._folder / f"flipped-{source}")}
         if setting == "scaled":
-            return {"scaled": _times(10.0, self.own(source), self._folder / f"scaled-{source}")}
+            return {"scaled": scaled_copy(10.0, self.own(source), self._folder / f"scaled-{source}")}
         if setting == "other task" and self.other is not None:
             domain = next(iter(self.other.domains))
             data = self.other.split(domain, self.seed, regime.images)[0]
@@ -110,7 +110,7 @@ class Clients:
         return clients
 
 
-def _times(factor: float, source: Path, path: Path) -> Path:
+def scaled_copy(factor: float, source: Path, path: Path) -> Path:
     """A copy of an adapter with its update times `factor`."""
     if not (path / "adapter_config.json").exists():
         path.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ __all__ = ["Domain", "Task", "digits", "folder", "pacs"]
 
 TEMPLATES = ("a photo of a {}.", "a painting of a {}.", "a cartoon of a {}.", "a sketch of a {}.", "an image of a {}.")
 HELD = 50
-"""Images per class and domain that nobody trains on."""
+"""Images per class and domain that nobody trains on, where a class has twice as many."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,14 +56,23 @@ class Task:
     anchor_text: Tensor
 
     def split(self, domain: str, seed: int, train: int, test: int = HELD) -> tuple[Domain, Domain]:
-        """Disjoint training and test images, so many per class, drawn by the seed; neither depends on the other."""
+        """Disjoint training and test images, so many per class, drawn by the seed; neither depends on the other.
+
+        `HELD` images of a class are kept for the test, and of a class with fewer than twice as many, half.
+
+        Raises:
+            ValueError: a class with a single image, or with none.
+        """
         found, generator = self.domains[domain], torch.Generator().manual_seed(1000 + seed)
         training, testing = [], []
         for k in range(len(self.text)):
             index = (found.labels == k).nonzero().flatten()
+            if len(index) < 2:
+                raise ValueError(f"{self.name}, domain {domain}: class {k} has {len(index)} images; two are needed")
             index = index[torch.randperm(len(index), generator=generator)]
-            testing.append(index[:HELD][:test])
-            training.append(index[HELD : HELD + train])
+            held = min(HELD, len(index) // 2)
+            testing.append(index[:held][:test])
+            training.append(index[held : held + train])
         return found.take(torch.cat(training)), found.take(torch.cat(testing))
 
     def anchors(self, seed: int, count: int) -> tuple[Tensor, Tensor]:
@@ -84,17 +93,24 @@ def pacs(bundle: Path, size: int = 160) -> Task:
 
 
 def digits(bundle: Path, size: int = 64) -> Task:
-    """MNIST, MNIST-M, USPS and fonts, with scikit-learn's handwritten digits and their names as anchors."""
+    """Every domain of every digits*.npz, with scikit-learn's handwritten digits and their names as anchors.
+
+    A domain NAME is an array NAME_x (n, s, s) or (n, s, s, 3) of images, and NAME_y of labels.
+
+    Raises:
+        ValueError: a domain that is in two files.
+    """
     from sklearn.datasets import load_digits
 
-    arrays = np.load(bundle / "digits4_28.npz")
     text = unit(load_file(bundle / "text_features.safetensors")["digits"].mean(0))
-    domains = {
-        name: Domain(
-            _enlarged(torch.from_numpy(arrays[f"{name}_x"]), size), torch.from_numpy(arrays[f"{name}_y"]).long()
-        )
-        for name in ("mnist", "mnistm", "usps", "fonts")
-    }
+    domains = dict[str, Domain]()
+    for path in sorted(bundle.glob("digits*.npz")):
+        arrays = np.load(path)
+        for name in (key.removesuffix("_x") for key in arrays.files if key.endswith("_x")):
+            if name in domains:
+                raise ValueError(f"{path}: the domain {name} is in another file, too")
+            images, labels = torch.from_numpy(arrays[f"{name}_x"]), torch.from_numpy(arrays[f"{name}_y"])
+            domains[name] = Domain(_enlarged(images, size), labels.long())
     found = load_digits()
     images, labels = torch.from_numpy((found.images * (255 / 16)).astype(np.uint8)), torch.from_numpy(found.target)
     chosen = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:160]

@@ -1,0 +1,85 @@
+"""What is compared in the bed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import sapmerge as sm
+from dg.contenders import contender, pruned
+from dg.trial import AS_IS, MATCHED, Contender
+
+__all__ = ["parts", "peers"]
+
+LENGTHS = (AS_IS, 0.7, 0.8, 0.9, MATCHED, 1.2)
+
+
+def decorrelated(left: float, right: float) -> Callable[[sm.Layer], sm.Layer]:
+    """`Decorrelate` with a strength for each side; a negative one makes directions that adapters share count more."""
+
+    def transform(layer: sm.Layer) -> sm.Layer:
+        pieces = [update.svd() for update in layer]
+        U = _loosened(torch.cat([U for U, _, _ in pieces], 1), left)
+        V = _loosened(torch.cat([Vh for _, _, Vh in pieces]).T, right)
+        widths = [len(sigma) for _, sigma, _ in pieces]
+        parts = zip(U.split(widths, 1), pieces, V.split(widths, 1), strict=True)
+        return layer.with_updates([sm.LowRank((P * sigma).float(), Q.T.float()) for P, (_, sigma, _), Q in parts])
+
+    transform.__qualname__ = f"decorrelated_{left}_{right}"
+    return transform
+
+
+def _loosened(X: Tensor, strength: float) -> Tensor:
+    """X (X^T X)^(-strength / 2), without what X does not span."""
+    values, vectors = torch.linalg.eigh(X.T @ X)
+    kept = values > 1e-10 * values[-1]
+    powers = torch.where(kept, values.clamp_min(1e-300) ** (-strength / 2), 0.0)
+    return X @ (vectors * powers) @ vectors.T
+
+
+def _at(name: str, method: sm.Method, *lengths: str | float) -> Contender:
+    made = contender(name, method)
+    return Contender(name, method, made.loss, made.anchors, lengths)
+
+
+def parts() -> list[Contender]:
+    """Every part of `sap` by itself, on the mean; and lengths of the mean."""
+    taylor = pruned(sm.Taylor(), 0.9, sm.Factors())
+    magnitude = pruned(sm.Magnitude(), 0.9, sm.Factors())
+    found = [
+        _at("mean", sm.mean(), *LENGTHS),
+        _at("anchors' length", sm.ScaleByAnchors(sm.mean()), AS_IS),
+        _at("agreement", sm.WeighByAgreement(sm.mean()), MATCHED),
+        _at("anchor weights", sm.WeighByAnchors(sm.mean(), margin=0.05), MATCHED),
+        _at("pruned by saliency, 0.9", taylor, MATCHED),
+        _at("pruned by magnitude, 0.9", magnitude, MATCHED),
+    ]
+    for left, right in ((0.5, 0.5), (1.0, 0.0), (0.5, 0.0), (1.0, -0.5), (-0.5, -0.5)):
+        method = sm.Chain(decorrelated(left, right), sm.Mean())
+        lengths = (AS_IS, 0.8, MATCHED) if right == 0 else (0.8, MATCHED)
+        found.append(_at(f"decorrelated {left}, {right}", method, *lengths))
+    return found
+
+
+def peers() -> list[Contender]:
+    """The methods that users would take otherwise."""
+    names = ("ties", "tsv", "consensus_ta", "iso_c", "geometric_median", "coordinate_median", "sap_original")
+    return [contender(name, getattr(sm, name)()) for name in names] + [_at("sap", sm.sap(), AS_IS, MATCHED)]
+
+
+def told() -> list[Contender]:
+    """The mean of the good clients alone, for a server who is told which they are."""
+    return [_at("good ones: mean", sm.mean(), *LENGTHS)]
+
+
+def robust() -> list[Contender]:
+    """For clients of whom some may be bad."""
+    names = ("ties", "tsv", "geometric_median", "coordinate_median", "trimmed_mean", "krum")
+    found = [_at("mean", sm.mean(), *LENGTHS), *told(), _at("sap", sm.sap(), AS_IS, MATCHED)]
+    found += [contender(name, getattr(sm, name)()) for name in names]
+    return found + [
+        _at("agreement", sm.WeighByAgreement(sm.mean()), MATCHED),
+        _at("anchor weights", sm.WeighByAnchors(sm.mean(), margin=0.05), MATCHED),
+    ]
