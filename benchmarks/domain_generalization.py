@@ -4,10 +4,12 @@
     python benchmarks/domain_generalization.py --data BUNDLE --seeds 10-14     # hours on two CPU cores
     python benchmarks/domain_generalization.py --data PACS --model openai/clip-vit-base-patch32 --anchors COCO
 
-BUNDLE is a folder with pacs/, digits4_28.npz, vit-tiny/, text_features.safetensors and coco_anchors/. PACS is any
-folder domain/class/image, and COCO one of images with captions.json: [{"file": ..., "captions": [...]}, ...]. Adapters
-are trained once and kept in the cache as PEFT checkpoints; accuracies too, so that a run that was interrupted, or that
-gets more methods, goes on where it was.
+BUNDLE is a folder with vit-tiny/, text_features.safetensors, coco_anchors/, folders
+NAME/domain/class/image whose classes have texts there (pacs/), and digits*.npz; the domains are those
+that lie in it. PACS is any folder domain/class/image, and COCO one of images with captions.json:
+[{"file": ..., "captions": [...]}, ...]. Adapters are trained once and kept in the cache as PEFT
+checkpoints; accuracies too, so that a run that was interrupted, or that gets more methods, goes on
+where it was.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TypeVar
 
+import tables
 import torch
 from dg import contenders, data, encoders, summary
 from dg.clients import SETTINGS, Clients
@@ -52,6 +55,7 @@ class Options:
     suites: tuple[str, ...]
     own: Path | None
     test: int
+    init: str
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ def world(options: Options) -> tuple[encoders.Encoder, dict[str, data.Task], Pla
     """The encoder, the tasks, and a copy of the model to try updates in; read once per process."""
     if options.model is None:
         encoder = encoders.tiny(options.data / "vit-tiny", options.device)
-        tasks = {"pacs": data.pacs(options.data), "digits": data.digits(options.data)}
+        tasks = data.bundled(options.data)
     else:
         clip = encoders.Clip(options.model, options.device)
         encoder = clip.encoder
@@ -87,7 +91,7 @@ def world(options: Options) -> tuple[encoders.Encoder, dict[str, data.Task], Pla
 def clients_of(trial: Trial, options: Options) -> Clients:
     encoder, tasks, _ = world(options)
     other = next((task for name, task in tasks.items() if name != trial.task), None)
-    return Clients(encoder, tasks[trial.task], other, trial.regime, trial.seed, options.cache)
+    return Clients(encoder, tasks[trial.task], other, trial.regime, trial.seed, options.cache, options.init)
 
 
 def fit(trials: list[Trial], options: Options) -> None:
@@ -155,7 +159,8 @@ def chosen(options: Options) -> list[Contender]:
 def rows_of(trial: Trial, options: Options) -> list[Row]:
     """The rows of a trial that are asked for: from its file, completed by a run."""
     _quiet(options.threads)
-    path = options.cache / "rows" / world(options)[0].name / f"{str(trial).replace('/', '-')}.jsonl"
+    folder = world(options)[0].name + ("" if options.init == "shared" else f"-{options.init}")
+    path = options.cache / "rows" / folder / f"{str(trial).replace('/', '-')}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     found = {_key(row): row for row in rows if row["test"] == options.test}
@@ -181,14 +186,14 @@ def _quiet(threads: int) -> None:
 
 
 def main() -> None:
-    options, trials, name, jobs = _arguments()
+    options, trials, name, results, jobs = _arguments()
     together: dict[tuple[object, ...], list[Trial]] = {}
     for trial in trials:
         together.setdefault((trial.task, trial.regime, trial.seed), []).append(trial)
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         _each("trained", [pool.submit(fit, group, options) for group in together.values()])
         rows = _each("tried", [pool.submit(rows_of, trial, options) for trial in trials])
-    summary.write(name, [row for found in rows for row in found])
+    summary.write(name, [row for found in rows for row in found], results)
 
 
 def _each(what: str, futures: list[Future[T]]) -> list[T]:
@@ -199,7 +204,7 @@ def _each(what: str, futures: list[Future[T]]) -> list[T]:
     return [future.result() for future in futures]
 
 
-def _arguments() -> tuple[Options, list[Trial], str, int]:
+def _arguments() -> tuple[Options, list[Trial], str, Path, int]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--data", type=Path, required=True, help="the bundle, or with --model a folder domain/class/image"
@@ -210,10 +215,13 @@ def _arguments() -> tuple[Options, list[Trial], str, int]:
     )
     parser.add_argument("--cache", type=Path, default=HERE / "cache")
     parser.add_argument("--name", default="domain_generalization", help="of the result, benchmarks/results/NAME.md")
-    parser.add_argument("--tasks", default="pacs,digits")
+    parser.add_argument("--results", type=Path, default=tables.RESULTS, help="a folder for them")
+    parser.add_argument("--tasks", help="by default all of the data")
+    parser.add_argument("--targets", help="domains to leave out; by default each in turn")
+    parser.add_argument("--init", default="shared", choices=("shared", "own"), help="do clients start from one A?")
     parser.add_argument("--regimes", default="A,B", help="see dg/training.py")
     parser.add_argument("--settings", default="equal", help=", ".join(SETTINGS))
-    parser.add_argument("--suites", default="references,upper,library,tuned,contrib,study", help="see dg/contenders.py")
+    parser.add_argument("--suites", default="references,upper,library,tuned,contrib,study", help="of dg/contenders.py")
     parser.add_argument("--own", type=Path, help="a file with contenders() -> list[Contender]: methods of your own")
     parser.add_argument("--seeds", default="0-4", help="first-last, or a list")
     parser.add_argument("--test", type=int, default=data.HELD, help="test images per class, at most 50")
@@ -225,8 +233,6 @@ def _arguments() -> tuple[Options, list[Trial], str, int]:
     if given.quick:
         given.tasks, given.regimes, given.suites, given.seeds, given.test = "pacs", "A", "references,main", "0", 20
         given.name += "_quick"
-    if given.model is not None:
-        given.tasks = given.data.name
     options = Options(
         data=given.data,
         model=given.model,
@@ -234,21 +240,27 @@ def _arguments() -> tuple[Options, list[Trial], str, int]:
         cache=given.cache,
         device=given.device,
         threads=given.threads,
-        suites=tuple(given.suites.split(",")),
+        suites=tuple(name for name in given.suites.split(",") if name),
         own=given.own,
         test=given.test,
+        init=given.init,
     )
     _quiet(options.threads)
     tasks = world(options)[1]
+    domains = {name for task in tasks.values() for name in task.domains}
+    targets = set(given.targets.split(",")) if given.targets else domains
+    if not targets <= domains:
+        parser.error(f"--targets: {sorted(targets - domains)} are none of {sorted(domains)}")
     trials = [
         Trial(task, regime, seed, setting, target)
         for seed in _seeds(given.seeds)
         for setting in given.settings.split(",")
-        for task in given.tasks.split(",")
+        for task in (given.tasks.split(",") if given.tasks else tasks)
         for regime in given.regimes.split(",")
         for target in tasks[task].domains
+        if target in targets
     ]
-    return options, trials, given.name, given.jobs
+    return options, trials, given.name, given.results, given.jobs
 
 
 def _seeds(text: str) -> list[int]:

@@ -18,15 +18,16 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from bed import contenders, families
 from bed.clients import CAMPS, ODD, SETTINGS, Clients, split
 from bed.half import Half, load_vit, lower_half
-from bed.trial import Server, pack
+from bed.language import Language
 from bed.training import REGIMES
+from bed.trial import Server, pack
 from dg.data import Domain, Task
 from dg.trial import AS_IS, Contender
 from safetensors.torch import load_file, save_file
@@ -56,6 +57,12 @@ class World:
 
     data: Path
     cache: Path
+    model: Path | None
+
+    @functools.cached_property
+    def language(self) -> Language:
+        assert self.model is not None
+        return Language(self.model, self.cache)
 
     @functools.cached_property
     def vit(self) -> torch.nn.Module:
@@ -68,6 +75,8 @@ class World:
     @functools.lru_cache(8)  # noqa: B019 - there is one world
     def task(self, name: str) -> Task:
         """A family with tokens in the place of images."""
+        if name == families.LANGUAGE:
+            return self.language.task
         path = self.cache / "tokens" / f"{name}.safetensors"
         if not path.exists():
             made = families.FAMILIES[name](self.data)
@@ -77,19 +86,22 @@ class World:
                 tensors[f"images {domain}"] = lower_half(self.vit, content.images)
                 tensors[f"labels {domain}"] = content.labels
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({key: value.contiguous() for key, value in tensors.items()}, path)
+            save_file({key: value.contiguous().clone() for key, value in tensors.items()}, path)  # labels may be shared
         kept = load_file(path)
         names = [key.removeprefix("images ") for key in kept if key.startswith("images ")]
         domains = {key: Domain(kept[f"images {key}"], kept[f"labels {key}"]) for key in sorted(names)}
         return Task(name, domains, kept["text"], kept["anchors"], kept["anchor_text"])
 
-    def server(self, trial: Trial) -> tuple[Server, Clients]:
+    def server(self, trial: Trial) -> tuple[Server, Path]:
+        """The server of a trial, and the adapter of its target."""
+        if trial.family == families.LANGUAGE:
+            return self.language.server(trial.target, trial.regime, trial.init, trial.seed)
         task = self.task(trial.family)
         other = self.task(OTHER[len(task.text) != 10])
         clients = Clients(self.half, task, other, trial.regime, trial.init, trial.seed, self.cache / "adapters")
         adapters, bad = clients.received(trial.target, trial.setting)
         _, test = split(task, trial.target, "", 0)
-        return Server(self.half, task, adapters, bad, test, trial.seed), clients
+        return Server(self.half, task, adapters, bad, test, trial.seed), clients.own(trial.target)
 
 
 def rows_of(world: World, trial: Trial, chosen: list[Contender], facts: bool) -> list[dict[str, object]]:
@@ -110,15 +122,15 @@ def rows_of(world: World, trial: Trial, chosen: list[Contender], facts: bool) ->
 
 
 def run(world: World, trial: Trial, missing: list[Contender], facts: bool) -> Iterator[dict[str, object]]:
-    server, clients = world.server(trial)
-    plain = {"recipe": "", "images": len(server.test.labels)}
+    server, own = world.server(trial)
+    plain = {"recipe": "", "images": len(server.right({}))}
     if facts:
         gram = server.products.tolist()
         labels = {"labels": list(server.adapters), "bad": sorted(server.bad)}
         yield plain | {"method": "facts", "length": "", **labels, "gram": gram, "losses": server.anchor_losses()}
         yield plain | {"method": "zero-shot", "length": AS_IS, "right": pack(server.right({}))}
-        own = Server(server.half, server.task, {"own": clients.own(trial.target)}, frozenset(), server.test, trial.seed)
-        for length, right in own.rows(Contender("own", sm.mean(), lengths=(AS_IS,))):
+        alone = replace(server, adapters={"own": own})
+        for length, right in alone.rows(Contender("own", sm.mean(), lengths=(AS_IS,))):
             yield plain | {"method": "adapter of the domain itself", "length": length, "right": pack(right)}
     for contender in missing:
         for length, right in server.rows(contender):
@@ -153,7 +165,7 @@ def main() -> None:
     given = _arguments()
     torch.set_num_threads(given.threads)
     warnings.simplefilter("ignore")
-    world = World(given.data, given.cache)
+    world = World(given.data, given.cache, given.language)
     chosen = {c.name: c for suite in given.suites for c in getattr(contenders, suite)()}
     if given.own is not None:
         spec = importlib.util.spec_from_file_location("own_contenders", given.own)
@@ -183,6 +195,7 @@ def _arguments() -> argparse.Namespace:
     halves = {"choosing": families.choosing, "confirming": families.confirming}
     parser.add_argument("--data", type=Path, required=True, help="the bundle")
     parser.add_argument("--cache", type=Path, default=Path(__file__).parent / "cache" / "families")
+    parser.add_argument("--language", type=Path, help="SmolLM2-135M-Instruct as a transformers folder, for that family")
     parser.add_argument("--half", choices=halves, default="choosing", help="of the families")
     parser.add_argument("--families", type=listed, help=", ".join(families.FAMILIES) + "; by default those of the half")
     parser.add_argument("--targets", type=listed, default=[], help="domains to leave out; by default each in turn")
@@ -195,7 +208,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--no-facts", dest="facts", action="store_false", help="no Gram matrices, losses, references")
     given = parser.parse_args()
-    given.families = given.families or [name for name in halves[given.half]() if name in families.FAMILIES]
+    given.families = given.families or [
+        name for name in halves[given.half]() if name != families.LANGUAGE or given.language is not None
+    ]
     groups = {"odd": ODD, "camps": CAMPS}
     given.settings = [one for name in given.settings for one in groups.get(name, (name,))]
     return given

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from dg.clients import scaled_copy
+from dg.data import Domain, Task
 
 from bed.half import Half
 from bed.training import REGIMES, Client, Regime, generator, train
-from dg.clients import scaled_copy
-from dg.data import Domain, Task
 
 __all__ = ["CAMPS", "ODD", "SETTINGS", "Clients", "split"]
 

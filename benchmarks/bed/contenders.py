@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from dg.contenders import contender, pruned
+from dg.trial import AS_IS, MATCHED, Contender
 from torch import Tensor
 
 import sapmerge as sm
-from dg.contenders import contender, pruned
-from dg.trial import AS_IS, MATCHED, Contender
 
-__all__ = ["parts", "peers"]
+__all__ = ["gradients", "parts", "peers", "robust", "told"]
 
 LENGTHS = (AS_IS, 0.7, 0.8, 0.9, MATCHED, 1.2)
+SHORTER = (AS_IS, 0.8, 0.9, MATCHED)
 
 
 def decorrelated(left: float, right: float) -> Callable[[sm.Layer], sm.Layer]:
@@ -45,41 +46,50 @@ def _at(name: str, method: sm.Method, *lengths: str | float) -> Contender:
 
 
 def parts() -> list[Contender]:
-    """Every part of `sap` by itself, on the mean; and lengths of the mean."""
-    taylor = pruned(sm.Taylor(), 0.9, sm.Factors())
+    """Every part of `sap` but saliency by itself, on the mean; and lengths of the mean."""
     magnitude = pruned(sm.Magnitude(), 0.9, sm.Factors())
     found = [
         _at("mean", sm.mean(), *LENGTHS),
         _at("anchors' length", sm.ScaleByAnchors(sm.mean()), AS_IS),
         _at("agreement", sm.WeighByAgreement(sm.mean()), MATCHED),
         _at("anchor weights", sm.WeighByAnchors(sm.mean(), margin=0.05), MATCHED),
-        _at("pruned by saliency, 0.9", taylor, MATCHED),
         _at("pruned by magnitude, 0.9", magnitude, MATCHED),
     ]
-    for left, right in ((0.5, 0.5), (1.0, 0.0), (0.5, 0.0), (1.0, -0.5), (-0.5, -0.5)):
+    for left, right in ((0.5, 0.5), (1.0, 0.0), (-0.5, -0.5)):
         method = sm.Chain(decorrelated(left, right), sm.Mean())
-        lengths = (AS_IS, 0.8, MATCHED) if right == 0 else (0.8, MATCHED)
-        found.append(_at(f"decorrelated {left}, {right}", method, *lengths))
+        found.append(_at(f"decorrelated {left}, {right}", method, MATCHED))
     return found
 
 
 def peers() -> list[Contender]:
-    """The methods that users would take otherwise."""
-    names = ("ties", "tsv", "consensus_ta", "iso_c", "geometric_median", "coordinate_median", "sap_original")
-    return [contender(name, getattr(sm, name)()) for name in names] + [_at("sap", sm.sap(), AS_IS, MATCHED)]
+    """The methods that users would take otherwise, at the lengths that are worth trying."""
+    return [
+        _at("ties", sm.ties(), AS_IS),
+        _at("tsv", sm.tsv(), AS_IS, MATCHED),
+        _at("iso_c", sm.iso_c(), AS_IS),
+    ]
+
+
+def gradients() -> list[Contender]:
+    """What asks the anchors for gradients: as slow as all the others together."""
+    return [
+        _at("pruned by saliency, 0.9", pruned(sm.Taylor(), 0.9, sm.Factors()), MATCHED),
+        _at("sap_original", sm.sap_original(), MATCHED),
+        _at("sap", sm.sap(), AS_IS, MATCHED),
+    ]
 
 
 def told() -> list[Contender]:
     """The mean of the good clients alone, for a server who is told which they are."""
-    return [_at("good ones: mean", sm.mean(), *LENGTHS)]
+    return [_at("good ones: mean", sm.mean(), *SHORTER)]
 
 
 def robust() -> list[Contender]:
     """For clients of whom some may be bad."""
-    names = ("ties", "tsv", "geometric_median", "coordinate_median", "trimmed_mean", "krum")
-    found = [_at("mean", sm.mean(), *LENGTHS), *told(), _at("sap", sm.sap(), AS_IS, MATCHED)]
-    found += [contender(name, getattr(sm, name)()) for name in names]
-    return found + [
-        _at("agreement", sm.WeighByAgreement(sm.mean()), MATCHED),
-        _at("anchor weights", sm.WeighByAnchors(sm.mean(), margin=0.05), MATCHED),
-    ]
+    found = [_at("mean", sm.mean(), *SHORTER), *told()]
+    found += [_at(name, getattr(sm, name)(), AS_IS) for name in ("ties", "krum")]
+    for name in ("geometric_median", "coordinate_median"):
+        found.append(_at(name, getattr(sm, name)(), AS_IS, MATCHED))
+    found.append(_at("agreement", sm.WeighByAgreement(sm.mean()), MATCHED))
+    found.append(_at("anchor weights", sm.WeighByAnchors(sm.mean(), margin=0.05), MATCHED))
+    return found

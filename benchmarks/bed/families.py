@@ -14,11 +14,12 @@ from pathlib import Path
 from types import MappingProxyType
 
 import torch
+from dg.data import Domain, Task, digits, pictures
+from dg.encoders import unit
 from torch import Generator, Tensor
 from torch.nn import functional
 
 from bed.styles import CORRUPTIONS, STYLES, Style, rotated, textured, toned
-from dg.data import Domain, Task, digits, pacs, unit
 
 __all__ = ["FAMILIES", "LANGUAGE", "choosing", "confirming"]
 
@@ -43,7 +44,7 @@ def _some(styles: Mapping[str, Style], names: str) -> dict[str, Style]:
 
 
 def _pacs(bundle: Path) -> Task:
-    return pacs(bundle, SIZE)
+    return pictures(bundle, "pacs", SIZE)
 
 
 def _digits(bundle: Path) -> Task:
@@ -94,7 +95,7 @@ COCO_CLASSES = {
 
 def _coco(bundle: Path) -> Task:
     """COCO photos with one object that three of their five captions name; the others are the anchors."""
-    base = pacs(bundle, SIZE)
+    base = _pacs(bundle)
     entries = json.loads((bundle / "coco_anchors" / "captions.json").read_text(encoding="utf-8"))
     kinds = [frozenset(words.split()) for words in COCO_CLASSES.values()]
 
@@ -115,8 +116,9 @@ def _coco(bundle: Path) -> Task:
 
 def _drawn(bundle: Path) -> Task:
     """Scikit-learn's handwritten digits in the styles of the demo; anchors are others of them, in its generic style."""
-    from sapmerge.demo.domains import DOMAINS, generic
     from sklearn.datasets import load_digits
+
+    from sapmerge.demo.domains import DOMAINS, generic
 
     base, found = _digits(bundle), load_digits()
     strokes, labels = torch.from_numpy(found.images / 16).float(), torch.from_numpy(found.target)

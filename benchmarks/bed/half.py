@@ -1,7 +1,8 @@
-"""The upper half of the ViT-Ti: what adapters are trained on, fed with what its frozen lower half makes of an image.
+"""The upper half of the ViT-Ti, which adapters are trained on, and the tokens that its lower half makes.
 
-The lower half runs once per image and its tokens are kept, so that a trial takes seconds. A family of clients is trained in
-one pass: their factors are stacked, and AdamW acts on every entry by itself, so each trains as if it were alone.
+The lower half is frozen and runs once per image, so that a trial takes seconds. Clients are trained
+together: their factors are stacked, and AdamW acts on every entry by itself, so each trains as if it
+were alone.
 """
 
 from __future__ import annotations
@@ -91,7 +92,7 @@ def load_vit(folder: Path) -> nn.Module:
 
 @torch.no_grad()
 def lower_half(vit: nn.Module, images: Tensor, batch: int = 64) -> Tensor:
-    """(N, 3, s, s) uint8 -> the tokens before the upper half, bfloat16: CLS, and the patches averaged to at most 5 x 5."""
+    """(N, 3, s, s) uint8 -> tokens for the upper half, bfloat16: CLS, patches averaged to at most 5 x 5."""
     found = []
     for part in images.split(batch):
         with torch.autocast("cpu", torch.bfloat16):

@@ -35,7 +35,9 @@ def _blur(x: Tensor, sigma: float) -> Tensor:
 def _slopes(x: Tensor) -> Tensor:
     """The length of the Sobel gradient of the grey image."""
     kernel = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]]) / 4
-    both = functional.conv2d(functional.pad(_grey(x), (1, 1, 1, 1), "reflect"), torch.stack([kernel, kernel.T])[:, None])
+    both = functional.conv2d(
+        functional.pad(_grey(x), (1, 1, 1, 1), "reflect"), torch.stack([kernel, kernel.T])[:, None]
+    )
     return both.square().sum(1, keepdim=True).sqrt()
 
 

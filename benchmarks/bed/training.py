@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from dg.data import Domain
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
 
 from bed.half import Half
-from dg.data import Domain
 
 __all__ = ["REGIMES", "Client", "Regime", "train"]
 
@@ -115,4 +116,7 @@ def _save(path: Path, factors: dict[str, tuple[Tensor, Tensor]]) -> None:
         tensors[f"base_model.model.{name}.lora_B.weight"] = B.contiguous()
     save_file(tensors, scratch / "adapter_model.safetensors", metadata={"format": "pt"})
     LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(factors)).save_pretrained(scratch)
-    scratch.rename(path)
+    try:
+        scratch.rename(path)
+    except OSError:  # another process was faster, with the same result
+        shutil.rmtree(scratch)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
 import torch
-from torch import Tensor
+from dg.data import Domain, Task
+from dg.trial import AS_IS, Contender
+from torch import Tensor, nn
 
 import sapmerge as sm
 from bed.half import Half
-from dg.data import Domain, Task
-from dg.trial import AS_IS, MATCHED, Contender
 
 __all__ = ["Server", "pack", "unpack"]
 
@@ -38,6 +39,9 @@ class Server:
     test: Domain
     seed: int
 
+    losses: ClassVar[tuple[Callable[..., Tensor], ...]] = (sm.alignment, sm.centered_alignment, sm.contrastive)
+    """Those of which `anchor_losses` tells; the first is that of the merges."""
+
     def rows(self, contender: Contender) -> Iterator[tuple[str, Tensor]]:
         """(length, which test images are right) of one method, merged once.
 
@@ -60,7 +64,7 @@ class Server:
             loader,
             self.half if loader else None,
             method=contender.method,
-            loss=contender.loss if loader else None,
+            loss=self.losses[0] if loader else None,
             progress=False,
         )
         return dict(merged.updates())
@@ -104,6 +108,10 @@ class Server:
             for some, words in zip(tokens.split(batch), text.split(batch), strict=True)
         ]
 
+    def _embedded(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The batch with the image embeddings, for several losses."""
+        return {"image_embeds": model(batch["pixel_values"]), "text_embeds": batch["text_embeds"]}
+
     @torch.no_grad()
     def anchor_losses(self, count: int = 32) -> dict[str, dict[str, float]]:
         """Loss -> label -> its mean over the anchors at base + adapter; "" is the base."""
@@ -113,8 +121,9 @@ class Server:
             model = copy.deepcopy(self.half)
             for name in adapter.modules if adapter else ():
                 model.get_submodule(name).weight.add_(adapter.update(name).dense())
-            for loss in (sm.alignment, sm.centered_alignment, sm.contrastive):
-                values = [float(loss(model, batch)) for batch in loader]
+            seen = [self._embedded(model, batch) for batch in loader]
+            for loss in self.losses:
+                values = [float(loss(model, batch)) for batch in seen]
                 found.setdefault(loss.__name__, {})[label] = sum(values) / len(values)
         return found
 

@@ -35,6 +35,7 @@ class Clients:
     Args:
         other: another task, for the client who solves that one.
         cache: folder of the checkpoints.
+        init: "shared": all clients start from one random A; "own": each from its own.
     """
 
     encoder: Encoder
@@ -43,6 +44,7 @@ class Clients:
     regime: str
     seed: int
     cache: Path
+    init: str = "shared"
 
     def received(self, target: str, setting: str) -> dict[str, Path]:
         """Label -> checkpoint, with `target` left out."""
@@ -70,13 +72,15 @@ class Clients:
 
     @property
     def _folder(self) -> Path:
-        return self.cache / self.encoder.name / self.task.name / self.regime / f"seed{self.seed}"
+        seed = f"seed{self.seed}" + ("" if self.init == "shared" else f"-{self.init}")
+        return self.cache / self.encoder.name / self.task.name / self.regime / seed
 
     def _train(self, domain: str) -> Domain:
         return self.task.split(domain, self.seed, self._regime.images)[0]
 
     def _fit(self, data: Domain, name: str, regime: Regime | None = None) -> Path:
-        return train(self.encoder, data, self.task.text, regime or self._regime, self.seed, self._folder / name)
+        text, regime = self.task.text, regime or self._regime
+        return train(self.encoder, data, text, regime, self.seed, self._folder / name, self.init)
 
     def _odd(self, setting: str, source: str) -> Mapping[str, Path]:
         data, regime = self._train(source), self._regime
@@ -95,7 +99,7 @@ class Clients:
             domain = next(iter(self.other.domains))
             data = self.other.split(domain, self.seed, regime.images)[0]
             path = self._folder / f"other-{self.other.name}"
-            return {"other-task": train(self.encoder, data, self.other.text, regime, self.seed, path)}
+            return {"other-task": train(self.encoder, data, self.other.text, regime, self.seed, path, self.init)}
         raise ValueError(f"setting {setting!r} is not one of {sorted(SETTINGS)}, or this task has no other task")
 
     def _many(self, sources: list[str], count: int) -> dict[str, Path]:

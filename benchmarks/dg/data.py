@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from dg.encoders import Clip, unit
 
-__all__ = ["Domain", "Task", "digits", "folder", "pacs"]
+__all__ = ["Domain", "Task", "bundled", "digits", "folder", "pictures"]
 
 TEMPLATES = ("a photo of a {}.", "a painting of a {}.", "a cartoon of a {}.", "a sketch of a {}.", "an image of a {}.")
 HELD = 50
@@ -82,14 +82,31 @@ class Task:
         return self.anchor_images[chosen], self.anchor_text[chosen]
 
 
-def pacs(bundle: Path, size: int = 160) -> Task:
-    """PACS with COCO photos and captions as anchors; all text embeddings are given."""
+def bundled(bundle: Path) -> dict[str, Task]:
+    """Every task of a bundle: its folders NAME/domain/class/image whose classes have texts, and digits."""
     features = load_file(bundle / "text_features.safetensors")
-    domains, _ = _domains(bundle / "pacs", size)
+    names = [key.removesuffix("_classes") for key in features if key.endswith("_classes")]
+    tasks = {name: pictures(bundle, name) for name in sorted(names) if (bundle / name).is_dir()}
+    return tasks | ({"digits": digits(bundle)} if any(bundle.glob("digits*.npz")) else {})
+
+
+def pictures(bundle: Path, name: str, size: int = 160) -> Task:
+    """A folder NAME/domain/class/image, with COCO photos and captions as anchors; all text embeddings are given.
+
+    Args:
+        bundle: the folder of NAME, of text_features.safetensors with NAME_classes (templates, classes, d) in the
+            alphabetical order of the classes, and of coco_anchors.
+
+    Raises:
+        ValueError: not one text per class.
+    """
+    features = load_file(bundle / "text_features.safetensors")
+    domains, classes = _domains(bundle / name, size)
+    text = unit(features[f"{name}_classes"].mean(0))
+    if len(text) != len(classes):
+        raise ValueError(f"{bundle / name} has the classes {classes}, and {name}_classes has {len(text)} texts")
     images, _ = _pairs(bundle / "coco_anchors", size)
-    return Task(
-        "pacs", domains, unit(features["pacs_classes"].mean(0)), images, unit(features["coco_captions"].mean(1))
-    )
+    return Task(name, domains, text, images, unit(features["coco_captions"].mean(1)))
 
 
 def digits(bundle: Path, size: int = 64) -> Task:
@@ -139,6 +156,8 @@ def _domains(root: Path, size: int) -> tuple[dict[str, Domain], list[str]]:
     classes = sorted(path.name for path in (root / names[0]).iterdir() if path.is_dir())
     domains = {}
     for name in names:
+        if {path.name for path in (root / name).iterdir() if path.is_dir()} != set(classes):
+            raise ValueError(f"{root / name} has other classes than {root / names[0]}")
         files = [(path, k) for k, kind in enumerate(classes) for path in sorted((root / name / kind).iterdir())]
         images = torch.stack([_image(path, size) for path, _ in files])
         domains[name] = Domain(images, torch.tensor([k for _, k in files]))

@@ -7,6 +7,7 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import tables
 from scipy.stats import t as student
@@ -64,7 +65,7 @@ def overview(groups: Mapping[str, Mapping[Key, Mapping[int, float]]]) -> str:
     return tables.table(("method", "length", *groups, "mean of all"), sorted(lines, key=lambda line: -float(line[-1])))
 
 
-def write(name: str, rows: Sequence[Row]) -> None:
+def write(name: str, rows: Sequence[Row], folder: Path = tables.RESULTS) -> None:
     """Print and keep one table per task, regime and setting; the numbers of every seed go to a JSON file beside it."""
     split: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
@@ -89,13 +90,12 @@ def write(name: str, rows: Sequence[Row]) -> None:
     if len(groups) > 1 and all(FAIR in found for found in groups.values()):
         blocks[:0] = ["## Differences to the energy-matched mean", overview(groups)]
     kept = {title: {" / ".join(key): values for key, values in found.items()} for title, found in groups.items()}
-    path = tables.RESULTS / f"{name}.json"
+    path = folder / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(kept, indent=1), encoding="utf-8")
     reading = (
         "Accuracy in per cent. Δ: paired difference over seeds, in points, with its 95 % interval (Student). Energy "
         "matched: the merged update scaled to the mean norm of the adapters."
     )
-    tables.write(
-        name, "Accuracy on a domain nobody trained on", tables.provenance("peft", "transformers"), reading, *blocks
-    )
+    title = "Accuracy on a domain nobody trained on"
+    tables.write(name, title, tables.provenance("peft", "transformers"), reading, *blocks, folder=folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,13 +40,19 @@ REGIMES = {"A": Regime(60, 4, 5e-4), "B": Regime(20, 20, 3e-3)}
 """A: many images, few steps. B: few images, many steps, large updates."""
 
 
-def train(encoder: Encoder, data: Domain, text: Tensor, regime: Regime, seed: int, path: Path) -> Path:
-    """A rank-8 LoRA on every linear layer of the image tower's blocks: cross-entropy on the cosines with the texts."""
+def train(
+    encoder: Encoder, data: Domain, text: Tensor, regime: Regime, seed: int, path: Path, init: str = "shared"
+) -> Path:
+    """A rank-8 LoRA on every linear layer of the image tower's blocks: cross-entropy on the cosines with the texts.
+
+    Args:
+        init: "shared": A is drawn by the seed alone, so all clients start from one; "own": by the path's name, too.
+    """
     if (path / "adapter_config.json").exists():
         return path
     from peft import LoraConfig, get_peft_model
 
-    torch.manual_seed(seed)
+    torch.manual_seed(seed if init == "shared" else zlib.crc32(f"{seed} {path.name}".encode()))
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=encoder.targets())
     model = get_peft_model(copy.deepcopy(encoder.model), config).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=regime.rate)
