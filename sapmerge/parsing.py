@@ -27,7 +27,7 @@ from sapmerge.parts.scorers import SNIP, Activation, Fisher, Magnitude, PerSampl
 from sapmerge.parts.transforms import Consensus, ElectSign, RoundOff, Select, SmoothSpectrum, WeighByEnergy
 from sapmerge.parts.tuning import Tune
 from sapmerge.parts.units import Directions, Entries, Factors, Layers
-from sapmerge.parts.weighting import CapShare, ClipNorms, WeighByAgreement, WeighByAnchors
+from sapmerge.parts.weighting import CapShare, ClipNorms, ExcludeOutliers, WeighByAgreement, WeighByAnchors
 from sapmerge.parts.wrappers import ByModule, Chain, In
 
 __all__ = ["CALLABLE", "parse"]
@@ -53,6 +53,7 @@ CALLABLE: Mapping[str, Callable[..., Any]] = {
         DropOutliers,
         ElectSign,
         Entries,
+        ExcludeOutliers,
         FactorMean,
         FactorSum,
         Factors,

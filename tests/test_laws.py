@@ -75,7 +75,6 @@ AND_YET = {
 
 # Arguments under which a method drops nothing; `density=1` where there is a density.
 KEEPS_ALL = {
-    "sap": {"density": 1.0, "trust": 0.0},  # the mean norm of the inputs, whatever the anchors say
     "core_space": {"inner": methods.ties(density=1.0)},
     "ctm": {"inner": methods.ties(density=1.0)},
     "lines": {"alpha": 1.0, "beta": 0.0},

@@ -53,7 +53,7 @@ def test_parts_that_are_no_parts(pair: list[str]) -> None:
 
 
 def test_sap_over_layers_lets_the_layers_of_an_adapter_compete() -> None:
-    assert "scope='adapter'" in repr(sm.sap(units=sm.Layers()))
+    assert "scope='adapter'" in repr(sm.sap(0.5, units=sm.Layers()))
 
 
 def test_an_output_is_never_one_of_the_inputs(pair: list[str]) -> None:

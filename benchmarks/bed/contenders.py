@@ -11,7 +11,7 @@ from torch import Tensor
 
 import sapmerge as sm
 
-__all__ = ["gradients", "parts", "peers", "robust", "told"]
+__all__ = ["confirmed", "defended", "gradients", "parts", "peers", "robust", "told"]
 
 LENGTHS = (AS_IS, 0.7, 0.8, 0.9, MATCHED, 1.2)
 SHORTER = (AS_IS, 0.8, 0.9, MATCHED)
@@ -75,7 +75,33 @@ def gradients() -> list[Contender]:
     return [
         _at("pruned by saliency, 0.9", pruned(sm.Taylor(), 0.9, sm.Factors()), MATCHED),
         _at("sap_original", sm.sap_original(), MATCHED),
-        _at("sap", sm.sap(), AS_IS, MATCHED),
+        _at("sap, the old default", old_sap(), AS_IS, MATCHED),
+    ]
+
+
+def old_sap() -> sm.Method:
+    """The default of `sap` before the choice on this bed."""
+    pruning = sm.Prune(sm.Taylor(), sm.TopFraction(0.9), sm.MatchNorm(), sm.Factors())
+    inner = sm.ScaleByAnchors(sm.Chain(pruning, sm.Decorrelate(strength=0.5), sm.Mean()))
+    return sm.WeighByAgreement(sm.ClipNorms(sm.WeighByAnchors(inner, margin=0.05)))
+
+
+def confirmed() -> list[Contender]:
+    """The default, the mean, and the peers at the lengths that they are best at or made for, among equal clients."""
+    return [_at("mean", sm.mean(), AS_IS, 0.8, MATCHED), _at("sap", sm.sap(), AS_IS), *peers()]
+
+
+def defended() -> list[Contender]:
+    """The same with unequal clients, and robust means."""
+    return [
+        _at("mean", sm.mean(), AS_IS, MATCHED),
+        _at("good ones: mean", sm.mean(), MATCHED),
+        _at("sap", sm.sap(), AS_IS),
+        _at("geometric_median", sm.geometric_median(), MATCHED),
+        _at("coordinate_median", sm.coordinate_median(), MATCHED),
+        _at("agreement", sm.WeighByAgreement(sm.mean()), MATCHED),
+        _at("ties", sm.ties(), AS_IS),
+        _at("krum", sm.krum(), AS_IS),
     ]
 
 

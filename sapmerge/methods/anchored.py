@@ -13,56 +13,48 @@ from sapmerge.parts.masks import TopFraction
 from sapmerge.parts.mergers.fisher import FisherMean
 from sapmerge.parts.mergers.linear import Mean
 from sapmerge.parts.mergers.regmean import RegMean
-from sapmerge.parts.mergers.spectral import Decorrelate
 from sapmerge.parts.prune import Prune
 from sapmerge.parts.rescalers import MatchNorm
-from sapmerge.parts.scaling import ScaleByAnchors
+from sapmerge.parts.scaling import MatchEnergy
 from sapmerge.parts.scorers import Taylor
 from sapmerge.parts.tuning import Tune
-from sapmerge.parts.units import Entries, Factors, Layers
-from sapmerge.parts.weighting import ClipNorms, WeighByAgreement, WeighByAnchors
+from sapmerge.parts.units import Factors, Layers
+from sapmerge.parts.weighting import ClipNorms, ExcludeOutliers
 from sapmerge.parts.wrappers import Chain
 
 __all__ = ["fisher", "regmean", "sap", "sap_original", "tune"]
 
 
 def sap(
-    density: float = 0.9,
+    density: float = 1.0,
     units: Units = Factors(),
     scorer: Scorer = Taylor(),
     rescaler: Rescaler = MatchNorm(),
-    merger: Merger | None = None,
-    temperature: float = 0.2,
-    trust: float = 0.5,
+    merger: Merger = Mean(),
 ) -> Method:
-    """Semantically-Anchored Pruning: the anchors weigh the adapters, prune each of them, and say how far to go.
+    """SAP's default: the energy-matched mean, without adapters that the anchors and their directions speak against.
 
-    1. Every adapter is weighed by its agreement with the others (`WeighByAgreement`), shortened if it is more than
-       twice as long as their median (`ClipNorms`), and weighed by the anchors' loss at it (`WeighByAnchors`).
-    2. Per adapter: S = |w dL/dw| on the anchors, at base + adapter; the lowest share is set to zero, and the norm that
-       this took from each layer is given back.
-    3. The adapters are averaged, directions that they share counting between once and K times (`Decorrelate`), and the
-       result is scaled to a length between the mean norm of its inputs and that which the anchors choose
-       (`ScaleByAnchors`).
+    1. An adapter that is an outlier both in its anchor loss and in its direction is left out (`ExcludeOutliers`); one
+       that is more than twice as long as the median of the others is shortened to that (`ClipNorms`).
+    2. With `density` below 1, per adapter: S = |w dL/dw| on the anchors, at base + adapter; the lowest share is set to
+       zero, and the norm that this took from each layer is given back.
+    3. The adapters are averaged, and the result has the mean norm of its inputs (`MatchEnergy`).
 
     Args:
-        density: the fraction of units kept per layer; rho of the method's description is 1 - density.
+        density: the fraction of units kept per layer; rho of the method's description is 1 - density. At 1 nothing is
+            pruned and no gradient is taken: the anchors are only looked at, once per adapter.
         units: what is pruned: `Factors()` (the LoRA parameters), `Directions()`, `Entries()` or `Layers()`.
         scorer: the saliency.
         rescaler: what is given back after pruning.
-        merger: how the pruned adapters are combined; by default `Chain(Decorrelate(strength=0.5), Mean())`, and for
-            `Entries()`, which leave updates of full rank that share all directions, `Mean()`.
-        temperature: of the anchors' weights; infinite: the anchors give all adapters the same say.
-        trust: in the anchors' length: 0 takes the mean norm of the inputs, 1 the anchors' alone.
+        merger: how the adapters are combined.
 
-    Needs anchors and a model. `sap_original` is the method to the letter. Why these defaults: docs/evidence.md.
+    Where nobody is an outlier it is `MatchEnergy(mean())`: pruning, weights by agreement or by anchors, `Decorrelate`
+    and lengths by anchors won nothing among equal adapters on domains that they were not chosen on, and are not part
+    of the default (docs/evidence.md). Needs anchors and a model. `sap_original` is the method to the letter.
     """
     scope = "adapter" if isinstance(units, Layers) else "layer"  # a layer holds one unit: itself
-    if merger is None:
-        merger = Mean() if isinstance(units, Entries) else Chain(Decorrelate(strength=0.5), Mean())
-    pruned = Chain(Prune(scorer, TopFraction(density, scope), rescaler, units), merger)
-    anchored = WeighByAnchors(ScaleByAnchors(pruned, trust=trust), temperature=temperature, margin=0.05)
-    return WeighByAgreement(ClipNorms(anchored))
+    pruning = () if density == 1 else (Prune(scorer, TopFraction(density, scope), rescaler, units),)
+    return ExcludeOutliers(ClipNorms(MatchEnergy(Chain(*pruning, merger))))
 
 
 def sap_original(density: float = 0.5) -> Method:

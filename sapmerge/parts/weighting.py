@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sapmerge.core.layer import Layer
-from sapmerge.core.lowrank import whole_gram
+from sapmerge.core.lowrank import gram, whole_gram
 from sapmerge.core.part import part, prepare, unprepared
 from sapmerge.core.protocols import LayerStream, Method
 from sapmerge.core.stream import Mapped, Scaled, anchors_of, scaled
@@ -24,7 +24,7 @@ from sapmerge.errors import MethodError, SapmergeWarning
 from sapmerge.losses import comparing
 from sapmerge.parts.mergers.linear import shared_out
 
-__all__ = ["CapShare", "ClipNorms", "WeighByAgreement", "WeighByAnchors"]
+__all__ = ["CapShare", "ClipNorms", "ExcludeOutliers", "WeighByAgreement", "WeighByAnchors"]
 
 
 @part
@@ -77,6 +77,111 @@ class WeighByAnchors:
 
     def _weighed(self, layer: Layer) -> Layer:
         return layer.with_weights(shared_out(layer.weights, self.shares or ()))
+
+
+@part
+class ExcludeOutliers:
+    """Leave out an adapter that both the anchors and the adapters they prefer speak against; the others stay equal.
+
+    The ceil(K / 2) adapters with the lowest anchor loss L at base + adapter are the reference R. With
+
+        a_k = mean_{j in R} <D_k, D_j> / (|D_k| |D_j|),    b = mean_{i < j in R} <D_i, D_j> / (|D_i| |D_j|),
+
+    another adapter k gets the weight 0 if a_k < ratio * b, if b - a_k, a sum over layers, is more than `significance`
+    of its standard errors, and if L_k is more than `margin` above the highest loss in R.
+
+    Adapters of one base are nearly orthogonal, and what they have learned in common makes their cosines a little
+    positive. One that was trained on wrong labels shares next to nothing with the reference, and one with a flipped
+    sign is opposed to it. The anchors choose the reference, not the votes of the adapters: bad ones that resemble each
+    other cannot be it while they are fewer than half and have higher losses. Neither sign alone is enough: honest
+    adapters of an odd domain share less with the others, and those that were trained for long lose on the anchors.
+
+    The other weights are as given, those of one sign scaled to keep their sum. Copies of one adapter are asked once.
+    Adapters of weight 0 or without updates are not asked, and of fewer than three nobody is left out.
+
+    Args:
+        method: any method.
+        loss: (model, batch) -> scalar. None: `centered_alignment` for image-text pairs, the anchors' own for others.
+        ratio: of the reference's own agreement; in [0, 1).
+        margin: in units of the loss; not negative.
+        significance: in standard errors over the layers; not negative.
+        copies: from this cosine on, two adapters are copies of each other; in (0, 1).
+
+    Raises:
+        MethodError: there are no anchors.
+
+    Warns:
+        SapmergeWarning: names the adapters that are left out.
+
+    Source: this library. How often it errs among equal adapters, and what it finds: docs/search.md.
+    """
+
+    method: Method
+    loss: Callable[..., Tensor] | None = None
+    ratio: float = 0.4
+    margin: float = 0.02
+    significance: float = 3.0
+    copies: float = 0.9
+    shares: tuple[float, ...] | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.ratio < 1 and 0 < self.copies < 1 and self.margin >= 0 and self.significance >= 0):
+            raise MethodError(
+                "ExcludeOutliers' ratio is in [0, 1), its copies in (0, 1), its margin and significance not negative; "
+                f"got {self.ratio!r}, {self.copies!r}, {self.margin!r} and {self.significance!r}"
+            )
+
+    def prepare(self, layers: LayerStream) -> ExcludeOutliers:
+        one, products = None, list[Tensor]()
+        for layer in layers:
+            one = layer
+            products.append(gram(layer.updates))
+        anchors = anchors_of(one, "ExcludeOutliers")
+        losses = anchors.losses(self.loss or comparing(anchors))
+        done = replace(self, shares=self._shares(torch.stack(products), losses, cast("Layer", one)))
+        return replace(done, method=prepare(self.method, Mapped(layers, done._weighed)))
+
+    def __call__(self, layer: Layer) -> Update:
+        if self.shares is None:
+            return self.prepare(cast("LayerStream", [layer]))(layer)
+        excluded = [label for label, share in zip(layer.adapters, self.shares, strict=True) if share == 0]
+        if excluded:
+            layer.record("excluded", excluded)
+        return self.method(self._weighed(layer))
+
+    def _weighed(self, layer: Layer) -> Layer:
+        return replace(layer, weights=shared_out(layer.weights, self.shares or ()))
+
+    def _shares(self, products: Tensor, losses: Sequence[float], layer: Layer) -> tuple[float, ...]:
+        """0 for an outlier, 1 for every other adapter; `products` are the Gram matrices of the layers."""
+        norms = products.sum(0).diagonal().sqrt()
+        asked = [k for k in range(len(layer)) if layer.weights[k] != 0 and norms[k] > 0]
+        parts = products / torch.outer(norms, norms).clamp_min(1e-300)  # whose sum is the cosine of whole adapters
+        groups = list[list[int]]()  # copies of one adapter, by ascending loss
+        for k in sorted(asked, key=lambda k: losses[k]):
+            own = next((group for group in groups if parts[:, group[0], k].sum() >= self.copies), None)
+            groups.append([k]) if own is None else own.append(k)
+        reference = [group[0] for group in groups][: (len(groups) + 1) // 2]
+        bad = list[int]()
+        if len(reference) > 1:
+            pairs = [parts[:, i, j] for place, j in enumerate(reference) for i in reference[:place]]
+            within = torch.stack(pairs).mean(0)
+            bound = losses[reference[-1]] + self.margin
+            for group in groups[len(reference) :]:
+                shared = parts[:, group[0], reference].mean(1)
+                if losses[group[0]] > bound and self._apart(shared, within):
+                    bad += group
+        if bad:
+            names = ", ".join(repr(layer.adapters[k]) for k in sorted(bad))
+            message = f"{names}: left out, as outliers in direction and in the anchors' loss (ExcludeOutliers)"
+            warnings.warn(message, SapmergeWarning, stacklevel=3)
+        return tuple(float(k not in bad) for k in range(len(layer)))
+
+    def _apart(self, shared: Tensor, within: Tensor) -> bool:
+        """Whether an adapter shares too little with the reference: its cosines per layer, and the reference's own."""
+        gap = within - shared
+        error = float(gap.std()) * len(gap) ** 0.5 if len(gap) > 1 else math.inf
+        return float(shared.sum()) < self.ratio * float(within.sum()) and float(gap.sum()) > self.significance * error
 
 
 @part

@@ -125,12 +125,12 @@ def test_sap_original_without_pruning_is_the_mean() -> None:
         assert error(update.dense(), mean[name].dense()) < 1e-6
 
 
-def test_sap_is_the_original_where_only_anchored_weights_length_and_merger_differ() -> None:
+def test_sap_that_prunes_is_the_original_with_its_energy_matched() -> None:
     model, loader = models.clip(), models.pairs()
     adapters, _ = models.adapters(model, [models.BOTH_TARGETS, models.VISION_TARGETS, models.TEXT_TARGETS])
-    plain = sm.WeighByAgreement(sm.MatchEnergy(sm.sap_original(density=0.6)))
+    plain = sm.MatchEnergy(sm.sap_original(density=0.6))
     wanted = dict(models.merge(adapters, loader, model, method=plain).updates())
-    method = sm.sap(density=0.6, temperature=math.inf, trust=0, merger=sm.Mean())
+    method = sm.sap(density=0.6)
     for name, update in models.merge(adapters, loader, model, method=method).updates():
         assert error(update.dense(), wanted[name].dense()) < 1e-6
 
@@ -139,7 +139,7 @@ def test_sap_is_the_original_where_only_anchored_weights_length_and_merger_diffe
 def test_sap_keeps_the_count_and_gives_the_norm_back(units: Any) -> None:
     model, loader = models.clip(), models.pairs()
     adapters, _ = models.adapters(model, [models.VISION_TARGETS] * 3)
-    method = sm.sap(density=0.7, units=units, temperature=math.inf, trust=0)
+    method = sm.sap(density=0.7, units=units)
     merged = models.merge(adapters, loader, model, method=method, rank="exact")
     for row in merged.report.layers:
         m, n = row.shape
@@ -205,9 +205,9 @@ def test_weights_by_anchors(loss: Any, margin: float) -> None:
 def test_weights_by_anchors_around_sap() -> None:
     model, loader = models.clip(), models.pairs()
     adapters, _ = models.adapters(model, [models.VISION_TARGETS] * 2)
-    weighed = sm.WeighByAnchors(sm.mean(), margin=0.05)
-    plain = models.merge(adapters, loader, model, method=weighed).report.layers[0]
-    around = models.merge(adapters, loader, model, method=sm.sap()).report.layers[0]
+    plain = models.merge(adapters, loader, model, method=sm.WeighByAnchors(sm.mean())).report.layers[0]
+    method = sm.WeighByAnchors(sm.ScaleByAnchors(sm.sap_original(0.9)))
+    around = models.merge(adapters, loader, model, method=method).report.layers[0]
     assert around.notes["anchor_weights"] == plain.notes["anchor_weights"]
     assert {"score_kept", "anchor_stability", "energy_factor", "density", "length"} <= around.notes.keys()
     for temperature in (0, -1.0, math.nan):
