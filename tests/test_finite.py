@@ -95,7 +95,7 @@ def test_in_a_gradient(draw: torch.Generator, attention: str, folders: list[Path
             return sm.alignment(base, batch)
 
     with pytest.raises(sm.NonFiniteError) as caught:
-        sm.merge(folders, models.pairs(), model, method=sm.sap(), loss=loss)
+        sm.merge(folders, models.pairs(), model, method=sm.sap(0.9), loss=loss)
     assert "client" in str(caught.value)
     assert "vision_model" in str(caught.value)
 

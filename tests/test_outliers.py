@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import statistics
 import warnings
@@ -268,3 +269,96 @@ def test_they_read_back_and_do_nothing_to_one_adapter(method: Any) -> None:
     layers = make_layers([3])
     got, wanted = dense(run(method, layers)), dense(run(method.method, layers))
     assert all(error(got[name], wanted[name]) < 1e-12 for name in got)
+
+
+def opinions(cosines: list[list[float]], layers: int = 6, jitter: float = 0.0) -> list[sm.Layer]:
+    """Layers of unit updates with these cosines, by a Cholesky factor; `jitter` lets them differ between layers."""
+    found = []
+    for number in range(layers):
+        wanted = torch.tensor(cosines, dtype=torch.float64)
+        off = 1 + jitter * (-1) ** number
+        wanted = wanted * off + torch.eye(len(cosines)) * (1 - off)
+        rows = torch.linalg.cholesky(wanted)
+        updates = tuple(sm.LowRank(torch.ones(1, 1, dtype=torch.float64), row[None]) for row in rows)
+        found.append(sm.Layer(f"l{number}", updates))
+    return found
+
+
+def excluded(layers: list[sm.Layer], losses: list[float], **given: Any) -> list[int]:
+    """Who is left out, asked of the part itself with the losses given."""
+    part = sm.ExcludeOutliers(sm.mean(), **given)
+    products = torch.stack([torch.stack([u.A[0] for u in x]) @ torch.stack([u.A[0] for u in x]).T for x in layers])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        shares = part._shares(products, losses, layers[0])  # pyright: ignore[reportPrivateUsage]
+    return [k for k, share in enumerate(shares) if share == 0]
+
+
+HONEST = [[1.0, 0.2, 0.2, 0.02], [0.2, 1.0, 0.2, 0.02], [0.2, 0.2, 1.0, 0.02], [0.02, 0.02, 0.02, 1.0]]
+
+
+def test_an_outlier_in_direction_and_loss_is_left_out() -> None:
+    layers = opinions(HONEST, jitter=0.1)
+    assert excluded(layers, [0.5, 0.5, 0.5, 0.6]) == [3]
+    assert excluded(layers, [0.5, 0.5, 0.5, 0.51]) == []  # the loss says nothing against it
+    assert excluded(layers, [0.5, 0.6, 0.5, 0.4]) == []  # it is a part of the reference
+    assert excluded(layers, [0.5, 0.5, 0.5, 0.6], ratio=0.05) == []  # 0.02 / 0.2 is not below
+    assert excluded(opinions(HONEST, layers=1), [0.5, 0.5, 0.5, 0.6]) == []  # one layer has no standard error
+    assert excluded(layers, [0.5, 0.5, 0.5, 0.6], significance=1e9) == []
+
+
+def test_a_camp_of_outliers_is_no_reference() -> None:
+    """Three bad ones that resemble each other more than the four good ones do."""
+    cosines = torch.full((7, 7), 0.02, dtype=torch.float64)
+    cosines[:4, :4], cosines[4:, 4:] = 0.2, 0.7
+    cosines.fill_diagonal_(1.0)
+    losses = [0.5, 0.5, 0.5, 0.5, 0.6, 0.6, 0.6]
+    assert excluded(opinions(cosines.tolist(), jitter=0.1), losses) == [4, 5, 6]
+
+
+def test_copies_are_one_adapter_for_the_outlier_test() -> None:
+    """Two copies and another are two adapters, of whom nobody can be told apart."""
+    copies = [[1.0, 0.99, 0.1], [0.99, 1.0, 0.1], [0.1, 0.1, 1.0]]
+    assert excluded(opinions(copies, jitter=0.01), [0.5, 0.5, 0.9]) == []
+    both = torch.eye(5, dtype=torch.float64)
+    both[:3, :3] = 0.2
+    both[3, 4] = both[4, 3] = 0.99
+    both.fill_diagonal_(1.0)
+    assert excluded(opinions(both.tolist(), jitter=0.005), [0.5, 0.5, 0.5, 0.6, 0.6]) == [3, 4]
+
+
+def test_excluded_adapters_have_no_weight_and_a_name() -> None:
+    """The whole way through a merge: an update, one like it, and the negative of whichever the anchors like less."""
+    model, loader = models.clip(), models.pairs()
+    _, live = models.adapters(model, [models.VISION_TARGETS] * 2, (3, 3))
+
+    def made(label: str, sign: float, noise: int | None) -> sm.Adapter:
+        changed, draw = copy.deepcopy(live[0]), torch.Generator().manual_seed(noise or 0)
+        with torch.no_grad():
+            for name, value in changed.named_parameters():
+                if "lora_" in name and noise is not None:
+                    value.add_(0.2 * value.std() * torch.randn(value.shape, generator=draw))
+                if "lora_B" in name:
+                    value.mul_(sign)
+        return models.adapter(changed, label)
+
+    def loss(adapter: sm.Adapter) -> float:
+        return models.merge([adapter], loader, model, method=sm.mean()).report.notes["anchor loss"][adapter.label]
+
+    sign = 1.0 if loss(made("plus", 1.0, None)) < loss(made("minus", -1.0, None)) else -1.0
+    good, like, bad = made("good", sign, None), made("like", sign, 1), made("bad", -sign, 2)
+    method = sm.ExcludeOutliers(sm.mean(), loss=sm.alignment, margin=0.0, copies=0.999)
+    with pytest.warns(sm.SapmergeWarning, match="'bad': left out"):
+        merged = models.merge([good, like, bad], loader, model, method=method)
+    for name, update in merged.updates():
+        wanted = (good.update(name).dense() + like.update(name).dense()) / 2
+        torch.testing.assert_close(update.dense(), wanted, atol=1e-6, rtol=1e-5)
+    assert merged.report.layers[0].notes["excluded"] == ["bad"]
+    with pytest.raises(sm.MethodError, match="ExcludeOutliers needs anchors"):
+        models.merge([good, like, bad], method=sm.ExcludeOutliers(sm.mean()))
+
+
+@pytest.mark.parametrize("given", [{"ratio": 1.0}, {"margin": -0.1}, {"copies": 1.0}, {"significance": math.nan}])
+def test_arguments_of_the_outlier_test(given: dict[str, float]) -> None:
+    with pytest.raises(sm.MethodError, match="ExcludeOutliers' ratio is"):
+        sm.ExcludeOutliers(sm.mean(), **given)

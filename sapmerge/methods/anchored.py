@@ -34,8 +34,8 @@ def sap(
 ) -> Method:
     """SAP's default: the energy-matched mean, without adapters that the anchors and their directions speak against.
 
-    1. An adapter that is an outlier both in its anchor loss and in its direction is left out (`ExcludeOutliers`); one
-       that is more than twice as long as the median of the others is shortened to that (`ClipNorms`).
+    1. An adapter whose norm is more than twice the median is scaled down to that (`ClipNorms`); one that is an outlier
+       both in its anchor loss and in its direction is left out (`ExcludeOutliers`).
     2. With `density` below 1, per adapter: S = |w dL/dw| on the anchors, at base + adapter; the lowest share is set to
        zero, and the norm that this took from each layer is given back.
     3. The adapters are averaged, and the result has the mean norm of its inputs (`MatchEnergy`).
@@ -54,7 +54,7 @@ def sap(
     """
     scope = "adapter" if isinstance(units, Layers) else "layer"  # a layer holds one unit: itself
     pruning = () if density == 1 else (Prune(scorer, TopFraction(density, scope), rescaler, units),)
-    return ExcludeOutliers(ClipNorms(MatchEnergy(Chain(*pruning, merger))))
+    return ClipNorms(ExcludeOutliers(MatchEnergy(Chain(*pruning, merger))))
 
 
 def sap_original(density: float = 0.5) -> Method:

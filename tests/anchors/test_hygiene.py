@@ -54,7 +54,7 @@ def test_the_model_comes_back() -> None:
     adapters, _ = models.adapters(model, [models.BOTH_TARGETS, models.VISION_TARGETS])
     before = state_of(model)
     batches = copy.deepcopy(loader)
-    models.merge(adapters, loader, model, method=sm.sap()).report
+    models.merge(adapters, loader, model, method=sm.sap(0.9)).report
     assert_same_state(before, state_of(model))
     for batch, was in zip(loader, batches):
         assert all(torch.equal(batch[key], was[key]) for key in was)
@@ -243,7 +243,7 @@ def test_a_tower_that_no_adapter_touches_runs_once_per_batch(targets: str, idle:
     model, loader = models.clip(), models.pairs()
     adapters, _ = models.adapters(model, [targets] * 3)
     idle_calls, busy_calls = calls_of(getattr(model, idle)), calls_of(getattr(model, busy))
-    merged = models.merge(adapters, loader, model, method=sm.sap())
+    merged = models.merge(adapters, loader, model, method=sm.sap(0.9))
     assert merged.report.notes["anchor loss"].keys() == {"base model", "a0", "a1", "a2", "merged adapter"}
     assert len(idle_calls) == 2  # one per batch, for all passes together
     assert len(busy_calls) == 2 * (3 + 3 + 6 + 1 + 1)  # gradients and losses of three, six lengths, base, merged
@@ -286,7 +286,7 @@ def test_nan_in_the_base_is_named(attention: str, name: str) -> None:
     with torch.no_grad():
         model.get_submodule(name).weight.view(-1)[3] = float("nan")
     with pytest.raises(NonFiniteError, match=name):
-        models.merge(adapters, loader, model)
+        models.merge(adapters, loader, model, method=sm.sap(0.9))
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -328,7 +328,7 @@ def test_a_gradient_that_is_nan_is_named(attention: str) -> None:
     with pytest.raises(
         NonFiniteError, match=r"gradient of layer 'vision_model.encoder.layers.1.self_attn.q_proj'.*adapter"
     ):
-        models.merge(adapters, loader, model)
+        models.merge(adapters, loader, model, method=sm.sap(0.9))
     assert_same_state(before, state_of(model))
 
 
@@ -348,7 +348,7 @@ def test_layers_that_take_no_part_have_scores_of_zero() -> None:
     for (_, name, _), gradient in spy.gradient.items():
         assert gradient.abs().sum() == 0 if name in dead else gradient.abs().sum() > 0
     with pytest.warns(SapmergeWarning, match="1 layers") as caught:
-        models.merge(adapters, loader, model, method=sm.sap(scorer=sm.Fisher()))
+        models.merge(adapters, loader, model, method=sm.sap(0.9, scorer=sm.Fisher()))
     assert len(caught) == 1
 
 
@@ -409,8 +409,10 @@ def test_model_and_merge_on_different_devices(device: str) -> None:
     model, loader = models.clip(), models.pairs()
     adapters, _ = models.adapters(model, [models.BOTH_TARGETS] * 2)
     for units in (sm.Factors(), sm.Directions(), sm.Layers()):
-        plain = dict(models.merge(adapters, loader, model, method=sm.sap(units=units)).updates())
-        there = models.merge(adapters, loader, copy.deepcopy(model).cuda(), method=sm.sap(units=units), device=device)
+        plain = dict(models.merge(adapters, loader, model, method=sm.sap(0.9, units=units)).updates())
+        there = models.merge(
+            adapters, loader, copy.deepcopy(model).cuda(), method=sm.sap(0.9, units=units), device=device
+        )
         for name, update in there.updates():
             assert update.device.type == device
             assert error(update.dense().cpu(), plain[name].dense()) < 1e-3

@@ -19,6 +19,13 @@ from tests.anchors import models
 
 TARGETS = [r".*vision_model.*(q_proj|v_proj)", r".*vision_model.*(q_proj|fc1)", r".*text_model.*v_proj"]
 
+PRUNING = sm.sap(0.9)
+"""A method that takes gradients, as the default does not."""
+
+
+def merge(*arguments: Any, method: sm.Method = PRUNING, **given: Any) -> sm.Merged:
+    return models.merge(*arguments, method=method, **given)
+
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[int | None]:
@@ -41,17 +48,17 @@ def updates_of(merged: sm.Merged) -> dict[str, Tensor]:
 def test_the_second_run_needs_no_pass_and_gives_the_same_bits(tmp_path: Path, counted: list[int | None]) -> None:
     base = models.clip()
     made, _ = models.adapters(base, TARGETS)
-    plain = models.merge(made, models.pairs(), base)
+    plain = merge(made, models.pairs(), base)
     assert len(counted) == 3
-    first = models.merge(made, models.pairs(), base, cache=tmp_path / "cache")
+    first = merge(made, models.pairs(), base, cache=tmp_path / "cache")
     assert len(counted) == 6
-    again = models.merge(made[::-1], models.pairs(), base, cache=tmp_path / "cache")
-    other_density = models.merge(made, models.pairs(), base, method=sm.sap(density=0.5), cache=tmp_path / "cache")
+    again = merge(made[::-1], models.pairs(), base, cache=tmp_path / "cache")
+    other_density = merge(made, models.pairs(), base, method=sm.sap(density=0.5), cache=tmp_path / "cache")
     assert len(counted) == 6
     for name, update in updates_of(plain).items():
         assert torch.equal(update, updates_of(first)[name])
         assert torch.equal(update, updates_of(again)[name])
-    fresh = models.merge(made, models.pairs(), base, method=sm.sap(density=0.5))
+    fresh = merge(made, models.pairs(), base, method=sm.sap(density=0.5))
     assert all(torch.equal(update, updates_of(fresh)[name]) for name, update in updates_of(other_density).items())
     assert again.report.notes["anchor loss"] == pytest.approx(plain.report.notes["anchor loss"], rel=1e-6)
 
@@ -74,20 +81,20 @@ def test_a_run_that_died_goes_on_with_the_adapters_that_are_missing(
     made, _ = models.adapters(base, TARGETS)
     LEFT["calls"] = 2 * len(models.pairs())
     with pytest.raises(KeyboardInterrupt):
-        models.merge(made, models.pairs(), base, loss=dying, cache=tmp_path)
+        merge(made, models.pairs(), base, loss=dying, cache=tmp_path)
     assert len(list(tmp_path.glob("*.safetensors"))) == 2
     counted.clear()
     LEFT["calls"] = 1000
-    models.merge(made, models.pairs(), base, loss=dying, cache=tmp_path)
+    merge(made, models.pairs(), base, loss=dying, cache=tmp_path)
     assert len(counted) == 1
 
 
 @pytest.mark.parametrize("what", ["adapter", "base", "anchors", "loss", "statistic", "units", "frames"])
 def test_a_changed_input_is_not_reused(tmp_path: Path, counted: list[int | None], what: str) -> None:
-    base, anchors, method = models.clip(), models.pairs(), sm.sap()
+    base, anchors, method = models.clip(), models.pairs(), PRUNING
     loss: Callable[..., Tensor] = sm.alignment
     made, live = models.adapters(base, TARGETS[:2], (3, 2))
-    models.merge(made, anchors, base, method=method, loss=loss, cache=tmp_path)
+    merge(made, anchors, base, method=method, loss=loss, cache=tmp_path)
     counted.clear()
     wanted = 2
     if what == "adapter":
@@ -102,12 +109,12 @@ def test_a_changed_input_is_not_reused(tmp_path: Path, counted: list[int | None]
     elif what == "loss":
         loss = lambda model, batch: sm.alignment(model, batch) * 1.0  # noqa: E731
     elif what == "statistic":
-        method = sm.sap(scorer=sm.PerSampleTaylor())
+        method = sm.sap(0.9, scorer=sm.PerSampleTaylor())
     elif what == "units":
-        method = sm.sap(units=sm.Directions())
+        method = sm.sap(0.9, units=sm.Directions())
     else:
         method = sm.In(sm.CoreSpace(), sm.sap_original())
-    models.merge(made, anchors, base, method=method, loss=loss, cache=tmp_path)
+    merge(made, anchors, base, method=method, loss=loss, cache=tmp_path)
     assert len(counted) == wanted
 
 
@@ -116,7 +123,7 @@ def test_two_lambdas_of_one_name_are_two_losses(tmp_path: Path, counted: list[in
     made, _ = models.adapters(base, TARGETS[:1], (3,))
     for factor in ("1.0", "2.0"):
         loss = eval(f"lambda model, batch: sm.alignment(model, batch) * {factor}", {"sm": sm})
-        models.merge(made, models.pairs(), base, loss=loss, cache=tmp_path)
+        merge(made, models.pairs(), base, loss=loss, cache=tmp_path)
     assert len(counted) == 2
 
 
@@ -153,7 +160,7 @@ def test_what_a_loss_holds_is_a_part_of_it(tmp_path: Path, counted: list[int | N
     base = models.clip()
     made, _ = models.adapters(base, TARGETS[:1], (3,))
     for factor in (1.0, 2.0, 1.0):
-        models.merge(made, models.pairs(), base, loss=make(factor), cache=tmp_path)
+        merge(made, models.pairs(), base, loss=make(factor), cache=tmp_path)
     assert len(counted) == 2
 
 
@@ -167,14 +174,14 @@ def test_a_loss_of_unknown_content_has_no_cache(tmp_path: Path) -> None:
             return sm.alignment(model, batch)
 
     with pytest.raises(AnchorError, match=r"whether a lock is the same .* without a cache"):
-        models.merge(made, models.pairs(), base, loss=loss, cache=tmp_path)
-    models.merge(made, models.pairs(), base, loss=loss)
+        merge(made, models.pairs(), base, loss=loss, cache=tmp_path)
+    merge(made, models.pairs(), base, loss=loss)
 
 
 def test_one_anchor_with_a_cache(tmp_path: Path) -> None:
     base = models.clip()
     made, _ = models.adapters(base, TARGETS)
-    found = [models.merge(made, models.pairs((1,)), base, cache=tmp_path) for _ in range(2)]
+    found = [merge(made, models.pairs((1,)), base, cache=tmp_path) for _ in range(2)]
     for name, update in updates_of(found[0]).items():
         assert torch.equal(update, updates_of(found[1])[name])
 
@@ -185,13 +192,13 @@ def test_another_forward_of_the_same_weights_is_another_model(
 ) -> None:
     base = models.clip()
     made, _ = models.adapters(base, TARGETS[:1], (3,))
-    models.merge(made, models.pairs(), base, cache=tmp_path)
+    merge(made, models.pairs(), base, cache=tmp_path)
     mlp = base.vision_model.encoder.layers[0].mlp
     if what == "activation":
         mlp.activation_fn = torch.nn.Tanh()
     else:
         mlp.register_buffer("shift", torch.ones(3), persistent=False)
-    models.merge(made, models.pairs(), base, cache=tmp_path)
+    merge(made, models.pairs(), base, cache=tmp_path)
     assert len(counted) == 2
 
 
@@ -201,25 +208,25 @@ def test_the_update_that_is_scored_counts(tmp_path: Path) -> None:
     made, _ = models.adapters(base, TARGETS)
     for share in (0.9, 0.35):
         method = sm.CapShare(sm.sap_original(0.3), share)
-        cached = updates_of(models.merge(made, models.pairs(), base, method=method, cache=tmp_path))
-        fresh = updates_of(models.merge(made, models.pairs(), base, method=method))
+        cached = updates_of(merge(made, models.pairs(), base, method=method, cache=tmp_path))
+        fresh = updates_of(merge(made, models.pairs(), base, method=method))
         assert all(torch.equal(cached[name], fresh[name]) for name in fresh)
 
 
 def test_a_damaged_file_is_computed_again(tmp_path: Path, counted: list[int | None]) -> None:
     base = models.clip()
     made, _ = models.adapters(base, TARGETS[:1], (3,))
-    first = updates_of(models.merge(made, models.pairs(), base, cache=tmp_path))
+    first = updates_of(merge(made, models.pairs(), base, cache=tmp_path))
     [path] = tmp_path.glob("*.safetensors")
     raw = path.read_bytes()
     for damaged in (raw[:-5], b"", raw[:-1] + bytes([raw[-1] ^ 1])):
         path.write_bytes(damaged)
         counted.clear()
-        again = updates_of(models.merge(made, models.pairs(), base, cache=tmp_path))
+        again = updates_of(merge(made, models.pairs(), base, cache=tmp_path))
         assert len(counted) == 1
         assert all(torch.equal(first[name], again[name]) for name in first)
     counted.clear()
-    models.merge(made, models.pairs(), base, cache=tmp_path)
+    merge(made, models.pairs(), base, cache=tmp_path)
     assert counted == []
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([path.name, "losses"])
 
@@ -229,4 +236,4 @@ def test_a_cache_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     made, _ = models.adapters(base, TARGETS[:1], (3,))
     (tmp_path / "file").write_text("")
     with pytest.raises(sm.OutputError, match="cache"):
-        models.merge(made, models.pairs(), base, cache=tmp_path / "file")
+        merge(made, models.pairs(), base, cache=tmp_path / "file")
