@@ -21,8 +21,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import tables
 import torch
-from bed import contenders, families
+from bed import contenders, families, summary
 from bed.clients import CAMPS, ODD, SETTINGS, Clients, split
 from bed.half import Half, load_vit, lower_half
 from bed.language import Language
@@ -104,12 +105,21 @@ class World:
         return Server(self.half, task, adapters, bad, test, trial.seed), clients.own(trial.target)
 
 
-def rows_of(world: World, trial: Trial, chosen: list[Contender], facts: bool) -> list[dict[str, object]]:
+def rows_of(
+    world: World, trial: Trial, chosen: list[Contender], facts: bool, known: bool = False
+) -> list[dict[str, object]]:
     """The rows of a trial: from its file, completed by what is missing there."""
     name = "_".join(str(value).replace(" ", "-") for value in asdict(trial).values())
     path = world.cache / "rows" / f"{name}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    wanted = {(c.name, c.recipe) for c in chosen}
+
+    def asked(row: dict[str, object]) -> bool:
+        return row["recipe"] == "" or (row["method"], row["recipe"]) in wanted
+
+    if known:
+        return [asdict(trial) | row for row in rows if asked(row)]
     done = {(row["method"], row["recipe"], row["length"]) for row in rows}
     missing = [c for c in chosen if not {(c.name, c.recipe, str(length)) for length in c.lengths} <= done]
     if missing or (facts and ("facts", "", "") not in done):
@@ -118,7 +128,7 @@ def rows_of(world: World, trial: Trial, chosen: list[Contender], facts: bool) ->
                 file.write(json.dumps(row) + "\n")
                 file.flush()
                 rows.append(row)
-    return [asdict(trial) | row for row in rows]
+    return [asdict(trial) | row for row in rows if asked(row)]
 
 
 def run(world: World, trial: Trial, missing: list[Contender], facts: bool) -> Iterator[dict[str, object]]:
@@ -175,11 +185,13 @@ def main() -> None:
         spec.loader.exec_module(module)
         chosen |= {c.name: c for c in module.contenders()}
     trials = list(trials_of(world, given))
-    start = time.monotonic()
+    start, rows = time.monotonic(), list[dict[str, object]]()
     for number, trial in enumerate(trials):
-        rows_of(world, trial, list(chosen.values()), given.facts)
+        rows += rows_of(world, trial, list(chosen.values()), given.facts, given.known)
         spent = time.monotonic() - start
         print(f"{number + 1} of {len(trials)}, {spent:.0f} s: {trial}", file=sys.stderr, flush=True)
+    if given.name is not None:
+        summary.write(given.name, rows, given.results)
 
 
 def _arguments() -> argparse.Namespace:
@@ -205,6 +217,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--suites", type=listed, default=["parts", "peers"], help="of bed/contenders.py; may be empty")
     parser.add_argument("--own", type=Path, help="a file with contenders() -> list[Contender]: methods of your own")
     parser.add_argument("--seeds", type=seeds, default=seeds("0-5"), help="first-last, or a list")
+    parser.add_argument("--name", help="of the result, RESULTS/NAME.md; none without it")
+    parser.add_argument("--results", type=Path, default=tables.RESULTS, help="a folder for them")
+    parser.add_argument("--known", action="store_true", help="only tables of the trials that are in the cache")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--no-facts", dest="facts", action="store_false", help="no Gram matrices, losses, references")
     given = parser.parse_args()
