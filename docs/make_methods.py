@@ -37,7 +37,7 @@ MEASURED: dict[str, Callable[[], sm.Method]] = {
 """Methods whose defaults are degenerate on the small layers that are measured."""
 
 NOTES: dict[str, str] = {
-    "sap": "keeps 90 %, and adds anchored weights and an anchored length; `sap_original` is the method to the letter",
+    "sap": "prunes nothing by default: the energy-matched mean without outliers; `sap_original` is the method to the letter",
     "sap_original": "scores are taken on balanced factors, so that they do not depend on how the product is split",
     "task_arithmetic": "the coefficient of the paper is `scale=` of `merge`",
     "magnitude_prune": "sums, as PEFT's method of this name does, but on the update, not on A and B apart",
@@ -86,7 +86,7 @@ INDEX: tuple[tuple[str, tuple[str, ...]], ...] = (
     ),
     ("One adapter is far louder than the others: a wrapper", ("ClipNorms", "CapShare")),
     ("Updates that barely share a subspace", ("knots", "core_space", "tsv", "iso_c", "iso_cts", "cart", "dc_merge")),
-    ("Some may be broken, and you have anchors", ("sap", "WeighByAnchors")),
+    ("Some may be broken, and you have anchors", ("sap", "ExcludeOutliers")),
     ("A result of the inputs' rank, without truncation at the end", ("ctm", "lora_lego", "factor_average")),
     ("Factors matched rank by rank", ("robustmerge", "lora_lego")),
     ("The update closest to every adapter on the inputs that it reads", ("regmean",)),
