@@ -102,7 +102,8 @@ class World:
         clients = Clients(self.half, task, other, trial.regime, trial.init, trial.seed, self.cache / "adapters")
         adapters, bad = clients.received(trial.target, trial.setting)
         _, test = split(task, trial.target, "", 0)
-        return Server(self.half, task, adapters, bad, test, trial.seed), clients.own(trial.target)
+        server = Server(self.half, task, adapters, bad, test, trial.seed, self.cache / "anchors")
+        return server, clients.own(trial.target)
 
 
 def rows_of(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import sapmerge as sm
 
-__all__ = ["confirmed", "defended", "gradients", "parts", "peers", "robust", "told"]
+__all__ = ["confirmed", "defended", "gradients", "parts", "peers", "robust", "told", "upload"]
 
 LENGTHS = (AS_IS, 0.7, 0.8, 0.9, MATCHED, 1.2)
 SHORTER = (AS_IS, 0.8, 0.9, MATCHED)
@@ -118,4 +118,46 @@ def robust() -> list[Contender]:
         found.append(_at(name, getattr(sm, name)(), AS_IS, MATCHED))
     found.append(_at("agreement", sm.WeighByAgreement(sm.mean()), MATCHED))
     found.append(_at("anchor weights", sm.WeighByAnchors(sm.mean(), margin=0.05), MATCHED))
+    return found
+
+
+def quantised(layer: sm.Layer) -> sm.Layer:
+    """Factors in int8, with a scale for every column of B and row of A."""
+
+    def rounded(factor: Tensor, dim: int) -> Tensor:
+        step = factor.abs().amax(dim, keepdim=True).clamp_min(1e-30) / 127
+        return (factor / step).round() * step
+
+    return layer.with_updates([sm.LowRank(rounded(u.B, 0), rounded(u.A, 1)) for u in layer])
+
+
+def truncated(rank: int) -> Callable[[sm.Layer], sm.Layer]:
+    """Every update cut to its first singular values, with the norm that this takes given back."""
+
+    def cut(update: sm.Update) -> sm.Update:
+        U, sigma, Vh = update.svd(rank)
+        kept = sigma[:rank]
+        root = (kept * (sigma.norm() / kept.norm().clamp_min(1e-300))).sqrt()
+        return sm.LowRank((U * root).to(update.dtype), (root[:, None] * Vh).to(update.dtype))
+
+    def transform(layer: sm.Layer) -> sm.Layer:
+        return layer.with_updates([cut(update) for update in layer])
+
+    transform.__qualname__ = f"truncated_{rank}"
+    return transform
+
+
+def upload() -> list[Contender]:
+    """What a client may leave out of its upload: the best use of 5, 10 and 20 % of the bytes of float32 factors.
+
+    Pruned factors cost a byte for a value that is kept and a bit for every value, so that 5, 10 and 20 % of the bytes
+    are densities of 0.075, 0.275 and 0.675; ranks 1, 3 and 6 of 8 in int8 are 3, 9 and 19 %.
+    """
+    found = [_at("mean", sm.mean(), MATCHED), _at("int8, 25 %", sm.Chain(quantised, sm.Mean()), MATCHED)]
+    scorers = {"saliency": sm.Taylor(), "magnitude": sm.Magnitude(), "random": sm.Random()}
+    for share, density, rank in ((5, 0.075, 1), (10, 0.275, 3), (20, 0.675, 6)):
+        for name, scorer in scorers.items():
+            pruning = sm.Prune(scorer, sm.TopFraction(density), sm.MatchNorm(), sm.Factors())
+            found.append(_at(f"{name}, {share} %", sm.Chain(pruning, quantised, sm.Mean()), MATCHED))
+        found.append(_at(f"SVD, {share} %", sm.Chain(truncated(rank), quantised, sm.Mean()), MATCHED))
     return found

@@ -30,6 +30,7 @@ class Server:
         bad: labels of the clients that a perfect server would leave out.
         test: of the domain left out.
         seed: of the anchors.
+        cache: a folder for the anchors' gradients, shared by methods that ask for the same ones.
     """
 
     half: Half
@@ -38,6 +39,7 @@ class Server:
     bad: frozenset[str]
     test: Domain
     seed: int
+    cache: Path | None = None
 
     losses: ClassVar[tuple[Callable[..., Tensor], ...]] = (sm.alignment, sm.centered_alignment, sm.contrastive)
     """Those of which `anchor_losses` tells; the first is that of the merges."""
@@ -65,6 +67,7 @@ class Server:
             self.half if loader else None,
             method=contender.method,
             loss=self.losses[0] if loader else None,
+            cache=self.cache if loader else None,
             progress=False,
         )
         return dict(merged.updates())
