@@ -37,7 +37,7 @@ MEASURED: dict[str, Callable[[], sm.Method]] = {
 """Methods whose defaults are degenerate on the small layers that are measured."""
 
 NOTES: dict[str, str] = {
-    "sap": "prunes nothing by default: the energy-matched mean without outliers; `sap_original` is the method to the letter",
+    "sap": "prunes nothing by default; `sap_original` is the method to the letter",
     "sap_original": "scores are taken on balanced factors, so that they do not depend on how the product is split",
     "task_arithmetic": "the coefficient of the paper is `scale=` of `merge`",
     "magnitude_prune": "sums, as PEFT's method of this name does, but on the update, not on A and B apart",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from inspect import Parameter, signature
 
@@ -17,6 +16,7 @@ from sapmerge.parts.mergers.regmean import RegMean
 __all__ = ["Contender", "contrib", "library", "main", "study", "tuned", "unequal", "without"]
 
 ASKING = (
+    sm.ExcludeOutliers,
     sm.WeighByAnchors,
     sm.ScaleByAnchors,
     sm.Tune,
@@ -86,19 +86,13 @@ def unequal() -> list[Contender]:
 
 
 def without() -> list[Contender]:
-    """SAP, and SAP with one of its parts left out."""
-    whole = sm.sap()
-    assert isinstance(whole, sm.WeighByAgreement)
-    assert isinstance(whole.method, sm.ClipNorms)
+    """SAP, SAP with one of its parts left out, and with saliency."""
     kept = {
         "mean": sm.mean(),
-        "sap": whole,
-        "sap without agreement": whole.method,
-        "sap without clipped norms": sm.WeighByAgreement(whole.method.method),
-        "sap without the anchors' weights": sm.sap(temperature=math.inf),
-        "sap without the anchors' length": sm.sap(trust=0.0),
-        "sap without pruning": sm.sap(density=1.0),
-        "sap without decorrelation": sm.sap(merger=sm.Mean()),
+        "sap": sm.sap(),
+        "sap without the outlier test": sm.ClipNorms(sm.MatchEnergy(sm.mean())),
+        "sap without clipped norms": sm.ExcludeOutliers(sm.MatchEnergy(sm.mean())),
+        "sap, density 0.9": sm.sap(0.9),
     }
     return [contender(name, method) for name, method in kept.items()]
 
