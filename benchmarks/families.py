@@ -113,7 +113,8 @@ def rows_of(
     name = "_".join(str(value).replace(" ", "-") for value in asdict(trial).values())
     path = world.cache / "rows" / f"{name}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows = [json.loads(line) for line in lines if line.endswith("}")]  # a run may have died within a line
     wanted = {(c.name, c.recipe) for c in chosen}
 
     def asked(row: dict[str, object]) -> bool:
