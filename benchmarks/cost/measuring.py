@@ -56,7 +56,7 @@ _PARTS = {sm.Factors: ("A", "B"), sm.Directions: ("directions",), sm.Entries: ("
 
 def merge(made: Setup, units: Any, scorer: Any) -> None:
     """The whole call: gradients, scores, masks, and the energy of the result. Nothing is written."""
-    sm.merge(made.adapters, made.batches, made.base, method=sm.sap(units=units, scorer=scorer), progress=False)
+    sm.merge(made.adapters, made.batches, made.base, method=sm.sap(0.9, units, scorer), progress=False)
 
 
 def seconds(work: Work) -> float:
