@@ -132,25 +132,28 @@ class ExcludeOutliers:
             )
 
     def prepare(self, layers: LayerStream) -> ExcludeOutliers:
+        anchors = anchors_of(layers, "ExcludeOutliers")
         one, products = None, list[Tensor]()
         for layer in layers:
             one = layer
             products.append(gram(layer.updates))
-        anchors = anchors_of(one, "ExcludeOutliers")
-        losses = anchors.losses(self.loss or comparing(anchors))
-        done = replace(self, shares=self._shares(torch.stack(products), losses, cast("Layer", one)))
-        return replace(done, method=prepare(self.method, Mapped(layers, done._weighed)))
+        shares = ()
+        if one is not None:
+            losses = anchors.losses(self.loss or comparing(anchors))
+            shares = self._shares(torch.stack(products), losses, one)
+        done = replace(self, shares=shares)
+        return replace(done, method=prepare(self.method, Mapped(layers, done._weighed, anchors)))
 
     def __call__(self, layer: Layer) -> Update:
         if self.shares is None:
-            return self.prepare(cast("LayerStream", [layer]))(layer)
+            raise unprepared(self)
         excluded = [label for label, share in zip(layer.adapters, self.shares, strict=True) if share == 0]
         if excluded:
             layer.record("excluded", excluded)
         return self.method(self._weighed(layer))
 
     def _weighed(self, layer: Layer) -> Layer:
-        return replace(layer, weights=shared_out(layer.weights, self.shares or ()))
+        return layer.with_weights(shared_out(layer.weights, self.shares or ()))
 
     def _shares(self, products: Tensor, losses: Sequence[float], layer: Layer) -> tuple[float, ...]:
         """0 for an outlier, 1 for every other adapter; `products` are the Gram matrices of the layers."""
