@@ -97,7 +97,8 @@ class ExcludeOutliers:
     adapters of an odd domain share less with the others, and those that were trained for long lose on the anchors.
 
     The other weights are as given, those of one sign scaled to keep their sum. Copies of one adapter are asked once.
-    Adapters of weight 0 or without updates are not asked, and of fewer than three nobody is left out.
+    Adapters of weight 0 are not asked, those without updates get the weight 0, and of fewer than three others nobody is
+    left out.
 
     Args:
         method: any method.
@@ -156,7 +157,7 @@ class ExcludeOutliers:
         return layer.with_weights(shared_out(layer.weights, self.shares or ()))
 
     def _shares(self, products: Tensor, losses: Sequence[float], layer: Layer) -> tuple[float, ...]:
-        """0 for an outlier, 1 for every other adapter; `products` are the Gram matrices of the layers."""
+        """0 for an outlier or an adapter without updates, 1 for others; `products` are the layers' Gram matrices."""
         norms = products.sum(0).diagonal().sqrt()
         asked = [k for k in range(len(layer)) if layer.weights[k] != 0 and norms[k] > 0]
         parts = products / torch.outer(norms, norms).clamp_min(1e-300)  # whose sum is the cosine of whole adapters
@@ -178,7 +179,7 @@ class ExcludeOutliers:
             names = ", ".join(repr(layer.adapters[k]) for k in sorted(bad))
             message = f"{names}: left out, as outliers in direction and in the anchors' loss (ExcludeOutliers)"
             warnings.warn(message, SapmergeWarning, stacklevel=3)
-        return tuple(float(k not in bad) for k in range(len(layer)))
+        return tuple(float(k not in bad and norms[k] > 0) for k in range(len(layer)))
 
     def _apart(self, shared: Tensor, within: Tensor) -> bool:
         """Whether an adapter shares too little with the reference: its cosines per layer, and the reference's own."""
