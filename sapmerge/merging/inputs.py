@@ -13,6 +13,7 @@ import torch
 
 from sapmerge.errors import IncompatibleAdaptersError, MethodError, SapmergeWarning
 from sapmerge.io.adapter import Adapter
+from sapmerge.io.base_folder import BaseFolder
 from sapmerge.io.base_names import one_base
 from sapmerge.io.files import shown
 from sapmerge.io.modules import BaseWeights, Module
@@ -27,6 +28,7 @@ __all__ = [
     "check_numbers",
     "in_content_order",
     "load_adapters",
+    "open_base",
     "resolve_weights",
     "weights_of",
     "with_base",
@@ -184,13 +186,20 @@ def with_base(adapters: Sequence[Adapter], model: Any) -> list[Adapter]:
     return [adapter.with_base(weights) for adapter in adapters]
 
 
+def open_base(model: Any) -> BaseFolder | None:
+    """The folder of a base, where `model` is a path."""
+    return BaseFolder(cast("str | os.PathLike[str]", model)) if isinstance(model, (str, os.PathLike)) else None
+
+
 def weights_of(model: Any, wanted: Mapping[str, Module] | None = None) -> BaseWeights | None:
     """The weights of a base model, if there is one.
 
     Args:
         wanted: the layers whose matrices will be asked for.
     """
-    return None if model is None else ModelWeights(model, wanted or {})
+    if model is None or isinstance(model, BaseFolder):
+        return model
+    return ModelWeights(model, wanted or {})
 
 
 @dataclass(frozen=True)

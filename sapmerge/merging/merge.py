@@ -34,6 +34,7 @@ from sapmerge.merging.inputs import (
     check_mergeable,
     check_numbers,
     load_adapters,
+    open_base,
     resolve_weights,
     weights_of,
     with_base,
@@ -43,6 +44,7 @@ from sapmerge.merging.run import Run
 from sapmerge.merging.spelling import Own, one_spelling, say_what_is_not_shared
 from sapmerge.merging.stream import AdapterLayers
 from sapmerge.merging.vectors import check_vectors, plan_vectors
+from sapmerge.merging.whole import save_merged
 from sapmerge.models import find_modules, find_saved
 from sapmerge.naming import base_of, without_wrappers
 
@@ -72,8 +74,9 @@ def merge(
         adapters: folders, `Adapter` objects, names of adapters in the PeftModel given as `model`, or
             (config, state_dict) pairs; or a mapping label -> any of these.
         anchor_loader: a re-iterable of batches, for methods that read gradients.
-        model: the base model. Without anchors it is only used to check names and shapes; the output spells its modules
-            as the model does (without one, as the adapters do).
+        model: the base model, or the path of its folder (safetensors, read a tensor at a time). Without anchors it is
+            only used to check names and shapes and for kinds that need the base's weights; the output spells its
+            modules as a loaded model does (without one, as the adapters do).
         method: e.g. `ties(density=0.2)`; with anchors `sap()` by default. It may see several layers at the same time,
             in threads: functions of your own should keep nothing from one layer to the next.
         weights: one number per adapter, 1 by default; also a mapping label -> number.
@@ -101,6 +104,11 @@ def merge(
         >>> merged = sm.merge(["medical", "legal"], method=sm.ties(density=0.2))  # doctest: +SKIP
         >>> merged.save_pretrained("both")  # doctest: +SKIP
     """
+    folder = open_base(model)
+    if folder is not None:
+        if anchor_loader is not None:
+            raise MethodError("anchors run through a loaded model; a folder as model= serves names and weights only")
+        model = None
     method = _check_method(method, anchor_loader, model)
     check_numbers(scale, rank)
     if cache_only and (cache is None or anchor_loader is None):
@@ -113,13 +121,17 @@ def merge(
     if model is None:  # else the names are settled
         say_what_is_not_shared(opened)
     heads = plan_heads(opened, numbers, modules_to_save)
-    opened = with_base(opened, model)
-    check_copies(opened, weights_of(model))
+    if folder is not None:
+        folder.conv1d = any(adapter.fan_in_fan_out for adapter in opened)
+    opened = with_base(opened, folder or model)
+    check_copies(opened, weights_of(folder or model))
     stream = AdapterLayers.of(opened, numbers, check_device(device))
     if anchor_loader is not None:
         stream = stream.with_anchors(anchor_loader, model, loss, cache)
         assert stream.anchors is not None
         stream.anchors.cache_only = cache_only
+    elif folder is not None:
+        folder.check(stream.modules.values(), heads.shapes())
     elif model is not None:
         find_modules(model, stream.modules)
         find_saved(model, heads.shapes())
@@ -131,7 +143,7 @@ def merge(
             SapmergeWarning,
             stacklevel=2,
         )
-    vectors = plan_vectors(prepared, stream.adapters, stream.weights, float(scale), weights_of(model))
+    vectors = plan_vectors(prepared, stream.adapters, stream.weights, float(scale), weights_of(folder or model))
     if model is not None:
         check_vectors(vectors, model)
     run = Run(
@@ -247,6 +259,19 @@ class Merged:
             OutputExistsError: the name is taken.
         """
         self._report = self._report_of(sinks.add(self.run, peft_model, adapter_name))
+
+    def save_merged(self, base_folder: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
+        """Write the merged full model: the base's folder with the update added, shard by shard; lossless in rank.
+
+        Args:
+            base_folder: the base's safetensors, sharded or not; config and tokenizer beside them are copied.
+            path: the folder to write, which must not exist.
+
+        Raises:
+            ModelMismatchError: the folder is not the adapters' base.
+            OutputExistsError: `path` exists.
+        """
+        save_merged(self.run, base_folder, path)
 
     @property
     def report(self) -> Report:

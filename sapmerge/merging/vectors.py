@@ -181,6 +181,12 @@ class Vectors:
         return [change for change in self.changes if change.how == how]
 
 
+def _order(item: tuple[tuple[str, str], object]) -> tuple[str, bool]:
+    """By name; what replaces a tensor before what moves it: its share is that of the base, not of a moved one."""
+    (name, how), _ = item
+    return name, how == "moves"
+
+
 def plan_vectors(
     method: object, adapters: Sequence[Adapter], weights: Sequence[float], scale: float, base: BaseWeights | None
 ) -> Vectors:
@@ -201,7 +207,10 @@ def plan_vectors(
         for vector in adapter.vectors.values():
             factor = vector.scaling if vector.how == "moves" else 1.0
             parts.setdefault((vector.name, vector.how), []).append(Part(adapter, vector, scale * share * factor))
-    changes = [Change(name, found[0].vector.spelled, how, tuple(found)) for (name, how), found in sorted(parts.items())]
+    changes = [
+        Change(name, found[0].vector.spelled, how, tuple(found))
+        for (name, how), found in sorted(parts.items(), key=_order)
+    ]
     for change in changes:
         shapes: dict[str, Any] = {part.adapter.label: part.vector.shape for part in change.parts}
         if len({shape[1:] if change.rows else shape for shape in shapes.values()}) > 1:

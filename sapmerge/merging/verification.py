@@ -52,6 +52,7 @@ def reproduce(
     path: str | os.PathLike[str],
     inputs: Sequence[str | os.PathLike[str]],
     functions: Mapping[str, Callable[..., Any]] | None = None,
+    model: Any = None,
 ) -> list[str]:
     """Run the stored recipe on the inputs again and compare the bits.
 
@@ -59,6 +60,8 @@ def reproduce(
         path: the output's folder.
         inputs: folders of the adapters it was made from, in any order.
         functions: your own functions, by the "module:qualname" under which the recipe names them.
+        model: the base, or its folder, where the merge was given one: DoRA and other kinds need its weights, and the
+            output spells its modules.
 
     Returns:
         One line per difference; empty if the bytes of config and weights are the same.
@@ -79,7 +82,7 @@ def reproduce(
     with tempfile.TemporaryDirectory() as folder:
         again = Path(folder) / "again"
         try:
-            _merged(found, given, functions).save_pretrained(again, **dict(found.recipe.get("written", {})))
+            _merged(found, given, functions, model).save_pretrained(again, **dict(found.recipe.get("written", {})))
         except SapmergeError:
             raise
         except Exception as error:  # the recipe is anybody's text: it may ask for what no part can do
@@ -99,6 +102,7 @@ def _merged(
     found: Provenance,
     given: Mapping[str, str | os.PathLike[str]],
     functions: Mapping[str, Callable[..., Any]] | None,
+    model: Any,
 ) -> Merged:
     recipe = found.recipe
     return merge(
@@ -109,6 +113,7 @@ def _merged(
         rank=recipe["rank"],
         modules_to_save=recipe["modules_to_save"],
         base_model=recipe["base_model"],
+        model=model,
         progress=False,
     )
 

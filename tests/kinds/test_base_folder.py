@@ -1,0 +1,99 @@
+"""The base as a folder: what needs its weights reads them there, and a merged model is streamed from it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import sapmerge as sm
+
+from . import helpers as h
+from .helpers import QV, merged, train
+
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+
+def _saved(make: h.Make, folder: Path, shard: str = "5GB") -> Path:
+    model: Any = make()
+    model.save_pretrained(folder, max_shard_size=shard)
+    return folder
+
+
+def _loaded(make: h.Make, folder: Path) -> dict[str, torch.Tensor]:
+    model: Any = type(make()).from_pretrained(folder)
+    return h.state(model)
+
+
+@pytest.mark.parametrize("shard", ["5GB", "20KB"])
+def test_dora_biases_and_tokens_from_a_folder(shard: str, tmp_path: Path) -> None:
+    base = _saved(h.biased_llama, tmp_path / "base", shard)
+    assert (base / "model.safetensors.index.json").exists() == (shard != "5GB")
+    inputs = tmp_path / "inputs"
+    inputs.mkdir()
+    paths = [
+        train(inputs, h.biased_llama, 1, r=4, target_modules=QV, use_dora=True, bias="all"),
+        train(inputs, h.biased_llama, 2, r=4, target_modules=QV, trainable_token_indices={"embed_tokens": [1, 5]}),
+        train(inputs, h.biased_llama, 3, r=4, target_modules=QV, lora_bias=True),
+    ]
+    wanted = h.target(h.biased_llama, paths, [1.0, 2.0, 0.5])
+    done = merged(paths, model=base, weights=[1.0, 2.0, 0.5])
+    done.save_pretrained(tmp_path / "out")
+    h.compare(h.biased_llama, h.unloaded(h.biased_llama, tmp_path / "out"), wanted, 1e-4)
+    done.save_merged(base, tmp_path / "whole")
+    h.compare(h.biased_llama, _loaded(h.biased_llama, tmp_path / "whole"), wanted, 1e-4)
+    model = h.biased_llama()
+    done.apply_to(model)
+    h.compare(h.biased_llama, h.state(model), wanted, 1e-4)
+    assert sm.reproduce(tmp_path / "out", paths, model=base) == []
+    with pytest.raises(sm.OutputExistsError):
+        done.save_merged(base, tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("make", "settings"),
+    [
+        (h.gpt2, {"target_modules": ["c_attn", "c_proj"], "use_dora": True}),
+        (h.tied_llama, {"target_modules": QV}),
+        (
+            h.qwen_moe,
+            {"target_modules": QV, "target_parameters": EXPERTS},
+        ),
+        (h.mixtral, {"target_modules": QV, "target_parameters": EXPERTS}),
+    ],
+    ids=["gpt2", "tied", "qwen experts", "mixtral experts"],
+)
+def test_a_merged_model_is_streamed(make: h.Make, settings: dict[str, Any], tmp_path: Path) -> None:
+    base = _saved(make, tmp_path / "base", "40KB")
+    inputs = tmp_path / "inputs"
+    inputs.mkdir()
+    paths = [train(inputs, make, k, r=2 * k, **settings) for k in (1, 2)]
+    merged(paths, model=base).save_merged(base, tmp_path / "whole")
+    h.compare(make, _loaded(make, tmp_path / "whole"), h.target(make, paths), 1e-4)
+
+
+def test_what_is_no_base_is_refused(tmp_path: Path) -> None:
+    base = _saved(h.llama, tmp_path / "base")
+    path = train(tmp_path, h.llama, 1, r=4, target_modules=QV)
+    wide = train(tmp_path, lambda: h.llama(hidden_size=48), 2, r=4, target_modules=QV)
+    with pytest.raises(sm.ModelMismatchError, match="is it the adapters' base"):
+        merged([wide], model=base)
+    with pytest.raises(sm.ModelMismatchError):
+        merged([wide]).save_merged(base, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(sm.MethodError, match="loaded model"):
+        merged([path], anchor_loader=[{}], model=base)
+    with pytest.raises(sm.AdapterFormatError, match=r"index\.json"):
+        merged([path], model=tmp_path / "nowhere")
+    (base / "model.safetensors").rename(base / "other.safetensors")
+    for table in ({"a": "../x.safetensors"}, {}, {"a": 3}):
+        (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": table}))
+        with pytest.raises(sm.AdapterSecurityError, match="weight_map"):
+            merged([path], model=base)
+    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "other.safetensors"}}))
+    merged([path], model=base)
+    assert isinstance(h.llama(), nn.Module)
