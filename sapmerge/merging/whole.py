@@ -1,33 +1,27 @@
-"""A merged full model, streamed from the folder of its base: memory of one tensor, shard by shard."""
+"""A merged full model, streamed from the folder of its base."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 
 import torch
 from torch import Tensor
 
 from sapmerge.core.torch_state import pinned_state
-from sapmerge.errors import NonFiniteError, OutputError
-from sapmerge.io.atomic import StagedFolder, explained, write_all
+from sapmerge.errors import NonFiniteError
 from sapmerge.io.base_folder import BaseFolder, Spot
+from sapmerge.io.whole import write_model
 from sapmerge.merging.run import Run
 from sapmerge.merging.vectors import Change
 
 __all__ = ["save_merged"]
-
-_BESIDE = re.compile(r"(?!.*(?:pytorch_model|\.bin$|\.safetensors$|\.gguf$|\.pth?$|\.h5$|\.msgpack$)).+")
-_SMALL = 256 << 20
 
 
 def save_merged(run: Run, base_folder: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
     """Write every shard of the base with the updates added, and copy what lies beside it (configs, tokenizer)."""
     base = BaseFolder(base_folder, conv1d=any(adapter.fan_in_fan_out for adapter in run.adapters))
     base.check(run.stream.modules.values(), run.heads.shapes())
-    if os.path.realpath(base.path) == os.path.realpath(path):
-        raise OutputError(f"the output {os.fspath(path)!r} is the base; write to another folder")
     layers: dict[str, list[tuple[str, Spot]]] = {}
     for name, module in run.stream.modules.items():
         for spot in base.spots(module):
@@ -36,31 +30,13 @@ def save_merged(run: Run, base_folder: str | os.PathLike[str], path: str | os.Pa
     for change in run.vectors.changes:
         changes.setdefault(_found(base, change.name), []).append(change)
     heads = {_found(base, name): read for name, read in run.heads.tensors().items()}
-    with StagedFolder(path, overwrite=False) as folder:
-        for shard, weights in base.shards.items():
-            ordered = sorted(weights.entries.items(), key=lambda item: item[1].start)
-            with open(weights.path, "rb") as source:
-                head = source.read(ordered[0][1].start)  # the header stays: names, dtypes and shapes are the same
-            with explained(folder.path, f"write {shard}"):
-                file = folder.create(shard)
-                try:
-                    write_all(file, head, 0)
-                    for tensor, entry in ordered:
-                        value = heads[tensor]() if tensor in heads else base.raw(tensor)
-                        value = _moved(run, value, layers.get(tensor, []), changes.get(tensor, []))
-                        data = value.to(entry.dtype).contiguous().reshape(-1).view(torch.uint8).numpy().data
-                        write_all(file, data, entry.start)
-                    os.fsync(file)
-                finally:
-                    os.close(file)
-        for name in sorted(os.listdir(base.path)):
-            beside = os.path.join(base.path, name)
-            if os.path.isfile(beside) and _BESIDE.fullmatch(name) and os.path.getsize(beside) <= _SMALL:
-                with open(beside, "rb") as source:
-                    folder.write(name, source.read())
-        record = {"recipe": dict(run.recipe), "inputs": {a.label: a.digest for a in run.adapters}}
-        folder.write("sapmerge.json", (json.dumps(record, indent=2, sort_keys=True) + "\n").encode())
-        folder.publish()
+
+    def moved(name: str, tensor: Tensor) -> Tensor:
+        tensor = heads[name]() if name in heads else tensor
+        return _moved(run, tensor, layers.get(name, []), changes.get(name, []))
+
+    record = {"recipe": dict(run.recipe), "inputs": {a.label: a.digest for a in run.adapters}}
+    write_model(base, path, moved, json.dumps(record, indent=2, sort_keys=True) + "\n")
 
 
 def _found(base: BaseFolder, name: str) -> str:
