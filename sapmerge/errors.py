@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 
 __all__ = [
@@ -22,11 +23,13 @@ __all__ = [
     "SapmergeError",
     "SapmergeWarning",
     "printable",
+    "warn",
     "warn_afterwards",
 ]
 
 
 _LONGEST = 2000
+_OURS = ("sapmerge", "contextlib")  # and what stands between its functions and their callers
 
 
 class SapmergeError(Exception):
@@ -101,9 +104,17 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
+def warn(message: str) -> None:
+    """A `SapmergeWarning` at the caller's own line, however deep in the library it is noticed."""
+    level, frame = 1, sys._getframe()  # pyright: ignore[reportPrivateUsage]
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _OURS:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, SapmergeWarning, stacklevel=level)
+
+
 def warn_afterwards(message: str) -> None:
     """Warn of something when the work is done: nothing may raise any more, not even a warning made an error."""
     try:
-        warnings.warn(message, SapmergeWarning, stacklevel=3)
+        warn(message)
     except Exception:
         logging.getLogger("sapmerge").warning(message)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+import threading
+import weakref
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,8 +21,8 @@ __all__ = [
     "ModelWeights",
     "Site",
     "base_of",
-    "check_untied",
     "device_of",
+    "exclusive",
     "find_modules",
     "find_saved",
     "find_sites",
@@ -28,6 +31,23 @@ __all__ = [
     "tensor_name",
     "weight_view",
 ]
+
+
+_locks = weakref.WeakKeyDictionary[nn.Module, "threading.RLock"]()
+_locks_lock = threading.Lock()
+
+
+@contextmanager
+def exclusive(model: Any) -> Generator[nn.Module]:
+    """The plain model inside, for this thread alone: hooks, modes and weights of a model belong to one merge at a time.
+
+    Every pass over anchors and every write to the weights happens inside. It may be entered again.
+    """
+    base = base_of(model)
+    with _locks_lock:
+        lock = _locks.setdefault(base, threading.RLock())
+    with lock:
+        yield base
 
 
 def model_names(model: Any) -> Mapping[str, str]:
@@ -191,27 +211,6 @@ def weight_view(module: nn.Module, matrix: Tensor) -> Tensor:
 
 def _transposed(module: nn.Module) -> bool:
     return isinstance(module, nn.Embedding) or type(module).__name__ == "Conv1D"
-
-
-def check_untied(model: Any, weights: Mapping[str, Tensor]) -> None:
-    """Refuse to write to a weight that another module uses too: an adapter changes one of them, a write both.
-
-    Args:
-        weights: what is written to, by the name that a message shows.
-
-    Raises:
-        ModelMismatchError: one of them is shared.
-    """
-    users: dict[int, list[str]] = {}
-    for name, parameter in base_of(model).named_parameters(remove_duplicate=False):
-        users.setdefault(id(parameter), []).append(name)
-    for name, weight in weights.items():
-        sharing = users.get(id(weight), [])
-        if len(sharing) > 1:
-            raise ModelMismatchError(
-                f"the weight of {name!r} is tied ({', '.join(sharing)}): writing to it would change both. Use "
-                "save_pretrained or add_to, or untie the weights first"
-            )
 
 
 def find_saved(model: Any, wanted: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:

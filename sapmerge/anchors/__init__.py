@@ -3,6 +3,7 @@
 This package is the only place with autograd.
 
     loading.py     batches: made from pairs, halved, and checked to be the same on every pass
+    freezing.py    the base model while anchors run through it: frozen, and put back
     hooks.py       adapters put into a model and taken out again, and what passes through its layers
     gradients.py   the gradient of a layer, seen through products
     runner.py      forward and backward passes over the anchors, at base + adapter

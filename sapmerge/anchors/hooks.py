@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from threading import Lock, RLock
+from functools import partial
 from typing import Any, TypeAlias, cast
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -17,74 +16,15 @@ from torch.utils.hooks import RemovableHandle
 from sapmerge.anchors.gradients import Call, TokenGradient, embed_scale, token_gradient
 from sapmerge.anchors.parameters import Leaf, substituted
 from sapmerge.core.linalg import finite
-from sapmerge.core.torch_state import model_state
+from sapmerge.core.undo import Undo, without_interrupts
 from sapmerge.core.updates import LowRank, Update
 from sapmerge.errors import AnchorError, NonFiniteError
-from sapmerge.models import Site, base_of, device_of, weight_view
+from sapmerge.models import Site, weight_view
 
-__all__ = ["Seen", "Watch", "attached", "check_base", "frozen", "seeing"]
+__all__ = ["Seen", "Watch", "attached", "check_base", "seeing"]
 
 Sink: TypeAlias = Callable[[str, list[Call]], None]
 """(layer, all its calls that had a gradient): called once per backward pass, as soon as the last of them is there."""
-
-
-@contextmanager
-def frozen(model: Any) -> Generator[nn.Module]:
-    """The base model in eval mode, its own adapters off, no parameter asking for a gradient; all is put back after.
-
-    Raises:
-        AnchorError: an adapter of the model is merged into its weights: they are not the base's; or the model was made
-            in inference mode.
-    """
-    with _one_at_a_time(base_of(model)) as base:
-        yield from _frozen(base)
-
-
-_LOCKS: WeakKeyDictionary[nn.Module, RLock] = WeakKeyDictionary()
-_LOCKING = Lock()
-
-
-@contextmanager
-def _one_at_a_time(base: nn.Module) -> Generator[nn.Module]:
-    """A model has one set of hooks and flags: threads that run it do so one after the other."""
-    with _LOCKING:
-        lock = _LOCKS.setdefault(base, RLock())
-    with lock:
-        yield base
-
-
-def _frozen(base: nn.Module) -> Generator[nn.Module]:
-    if any(parameter.is_inference() for parameter in base.parameters()):
-        raise AnchorError(
-            "the base model was made inside torch.inference_mode(), where nothing has a gradient: load it outside"
-        )
-    training = {module: module.training for module in base.modules()}
-    asking = {parameter: parameter.requires_grad for parameter in base.parameters()}
-    tuners = [module for module in base.modules() if isinstance(getattr(module, "disable_adapters", None), bool)]
-    active = [module for module in tuners if not module.disable_adapters]
-    if any(getattr(module, "merged", False) is True for module in tuners):
-        raise AnchorError(
-            "an adapter of the model is merged into its weights, so these are not the base's: unmerge_adapter() first"
-        )
-    try:
-        for module in active:
-            _switch(module, False)
-        base.eval()
-        base.requires_grad_(False)
-        with model_state(device_of(base)):
-            yield base
-    finally:
-        for module in active:
-            _switch(module, True)
-        for module, was in training.items():
-            module.training = was
-        for parameter, was in asking.items():
-            parameter.requires_grad_(was)
-
-
-def _switch(tuner: nn.Module, on: bool) -> None:
-    """PEFT's switch of one layer; it also touches `requires_grad`."""
-    cast("Callable[[bool], None]", tuner.enable_adapters)(on)
 
 
 def check_base(base: nn.Module, sites: Mapping[str, Site]) -> None:
@@ -201,21 +141,29 @@ def attached(
     hidden = {name: site for name, site in sites.items() if not site.hooked}
     names = [name for name in {**updates, **sinks} if name not in hidden]
     watched = {name for name in sinks if name in hidden} if torch.is_grad_enabled() else set[str]()
-    handles = [sites[name].module.register_forward_hook(_hook(name, updates.get(name), who, watch)) for name in names]
-    with removed(handles), substituted(hidden, updates, watched, who) as leaves:
+    hooks = {name: _hook(name, updates.get(name), who, watch) for name in names}
+    register = (partial(sites[name].module.register_forward_hook, hook) for name, hook in hooks.items())
+    with removed(register), substituted(hidden, updates, watched, who) as leaves:
         if watch is not None:
             watch.leaves = leaves
         yield
 
 
 @contextmanager
-def removed(handles: Sequence[RemovableHandle]) -> Generator[None]:
-    """Hooks that are gone on the way out."""
+def removed(register: Iterable[Callable[[], RemovableHandle]]) -> Generator[None]:
+    """Hooks that are gone on the way out, also if not all of them came to be."""
+    undo = Undo()
     try:
-        yield
+        try:
+            with without_interrupts():
+                for one in register:
+                    handle = one()
+                    undo.add(handle.remove)
+            yield
+        finally:
+            undo.run()
     finally:
-        for handle in handles:
-            handle.remove()
+        undo.run()
 
 
 def looked_at(name: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> tuple[Tensor, Tensor]:
@@ -298,5 +246,5 @@ def seeing(sites: Mapping[str, Site], watched: Mapping[str, Seen], size: int, be
             f"the inputs of layer {hidden!r} cannot be seen: {type(sites[hidden].module).__name__} uses its weight "
             "inside of its own forward pass. Take a method that does not look at inputs, or ByModule for the others"
         )
-    with removed([sites[name].module.register_forward_hook(hook(name, see)) for name, see in watched.items()]):
+    with removed(partial(sites[name].module.register_forward_hook, hook(name, see)) for name, see in watched.items()):
         yield

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sapmerge.anchors.calls import Call, Traces, version_of
 from sapmerge.anchors.hooks import removed
+from sapmerge.core.undo import Undo
 
 __all__ = ["Prefix"]
 
@@ -59,7 +60,9 @@ class Prefix:
         """Modules of `base` hand out what is kept of them; they are as they were on the way out."""
         with ExitStack() as stack:
             if not any(isinstance(module, (torch.jit.ScriptModule, nn.DataParallel)) for module in base.modules()):
-                stack.enter_context(removed([t.register_forward_pre_hook(self._reach) for t in self._targets]))
+                stack.enter_context(
+                    removed(functools.partial(t.register_forward_pre_hook, self._reach) for t in self._targets)
+                )
                 for module in _largest(base, set(self._targets)):
                     stack.enter_context(_replaced(module, self._reusing(module, module.forward)))
             yield
@@ -142,15 +145,23 @@ def _largest(module: nn.Module, targets: set[nn.Module]) -> Iterator[nn.Module]:
 @contextmanager
 def _replaced(module: nn.Module, forward: Callable[..., Any]) -> Generator[None]:
     """Another `forward` for a module."""
-    own = vars(module).get("forward")
-    module.forward = forward
+    own, undo = vars(module).get("forward"), Undo()
     try:
-        yield
+        try:
+            undo.add(functools.partial(_restore, module, own))
+            module.forward = forward
+            yield
+        finally:
+            undo.run()
     finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own
+        undo.run()
+
+
+def _restore(module: nn.Module, own: Callable[..., Any] | None) -> None:
+    if own is not None:
+        module.forward = own
+    elif "forward" in vars(module):
+        del module.forward
 
 
 def _looked_into(module: nn.Module) -> bool:

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from sapmerge.anchors.cache import Resume
+from sapmerge.anchors.freezing import BaseWeights, frozen
 from sapmerge.anchors.gradients import Call, TokenGradient, token_gradient
-from sapmerge.anchors.hooks import Seen, Watch, attached, check_base, frozen, seeing
+from sapmerge.anchors.hooks import Seen, Watch, attached, check_base, seeing
 from sapmerge.anchors.loading import Batches, Half, batch_size
 from sapmerge.anchors.prefix import Prefix
 from sapmerge.anchors.towers import embedded, stand_in
@@ -25,7 +26,7 @@ from sapmerge.core.updates import Update
 from sapmerge.errors import AnchorError, NonFiniteError
 from sapmerge.io.modules import Module
 from sapmerge.losses import PAIR_LOSSES, Loss, default_loss, is_outputs_only, loss_name
-from sapmerge.models import device_of, find_sites
+from sapmerge.models import device_of, exclusive, find_sites
 
 __all__ = ["Load", "Runner", "Shard", "ShardDone"]
 
@@ -85,9 +86,11 @@ class Runner:
         self.targets = {name: site.module for name, site in self.sites.items()}
         self.model, self.adapters, self.budget = model, adapters, budget
         self.batches = Batches(loader, device_of(model))
+        self._base = BaseWeights()  # shared by copies
         with frozen(model) as base:
             self.loss: Loss = default_loss(base) if loss is None else loss
             check_base(base, self.sites)
+            self._base.note(base)
         self._used = Event()  # shared by copies
         self.cache_only, self.shard = False, Shard()
         self.unused = set[str]()
@@ -104,6 +107,11 @@ class Runner:
         """
         with frozen(self.model) as base:
             self.resume = Resume(folder, digests, base, self.batches.digest, self.loss)
+
+    def base_is_now(self) -> None:
+        """The base model's weights were changed by the merge itself, or put back."""
+        with exclusive(self.model) as base:
+            self._base.note(base)
 
     def note_loss(self, adapter: int, loss: float) -> None:
         """The anchors' loss at base + adapter, known from an earlier run."""
@@ -275,6 +283,7 @@ class Runner:
     @contextmanager
     def _running(self, loss: Loss) -> Generator[nn.Module]:
         with frozen(self.model) as base:
+            self._base.check(base)
             self._prefix.check(base)
             with self._prefix.reused(base) if is_outputs_only(loss) else nullcontext():
                 yield base

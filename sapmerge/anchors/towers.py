@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,5 +51,5 @@ def _stopping_at(modules: Iterable[nn.Module]) -> Generator[None]:
     def stop(module: nn.Module, inputs: Any) -> None:
         raise _Adapted
 
-    with removed([module.register_forward_pre_hook(stop) for module in modules]):
+    with removed(partial(module.register_forward_pre_hook, stop) for module in modules):
         yield

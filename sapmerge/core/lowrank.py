@@ -11,10 +11,19 @@ import torch
 from torch import Tensor
 
 from sapmerge.core.layer import Layer
-from sapmerge.core.linalg import factor_inner, norm, numerical_rank, split_evenly, top_svd
+from sapmerge.core.linalg import factor_inner, finite, norm, numerical_rank, split_evenly, top_svd
 from sapmerge.core.updates import Dense, LowRank, Update
 
-__all__ = ["concatenate", "gram", "inner", "mean_cosine", "size_of", "truncate", "whole_gram"]
+__all__ = [
+    "concatenate",
+    "gram",
+    "inner",
+    "mean_cosine",
+    "rounded_share",
+    "size_of",
+    "truncate",
+    "whole_gram",
+]
 
 _ROUNDING = 1e-7
 """A norm this small beside the factors is their rounding error: it comes from a difference of squares in float64."""
@@ -141,6 +150,21 @@ def truncate(update: Update, rank: int | float | str | None, default: int) -> tu
         keep = full
     B, A = split_evenly(U, sigma, Vh, keep)
     return LowRank(B.to(update.dtype), A.to(update.dtype)), min(1.0, float(energy[:keep].sum()) / total)
+
+
+def rounded_share(update: LowRank, dtype: torch.dtype) -> float:
+    """The share of an update's energy that is left when its factors are rounded to a dtype, in [0, 1].
+
+    1 - ||D - D'||^2 / ||D||^2. float16 loses what is below 6e-8; what it cannot hold at all is not judged here (1).
+    """
+    size = update.norm()
+    if dtype == update.dtype or size == 0.0:
+        return 1.0
+    B, A = update.B.to(dtype).to(update.dtype), update.A.to(dtype).to(update.dtype)
+    if not (finite(B) and finite(A)):
+        return 1.0
+    difference = LowRank(torch.cat([update.B, -B], 1), torch.cat([update.A, A]))
+    return max(0.0, 1.0 - (difference.norm() / size) ** 2)
 
 
 def size_of(update: Update) -> float:

@@ -12,7 +12,7 @@ from sapmerge.io.config import Settings
 from sapmerge.io.files import Limits, shown
 from sapmerge.io.kinds.adalora import scaling_of
 from sapmerge.io.pairs import Pair
-from sapmerge.io.patterns import Budget, Pattern, Selection, matching, tail_patterns
+from sapmerge.io.patterns import Budget, Selection, Tails
 
 __all__ = ["Checks", "Scaling"]
 
@@ -112,16 +112,17 @@ class _Table:
     """`rank_pattern` or `alpha_pattern`: the first key that matches counts, in the order of the file."""
 
     def __init__(self, table: Mapping[str, float], field: str, where: str, budget: Budget) -> None:
-        self._field, self._where, self._budget = field, where, budget
+        self._field, self._where = field, where
         self._values = list(table.values())
-        self._patterns: list[Pattern] = tail_patterns(table, field, budget)
+        self._tails = Tails(table, field, budget)
+        self._patterns = self._tails.patterns
         self._unused = set(range(len(self._patterns)))
         self._clash: tuple[str, list[str]] | None = None
 
     def get(self, name: str, default: float) -> float:
         if not self._patterns:
             return default
-        hits = matching(self._patterns, name, self._budget)
+        hits = self._tails.matching(name)
         if not hits:
             return default
         self._unused.difference_update(hits)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from regex import Match
     from regex import Pattern as Compiled
 
-__all__ = ["Budget", "Selection", "matching", "tail_patterns"]
+__all__ = ["Budget", "Selection", "Tails"]
 
 _COMPILED = 512
 _PLAIN = re.compile(r"[A-Za-z0-9_.-]*")
@@ -92,9 +92,9 @@ class Pattern:
                 f"{budget.limits.pattern_length} are read"
             )
         self.text, self._frame, self._field, self._budget = text, frame, field, budget
-        self._plain = _PLAIN.fullmatch(text) is not None
+        self.plain = _PLAIN.fullmatch(text) is not None
         self._compiled: Compiled[str] | None = None
-        if not self._plain:
+        if not self.plain:
             # Now, and not when a module asks: a bad pattern is refused whether it comes to be used or not.
             with budget:
                 budget.left()
@@ -102,7 +102,7 @@ class Pattern:
 
     def matches(self, name: str) -> bool:
         """Whether the module is meant. Plain text needs no engine; a `.` in it stands for any character, as in PEFT."""
-        if not self._plain:
+        if not self.plain:
             return self.match(name) is not None
         start = len(name) - len(self.text)
         if start < 0 or (start > 0 and (self._frame == _FULL or name[start - 1] != ".")):
@@ -148,20 +148,44 @@ class Pattern:
         return compiled
 
 
-def tail_patterns(table: Mapping[str, object], field: str, budget: Budget) -> list[Pattern]:
-    """The keys of `rank_pattern` or `alpha_pattern`."""
-    if len(table) > budget.limits.pattern_keys:
-        raise LimitExceededError(
-            f"{budget.where}: {field} has {len(table)} keys; at most {budget.limits.pattern_keys} are read"
-        )
-    return [Pattern(key, _TAIL, field, budget) for key in table]
+class Tails:
+    """The keys of `rank_pattern` or `alpha_pattern`, of which each means the modules whose names end with it.
+
+    Plain names are looked up, thousands of them for thousands of modules; everything else is tried one by one.
+    """
+
+    def __init__(self, table: Mapping[str, object], field: str, budget: Budget) -> None:
+        if len(table) > budget.limits.pattern_keys:
+            raise LimitExceededError(
+                f"{budget.where}: {field} has {len(table)} keys; at most {budget.limits.pattern_keys} are read"
+            )
+        self.patterns = [Pattern(key, _TAIL, field, budget) for key in table]
+        self._budget = budget
+        self._others = list[int]()
+        self._plain: dict[int, dict[frozenset[int], dict[str, int]]] = {}  # length -> dots -> text -> position
+        for position, pattern in enumerate(self.patterns):
+            if pattern.plain and pattern.text:
+                of_length = self._plain.setdefault(len(pattern.text), {})
+                of_length.setdefault(_dots(pattern.text), {})[pattern.text] = position
+            else:
+                self._others.append(position)
+
+    def matching(self, name: str) -> list[int]:
+        """The positions of the patterns that match, in file order: the first one counts."""
+        with self._budget:
+            self._budget.left()
+            hits = {position for position in self._others if self.patterns[position].matches(name)}
+            for ending in _endings(name):
+                for dots, texts in self._plain.get(len(ending), {}).items():
+                    if dots <= _dots(ending):  # no dot stands for another letter
+                        hits.update([texts[ending]] if ending in texts else [])
+                    else:
+                        hits.update(position for position in texts.values() if self.patterns[position].matches(name))
+            return sorted(hits)
 
 
-def matching(patterns: Sequence[Pattern], name: str, budget: Budget) -> list[int]:
-    """The positions of the patterns that match, in file order: the first one counts."""
-    with budget:
-        budget.left()
-        return [position for position, pattern in enumerate(patterns) if pattern.matches(name)]
+def _dots(text: str) -> frozenset[int]:
+    return frozenset(place for place, letter in enumerate(text) if letter == ".")
 
 
 def _endings(name: str) -> Iterator[str]:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
 
 import torch
 
-from sapmerge.errors import IncompatibleAdaptersError, MethodError, SapmergeWarning
+from sapmerge.errors import IncompatibleAdaptersError, MethodError, warn
 from sapmerge.io.adapter import Adapter
 from sapmerge.io.base_folder import BaseFolder
 from sapmerge.io.base_names import one_base
@@ -227,7 +226,7 @@ def check_mergeable(adapters: Sequence[Adapter], base_model: str | None = None) 
     tasks = {adapter.label: adapter.task_type for adapter in adapters if adapter.task_type}
     if len(set(tasks.values())) > 1:
         listed = ", ".join(f"{label}: {task}" for label, task in tasks.items())
-        warnings.warn(f"the adapters were trained for different tasks ({listed})", SapmergeWarning, stacklevel=3)
+        warn(f"the adapters were trained for different tasks ({listed})")
     first: dict[str, Adapter] = {}
     for adapter in adapters:
         for name, module in adapter.modules.items():
@@ -260,11 +259,9 @@ def _common_base(adapters: Sequence[Adapter], base_model: str | None) -> Base:
     one = one_base(list(named.values())) if len(set(named.values())) > 1 else None
     if one is not None:
         listed = ", ".join(f"{label}: {value!r}" for label, value in named.items())
-        warnings.warn(
+        warn(
             f"the adapters name copies of one base ({listed}), which differ by the rounding of their weights; the "
-            f"output names {one!r}",
-            SapmergeWarning,
-            stacklevel=4,
+            f"output names {one!r}"
         )
         named = dict.fromkeys(named, one)
     for what, found in (

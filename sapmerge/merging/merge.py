@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from dataclasses import replace
+from inspect import signature
 from typing import Any
 
 import torch
@@ -18,8 +18,9 @@ from sapmerge import methods
 from sapmerge.core.part import prepare, recipe
 from sapmerge.core.protocols import Method
 from sapmerge.core.torch_state import pinned_state
+from sapmerge.core.undo import Undo
 from sapmerge.core.updates import Update
-from sapmerge.errors import AnchorError, MethodError, SapmergeWarning
+from sapmerge.errors import AnchorError, MethodError, NonFiniteError, warn
 from sapmerge.io.adapter import Adapter
 from sapmerge.losses import Loss
 from sapmerge.merging import sinks
@@ -51,6 +52,7 @@ from sapmerge.naming import base_of, without_wrappers
 __all__ = ["Merged", "merge"]
 
 
+@pinned_state()
 def merge(
     adapters: Adapters,
     anchor_loader: Any = None,
@@ -135,14 +137,10 @@ def merge(
     elif model is not None:
         find_modules(model, stream.modules)
         find_saved(model, heads.shapes())
-    with pinned_state(), stream.holding():
+    with stream.holding():
         prepared = prepare(method, stream)
     if stream.anchors is not None and not stream.anchors.used:
-        warnings.warn(
-            f"the anchors were not used: {recipe(method)} reads no gradients and no losses",
-            SapmergeWarning,
-            stacklevel=2,
-        )
+        warn(f"the anchors were not used: {recipe(method)} reads no gradients and no losses")
     vectors = plan_vectors(prepared, stream.adapters, stream.weights, float(scale), weights_of(folder or model))
     if model is not None:
         check_vectors(vectors, model)
@@ -174,6 +172,7 @@ class Merged:
         self.run = run
         self._applied = False
         self._report: Report | None = None
+        self._notes: dict[str, Any] | None = None
 
     def __repr__(self) -> str:
         run = self.run
@@ -234,31 +233,44 @@ class Merged:
 
         Raises:
             OutputExistsError: `path` exists.
+            OutputError: `path` is or holds one of the inputs, or holds more than an adapter.
             NonFiniteError: a merged update is not finite, or overflows the output's dtype.
         """
-        self._report = self._report_of(sinks.save(self.run, path, overwrite=overwrite, form=Form(names, uniform_rank)))
+        form = Form(names, uniform_rank)
+        sinks.save(self.run, path, overwrite=overwrite, form=form, finish=self._measure, undo=self._undo())
 
     def apply_to(self, model: Any) -> None:
         """Add the merged update to the weights of `model`, in place, without any loss of rank.
 
+        The old weights are kept in a temporary file (TMPDIR) until all is done, so that nothing is half applied.
+
         Raises:
-            ModelMismatchError: the model lacks a module; the model is unchanged.
+            ModelMismatchError: the model lacks a module, or a weight of it is tied or computed from others; the model
+                is unchanged.
             SapmergeError: anything that fails on the way; the model is as it was.
         """
-        anchors = self.run.stream.anchors
-        if anchors is not None:
-            notes_of(anchors)  # measures the base and the adapters on it, before the base changes
-        rows = sinks.apply(self.run, model)
-        self._applied = self._applied or (anchors is not None and base_of(model) is base_of(anchors.model))
-        self._report = self._report_of(rows)
+        anchors, undo = self.run.stream.anchors, self._undo()
+        mine = anchors if anchors is not None and base_of(model) is base_of(anchors.model) else None
+        if mine is not None:
+            self._notes = self._notes or notes_of(mine)  # measured now: the base is about to change
+            undo.add(mine.base_is_now)
+
+        def finish(rows: tuple[LayerReport, ...]) -> None:
+            self._report = self._finish(rows)
+            if mine is not None:
+                self._applied = True
+                mine.base_is_now()
+
+        sinks.apply(self.run, model, finish, undo)
 
     def add_to(self, peft_model: Any, adapter_name: str) -> None:
         """Add the merged adapter to a live PeftModel, under a new name.
 
         Raises:
             OutputExistsError: the name is taken.
+            SapmergeError: anything that fails on the way; the model is as it was.
         """
-        self._report = self._report_of(sinks.add(self.run, peft_model, adapter_name))
+        sinks.add(self.run, peft_model, adapter_name, self._measure, self._undo())
 
     def save_merged(self, base_folder: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
         """Write the merged full model: the base's folder with the update added, shard by shard; lossless in rank.
@@ -275,12 +287,34 @@ class Merged:
 
     @property
     def report(self) -> Report:
-        """What was done; runs the merge once if no sink has run yet."""
-        if self._report is None:
-            self._report = self._report_of(tuple(row for _, _, row in self.run.stored()))
-        return self._report
+        """What was done; runs the merge once if no sink has run yet.
 
-    def _report_of(self, layers: tuple[LayerReport, ...]) -> Report:
+        The anchors' loss at a model that the merge was applied to is measured now.
+        """
+        report = self._report
+        if report is None:
+            report = self._measure(tuple(row for _, _, row in self.run.stored()))
+        elif self.run.stream.anchors is not None and "anchor loss" not in report.notes:
+            self._report = report = self._with_notes(report)
+        return report
+
+    def _undo(self) -> Undo:
+        """What a sink runs if it fails: the report stays that of the last one that did not."""
+        undo, report, applied = Undo(), self._report, self._applied
+
+        def put_back() -> None:
+            self._report, self._applied = report, applied
+
+        undo.add(put_back)
+        return undo
+
+    def _measure(self, layers: tuple[LayerReport, ...]) -> Report:
+        """The report with the anchors' losses, before the effect: they run the user's function."""
+        self._report = report = self._with_notes(self._finish(layers))
+        return report
+
+    def _finish(self, layers: tuple[LayerReport, ...]) -> Report:
+        """The report, before the effect: it may warn, and so raise."""
         run = self.run
         report = Report(
             method=recipe(run.method),
@@ -291,26 +325,28 @@ class Merged:
             layers=layers,
             modules_to_save=run.heads.modules,
             dropped_modules=run.heads.dropped,
-            notes=run.vectors.notes() | self._anchor_notes(layers) | findings_of(run.prepared),
         )
         if report.energy_kept < 0.9:
-            warnings.warn(
+            warn(
                 f"the stored adapter keeps {report.energy_kept:.0%} of the merged update's energy: the result is not "
-                "low-rank. Use apply_to(model), which is lossless, or a larger rank, e.g. rank=0.95",
-                SapmergeWarning,
-                stacklevel=3,
+                f"low-rank, or too small for {run.dtype}. Use apply_to(model), which is lossless, or a larger rank, "
+                "e.g. rank=0.95"
             )
         return report
 
-    def _anchor_notes(self, layers: Sequence[LayerReport]) -> dict[str, Any]:
-        anchors = self.run.stream.anchors
+    def _with_notes(self, report: Report) -> Report:
+        """The loss of the merged adapter is None if the model overflows with it, or is another one by now."""
+        anchors, run = self.run.stream.anchors, self.run
         if anchors is None:
-            return {}
-        notes = notes_of(anchors)
-        if self._applied or len(self.run.kept) == len(layers):
-            with suppress(AnchorError) if anchors.cache_only else nullcontext():  # nobody has measured it
-                notes["anchor loss"]["merged adapter"] = anchors.loss_of({} if self._applied else self.run.kept)
-        return notes
+            return replace(report, notes=run.vectors.notes() | findings_of(run.prepared))
+        notes = dict(self._notes or notes_of(anchors))
+        if self._applied or len(self.run.kept) == len(report.layers):
+            try:
+                merged = anchors.loss_of({} if self._applied else self.run.kept)
+            except (AnchorError, NonFiniteError):
+                merged = None
+            notes["anchor loss"] = {**notes["anchor loss"], "merged adapter": merged}
+        return replace(report, notes=run.vectors.notes() | notes | findings_of(run.prepared))
 
 
 def _check_method(method: Method | None, anchor_loader: Any, model: Any) -> Method:
@@ -339,4 +375,13 @@ def _check_method(method: Method | None, anchor_loader: Any, model: Any) -> Meth
         )
     if not callable(method):
         raise MethodError(f"a method maps a Layer to one update; {method!r} cannot be called")
+    try:
+        signature(method).bind(None)
+    except TypeError:
+        raise MethodError(
+            f"a method maps a Layer to one update, and takes it as its only argument; {method!r} does not: a scorer "
+            "goes into Prune(...), a loss into loss=..."
+        ) from None
+    except ValueError:  # it has no signature that can be read
+        pass
     return method

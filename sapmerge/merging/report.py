@@ -15,7 +15,7 @@ from sapmerge.core.layer import Layer
 from sapmerge.core.lowrank import mean_cosine
 from sapmerge.core.part import parts
 from sapmerge.core.updates import Update
-from sapmerge.errors import NonFiniteError, printable
+from sapmerge.errors import AnchorError, NonFiniteError, printable
 from sapmerge.io.adapter import Adapter
 from sapmerge.losses import loss_name
 
@@ -244,13 +244,13 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 def notes_of(anchors: Anchors) -> dict[str, Any]:
     """How many there are, the loss, and its mean at the base and at base + each adapter as it was read.
 
-    The loss of an adapter that the model overflows with (and that a method may have shortened) is None.
+    A loss is None where the model overflows (a method may have shortened the adapter), or is not the base any more.
     """
     losses = {label: _loss(anchors, k) for k, (label, _) in enumerate(anchors.adapters)}
     notes: dict[str, Any] = {
         "anchors": sum(batch_size(batch) for batch in anchors.batches),
         "loss": loss_name(anchors.loss),
-        "anchor loss": {"base model": anchors.loss_at(None), **losses},
+        "anchor loss": {"base model": _loss(anchors, None), **losses},
     }
     return notes | ({"layers without gradient": sorted(anchors.unused)} if anchors.unused else {})
 
@@ -263,8 +263,8 @@ def findings_of(method: object) -> dict[str, Any]:
     return found
 
 
-def _loss(anchors: Anchors, adapter: int) -> float | None:
+def _loss(anchors: Anchors, adapter: int | None) -> float | None:
     try:
         return anchors.loss_at(adapter)
-    except NonFiniteError:
+    except (AnchorError, NonFiniteError):
         return None

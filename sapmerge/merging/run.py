@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from sapmerge.core.layer import Layer
-from sapmerge.core.lowrank import truncate
+from sapmerge.core.lowrank import rounded_share, truncate
 from sapmerge.core.part import recipe
 from sapmerge.core.protocols import Method
 from sapmerge.core.torch_state import pinned_state
@@ -102,7 +102,10 @@ class Run:
         def finished(name: str) -> tuple[str, Update, LayerReport]:
             with pinned_state():
                 layer, update, notes = self.merged(name)
-                kept, energy = (update, 1.0) if lossless else truncate(update, self.rank, default)
+                kept, energy = update, 1.0
+                if not lossless:
+                    kept, energy = truncate(update, self.rank, default)
+                    energy *= rounded_share(kept, self.dtype)
                 return name, kept, describe(layer, update, kept.rank, energy, notes)
 
         layers = in_order(finished, self.stream.modules, self.stream.layers_at_once())

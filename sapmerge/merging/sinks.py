@@ -1,19 +1,28 @@
-"""Where a merge goes: a PEFT checkpoint, the weights of a model, or a new adapter of a live PeftModel."""
+"""Where a merge goes: a PEFT checkpoint, the weights of a model, or a new adapter of a live PeftModel.
+
+Nothing may raise after the effect: whatever can fail comes before it, the report too (`finish`), and an error or Ctrl-C
+on the way out takes the effect back.
+"""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
-from typing import Any, cast
+from functools import partial
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 
+from sapmerge.core.torch_state import pinned_state
+from sapmerge.core.undo import Undo
 from sapmerge.core.updates import Update
 from sapmerge.errors import MethodError, ModelMismatchError, NonFiniteError, OutputError, OutputExistsError
+from sapmerge.io.folder import check_readable
+from sapmerge.io.held_values import HeldValues
 from sapmerge.io.modules import Module
 from sapmerge.io.writing import CheckpointWriter
 from sapmerge.merging.bundles import Bundle, Bundler
@@ -21,12 +30,13 @@ from sapmerge.merging.form import Form
 from sapmerge.merging.report import LayerReport
 from sapmerge.merging.run import Run
 from sapmerge.merging.spelling import spelling_of, written_names
+from sapmerge.merging.targets import check_parameters, check_separate
 from sapmerge.merging.texts import card_of, config_of, metadata_of
 from sapmerge.merging.vector_output import for_checkpoint, for_live_model
 from sapmerge.merging.vectors import apply_vectors, check_vectors
 from sapmerge.models import (
     ModelWeights,
-    check_untied,
+    exclusive,
     find_modules,
     find_saved,
     find_sites,
@@ -36,26 +46,46 @@ from sapmerge.naming import Names, base_of
 
 __all__ = ["add", "apply", "save", "save_together"]
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 _USUAL = Form()
+Finish: TypeAlias = Callable[[tuple[LayerReport, ...]], object]
+"""What is made of the reports of all layers before the effect; it may raise."""
 
 
-def save(run: Run, path: str | os.PathLike[str], *, overwrite: bool, form: Form = _USUAL) -> tuple[LayerReport, ...]:
-    """Write a checkpoint folder, streaming the layers; the config is built from scratch, scaling is exactly 1."""
+def save(
+    run: Run, path: str | os.PathLike[str], *, overwrite: bool, finish: Finish, undo: Undo, form: Form = _USUAL
+) -> None:
+    """Write a checkpoint folder, streaming the layers; the config is built from scratch, scaling is exactly 1.
+
+    Args:
+        finish: runs before the folder is put in its place.
+        undo: what takes back the caller's part of it.
+    """
     written_names(run.adapters, form.names, run.own_names)  # refuses before any work
+    output = os.path.realpath(path)
     for adapter in run.adapters:
-        if adapter.files and os.path.realpath(adapter.source) == os.path.realpath(path):
+        if adapter.folder == output:
             raise OutputError(f"the output {os.fspath(path)!r} is one of the inputs; write to another folder")
-    with CheckpointWriter(path, overwrite=overwrite) as writer:
-        checkpoint = _Checkpoint(run, writer, form)
-        for module, update, row in run.stored():
-            checkpoint.add(module, update, row)
-        return checkpoint.finish()
+        if adapter.folder is not None and adapter.folder.startswith(os.path.join(output, "")):
+            raise OutputError(
+                f"the output {os.fspath(path)!r} holds the input {adapter.folder!r}; write to another folder"
+            )
+    writer = CheckpointWriter(path, overwrite=overwrite)
+    try:
+        undo.add(writer.withdraw)
+        with pinned_state(), writer:
+            checkpoint = _Checkpoint(run, writer, form)
+            for module, update, row in run.stored():
+                checkpoint.add(module, update, row)
+            checkpoint.finish(finish)
+    except BaseException:
+        undo.run()
+        raise
 
 
 def save_together(runs: Mapping[str, Run]) -> None:
     """Write several checkpoints (path -> run) side by side, layer by layer: what they share is read once."""
-    with ExitStack() as stack:
+    with pinned_state(), ExitStack() as stack:
         making = [
             (_Checkpoint(run, stack.enter_context(CheckpointWriter(path))), run.stored()) for path, run in runs.items()
         ]
@@ -83,26 +113,29 @@ class _Checkpoint:
         self._write(self._bundler.add(module, update))
         self._rows.append(row)
 
-    def finish(self) -> tuple[LayerReport, ...]:
-        """The heads, the config and the card; then the folder is in its place."""
+    def finish(self, finish: Finish | None = None) -> None:
+        """The heads, the config and the card; then the folder is in its place. What is written can be read."""
         self._write(self._bundler.finish())
         run, names = self.run, self._names
         for name, read in run.heads.tensors().items():
-            self._writer.add(_PREFIX + tensor_name(name, names), read())
+            self._writer.add(PREFIX + tensor_name(name, names), read())
         for key, tensor in self._beside.tensors(self._adapted, names).items():
-            self._writer.add(_PREFIX + key, tensor)
+            self._writer.add(PREFIX + key, tensor)
         if self._form.uniform_rank:
             self._widen(max(self._ranks.values()))
         config = config_of(run, self._ranks, self._parameters, names) | self._beside.config(self._adapted, names)
         form = self._form.recorded(spelling_of(run.adapters, self._form.names, run.own_names))
-        self._writer.commit(config=config, metadata=metadata_of(run, form), card=card_of(run, self._rows))
-        return tuple(self._rows)
+        if finish is not None:
+            finish(tuple(self._rows))
+        self._writer.commit(
+            config=config, metadata=metadata_of(run, form), card=card_of(run, self._rows), check=check_readable
+        )
 
     def _write(self, bundle: Bundle) -> None:
         rank = next(iter(bundle.ranks.values()), 1)
         for key, tensor in bundle.tensors.items():
-            self._writer.add(_PREFIX + key, tensor)
-            self._factors[_PREFIX + key] = int(".lora_B" in key or ".lora_embedding_B" in key), rank
+            self._writer.add(PREFIX + key, tensor)
+            self._factors[PREFIX + key] = int(".lora_B" in key or ".lora_embedding_B" in key), rank
         self._ranks |= bundle.ranks
         self._parameters += bundle.parameters
 
@@ -114,43 +147,94 @@ class _Checkpoint:
         self._ranks = dict.fromkeys(self._ranks, wanted)
 
 
-def apply(run: Run, model: Any) -> tuple[LayerReport, ...]:
-    """Add the updates to the weights, in place; on any error the weights are what they were."""
+def apply(run: Run, model: Any, finish: Finish, undo: Undo) -> None:
+    """Add the updates to the weights, in place; on any error the weights are what they were.
+
+    Args:
+        finish: runs when all is written.
+        undo: what takes back the caller's part of it.
+    """
+    held = HeldValues()
+    try:
+        with exclusive(model) as base, pinned_state():
+            try:
+                undo.add(held.put_back)
+                finish(_added(run, model, base, held))
+            except BaseException:
+                undo.run()
+                raise
+    except BaseException:
+        undo.run()  # what was cut short, and what was interrupted on the way out
+        raise
+
+
+def _added(run: Run, model: Any, base: nn.Module, held: HeldValues) -> tuple[LayerReport, ...]:
+    """Every value is read back: some kinds of tensors take a write and keep what they had."""
     sites, rows = find_sites(model, run.stream.modules), list[LayerReport]()
     saved = find_saved(model, run.heads.shapes())
-    check_untied(model, {name: site.parameter for name, site in sites.items()} | saved)
-    targets = check_vectors(run.vectors, model)
-    with _restored_on_error() as keep, torch.no_grad():
-        for module, update, row in run.stored(lossless=True):
-            site = sites[module.name]
-            weight = site.weight
-            keep(weight)
-            wide = torch.promote_types(weight.dtype, torch.float32)
-            change = site.view(update.dense()).to(device=weight.device, dtype=wide)
-            weight.copy_(weight.to(wide) + change)
-            if not bool(torch.isfinite(weight).all()):
-                raise NonFiniteError(f"the weight of {module.name!r} plus its update is not finite in {weight.dtype}")
-            rows.append(row)
-        for name, read in run.heads.tensors().items():
-            keep(saved[name])
-            saved[name].copy_(read().to(saved[name]))
-        for target in targets.values():
-            keep(target)
-        apply_vectors(run.vectors, targets)
+    vectors = check_vectors(run.vectors, model)
+    check_parameters(sites)
+    check_separate(base, {name: site.parameter for name, site in sites.items()} | saved | vectors)
+    for module, update, row in run.stored(lossless=True):
+        site = sites[module.name]
+        weight = site.weight.detach()
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        change = site.view(update.dense()).to(device=weight.device, dtype=wide)
+        _write(site.weight, (weight.to(wide) + change).to(weight.dtype), module.name, held)
+        rows.append(row)
+    for name, read in run.heads.tensors().items():
+        _write(saved[name], read().to(saved[name]), name, held)
+    for target in vectors.values():
+        held.keep(target)
+    with torch.no_grad():
+        apply_vectors(run.vectors, vectors)
     return tuple(rows)
 
 
-def add(run: Run, peft_model: Any, adapter_name: str) -> tuple[LayerReport, ...]:
-    """Register a new adapter in a live PeftModel and fill it; on any error it is removed again."""
-    from peft import LoraConfig
-    from peft.utils import set_peft_model_state_dict  # pyright: ignore[reportUnknownVariableType]
+def _write(weight: Tensor, value: Tensor, name: str, held: HeldValues) -> None:
+    if not bool(torch.isfinite(value).all()):
+        raise NonFiniteError(f"the weight of {name!r} plus its update is not finite in {weight.dtype}")
+    held.keep(weight)
+    with torch.no_grad():
+        weight.copy_(value)
+    if not torch.equal(weight.detach(), value):
+        raise ModelMismatchError(
+            f"the weight of {name!r}, a {type(weight.data).__name__}, does not hold what was written to it; use "
+            "save_pretrained or add_to"
+        )
 
+
+def add(run: Run, peft_model: Any, adapter_name: str, finish: Finish, undo: Undo) -> None:
+    """Register a new adapter in a live PeftModel and fill it; on any error the model is what it was.
+
+    Args:
+        finish: runs before the adapter is registered.
+        undo: what takes back the caller's part of it.
+    """
     if not hasattr(peft_model, "peft_config"):
         raise ModelMismatchError(f"add_to takes a PeftModel; got {type(peft_model).__name__}. Use apply_to(model)")
+    if not isinstance(adapter_name, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise MethodError(f"an adapter's name is text; got a {type(adapter_name).__name__}")
     if adapter_name in peft_model.peft_config:
         raise OutputExistsError(f"the model already has an adapter {adapter_name!r}; choose another name")
     if not re.fullmatch(r"[A-Za-z0-9_-]+", adapter_name) or hasattr(nn.ModuleDict, adapter_name):
         raise MethodError(f"{adapter_name!r} cannot be an adapter's name; use letters, digits, '_' and '-'")
+    try:
+        with exclusive(peft_model), pinned_state():
+            try:
+                _registered(run, peft_model, adapter_name, finish, undo)
+            except BaseException:
+                undo.run()
+                raise
+    except BaseException:
+        undo.run()  # what was cut short, and what was interrupted on the way out
+        raise
+
+
+def _registered(run: Run, peft_model: Any, adapter_name: str, finish: Finish, undo: Undo) -> None:
+    from peft import LoraConfig
+    from peft.utils import set_peft_model_state_dict  # pyright: ignore[reportUnknownVariableType]
+
     find_modules(peft_model, run.stream.modules)
     find_saved(peft_model, run.heads.shapes())
     adapted = run.stream.modules
@@ -164,28 +248,45 @@ def add(run: Run, peft_model: Any, adapter_name: str) -> tuple[LayerReport, ...]
         bundles.append(bundler.add(module, update))
         rows.append(row)
     for bundle in (*bundles, bundler.finish()):
-        state |= {_PREFIX + key: tensor for key, tensor in bundle.tensors.items()}
+        state |= {PREFIX + key: tensor for key, tensor in bundle.tensors.items()}
         ranks |= bundle.ranks
         parameters += bundle.parameters
     for name, read in run.heads.tensors().items():
-        state[_PREFIX + tensor_name(name, names)] = read()
-    state |= {_PREFIX + key: tensor for key, tensor in beside.tensors(adapted, names).items()}
+        state[PREFIX + tensor_name(name, names)] = read()
+    state |= {PREFIX + key: tensor for key, tensor in beside.tensors(adapted, names).items()}
     config = config_of(run, ranks, parameters, names) | beside.config(adapted, names)
     config.pop("peft_type")
     if parameters:
         config["target_parameters"] = _live_parameters(peft_model, parameters)
-    try:
-        peft_model.add_adapter(adapter_name, LoraConfig(**config))
-        for name, tensor in _own_heads(peft_model, adapter_name).items():
-            state.setdefault(name, tensor)
-        outcome = cast("Any", set_peft_model_state_dict(peft_model, state, adapter_name=adapter_name))
-        if outcome.unexpected_keys:
-            raise ModelMismatchError(f"the model has no place for {outcome.unexpected_keys[:3]}")
-    except BaseException:
-        if adapter_name in peft_model.peft_config:
-            peft_model.delete_adapter(adapter_name)
-        raise
-    return tuple(rows)
+    finish(tuple(rows))
+    asking = {parameter: parameter.requires_grad for parameter in peft_model.parameters()}
+    undo.add(partial(_ask, asking))
+    undo.add(partial(_activate, peft_model, peft_model.active_adapter, list(peft_model.active_adapters)))
+    undo.add(partial(_delete, peft_model, adapter_name))
+    peft_model.add_adapter(adapter_name, LoraConfig(**config))
+    for name, tensor in _own_heads(peft_model, adapter_name).items():
+        state.setdefault(name, tensor)
+    outcome = cast("Any", set_peft_model_state_dict(peft_model, state, adapter_name=adapter_name))
+    if outcome.unexpected_keys:
+        raise ModelMismatchError(f"the model has no place for {outcome.unexpected_keys[:3]}")
+    _ask(asking)
+
+
+def _ask(asking: Mapping[nn.Parameter, bool]) -> None:
+    for parameter, was in asking.items():
+        parameter.requires_grad = was
+
+
+def _activate(peft_model: Any, adapter: Any, tuners: list[str]) -> None:
+    """Back to the adapters that were active, in the model and in its layers."""
+    if peft_model.active_adapter != adapter or list(peft_model.active_adapters) != tuners:
+        peft_model.base_model.set_adapter(tuners)
+        peft_model.active_adapter = adapter
+
+
+def _delete(peft_model: Any, adapter_name: str) -> None:
+    if adapter_name in peft_model.peft_config:
+        peft_model.delete_adapter(adapter_name)
 
 
 def _names_in(peft_model: Any, run: Run) -> Mapping[str, str]:
@@ -228,20 +329,3 @@ def _own_heads(peft_model: Any, adapter_name: str) -> dict[str, Tensor]:
         if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save
         for key, tensor in module.modules_to_save[adapter_name].state_dict().items()
     }
-
-
-@contextmanager
-def _restored_on_error() -> Generator[Callable[[Tensor], None]]:
-    """Gives a function that remembers a tensor's value; all are put back if the block fails."""
-    before: list[tuple[Tensor, Tensor]] = []
-
-    def keep(tensor: Tensor) -> None:
-        before.append((tensor, tensor.detach().clone()))
-
-    try:
-        yield keep
-    except BaseException:
-        with torch.no_grad():
-            for tensor, value in reversed(before):
-                tensor.copy_(value)
-        raise

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from sapmerge.io.kinds.experts import WRITTEN_BY
@@ -16,6 +16,7 @@ from sapmerge.models import tensor_name
 
 __all__ = ["card_of", "config_of", "metadata_of"]
 
+_PLAIN = re.compile(r"[A-Za-z0-9_.-]+")
 _ESCAPED = re.compile(r'["\\]')
 
 
@@ -30,7 +31,8 @@ def config_of(
         names: canonical name -> the name that the model uses.
     """
     rank = max(Counter(ranks.values()).items(), key=lambda item: (item[1], item[0]))[0]
-    odd = {"^" + re.escape(name): value for name, value in ranks.items() if value != rank}
+    plain = _told_apart(ranks)
+    odd = {name if name in plain else "^" + re.escape(name): value for name, value in ranks.items() if value != rank}
     experts = {"target_parameters": sorted(parameters), "peft_version": WRITTEN_BY} if parameters else {}
     return {
         "peft_type": "LORA",
@@ -58,6 +60,31 @@ def _auto_mapping(run: Run) -> object:
     """The class of the base, which AutoPeftModel needs where there is no task; copied where all inputs agree."""
     found = [adapter.config.get("auto_mapping") for adapter in run.adapters]
     return found[0] if all(one == found[0] for one in found) else None
+
+
+def _told_apart(names: Collection[str]) -> set[str]:
+    r"""Those that mean one module in `rank_pattern` as they are, and need no regular expression; readers limit those.
+
+    PEFT looks for `(.*\.)?name$`: it is the end of a module's name, and a dot in it stands for any letter.
+    """
+    count, alike = Counter[str](), defaultdict[int, dict[frozenset[int], set[str]]](dict)
+    for name in names:
+        for start in (0, *(match.end() for match in re.finditer(r"\.", name))):
+            tail = name[start:]
+            count[tail] += 1
+            alike[len(tail)].setdefault(_dots(tail), set()).add(tail)
+
+    def alone(name: str) -> bool:
+        mine = _dots(name)
+        # Where another one has all the dots of this one, only an equal one is meant.
+        others = (tail for dots, tails in alike[len(name)].items() if not dots >= mine for tail in tails)
+        return count[name] == 1 and not any(all(a in (".", b) for a, b in zip(name, tail)) for tail in others)
+
+    return {name for name in names if _PLAIN.fullmatch(name) and alone(name)}
+
+
+def _dots(name: str) -> frozenset[int]:
+    return frozenset(place for place, letter in enumerate(name) if letter == ".")
 
 
 def _saved_modules(run: Run, names: Mapping[str, str]) -> list[str]:

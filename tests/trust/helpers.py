@@ -91,6 +91,15 @@ def same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 def interrupted(action: Callable[[], object], files: tuple[str, ...], at: int) -> bool:
     """Ctrl-C when the `at`-th line of these files is reached; whether it was reached."""
+    return _traced(action, files, at) >= at
+
+
+def lines(action: Callable[[], object], files: tuple[str, ...]) -> int:
+    """How many lines of these files an action runs."""
+    return _traced(action, files, 0)
+
+
+def _traced(action: Callable[[], object], files: tuple[str, ...], at: int) -> int:
     count = 0
 
     def local(frame: FrameType, event: str, arg: object) -> Any:
@@ -111,4 +120,4 @@ def interrupted(action: Callable[[], object], files: tuple[str, ...], at: int) -
         pass
     finally:
         sys.settrace(None)
-    return count >= at
+    return count

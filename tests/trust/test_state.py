@@ -1,0 +1,237 @@
+"""What a caller has set in torch decides on no bit, in one thread or in several, and is what it was afterwards."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import sapmerge as sm
+from sapmerge.core.torch_state import model_state, pinned_state
+from tests.trust.helpers import Small, batches, loss, same, state, tensors_of, write_adapter
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> list[Path]:
+    return [write_adapter(tmp_path / name, seed) for seed, name in enumerate("abc")]
+
+
+@contextmanager
+def setting(put: Callable[[Any], object], value: Any, was: Any) -> Generator[None]:
+    put(value)
+    try:
+        yield
+    finally:
+        put(was)
+
+
+BATCHES = batches()
+
+
+def seen() -> tuple[object, ...]:
+    return (
+        *(torch.get_default_dtype(), torch.get_default_device(), torch.get_float32_matmul_precision()),
+        *(torch.is_autocast_enabled("cpu"), torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
+        *(torch.get_num_threads(), torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark),
+    )
+
+
+STATES: dict[str, Callable[[], Any]] = {
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "float64": lambda: setting(torch.set_default_dtype, torch.float64, torch.float32),
+    "bfloat16": lambda: setting(torch.set_default_dtype, torch.bfloat16, torch.float32),
+    "meta": lambda: setting(torch.set_default_device, "meta", None),
+    "with meta": lambda: torch.device("meta"),
+    "medium": lambda: setting(torch.set_float32_matmul_precision, "medium", "highest"),
+    "no_grad": torch.no_grad,
+    "inference": torch.inference_mode,
+    "deterministic": lambda: setting(torch.use_deterministic_algorithms, True, False),
+    "two threads": lambda: setting(torch.set_num_threads, 2, 1),
+}
+
+
+def written(paths: list[Path], out: Path, model: Small | None) -> bytes:
+    if model is None:
+        sm.merge(paths, method=sm.knots(0.5), rank="exact").save_pretrained(out)
+    else:
+        sm.merge(paths, BATCHES, model, loss=loss, method=sm.sap_original()).save_pretrained(out)
+    return tensors_of(out)
+
+
+@pytest.mark.parametrize("anchors", [False, True], ids=["plain", "anchors"])
+@pytest.mark.parametrize("name", STATES)
+def test_the_bytes_are_the_same_and_the_state_is_what_it_was(
+    paths: list[Path], tmp_path: Path, name: str, anchors: bool
+) -> None:
+    model = Small() if anchors else None
+    wanted = written(paths, tmp_path / "wanted", model)
+    with STATES[name]():
+        before = seen()
+        assert written(paths, tmp_path / "out", model) == wanted
+        assert seen() == before
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_applying_and_looking(paths: list[Path], name: str) -> None:
+    def run() -> tuple[dict[str, torch.Tensor], str]:
+        merged = sm.merge(paths, method=sm.ties(0.5), rank="exact")
+        merged.apply_to(model)
+        dense = {name: update.dense() for name, update in merged.updates()}
+        return {**dense, **model.state_dict()}, str(sm.inspect(paths)) + str(merged.report)
+
+    model = Small()
+    wanted, said = run()
+    wanted = {key: tensor.clone() for key, tensor in wanted.items()}
+    model = Small()
+    with STATES[name]():
+        got, told = run()
+    assert told == said
+    assert all(torch.equal(got[key], tensor) for key, tensor in wanted.items())
+
+
+def test_the_state_inside() -> None:
+    with torch.autocast("cpu", torch.bfloat16), torch.inference_mode(), torch.device("meta"):
+        with pinned_state(), pinned_state():
+            assert seen()[:7] == (torch.float32, torch.device("cpu"), "highest", False, False, False, 1)
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+        assert torch.is_autocast_enabled("cpu")
+    torch.set_num_threads(3)
+    with pinned_state():
+        assert torch.get_num_threads() == 1
+        with model_state(torch.device("cpu")):
+            assert torch.get_num_threads() == 3
+            with pinned_state():
+                assert torch.get_num_threads() == 1
+            assert torch.get_num_threads() == 3
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == 3
+
+
+# -------------------------------------------------------------------------------------------------------------- threads
+
+
+def together(*actions: Callable[[], object]) -> list[BaseException]:
+    failed: list[BaseException] = []
+
+    def run(action: Callable[[], object]) -> None:
+        try:
+            action()
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=run, args=(action,)) for action in actions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return failed
+
+
+def fresh_threads() -> int:
+    found: list[int] = []
+    assert not together(lambda: found.append(torch.get_num_threads()))
+    return found[0]
+
+
+def test_merges_in_threads_leave_torch_with_its_threads(paths: list[Path], tmp_path: Path) -> None:
+    torch.set_num_threads(2)
+    opened = [sm.Adapter.load(path) for path in paths]
+    for number in range(6):
+
+        def save(k: int, number: int = number) -> Callable[[], None]:
+            return lambda: sm.merge(opened, method=sm.mean()).save_pretrained(tmp_path / f"{number}-{k}")
+
+        assert not together(*map(save, range(3)))
+        assert (fresh_threads(), torch.get_num_threads()) == (2, 2)
+
+
+def test_a_thread_that_meets_torch_during_a_merge_has_all_threads() -> None:
+    torch.set_num_threads(3)
+    with pinned_state():
+        assert torch.get_num_threads() == 1
+        assert fresh_threads() == 3
+        with model_state(torch.device("cpu")), pinned_state():
+            assert fresh_threads() == 3
+
+
+def test_what_threads_share_is_put_back_by_the_last_one() -> None:
+    inside, leave = threading.Event(), threading.Event()
+
+    def stay() -> None:
+        with pinned_state():
+            inside.set()
+            leave.wait(10)
+
+    torch.set_default_dtype(torch.float64)
+    try:
+        thread = threading.Thread(target=stay)
+        thread.start()
+        inside.wait(10)
+        with pinned_state():
+            assert torch.get_default_dtype() == torch.float32
+        assert torch.get_default_dtype() == torch.float32  # the other one still needs it
+        leave.set()
+        thread.join()
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_one_model_in_several_threads(paths: list[Path], tmp_path: Path) -> None:
+    sets = [paths[:2], paths[1:], paths]
+    wanted = [written(some, tmp_path / f"wanted{k}", Small()) for k, some in enumerate(sets)]
+    for number in range(4):
+        model = Small().train()
+        before = state(model)
+
+        def run(k: int, number: int = number, model: Small = model) -> Callable[[], None]:
+            def action() -> None:
+                assert written(sets[k], tmp_path / f"out{number}-{k}", model) == wanted[k]
+
+            return action
+
+        assert not together(*map(run, range(len(sets))))
+        assert same(before, state(model))
+
+
+def test_a_base_that_changes_under_a_merge_is_refused(paths: list[Path]) -> None:
+    model = Small()
+    calls = 0
+
+    def changing(m: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return loss(m, batch)
+
+    merged = sm.merge(paths, batches(), model, loss=changing, method=sm.sap_original())
+    anchors = merged.run.stream.anchors
+    assert anchors is not None
+    with torch.no_grad():
+        model.layers[0]["q_proj"].weight.mul_(2)
+    before = calls
+    with pytest.raises(sm.AnchorError, match="changed since the merge began"):
+        anchors.backward(0, {})
+    assert calls == before
+    assert merged.report.notes["anchor loss"]["merged adapter"] is None
+
+
+def test_one_model_may_be_written_to_by_several_merges(paths: list[Path]) -> None:
+    model, lone = Small(), Small()
+    merges = [sm.merge([path], method=sm.mean()) for path in paths]
+    assert not together(*(lambda merged=merged: merged.apply_to(model) for merged in merges))
+    for merged in merges:
+        merged.apply_to(lone)
+    for name, tensor in model.state_dict().items():
+        assert torch.allclose(tensor, lone.state_dict()[name], atol=1e-5)
+
+
+def test_nothing_is_entered_where_nothing_is_to_be_set() -> None:
+    with nullcontext(), pinned_state():
+        before = seen()
+        with pinned_state():
+            assert seen() == before
