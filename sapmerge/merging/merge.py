@@ -287,10 +287,7 @@ class Merged:
 
     @property
     def report(self) -> Report:
-        """What was done; runs the merge once if no sink has run yet.
-
-        The anchors' loss at a model that the merge was applied to is measured now.
-        """
+        """What was done; runs the merge once if no sink has run yet. The loss at a merged model is measured now."""
         report = self._report
         if report is None:
             report = self._measure(tuple(row for _, _, row in self.run.stored()))
