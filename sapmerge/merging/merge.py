@@ -9,12 +9,10 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from inspect import signature
 from typing import Any
 
 import torch
 
-from sapmerge import methods
 from sapmerge.core.part import prepare, recipe
 from sapmerge.core.protocols import Method
 from sapmerge.core.torch_state import pinned_state
@@ -24,6 +22,7 @@ from sapmerge.errors import AnchorError, MethodError, NonFiniteError, warn
 from sapmerge.io.adapter import Adapter
 from sapmerge.losses import Loss
 from sapmerge.merging import sinks
+from sapmerge.merging.calling import check_method
 from sapmerge.merging.copies import check_copies
 from sapmerge.merging.form import Form
 from sapmerge.merging.heads import HeadPolicy, plan_heads
@@ -111,7 +110,7 @@ def merge(
         if anchor_loader is not None:
             raise MethodError("anchors run through a loaded model; a folder as model= serves names and weights only")
         model = None
-    method = _check_method(method, anchor_loader, model)
+    method = check_method(method, anchor_loader, model)
     check_numbers(scale, rank)
     if cache_only and (cache is None or anchor_loader is None):
         raise MethodError("cache_only=True needs cache=..., and the anchors and the model that the cache is for")
@@ -344,41 +343,3 @@ class Merged:
                 merged = None
             notes["anchor loss"] = {**notes["anchor loss"], "merged adapter": merged}
         return replace(report, notes=run.vectors.notes() | notes | findings_of(run.prepared))
-
-
-def _check_method(method: Method | None, anchor_loader: Any, model: Any) -> Method:
-    if callable(anchor_loader) and not hasattr(anchor_loader, "__iter__"):
-        raise MethodError(
-            f"the second argument of merge is a loader of anchors; got a {type(anchor_loader).__name__}. A method is "
-            "method=..., a model is the third argument"
-        )
-    if model is not None and not hasattr(model, "named_modules"):
-        raise MethodError(f"model must be a torch module; got a {type(model).__name__}: merge(adapters, loader, model)")
-    if anchor_loader is not None and model is None:
-        raise MethodError("anchors need a model: merge(adapters, anchor_loader, model)")
-    if method is None and anchor_loader is not None:
-        return methods.sap()
-    if method is None:
-        raise MethodError(
-            "without anchors a method must be given: merge(adapters, method=sm.mean()), or sm.ties(density=0.2), "
-            "sm.knots(), sm.task_arithmetic(), ..."
-        )
-    if isinstance(method, str):
-        raise MethodError(f"method={method!r} is text; pass a method, e.g. sm.ties(), or sm.parse({method!r})")
-    name = getattr(method, "__name__", "")
-    if isinstance(method, type) or (name in methods.__all__ and getattr(methods, name) is method):
-        raise MethodError(
-            f"the method {name} is not called yet: write method={name}(...) with its arguments, or {name}()"
-        )
-    if not callable(method):
-        raise MethodError(f"a method maps a Layer to one update; {method!r} cannot be called")
-    try:
-        signature(method).bind(None)
-    except TypeError:
-        raise MethodError(
-            f"a method maps a Layer to one update, and takes it as its only argument; {method!r} does not: a scorer "
-            "goes into Prune(...), a loss into loss=..."
-        ) from None
-    except ValueError:  # it has no signature that can be read
-        pass
-    return method

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -27,6 +27,7 @@ from sapmerge.io.modules import Module
 from sapmerge.io.writing import CheckpointWriter
 from sapmerge.merging.bundles import Bundle, Bundler
 from sapmerge.merging.form import Form
+from sapmerge.merging.live import activate, ask, delete, live_parameters, names_in, own_heads
 from sapmerge.merging.report import LayerReport
 from sapmerge.merging.run import Run
 from sapmerge.merging.spelling import spelling_of, written_names
@@ -42,7 +43,6 @@ from sapmerge.models import (
     find_sites,
     tensor_name,
 )
-from sapmerge.naming import Names, base_of
 
 __all__ = ["add", "apply", "save", "save_together"]
 
@@ -238,7 +238,7 @@ def _registered(run: Run, peft_model: Any, adapter_name: str, finish: Finish, un
     find_modules(peft_model, run.stream.modules)
     find_saved(peft_model, run.heads.shapes())
     adapted = run.stream.modules
-    names = _names_in(peft_model, run)
+    names = names_in(peft_model, run)
     check_vectors(run.vectors, peft_model)
     vectors = replace(run.vectors, base=ModelWeights(peft_model, {}))
     beside = for_live_model(vectors, adapted, run.dtype)
@@ -257,75 +257,16 @@ def _registered(run: Run, peft_model: Any, adapter_name: str, finish: Finish, un
     config = config_of(run, ranks, parameters, names) | beside.config(adapted, names)
     config.pop("peft_type")
     if parameters:
-        config["target_parameters"] = _live_parameters(peft_model, parameters)
+        config["target_parameters"] = live_parameters(peft_model, parameters)
     finish(tuple(rows))
     asking = {parameter: parameter.requires_grad for parameter in peft_model.parameters()}
-    undo.add(partial(_ask, asking))
-    undo.add(partial(_activate, peft_model, peft_model.active_adapter, list(peft_model.active_adapters)))
-    undo.add(partial(_delete, peft_model, adapter_name))
+    undo.add(partial(ask, asking))
+    undo.add(partial(activate, peft_model, peft_model.active_adapter, list(peft_model.active_adapters)))
+    undo.add(partial(delete, peft_model, adapter_name))
     peft_model.add_adapter(adapter_name, LoraConfig(**config))
-    for name, tensor in _own_heads(peft_model, adapter_name).items():
+    for name, tensor in own_heads(peft_model, adapter_name).items():
         state.setdefault(name, tensor)
     outcome = cast("Any", set_peft_model_state_dict(peft_model, state, adapter_name=adapter_name))
     if outcome.unexpected_keys:
         raise ModelMismatchError(f"the model has no place for {outcome.unexpected_keys[:3]}")
-    _ask(asking)
-
-
-def _ask(asking: Mapping[nn.Parameter, bool]) -> None:
-    for parameter, was in asking.items():
-        parameter.requires_grad = was
-
-
-def _activate(peft_model: Any, adapter: Any, tuners: list[str]) -> None:
-    """Back to the adapters that were active, in the model and in its layers."""
-    if peft_model.active_adapter != adapter or list(peft_model.active_adapters) != tuners:
-        peft_model.base_model.set_adapter(tuners)
-        peft_model.active_adapter = adapter
-
-
-def _delete(peft_model: Any, adapter_name: str) -> None:
-    if adapter_name in peft_model.peft_config:
-        peft_model.delete_adapter(adapter_name)
-
-
-def _names_in(peft_model: Any, run: Run) -> Mapping[str, str]:
-    """Key -> where a live model has the module, of everything that the merge changes."""
-    own = Names(peft_model)
-    tensors = (*run.heads.chosen, *(change.name for change in run.vectors.changes))
-    keys = own.locate({name.rpartition(".")[0]: None for name in tensors})
-    return own.located(run.stream.modules.values()) | {module: own.paths[key] for module, key in keys.items()}
-
-
-def _live_parameters(peft_model: Any, parameters: Sequence[str]) -> list[str]:
-    """How `target_parameters` of a live model's other adapters say the same: PEFT wants one wording for all of them.
-
-    Raises:
-        ModelMismatchError: they mean other parameters.
-    """
-    known = [config.target_parameters for config in peft_model.peft_config.values()]
-    wording = next((list(targets) for targets in known if targets), list(parameters))
-    names = [_LORA_INFIX.sub("", name) for name, _ in base_of(peft_model).named_parameters()]
-    meant = {name for name in names if any(f".{name}".endswith(f".{target}") for target in wording)}
-    if meant != set(parameters):
-        raise ModelMismatchError(
-            f"PEFT wants all adapters of a model to adapt the same parameters; those that are there adapt "
-            f"{sorted(meant ^ set(parameters))[0]!r} and the merged one does not, or the other way round. Use "
-            "save_pretrained or apply_to"
-        )
-    return wording
-
-
-_LORA_INFIX = re.compile(r"\.base_layer(?=\.)")
-
-
-def _own_heads(peft_model: Any, adapter_name: str) -> dict[str, Tensor]:
-    """The heads that PEFT gives to every adapter of a model: copies of the base's, also where the merge has none."""
-    from peft.utils import ModulesToSaveWrapper
-
-    return {
-        f"{name}.{key}": tensor
-        for name, module in peft_model.named_modules()
-        if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save
-        for key, tensor in module.modules_to_save[adapter_name].state_dict().items()
-    }
+    ask(asking)
