@@ -39,7 +39,8 @@ from sapmerge.merging.inputs import (
     weights_of,
     with_base,
 )
-from sapmerge.merging.report import LayerReport, Report, describe_adapters, findings_of, notes_of
+from sapmerge.merging.report import LayerReport, Report, findings_of, notes_of
+from sapmerge.merging.reporting import report_of
 from sapmerge.merging.run import Run
 from sapmerge.merging.spelling import Own, one_spelling, say_what_is_not_shared
 from sapmerge.merging.stream import AdapterLayers
@@ -255,7 +256,7 @@ class Merged:
             undo.add(mine.base_is_now)
 
         def finish(rows: tuple[LayerReport, ...]) -> None:
-            self._report = self._finish(rows)
+            self._report = report_of(self.run, rows)
             if mine is not None:
                 self._applied = True
                 mine.base_is_now()
@@ -306,28 +307,7 @@ class Merged:
 
     def _measure(self, layers: tuple[LayerReport, ...]) -> Report:
         """The report with the anchors' losses, before the effect: they run the user's function."""
-        self._report = report = self._with_notes(self._finish(layers))
-        return report
-
-    def _finish(self, layers: tuple[LayerReport, ...]) -> Report:
-        """The report, before the effect: it may warn, and so raise."""
-        run = self.run
-        report = Report(
-            method=recipe(run.method),
-            base_model=run.base.name,
-            scale=run.scale,
-            rank=run.rank,
-            adapters=describe_adapters(run.adapters, run.weights, layers),
-            layers=layers,
-            modules_to_save=run.heads.modules,
-            dropped_modules=run.heads.dropped,
-        )
-        if report.energy_kept < 0.9:
-            warn(
-                f"the stored adapter keeps {report.energy_kept:.0%} of the merged update's energy: the result is not "
-                f"low-rank, or too small for {run.dtype}. Use apply_to(model), which is lossless, or a larger rank, "
-                "e.g. rank=0.95"
-            )
+        self._report = report = self._with_notes(report_of(self.run, layers))
         return report
 
     def _with_notes(self, report: Report) -> Report:

@@ -1,0 +1,31 @@
+"""The report of a run, made before its effect."""
+
+from __future__ import annotations
+
+from sapmerge.core.part import recipe
+from sapmerge.errors import warn
+from sapmerge.merging.report import LayerReport, Report, describe_adapters
+from sapmerge.merging.run import Run
+
+__all__ = ["report_of"]
+
+
+def report_of(run: Run, layers: tuple[LayerReport, ...]) -> Report:
+    """The report, before the effect: it may warn, and so raise."""
+    report = Report(
+        method=recipe(run.method),
+        base_model=run.base.name,
+        scale=run.scale,
+        rank=run.rank,
+        adapters=describe_adapters(run.adapters, run.weights, layers),
+        layers=layers,
+        modules_to_save=run.heads.modules,
+        dropped_modules=run.heads.dropped,
+    )
+    if report.energy_kept < 0.9:
+        warn(
+            f"the stored adapter keeps {report.energy_kept:.0%} of the merged update's energy: the result is not "
+            f"low-rank, or too small for {run.dtype}. Use apply_to(model), which is lossless, or a larger rank, "
+            "e.g. rank=0.95"
+        )
+    return report
