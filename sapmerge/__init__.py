@@ -70,6 +70,7 @@ from sapmerge.parts.mergers.linear import DisjointMax, DisjointMean, FactorMean,
 from sapmerge.parts.mergers.regmean import RegMean
 from sapmerge.parts.mergers.robust import GeometricMedian, Krum, ModelStock, Slerp
 from sapmerge.parts.mergers.spectral import CART, Decorrelate, Isotropic, IsotropicCommonSpecific
+from sapmerge.parts.outliers import CapShare, ClipNorms, ExcludeOutliers
 from sapmerge.parts.prune import Prune
 from sapmerge.parts.rescalers import Divide, Keep, MatchNorm
 from sapmerge.parts.scaling import MatchEnergy, ScaleByAnchors, ScaleByDepth
@@ -77,7 +78,7 @@ from sapmerge.parts.scorers import SNIP, Activation, Fisher, Magnitude, PerSampl
 from sapmerge.parts.transforms import Consensus, ElectSign, RoundOff, Select, SmoothSpectrum, WeighByEnergy
 from sapmerge.parts.tuning import Tune
 from sapmerge.parts.units import Directions, Entries, Factors, Layers
-from sapmerge.parts.weighting import CapShare, ClipNorms, ExcludeOutliers, WeighByAgreement, WeighByAnchors
+from sapmerge.parts.weighting import WeighByAgreement, WeighByAnchors
 from sapmerge.parts.wrappers import ByModule, Chain, In
 from sapmerge.version import __version__
 

@@ -13,13 +13,13 @@ from sapmerge.parts.masks import TopFraction
 from sapmerge.parts.mergers.fisher import FisherMean
 from sapmerge.parts.mergers.linear import Mean
 from sapmerge.parts.mergers.regmean import RegMean
+from sapmerge.parts.outliers import ClipNorms, ExcludeOutliers
 from sapmerge.parts.prune import Prune
 from sapmerge.parts.rescalers import MatchNorm
 from sapmerge.parts.scaling import MatchEnergy
 from sapmerge.parts.scorers import Taylor
 from sapmerge.parts.tuning import Tune
 from sapmerge.parts.units import Factors, Layers
-from sapmerge.parts.weighting import ClipNorms, ExcludeOutliers
 from sapmerge.parts.wrappers import Chain
 
 __all__ = ["fisher", "regmean", "sap", "sap_original", "tune"]
