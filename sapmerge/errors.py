@@ -101,6 +101,8 @@ class RoundError(SapmergeError):
 
 def printable(text: str) -> str:
     """The text with control characters as escapes: what strangers wrote must not steer a terminal."""
+    if text.isprintable():
+        return text
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 

@@ -12,6 +12,7 @@ from sapmerge.io.config import Settings
 from sapmerge.io.files import Limits, Weights, shown
 from sapmerge.io.keys import Group
 from sapmerge.io.kinds.experts import order_of, parameters_of
+from sapmerge.io.measuring import Entry
 
 __all__ = ["Pair", "make_pairs"]
 
@@ -133,23 +134,25 @@ def _pair(weights: Weights, group: Group, settings: Settings, kind: str, paramet
             has = parts.get(other) or next(iter(parts.values()))
             raise AdapterFormatError(f"{weights.where}: tensor {shown(has)} has no lora_{lacks} beside it")
     a, b = weights.entries[parts["A"]], weights.entries[parts["B"]]
-    both = f"lora_A {a.shape}, lora_B {b.shape}"
-    where = f"{weights.where}: module {shown(group.module)}"
     flat = group.embedding or kind != ""
     if len(a.shape) != len(b.shape) or not 2 <= len(a.shape) <= (2 if flat else 5):
-        raise AdapterFormatError(f"{where}: {both}; expected A (r, in) and B (out, r), or those of a convolution")
+        raise AdapterFormatError(
+            f"{_where(weights, group, a, b)}; expected A (r, in) and B (out, r), or those of a convolution"
+        )
     rank = a.shape[0]
     if b.shape[1] != rank:
         hint = "; a grouped convolution is not supported" if len(a.shape) > 2 and rank % b.shape[1] == 0 else ""
-        raise AdapterFormatError(f"{where}: {both}: rank {rank} in A, {b.shape[1]} in B{hint}")
+        raise AdapterFormatError(f"{_where(weights, group, a, b)}: rank {rank} in A, {b.shape[1]} in B{hint}")
     if any(size != 1 for size in b.shape[2:]):
-        raise AdapterFormatError(f"{where}: {both}; expected a kernel of size 1 in lora_B")
+        raise AdapterFormatError(f"{_where(weights, group, a, b)}; expected a kernel of size 1 in lora_B")
     columns = 1
     for size in a.shape[1:]:
         columns *= size
     shape = (b.shape[0], columns)
     if rank > min(shape) and not limits.rank_above_shape and not parameter:
-        raise LimitExceededError(f"{where}: rank {rank} is larger than the update, {shape[0]} x {shape[1]} ({both})")
+        raise LimitExceededError(
+            f"{_where(weights, group, a, b)}: rank {rank} is larger than the update, {shape[0]} x {shape[1]}"
+        )
     kind = kind or ("embedding" if group.embedding else "linear" if len(a.shape) == 2 else "conv")
     _check_extras(weights, group, settings, kind, shape, rank)
     return Pair(
@@ -167,6 +170,11 @@ def _pair(weights: Weights, group: Group, settings: Settings, kind: str, paramet
         magnitude=parts.get("magnitude"),
         bias=parts.get("bias"),
     )
+
+
+def _where(weights: Weights, group: Group, a: Entry, b: Entry) -> str:
+    """What a message begins with; made for a message only, since there may be 100,000 modules."""
+    return f"{weights.where}: module {shown(group.module)}: lora_A {a.shape}, lora_B {b.shape}"
 
 
 def _check_extras(
