@@ -215,3 +215,12 @@ def error(got: Tensor, wanted: Tensor) -> float:
     """Relative Frobenius error in float64; absolute where the wanted matrix is zero."""
     size = float(torch.linalg.vector_norm(wanted.double()))
     return float(torch.linalg.vector_norm(got.double() - wanted.double())) / (size or 1.0)
+
+
+CASE: list[pytest.Item] = []
+"""The case that runs, for `hold` of the laws, which other tests call too."""
+
+
+@pytest.fixture(autouse=True)
+def _case(request: pytest.FixtureRequest) -> None:
+    CASE[:] = [request.node]

@@ -191,18 +191,9 @@ def cases() -> Iterator[object]:
 every_method = pytest.mark.parametrize(("name", "method"), list(cases()))
 
 
-@pytest.fixture(autouse=True)
-def _case(request: pytest.FixtureRequest) -> None:
-    """The case that runs, for `hold`."""
-    CASE[:] = [request.node]
-
-
-CASE: list[pytest.Item] = []
-
-
 def hold(name: str, law: str) -> None:
     """What is an exception has to fail: a law that holds after all is taken off the list."""
-    [case] = CASE
+    [case] = conftest.CASE
     variant = case.name.partition("[")[2].rstrip("]").split("-")  # "dtype0-scale-sap-3": the third variant of sap
     variant = f"{name}-{variant[-1]}" if len(variant) > 1 and variant[-2] == name else name
     if (name, law) in EXCEPTIONS and (variant, law) not in AND_YET:

@@ -174,7 +174,9 @@ def _added(run: Run, model: Any, base: nn.Module, held: HeldValues) -> tuple[Lay
     saved = find_saved(model, run.heads.shapes())
     vectors = check_vectors(run.vectors, model)
     check_parameters(sites)
-    check_separate(base, {name: site.parameter for name, site in sites.items()} | saved | vectors)
+    rows_of = {change.name for change in run.vectors.changes if change.rows}  # PEFT changes tied token rows in both too
+    written = {name: tensor for name, tensor in vectors.items() if name not in rows_of}
+    check_separate(base, {name: site.parameter for name, site in sites.items()} | saved | written)
     for module, update, row in run.stored(lossless=True):
         site = sites[module.name]
         weight = site.weight.detach()
