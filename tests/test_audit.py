@@ -38,7 +38,8 @@ def watch() -> None:
         if not watching[0] or event.split(".")[0] not in WATCHED or event in ALLOWED:
             return
         seen[0] += 1
-        path = os.path.realpath(arguments[0]) if event == "open" and isinstance(arguments[0], str) else ""
+        of_path = event in ("open", "os.listdir") and isinstance(arguments[0], str)
+        path = os.path.realpath(arguments[0]) if of_path else ""
         if path not in allowed:
             found.append((name[0], event, str(arguments[:2])[:200]))
 
@@ -70,6 +71,7 @@ def watch() -> None:
             allowed.clear()
             if "\0" not in str(target):
                 allowed.update(os.path.realpath(folder / file) for folder in folders for file in files)
+                allowed.update(map(os.path.realpath, folders))  # listed: what is not read is named
             name[0] = f"{case.group}: {case.name}"
             modules = set(sys.modules)
             watching[0] = True

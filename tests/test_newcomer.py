@@ -33,7 +33,7 @@ def test_arguments_of_merge_in_the_wrong_place(pair: list[str]) -> None:
     refused("method ties is not called yet", pair, method=sm.ties)
     refused("method Mean is not called yet", pair, method=sm.Mean)
     refused("A method is method=", pair, sm.mean())
-    refused("model must be a torch module; got a str", pair, method=sm.mean(), model="gpt2")
+    refused("model must be a torch module, or the folder", pair, method=sm.mean(), model="gpt2")
     refused("got a CLIPModel. A method is method=..., a model is the third", pair, models.clip(), models.pairs())
     refused("base_model is the name of a model", pair, method=sm.mean(), base_model=models.clip())
     if not torch.cuda.is_available():

@@ -187,7 +187,14 @@ def with_base(adapters: Sequence[Adapter], model: Any) -> list[Adapter]:
 
 def open_base(model: Any) -> BaseFolder | None:
     """The folder of a base, where `model` is a path."""
-    return BaseFolder(cast("str | os.PathLike[str]", model)) if isinstance(model, (str, os.PathLike)) else None
+    if not isinstance(model, (str, os.PathLike)):
+        return None
+    path = cast("str | os.PathLike[str]", model)
+    if not os.path.isdir(path):
+        raise MethodError(
+            f"model must be a torch module, or the folder of the base model's weights; {os.fspath(path)!r} is no folder"
+        )
+    return BaseFolder(path)
 
 
 def weights_of(model: Any, wanted: Mapping[str, Module] | None = None) -> BaseWeights | None:
