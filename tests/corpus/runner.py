@@ -18,7 +18,7 @@ from typing import Any
 from . import oracle
 from .build import CANARY, CONFIG, PICKLE, WEIGHTS, Case, write
 
-SECONDS = 10.0
+SECONDS = 120.0
 HEADROOM = 64 << 20
 TOLERANCE = 1e-6
 
@@ -61,7 +61,7 @@ def run(case: Case, place: Path, act: Callable[[Case, Path], Mapping[str, Any]] 
 
 
 def forked(work: Callable[[], Mapping[str, Any]]) -> Outcome:
-    """What `work` returns in a child that is killed after ten seconds."""
+    """What `work` returns in a child that is killed after two minutes."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:

@@ -33,7 +33,7 @@ def test_case(case: Case, place: Path) -> None:
             size = on_disk(place / "folder")
         except OSError:
             size = 0
-        assert outcome.seconds < 2 + size / 100e6
+        assert outcome.seconds < 60 + size / 1e6  # a reader that is quadratic takes hours; machines differ by ten
 
 
 def test_the_size_of_the_corpus() -> None:
