@@ -1,15 +1,18 @@
-"""Does a merge do well on a domain nobody trained on? Leave each domain out in turn; every method, several seeds.
+"""Does a merge do well on a domain nobody trained on? Leave each domain out in turn;
+every method, several seeds.
 
-    python benchmarks/domain_generalization.py --data BUNDLE --quick           # three to four minutes
-    python benchmarks/domain_generalization.py --data BUNDLE --seeds 10-14     # hours on two CPU cores
-    python benchmarks/domain_generalization.py --data PACS --model openai/clip-vit-base-patch32 --anchors COCO
+    python benchmarks/domain_generalization.py --data BUNDLE --quick           # three to four
+    minutes
+    python benchmarks/domain_generalization.py --data BUNDLE --seeds 10-14     # hours on two CPU
+    cores python benchmarks/domain_generalization.py --data PACS --model
+    openai/clip-vit-base-patch32 --anchors COCO
 
 BUNDLE is a folder with vit-tiny/, text_features.safetensors, coco_anchors/, folders
-NAME/domain/class/image whose classes have texts there (pacs/), and digits*.npz; the domains are those
-that lie in it. PACS is any folder domain/class/image, and COCO one of images with captions.json:
-[{"file": ..., "captions": [...]}, ...]. Adapters are trained once and kept in the cache as PEFT
-checkpoints; accuracies too, so that a run that was interrupted, or that gets more methods, goes on
-where it was.
+NAME/domain/class/image whose classes have texts there (pacs/), and digits*.npz; the domains are
+those that lie in it. PACS is any folder domain/class/image, and COCO one of images with
+captions.json: [{"file": ..., "captions": [...]}, ...]. Adapters are trained once and kept in the
+cache as PEFT checkpoints; accuracies too, so that a run that was interrupted, or that gets more
+methods, goes on where it was.
 """
 
 from __future__ import annotations
@@ -91,11 +94,15 @@ def world(options: Options) -> tuple[encoders.Encoder, dict[str, data.Task], Pla
 def clients_of(trial: Trial, options: Options) -> Clients:
     encoder, tasks, _ = world(options)
     other = next((task for name, task in tasks.items() if name != trial.task), None)
-    return Clients(encoder, tasks[trial.task], other, trial.regime, trial.seed, options.cache, options.init)
+    return Clients(
+        encoder, tasks[trial.task], other, trial.regime, trial.seed, options.cache, options.init
+    )
 
 
 def fit(trials: list[Trial], options: Options) -> None:
-    """Train what some trials need. Trials that share adapters go to one process: each is trained once."""
+    """Train what some trials need. Trials that share adapters go to one process:
+    each is trained once.
+    """
     _quiet(options.threads)
     for trial in trials:
         clients = clients_of(trial, options)
@@ -111,20 +118,35 @@ def run(trial: Trial, options: Options, done: frozenset[tuple[object, ...]]) -> 
     server = Server(encoder, task, received, test, trial.seed, place, options.cache / "anchors")
 
     def row(method: str, length: str, accuracy: float, made: str = "") -> Row:
-        return {**vars(trial), "method": method, "recipe": made, "length": length, "accuracy": accuracy}
+        return {
+            **vars(trial),
+            "method": method,
+            "recipe": made,
+            "length": length,
+            "accuracy": accuracy,
+        }
 
     for name, path in _references(trial, options, clients, received).items():
         if (name, "", AS_IS) not in done:
-            alone = Server(encoder, task, {"alone": path} if path else received, test, trial.seed, place)
+            alone = Server(
+                encoder, task, {"alone": path} if path else received, test, trial.seed, place
+            )
             plain = Contender(name, sm.mean(), lengths=(AS_IS,))
-            yield row(name, AS_IS, next(alone.rows(plain))[1] if path else alone.accuracy(encoder.model))
+            yield row(
+                name, AS_IS, next(alone.rows(plain))[1] if path else alone.accuracy(encoder.model)
+            )
     for contender in chosen(options):
-        if not {(contender.name, contender.recipe, str(length)) for length in contender.lengths} <= done:
+        if (
+            not {(contender.name, contender.recipe, str(length)) for length in contender.lengths}
+            <= done
+        ):
             for length, accuracy in server.rows(contender):
                 yield row(contender.name, length, accuracy, contender.recipe)
 
 
-def _references(trial: Trial, options: Options, clients: Clients, received: dict[str, Path]) -> dict[str, Path | None]:
+def _references(
+    trial: Trial, options: Options, clients: Clients, received: dict[str, Path]
+) -> dict[str, Path | None]:
     """What is no merge: name -> its adapter, None for the model without any."""
     if trial.setting != "equal":
         return {}
@@ -205,33 +227,60 @@ def _each(what: str, futures: list[Future[T]]) -> list[T]:
 
 
 def _arguments() -> tuple[Options, list[Trial], str, Path, int]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "--data", type=Path, required=True, help="the bundle, or with --model a folder domain/class/image"
+        "--data",
+        type=Path,
+        required=True,
+        help="the bundle, or with --model a folder domain/class/image",
     )
     parser.add_argument("--model", help="a CLIP, by its name on a hub or a folder")
     parser.add_argument(
-        "--anchors", type=Path, help="images with captions.json; by default coco_anchors beside the data"
+        "--anchors",
+        type=Path,
+        help="images with captions.json; by default coco_anchors beside the data",
     )
     parser.add_argument("--cache", type=Path, default=HERE / "cache")
-    parser.add_argument("--name", default="domain_generalization", help="of the result, benchmarks/results/NAME.md")
+    parser.add_argument(
+        "--name", default="domain_generalization", help="of the result, benchmarks/results/NAME.md"
+    )
     parser.add_argument("--results", type=Path, default=tables.RESULTS, help="a folder for them")
     parser.add_argument("--tasks", help="by default all of the data")
     parser.add_argument("--targets", help="domains to leave out; by default each in turn")
-    parser.add_argument("--init", default="shared", choices=("shared", "own"), help="do clients start from one A?")
+    parser.add_argument(
+        "--init", default="shared", choices=("shared", "own"), help="do clients start from one A?"
+    )
     parser.add_argument("--regimes", default="A,B", help="see dg/training.py")
     parser.add_argument("--settings", default="equal", help=", ".join(SETTINGS))
-    parser.add_argument("--suites", default="references,upper,library,tuned,contrib,study", help="of dg/contenders.py")
-    parser.add_argument("--own", type=Path, help="a file with contenders() -> list[Contender]: methods of your own")
+    parser.add_argument(
+        "--suites",
+        default="references,upper,library,tuned,contrib,study",
+        help="of dg/contenders.py",
+    )
+    parser.add_argument(
+        "--own", type=Path, help="a file with contenders() -> list[Contender]: methods of your own"
+    )
     parser.add_argument("--seeds", default="0-4", help="first-last, or a list")
-    parser.add_argument("--test", type=int, default=data.HELD, help="test images per class, at most 50")
+    parser.add_argument(
+        "--test", type=int, default=data.HELD, help="test images per class, at most 50"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
     parser.add_argument("--threads", type=int, default=1, help="per process")
-    parser.add_argument("--quick", action="store_true", help="PACS, regime A, one seed, the main methods")
+    parser.add_argument(
+        "--quick", action="store_true", help="PACS, regime A, one seed, the main methods"
+    )
     given = parser.parse_args()
     if given.quick:
-        given.tasks, given.regimes, given.suites, given.seeds, given.test = "pacs", "A", "references,main", "0", 20
+        given.tasks, given.regimes, given.suites, given.seeds, given.test = (
+            "pacs",
+            "A",
+            "references,main",
+            "0",
+            20,
+        )
         given.name += "_quick"
     options = Options(
         data=given.data,
@@ -265,7 +314,9 @@ def _arguments() -> tuple[Options, list[Trial], str, Path, int]:
 
 def _seeds(text: str) -> list[int]:
     first, _, last = text.partition("-")
-    return list(range(int(first), int(last) + 1)) if last else [int(part) for part in text.split(",")]
+    return (
+        list(range(int(first), int(last) + 1)) if last else [int(part) for part in text.split(",")]
+    )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
-"""Does a merge do well on a domain nobody trained on? Many families of domains, in trials of a few seconds.
+"""Does a merge do well on a domain nobody trained on? Many families of domains,
+in trials of a few seconds.
 
     python benchmarks/families.py --data BUNDLE --half choosing --seeds 0-5
-    python benchmarks/families.py --data BUNDLE --half confirming --seeds 0-5      # once, after the choice
+    python benchmarks/families.py --data BUNDLE --half confirming --seeds 0-5      # once,
+    after the choice
 
-BUNDLE is that of `domain_generalization.py`. Adapters are LoRAs on the upper half of the ViT-Ti, whose lower half runs
-once per image (bed/half.py). Every seed has one regime and one kind of initialisation, unless they are given: six seeds
-have each pair of them once. Adapters and results are kept in the cache, so a run that was interrupted goes on.
+BUNDLE is that of `domain_generalization.py`. Adapters are LoRAs on the upper half of the ViT-Ti,
+whose lower half runs once per image (bed/half.py). Every seed has one regime and one kind of
+initialisation, unless they are given: six seeds have each pair of them once.
+Adapters and results are kept in the cache, so a run that was interrupted goes on.
 """
 
 from __future__ import annotations
@@ -87,10 +90,13 @@ class World:
                 tensors[f"images {domain}"] = lower_half(self.vit, content.images)
                 tensors[f"labels {domain}"] = content.labels
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({key: value.contiguous().clone() for key, value in tensors.items()}, path)  # labels may be shared
+            # labels may be shared
+            save_file({key: value.contiguous().clone() for key, value in tensors.items()}, path)
         kept = load_file(path)
         names = [key.removeprefix("images ") for key in kept if key.startswith("images ")]
-        domains = {key: Domain(kept[f"images {key}"], kept[f"labels {key}"]) for key in sorted(names)}
+        domains = {
+            key: Domain(kept[f"images {key}"], kept[f"labels {key}"]) for key in sorted(names)
+        }
         return Task(name, domains, kept["text"], kept["anchors"], kept["anchor_text"])
 
     def server(self, trial: Trial) -> tuple[Server, Path]:
@@ -99,7 +105,9 @@ class World:
             return self.language.server(trial.target, trial.regime, trial.init, trial.seed)
         task = self.task(trial.family)
         other = self.task(OTHER[len(task.text) != 10])
-        clients = Clients(self.half, task, other, trial.regime, trial.init, trial.seed, self.cache / "adapters")
+        clients = Clients(
+            self.half, task, other, trial.regime, trial.init, trial.seed, self.cache / "adapters"
+        )
         adapters, bad = clients.received(trial.target, trial.setting)
         _, test = split(task, trial.target, "", 0)
         server = Server(self.half, task, adapters, bad, test, trial.seed, self.cache / "anchors")
@@ -114,7 +122,8 @@ def rows_of(
     path = world.cache / "rows" / f"{name}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = path.read_text().splitlines() if path.exists() else []
-    rows = [json.loads(line) for line in lines if line.endswith("}")]  # a run may have died within a line
+    # a run may have died within a line
+    rows = [json.loads(line) for line in lines if line.endswith("}")]
     wanted = {(c.name, c.recipe) for c in chosen}
 
     def asked(row: dict[str, object]) -> bool:
@@ -123,7 +132,9 @@ def rows_of(
     if known:
         return [asdict(trial) | row for row in rows if asked(row)]
     done = {(row["method"], row["recipe"], row["length"]) for row in rows}
-    missing = [c for c in chosen if not {(c.name, c.recipe, str(length)) for length in c.lengths} <= done]
+    missing = [
+        c for c in chosen if not {(c.name, c.recipe, str(length)) for length in c.lengths} <= done
+    ]
     if missing or (facts and ("facts", "", "") not in done):
         with path.open("a") as file:
             for row in run(world, trial, missing, facts and ("facts", "", "") not in done):
@@ -133,17 +144,29 @@ def rows_of(
     return [asdict(trial) | row for row in rows if asked(row)]
 
 
-def run(world: World, trial: Trial, missing: list[Contender], facts: bool) -> Iterator[dict[str, object]]:
+def run(
+    world: World, trial: Trial, missing: list[Contender], facts: bool
+) -> Iterator[dict[str, object]]:
     server, own = world.server(trial)
     plain = {"recipe": "", "images": len(server.right({}))}
     if facts:
         gram = server.products.tolist()
         labels = {"labels": list(server.adapters), "bad": sorted(server.bad)}
-        yield plain | {"method": "facts", "length": "", **labels, "gram": gram, "losses": server.anchor_losses()}
+        yield plain | {
+            "method": "facts",
+            "length": "",
+            **labels,
+            "gram": gram,
+            "losses": server.anchor_losses(),
+        }
         yield plain | {"method": "zero-shot", "length": AS_IS, "right": pack(server.right({}))}
         alone = replace(server, adapters={"own": own})
         for length, right in alone.rows(Contender("own", sm.mean(), lengths=(AS_IS,))):
-            yield plain | {"method": "adapter of the domain itself", "length": length, "right": pack(right)}
+            yield plain | {
+                "method": "adapter of the domain itself",
+                "length": length,
+                "right": pack(right),
+            }
     for contender in missing:
         for length, right in server.rows(contender):
             yield plain | {
@@ -155,14 +178,16 @@ def run(world: World, trial: Trial, missing: list[Contender], facts: bool) -> It
 
 
 def trials_of(world: World, given: argparse.Namespace) -> Iterator[Trial]:
-    """In the order of seeds, so that an interrupted run has whole seeds. An unequal setting is tried with one target
-    per family and seed, the next one each time."""
+    """In the order of seeds, so that an interrupted run has whole seeds. An unequal setting is
+    tried with one target per family and seed, the next one each time."""
     for seed in given.seeds:
         regimes = given.regimes or [list(REGIMES)[seed % 3]]
         inits = given.init or [INITS[seed // 3 % 2]]
         for family in given.families:
             domains = list(world.task(family).domains)
-            targets = [name for name in domains if name in given.targets] if given.targets else domains
+            targets = (
+                [name for name in domains if name in given.targets] if given.targets else domains
+            )
             for regime in regimes:
                 for init in inits:
                     for setting in given.settings:
@@ -197,36 +222,70 @@ def main() -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
 
     def listed(text: str) -> list[str]:
         return [part for part in text.split(",") if part]
 
     def seeds(text: str) -> list[int]:
         first, _, last = text.partition("-")
-        return list(range(int(first), int(last) + 1)) if last else [int(part) for part in text.split(",")]
+        return (
+            list(range(int(first), int(last) + 1))
+            if last
+            else [int(part) for part in text.split(",")]
+        )
 
     halves = {"choosing": families.choosing, "confirming": families.confirming}
     parser.add_argument("--data", type=Path, required=True, help="the bundle")
     parser.add_argument("--cache", type=Path, default=Path(__file__).parent / "cache" / "families")
-    parser.add_argument("--language", type=Path, help="SmolLM2-135M-Instruct as a transformers folder, for that family")
+    parser.add_argument(
+        "--language",
+        type=Path,
+        help="SmolLM2-135M-Instruct as a transformers folder, for that family",
+    )
     parser.add_argument("--half", choices=halves, default="choosing", help="of the families")
-    parser.add_argument("--families", type=listed, help=", ".join(families.FAMILIES) + "; by default those of the half")
-    parser.add_argument("--targets", type=listed, default=[], help="domains to leave out; by default each in turn")
+    parser.add_argument(
+        "--families",
+        type=listed,
+        help=", ".join(families.FAMILIES) + "; by default those of the half",
+    )
+    parser.add_argument(
+        "--targets", type=listed, default=[], help="domains to leave out; by default each in turn"
+    )
     parser.add_argument("--regimes", type=listed, default=[], help=", ".join(REGIMES))
     parser.add_argument("--init", type=listed, default=[], help=", ".join(INITS))
-    parser.add_argument("--settings", type=listed, default=["equal"], help=", ".join(SETTINGS) + "; odd, camps")
-    parser.add_argument("--suites", type=listed, default=["parts", "peers"], help="of bed/contenders.py; may be empty")
-    parser.add_argument("--own", type=Path, help="a file with contenders() -> list[Contender]: methods of your own")
+    parser.add_argument(
+        "--settings", type=listed, default=["equal"], help=", ".join(SETTINGS) + "; odd, camps"
+    )
+    parser.add_argument(
+        "--suites",
+        type=listed,
+        default=["parts", "peers"],
+        help="of bed/contenders.py; may be empty",
+    )
+    parser.add_argument(
+        "--own", type=Path, help="a file with contenders() -> list[Contender]: methods of your own"
+    )
     parser.add_argument("--seeds", type=seeds, default=seeds("0-5"), help="first-last, or a list")
     parser.add_argument("--name", help="of the result, RESULTS/NAME.md; none without it")
     parser.add_argument("--results", type=Path, default=tables.RESULTS, help="a folder for them")
-    parser.add_argument("--known", action="store_true", help="only tables of the trials that are in the cache")
+    parser.add_argument(
+        "--known", action="store_true", help="only tables of the trials that are in the cache"
+    )
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--no-facts", dest="facts", action="store_false", help="no Gram matrices, losses, references")
+    parser.add_argument(
+        "--no-facts",
+        dest="facts",
+        action="store_false",
+        help="no Gram matrices, losses, references",
+    )
     given = parser.parse_args()
     given.families = given.families or [
-        name for name in halves[given.half]() if name != families.LANGUAGE or given.language is not None
+        name
+        for name in halves[given.half]()
+        if name != families.LANGUAGE or given.language is not None
     ]
     groups = {"odd": ODD, "camps": CAMPS}
     given.settings = [one for name in given.settings for one in groups.get(name, (name,))]

@@ -1,11 +1,14 @@
-"""What scoring costs: gradients of K adapters on 32 anchors, beside K passes that nobody can do without.
+"""What scoring costs: gradients of K adapters on 32 anchors,
+beside K passes that nobody can do without.
 
     python benchmarks/scoring.py            # three quarters of an hour on two cores, 16 GB
-    python benchmarks/scoring.py --quick    # minutes, small models: it runs; overheads weigh more than in earnest
+    python benchmarks/scoring.py --quick    # minutes, small models: it runs;
+    overheads weigh more than in earnest
 
-The floor is K times one forward and one backward pass that computes only the LoRA gradients: plain PEFT, adapters
-loaded, the same loss and the same batches. Times are CPU seconds, the floor's measured before and after each of ours;
-memory is the peak beyond model, adapters and anchors, each in a process of its own.
+The floor is K times one forward and one backward pass that computes only the LoRA gradients: plain
+PEFT, adapters loaded, the same loss and the same batches. Times are CPU seconds, the floor's
+measured before and after each of ours; memory is the peak beyond model, adapters and anchors,
+each in a process of its own.
 """
 
 from __future__ import annotations
@@ -19,7 +22,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cost.measuring import Work, extra_memory, floor, gradients, in_fresh_process, interleaved, merge
+from cost.measuring import (
+    Work,
+    extra_memory,
+    floor,
+    gradients,
+    in_fresh_process,
+    interleaved,
+    merge,
+)
 from cost.setups import FULL, QUICK, RANK, Setup, Shape, setup
 from tables import provenance, table, write
 
@@ -78,8 +89,8 @@ class Result:
         floor: seconds of one adapter's passes.
         time: of the gradients.
         whole: of the whole call of `merge`; None if not measured.
-        memory: extra peak, of the gradients; and of the floor with one adapter's gradients more, or with the budget
-            where they are dense.
+        memory: extra peak, of the gradients; and of the floor with one adapter's gradients more, or
+            with the budget where they are dense.
     """
 
     row: Row
@@ -129,7 +140,9 @@ def measure(shape: Shape, script: Path) -> list[Result]:
                     peak = in_fresh_process(script, _question(shape, row, where, count))
                     more = BUDGET if isinstance(row.units, sm.Entries) else 4 * made.parameters
                     memory = peak / least, (least + more) / least
-                result = Result(row, count, once, ratios[0], ratios[1] if len(ratios) > 1 else None, memory)
+                result = Result(
+                    row, count, once, ratios[0], ratios[1] if len(ratios) > 1 else None, memory
+                )
                 print(*result.cells(), sep=" | ", file=sys.stderr, flush=True)
                 found.append(result)
             del made
@@ -156,16 +169,21 @@ def _scaled(shape: Shape) -> str:
     said = [f"{shape.anchors} anchors in batches of {shape.size}, rank {RANK}, float32."]
     if shape.anchors < 32:
         said.append(
-            f"Scaled: {shape.anchors} of 32 anchors on both sides. Passes grow linearly with them; what we do once "
+            f"Scaled: {shape.anchors} of 32 anchors on both sides. Passes grow linearly with them; "
+            "what we do once "
             "per adapter or per model does not grow, and weighs more here."
         )
     if shape.adapters[-1] < 16:
-        said.append("Only K = 4: what is shared costs less with every further adapter, the rest as much.")
+        said.append(
+            "Only K = 4: what is shared costs less with every further adapter, the rest as much."
+        )
     return " ".join(said)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="What scoring costs, beside plain passes through a PeftModel.")
+    parser = argparse.ArgumentParser(
+        description="What scoring costs, beside plain passes through a PeftModel."
+    )
     parser.add_argument("--quick", action="store_true", help="small models, two minutes")
     parser.add_argument("--only", help="only models whose title contains this")
     parser.add_argument("--memory", help=argparse.SUPPRESS)
@@ -178,22 +196,35 @@ def main() -> None:
     for shape in QUICK if options.quick else FULL:
         if options.only and options.only not in shape.title:
             continue
-        header = ("", "K", "floor", "gradients / floor", "whole `merge` / floor", "extra peak memory / floor's")
+        header = (
+            "",
+            "K",
+            "floor",
+            "gradients / floor",
+            "whole `merge` / floor",
+            "extra peak memory / floor's",
+        )
         results = measure(shape, Path(__file__))
-        blocks += [f"## {shape.title}", _scaled(shape), table(header, [result.cells() for result in results])]
+        blocks += [
+            f"## {shape.title}",
+            _scaled(shape),
+            table(header, [result.cells() for result in results]),
+        ]
     blocks.append(NOTES)
     write("scoring_quick" if options.quick else "scoring", "Cost of scoring", *blocks)
 
 
 NOTES = """## Reading the tables
 
-Gradients are statistics in two halves of the anchors (for `anchor_stability`), with everything that is needed for
-them: checks of the loader and of the weights, singular vectors of the adapters. The whole `merge` adds scores, masks
-and the energy of the result, and `sap()` looks at losses: at base + every adapter for the weights, and at six lengths
-of the result, which is a third of a floor each time. Aims for time: 1.1 floors at base + adapter, below the floor
-where something is shared (from K = 4: one adapter has nobody to share with). The aim for memory is the floor's and
-one adapter's gradients; with dense gradients, the floor's and the budget. What is kept of the unadapted prefix
-counts, and so do the statistics of a quarter of the adapters, which are held together."""
+Gradients are statistics in two halves of the anchors (for `anchor_stability`), with everything
+that is needed for them: checks of the loader and of the weights, singular vectors of the
+adapters. The whole `merge` adds scores, masks and the energy of the result, and `sap()` looks at
+losses: at base + every adapter for the weights, and at six lengths of the result, which is a
+third of a floor each time. Aims for time: 1.1 floors at base + adapter, below the floor where
+something is shared (from K = 4: one adapter has nobody to share with). The aim for memory is the
+floor's and one adapter's gradients; with dense gradients, the floor's and the budget. What is
+kept of the unadapted prefix counts, and so do the statistics of a quarter of the adapters, which
+are held together."""
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""What every benchmark prints and keeps: markdown tables, the command that made them, versions and date."""
+"""What every benchmark prints and keeps: markdown tables, the command that made them,
+versions and date.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,10 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     lines = [[str(cell).replace("|", "\\|") for cell in row] for row in (header, *rows)]
     widths = [max(len(line[k]) for line in lines) for k in range(len(header))]
     padded = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines
+        "| "
+        + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        + " |"
+        for line in lines
     ]
     rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
     return "\n".join([padded[0], rule, *padded[1:]])
@@ -31,7 +36,9 @@ def provenance(*packages: str) -> str:
     """The command, the date, the machine and the versions of sapmerge, torch and `packages`."""
     import torch
 
-    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("sapmerge", "torch", *packages))
+    versions = ", ".join(
+        f"{name} {metadata.version(name)}" for name in ("sapmerge", "torch", *packages)
+    )
     command = shlex.join(["python", "benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]])
     today = datetime.date.today().isoformat()
     device = f"; {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""

@@ -1,7 +1,9 @@
-"""Writes docs/methods.md, the periodic table of merging. From the root of the repository: python -m docs.make_methods
+"""Writes docs/methods.md, the periodic table of merging.
+From the root of the repository: python -m docs.make_methods
 
-What a method is made of is read off the method itself; its result, its invariances and its cost are measured on random
-layers; the summary, the paper and the deviations are those of its docstring. What no code can know is written here.
+What a method is made of is read off the method itself; its result, its invariances and its cost are
+measured on random layers; the summary, the paper and the deviations are those of its docstring.
+What no code can know is written here.
 """
 
 from __future__ import annotations
@@ -38,46 +40,62 @@ MEASURED: dict[str, Callable[[], sm.Method]] = {
 
 NOTES: dict[str, str] = {
     "sap": "prunes nothing by default; `sap_original` is the method to the letter",
-    "sap_original": "scores are taken on balanced factors, so that they do not depend on how the product is split",
+    "sap_original": "scores are taken on balanced factors, so that they do not depend on how the "
+    "product is split",
     "task_arithmetic": "the coefficient of the paper is `scale=` of `merge`",
-    "magnitude_prune": "sums, as PEFT's method of this name does, but on the update, not on A and B apart",
+    "magnitude_prune": "sums, as PEFT's method of this name does, but on the update, not on A and "
+    "B apart",
     "dare_ties": "as `dare` and `ties`",
 }
 """Where we deviate, for methods whose docstring does not say it after `Source:`."""
 
 HEAD = """# Methods
 
-One row per method: what it is made of, and what follows from that. Every method is made of the same
-primitives, so empty cells can be filled: `In(CoreSpace(), ...)` gives a row another basis, `MatchEnergy(...)` another
-norm, a function of yours another scorer. [Your own criterion](criteria.md) shows how.
+One row per method: what it is made of, and what follows from that. Every method is made of the
+same primitives, so empty cells can be filled: `In(CoreSpace(), ...)` gives a row another basis,
+`MatchEnergy(...)` another norm, a function of yours another scorer. [Your own
+criterion](criteria.md) shows how.
 
-This page is written by `python -m docs.make_methods`: the composition is read off the code, and *result*, *invariant
-to* and *forms* are measured on random layers. A test fails when it is out of date.
+This page is written by `python -m docs.make_methods`: the composition is read off the code, and
+*result*, *invariant to* and *forms* are measured on random layers. A test fails when it is out of
+date.
 
 * **units, scorer, mask, rescaler**: how `Prune` shortens each update; "-" if nothing is pruned.
-* **transform**: what compares adapters before they are combined. **merger**: how they are combined.
+* **transform**: what compares adapters before they are combined. **merger**: how they are
+  combined.
 * **around**: bases (`In`) and wrappers, outermost first.
-* **data**: "anchors" if the method reads gradients or losses, so that `merge` needs `anchor_loader` and `model`.
-* **result**: the rank of the merged update: `max r` or `sum r` of the inputs' ranks, or full. `apply_to` is exact for
-  all; `save_pretrained` is exact up to `sum r`, and truncates what is full unless `rank=` says otherwise.
-* **invariant to**: *factors*: (B R⁻¹, R A) is the same adapter as (B, A); *rotations* of the input and output space;
-  *order* of the adapters; *scale* f(cD) = c f(D); *sign* f(-D) = -f(D). With anchors: at given gradients.
-* **forms**: the largest thing held per layer: `m x n` matrices, or only `thin` ones, of the size of the factors.
+* **data**: "anchors" if the method reads gradients or losses, so that `merge` needs
+  `anchor_loader` and `model`.
+* **result**: the rank of the merged update: `max r` or `sum r` of the inputs' ranks, or full.
+  `apply_to` is exact for all; `save_pretrained` is exact up to `sum r`, and truncates what is full
+  unless `rank=` says otherwise.
+* **invariant to**: *factors*: (B R⁻¹, R A) is the same adapter as (B, A); *rotations* of the input
+  and output space; *order* of the adapters; *scale* f(cD) = c f(D); *sign* f(-D) = -f(D). With
+  anchors: at given gradients.
+* **forms**: the largest thing held per layer: `m x n` matrices, or only `thin` ones, of the size
+  of the factors.
 """
 
 SITUATIONS = """
 ## Which method for which situation
 
-What follows says what a method is made for. How all of them did on domains that nobody trained on, in one test bed,
-stands in [evidence](evidence.md); the numbers of papers cannot be compared with each other (other checkpoints, other
-metrics, scales searched on validation data or not). Where accuracy matters, try several on data that you held out.
+What follows says what a method is made for. How all of them did on domains that nobody trained on,
+in one test bed, stands in [evidence](evidence.md); the numbers of papers cannot be compared with
+each other (other checkpoints, other metrics, scales searched on validation data or not). Where
+accuracy matters, try several on data that you held out.
 
 """
 
 INDEX: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("You want the plain answer, exact and stored without loss", ("mean", "task_arithmetic")),
-    ("Adapters for different tasks disagree in sign", ("ties", "dare_ties", "della", "sce", "pcb", "consensus_ta")),
-    ("You want to subtract what an adapter does: `task_arithmetic` with a negative weight", ("task_arithmetic",)),
+    (
+        "Adapters for different tasks disagree in sign",
+        ("ties", "dare_ties", "della", "sce", "pcb", "consensus_ta"),
+    ),
+    (
+        "You want to subtract what an adapter does: `task_arithmetic` with a negative weight",
+        ("task_arithmetic",),
+    ),
     ("Two checkpoints of one model, interpolated along the arc", ("slerp",)),
     ("Adapters of one task, trained apart", ("mean", "model_stock", "geometric_median")),
     (
@@ -85,19 +103,34 @@ INDEX: tuple[tuple[str, tuple[str, ...]], ...] = (
         ("WeighByAgreement", "geometric_median", "coordinate_median", "trimmed_mean", "krum"),
     ),
     ("One adapter is far louder than the others: a wrapper", ("ClipNorms", "CapShare")),
-    ("Updates that barely share a subspace", ("knots", "core_space", "tsv", "iso_c", "iso_cts", "cart", "dc_merge")),
+    (
+        "Updates that barely share a subspace",
+        ("knots", "core_space", "tsv", "iso_c", "iso_cts", "cart", "dc_merge"),
+    ),
     ("Some may be broken, and you have anchors", ("sap", "ExcludeOutliers")),
-    ("A result of the inputs' rank, without truncation at the end", ("ctm", "lora_lego", "factor_average")),
+    (
+        "A result of the inputs' rank, without truncation at the end",
+        ("ctm", "lora_lego", "factor_average"),
+    ),
     ("Factors matched rank by rank", ("robustmerge", "lora_lego")),
     ("The update closest to every adapter on the inputs that it reads", ("regmean",)),
     ("The largest entries that agree, without an average", ("emr",)),
     ("Early layers should change less: a wrapper on any method", ("lines",)),
-    ("The result is too weak, or methods are compared: a wrapper that restores the norm", ("MatchEnergy",)),
+    (
+        "The result is too weak, or methods are compared: a wrapper that restores the norm",
+        ("MatchEnergy",),
+    ),
     ("The result is too weak or too strong, and you have anchors: a wrapper", ("ScaleByAnchors",)),
     ("You have a few image-text pairs and the model", ("sap", "sap_original")),
     ("You have data of the tasks and the model", ("fisher", "regmean", "lorm", "adamerging")),
-    ("A federated server, one adapter per client, a public set of pairs", ("mean", "sap", "geometric_median")),
-    ("You need to reproduce an averaging of A and B apart (FedAvg on factors, PEFT `linear`)", ("factor_average",)),
+    (
+        "A federated server, one adapter per client, a public set of pairs",
+        ("mean", "sap", "geometric_median"),
+    ),
+    (
+        "You need to reproduce an averaging of A and B apart (FedAvg on factors, PEFT `linear`)",
+        ("factor_average",),
+    ),
 )
 
 
@@ -153,7 +186,9 @@ def rows() -> list[Row]:
 
 
 def short(part: Any, without: Sequence[str] = ()) -> str:
-    """A part as one would write it: arguments that are the defaults are left out, and empty parentheses too."""
+    """A part as one would write it: arguments that are the defaults are left out,
+    and empty parentheses too.
+    """
     if not is_dataclass(part) or isinstance(part, type):
         return recipe(part).strip("'").rpartition(":")[2]
     shown: list[str] = []
@@ -163,7 +198,13 @@ def short(part: Any, without: Sequence[str] = ()) -> str:
             continue
         if entry.default_factory is not MISSING and value == entry.default_factory():
             continue
-        text = f"{value:.6g}" if isinstance(value, float) else short(value) if is_dataclass(value) else recipe(value)
+        text = (
+            f"{value:.6g}"
+            if isinstance(value, float)
+            else short(value)
+            if is_dataclass(value)
+            else recipe(value)
+        )
         text = text if len(text) <= 60 else "..."  # a method inside a method: see its own row
         shown.append(text if number == len(shown) else f"{entry.name}={text}")
     name = type(part).__name__
@@ -197,7 +238,9 @@ class Facts:
 
 def measure(method: sm.Method) -> Facts:
     """Run a method on random layers, and on the same layers seen otherwise."""
-    layers = next((found for ranks in RANKS if _takes(method, found := make_layers(ranks, SHAPES))), None)
+    layers = next(
+        (found for ranks in RANKS if _takes(method, found := make_layers(ranks, SHAPES))), None
+    )
     if layers is None:
         return Facts("anchors", "not measured", (), "not measured")
     try:
@@ -216,7 +259,10 @@ def measure(method: sm.Method) -> Facts:
 def _takes(method: sm.Method, layers: list[sm.Layer]) -> bool:
     try:
         run(method, layers)
-    except (sm.SapmergeError, NotImplementedError):  # or it needs more of a model than there is here
+    except (
+        sm.SapmergeError,
+        NotImplementedError,
+    ):  # or it needs more of a model than there is here
         return False
     return True
 
@@ -224,14 +270,18 @@ def _takes(method: sm.Method, layers: list[sm.Layer]) -> bool:
 def _invariances(
     method: sm.Method, layers: list[sm.Layer], got: dict[str, sm.Update], data: str
 ) -> Iterator[tuple[str, bool]]:
-    def same(others: list[sm.Layer], back: Callable[[str, torch.Tensor], torch.Tensor] = lambda _, x: x) -> bool:
+    def same(
+        others: list[sm.Layer], back: Callable[[str, torch.Tensor], torch.Tensor] = lambda _, x: x
+    ) -> bool:
         other = run(method, others)
         size = sum(float(update.dense().square().sum()) for update in got.values())
         gaps = [back(name, other[name].dense()) - update.dense() for name, update in got.items()]
         return sum(float(gap.square().sum()) for gap in gaps) <= 1e-14 * size
 
     def change(function: Callable[[sm.LowRank, sm.Layer, int], sm.LowRank]) -> list[sm.Layer]:
-        return [changed(x, updates=tuple(function(u, x, k) for k, u in enumerate(x))) for x in layers]
+        return [
+            changed(x, updates=tuple(function(u, x, k) for k, u in enumerate(x))) for x in layers
+        ]
 
     generator = torch.Generator().manual_seed(7)
 
@@ -245,7 +295,9 @@ def _invariances(
     yield "factors", same(change(regauged))
     turns = {x.name: tuple(torch.linalg.qr(random(size))[0] for size in x.shape) for x in layers}
     if data == "-":
-        turned = change(lambda u, x, _: sm.LowRank(turns[x.name][0] @ u.B, u.A @ turns[x.name][1].T))
+        turned = change(
+            lambda u, x, _: sm.LowRank(turns[x.name][0] @ u.B, u.A @ turns[x.name][1].T)
+        )
         yield "rotations", same(turned, lambda name, x: turns[name][0].T @ x @ turns[name][1])
     order = [(k + 1) % len(layers[0]) for k in range(len(layers[0]))]
     yield (
@@ -257,7 +309,9 @@ def _invariances(
 
 
 def _forms(method: sm.Method, layers: list[sm.Layer], data: str) -> str:
-    """What a merge holds. The stand-in for anchors forms matrices itself, so there only the merge is looked at."""
+    """What a merge holds. The stand-in for anchors forms matrices itself,
+    so there only the merge is looked at.
+    """
     prepared = sm.prepare(method, Anchored(layers, LinearLoss(layers)))
     with _Largest() as watch:
         if data == "-":
@@ -272,7 +326,9 @@ def papers(docstring: str) -> str:
     """The papers that a docstring names, as links; where it names none, its other sources."""
     found = dict.fromkeys(re.findall(r"https://arxiv\.org/abs/(\d{4}\.\d{4,5})", docstring))
     other = dict.fromkeys(re.findall(r"https://github\.com/[\w./-]*\w", docstring))
-    links = [f"[{name}](https://arxiv.org/abs/{name})" for name in found] or [f"[code]({url})" for url in other]
+    links = [f"[{name}](https://arxiv.org/abs/{name})" for name in found] or [
+        f"[code]({url})" for url in other
+    ]
     return ", ".join(links) or "-"
 
 
@@ -310,13 +366,19 @@ def page() -> str:
         torch.set_num_threads(1)
         try:
             found = rows()
-            facts = {row.name: measure(MEASURED.get(row.name, lambda made=row.method: made)()) for row in found}
+            facts = {
+                row.name: measure(MEASURED.get(row.name, lambda made=row.method: made)())
+                for row in found
+            }
         finally:
             torch.set_num_threads(threads)
     lines = [HEAD, *_tables(found, facts), SITUATIONS.rstrip("\n"), ""]
     public = {row.name for row in found} | set(sm.__all__)
     index = [(what, [name for name in names if name in public]) for what, names in INDEX]
-    lines += _table(["situation", "look at"], [[what, ", ".join(f"`{n}`" for n in ns)] for what, ns in index if ns])
+    lines += _table(
+        ["situation", "look at"],
+        [[what, ", ".join(f"`{n}`" for n in ns)] for what, ns in index if ns],
+    )
     return "\n".join([*lines, *_parts()]) + "\n"
 
 
@@ -352,17 +414,24 @@ def _tables(found: Sequence[Row], facts: dict[str, Facts]) -> Iterator[str]:
     for row in found:
         first = " ".join(row.docstring.split("\n\n")[0].split())
         rest = deviation(row)
-        yield f"* `{row.name}`: {first}" + (f" *Deviation:* {rest[0].lower() + rest[1:]}" if rest else "")
+        yield f"* `{row.name}`: {first}" + (
+            f" *Deviation:* {rest[0].lower() + rest[1:]}" if rest else ""
+        )
 
 
 def _parts() -> Iterator[str]:
     """Every public part that is no method, by the file that it is in."""
     files: dict[str, list[str]] = {}
     named = {name for package in (methods, contrib) for name in package.__all__}
-    for name in sorted(CALLABLE.keys() - {name for name in named if inspect.isfunction(getattr(sm, name))}):
+    for name in sorted(
+        CALLABLE.keys() - {name for name in named if inspect.isfunction(getattr(sm, name))}
+    ):
         files.setdefault(getattr(sm, name).__module__, []).append(name)
     yield "\n## All parts\n"
-    yield "What a recipe may call besides the methods, by file. `help(sm.TopFraction)` tells the arguments of one."
+    yield (
+        "What a recipe may call besides the methods, by file. "
+        "`help(sm.TopFraction)` tells the arguments of one."
+    )
     for module in sorted(files):
         yield f"\n`{module.replace('.', '/')}.py`\n"
         for name in files[module]:

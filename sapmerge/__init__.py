@@ -1,8 +1,10 @@
-"""sapmerge merges LoRA adapters: `merge(adapters, anchor_loader, model)`, made of composable primitives.
+"""sapmerge merges LoRA adapters: `merge(adapters, anchor_loader, model)`,
+made of composable primitives.
 
-The names below are the public surface. The folders are sentences of the README: `core` (updates and layers), `parts`
-(the primitives), `anchors` (gradients and losses), `io` (files), `methods` and `contrib` (the named methods), `merging`
-(how a merge runs). `merging/merge.py` is the place to start reading.
+The names below are the public surface. The folders are sentences of the README: `core` (updates and
+layers), `parts` (the primitives), `anchors` (gradients and losses), `io` (files), `methods` and
+`contrib` (the named methods), `merging` (how a merge runs).
+`merging/merge.py` is the place to start reading.
 """
 
 from sapmerge import anchors as anchors
@@ -52,7 +54,14 @@ from sapmerge.errors import (
 from sapmerge.io.adapter import Adapter
 from sapmerge.io.files import Limits
 from sapmerge.io.modules import Module, SavedTensor
-from sapmerge.losses import alignment, centered_alignment, contrastive, entropy, language_modeling, outputs_only
+from sapmerge.losses import (
+    alignment,
+    centered_alignment,
+    contrastive,
+    entropy,
+    language_modeling,
+    outputs_only,
+)
 from sapmerge.merging.inspection import AdapterSummary, Inspection, LayerSummary, inspect
 from sapmerge.merging.merge import Merged, merge
 from sapmerge.merging.verification import reproduce, verify
@@ -61,12 +70,27 @@ from sapmerge.parsing import parse
 from sapmerge.parts.bases import CoreSpace, SharedBasis, TuckerSpace
 from sapmerge.parts.chances import Flip, MagnitudeChance, RankChance
 from sapmerge.parts.contaminated import FlagContaminated
-from sapmerge.parts.masks import DropOutliers, NtoM, PerRow, Reciprocal, Threshold, TopFraction, TopWithTies
+from sapmerge.parts.masks import (
+    DropOutliers,
+    NtoM,
+    PerRow,
+    Reciprocal,
+    Threshold,
+    TopFraction,
+    TopWithTies,
+)
 from sapmerge.parts.mergers.cover_space import InCoverSpace
 from sapmerge.parts.mergers.entrywise import CoordinateMedian, TrimmedMean
 from sapmerge.parts.mergers.factors import ClusterUnits, RobustFactors, RobustSum
 from sapmerge.parts.mergers.fisher import FisherMean
-from sapmerge.parts.mergers.linear import DisjointMax, DisjointMean, FactorMean, FactorSum, Mean, Sum
+from sapmerge.parts.mergers.linear import (
+    DisjointMax,
+    DisjointMean,
+    FactorMean,
+    FactorSum,
+    Mean,
+    Sum,
+)
 from sapmerge.parts.mergers.regmean import RegMean
 from sapmerge.parts.mergers.robust import GeometricMedian, Krum, ModelStock, Slerp
 from sapmerge.parts.mergers.spectral import CART, Decorrelate, Isotropic, IsotropicCommonSpecific
@@ -74,8 +98,24 @@ from sapmerge.parts.outliers import CapShare, ClipNorms, ExcludeOutliers
 from sapmerge.parts.prune import Prune
 from sapmerge.parts.rescalers import Divide, Keep, MatchNorm
 from sapmerge.parts.scaling import MatchEnergy, ScaleByAnchors, ScaleByDepth
-from sapmerge.parts.scorers import SNIP, Activation, Fisher, Magnitude, PerSampleTaylor, Random, SignedTaylor, Taylor
-from sapmerge.parts.transforms import Consensus, ElectSign, RoundOff, Select, SmoothSpectrum, WeighByEnergy
+from sapmerge.parts.scorers import (
+    SNIP,
+    Activation,
+    Fisher,
+    Magnitude,
+    PerSampleTaylor,
+    Random,
+    SignedTaylor,
+    Taylor,
+)
+from sapmerge.parts.transforms import (
+    Consensus,
+    ElectSign,
+    RoundOff,
+    Select,
+    SmoothSpectrum,
+    WeighByEnergy,
+)
 from sapmerge.parts.tuning import Tune
 from sapmerge.parts.units import Directions, Entries, Factors, Layers
 from sapmerge.parts.weighting import WeighByAgreement, WeighByAnchors

@@ -42,7 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.run(options)
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever reads had enough, as in `sapmerge ... | head`; what was asked for is done
+    except (
+        BrokenPipeError
+    ):  # whoever reads had enough, as in `sapmerge ... | head`; what was asked for is done
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
@@ -51,7 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, SapmergeError):
             text = str(error)
         else:  # of the user's own function, say
-            text = f"{type(error).__name__}: {printable(' '.join(str(error).split()))} (--debug shows where)"
+            text = (
+                f"{type(error).__name__}: {printable(' '.join(str(error).split()))} (--debug "
+                "shows where)"
+            )
         print(f"sapmerge: {text}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -60,7 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _print_in_any_encoding() -> None:
-    """Letters that the terminal's encoding lacks are printed as escapes: a finished merge must not end as an error."""
+    """Letters that the terminal's encoding lacks are printed as escapes:
+    a finished merge must not end as an error.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -76,42 +83,79 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=sapmerge.__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    merge = commands.add_parser("merge", help="merge adapters into one", description="Merge adapters into one.")
-    merge.add_argument("adapters", nargs="+", metavar="ADAPTER", help="folder of a PEFT LoRA adapter, or label=folder")
+    merge = commands.add_parser(
+        "merge", help="merge adapters into one", description="Merge adapters into one."
+    )
+    merge.add_argument(
+        "adapters",
+        nargs="+",
+        metavar="ADAPTER",
+        help="folder of a PEFT LoRA adapter, or label=folder",
+    )
     merge.add_argument("-o", "--output", required=True, help="folder to write")
-    merge.add_argument("--method", required=True, help=f"{', '.join(methods.__all__)}; a recipe; or module:function")
+    merge.add_argument(
+        "--method",
+        required=True,
+        help=f"{', '.join(methods.__all__)}; a recipe; or module:function",
+    )
     merge.add_argument("--density", type=float, help="fraction kept, in (0, 1]")
     merge.add_argument("--seed", type=int, help="of methods that draw random masks")
     merge.add_argument("--weights", help="one number per adapter: --weights=1,0.5,-1")
     merge.add_argument("--scale", type=float, default=1.0, help="multiplies the merged update")
-    merge.add_argument("--rank", type=_rank, help="cap on the rank, share of energy in (0, 1), or 'exact'")
-    merge.add_argument("--modules-to-save", help="heads: mean, first, drop, or module=adapter[,module=adapter]")
+    merge.add_argument(
+        "--rank", type=_rank, help="cap on the rank, share of energy in (0, 1), or 'exact'"
+    )
+    merge.add_argument(
+        "--modules-to-save", help="heads: mean, first, drop, or module=adapter[,module=adapter]"
+    )
     merge.add_argument("--base-model", help="the base model the output is for")
-    merge.add_argument("--names", choices=CHOICES, help="how the output spells its modules: as the adapters do, or ...")
+    merge.add_argument(
+        "--names",
+        choices=CHOICES,
+        help="how the output spells its modules: as the adapters do, or ...",
+    )
     merge.add_argument("--overwrite", action="store_true", help="replace an existing output")
     merge.add_argument("--quiet", action="store_true", help="no progress, no report")
     merge.set_defaults(run=_merge)
 
-    look = commands.add_parser("inspect", help="describe and compare adapters", description="Describe adapters.")
+    look = commands.add_parser(
+        "inspect", help="describe and compare adapters", description="Describe adapters."
+    )
     look.add_argument("adapters", nargs="+", metavar="ADAPTER")
     look.add_argument("--json", action="store_true", help="data instead of tables")
     look.set_defaults(run=_inspect)
 
-    check = commands.add_parser("verify", help="check an output against its digests", description="Check an output.")
+    check = commands.add_parser(
+        "verify", help="check an output against its digests", description="Check an output."
+    )
     check.add_argument("output", help="folder that sapmerge wrote")
-    check.add_argument("--inputs", nargs="+", default=[], metavar="DIR", help="the adapters it was made from")
+    check.add_argument(
+        "--inputs", nargs="+", default=[], metavar="DIR", help="the adapters it was made from"
+    )
     check.set_defaults(run=_verify)
 
-    again = commands.add_parser("reproduce", help="merge again and compare bits", description="Run the stored recipe.")
+    again = commands.add_parser(
+        "reproduce", help="merge again and compare bits", description="Run the stored recipe."
+    )
     again.add_argument("output", help="folder that sapmerge wrote")
-    again.add_argument("--inputs", nargs="+", required=True, metavar="DIR", help="the adapters it was made from")
-    again.add_argument("--use", nargs="+", default=[], metavar="MODULE:FUNCTION", help="your functions in the recipe")
+    again.add_argument(
+        "--inputs", nargs="+", required=True, metavar="DIR", help="the adapters it was made from"
+    )
+    again.add_argument(
+        "--use",
+        nargs="+",
+        default=[],
+        metavar="MODULE:FUNCTION",
+        help="your functions in the recipe",
+    )
     again.set_defaults(run=_reproduce)
 
     demo = commands.add_parser(
         "demo", help="the mission in small, in about a minute", description="Train, merge, compare."
     )
-    demo.add_argument("-o", "--output", default="sapmerge-demo", help="folder to write (default: %(default)s)")
+    demo.add_argument(
+        "-o", "--output", default="sapmerge-demo", help="folder to write (default: %(default)s)"
+    )
     demo.add_argument("--seed", type=int, default=0)
     demo.set_defaults(run=_demo)
 
@@ -150,14 +194,17 @@ def _verify(options: argparse.Namespace) -> None:
     what = "config, weights and inputs" if options.inputs else "config and weights"
     _report_problems(
         problems,
-        f"{what} have the digests in the output's metadata. That its recipe gives these weights is a claim: "
+        f"{what} have the digests in the output's metadata. That its recipe gives these weights is "
+        "a claim: "
         "`sapmerge reproduce` proves it",
     )
 
 
 def _reproduce(options: argparse.Namespace) -> None:
     functions = {name: _imported(name) for name in options.use}
-    _report_problems(verification.reproduce(options.output, options.inputs, functions), "the same bits again")
+    _report_problems(
+        verification.reproduce(options.output, options.inputs, functions), "the same bits again"
+    )
 
 
 def _report_problems(problems: Sequence[str], fine: str) -> None:
@@ -169,7 +216,9 @@ def _report_problems(problems: Sequence[str], fine: str) -> None:
 def _demo(options: argparse.Namespace) -> None:
     from sapmerge.demo import run
 
-    print(run(Path(options.output), seed=options.seed, say=lambda line: print(line, file=sys.stderr)))
+    print(
+        run(Path(options.output), seed=options.seed, say=lambda line: print(line, file=sys.stderr))
+    )
 
 
 def _adapters(arguments: Sequence[str]) -> Any:
@@ -187,23 +236,33 @@ def _adapters(arguments: Sequence[str]) -> Any:
 
 
 def _method(text: str, given: dict[str, Any]) -> Method:
-    """A name of `methods.__all__`, a recipe, or module:function that the user wrote and so allowed to be imported."""
+    """A name of `methods.__all__`, a recipe, or module:function that the user wrote and so allowed
+    to be imported.
+    """
     options = {key: value for key, value in given.items() if value is not None}
     names = [*methods.__all__, *(name for name in contrib.__all__ if name.islower())]
     if text in names:
-        factory = cast("Callable[..., Method]", getattr(methods if text in methods.__all__ else contrib, text))
+        factory = cast(
+            "Callable[..., Method]", getattr(methods if text in methods.__all__ else contrib, text)
+        )
         unknown = sorted(set(options) - set(signature(factory).parameters))
         if unknown:
             known = ", ".join(signature(factory).parameters) or "no arguments"
             raise MethodError(f"the method {text!r} has no {unknown[0]}; it takes {known}")
         missing = [
-            p.name for p in signature(factory).parameters.values() if p.default is p.empty and p.name not in options
+            p.name
+            for p in signature(factory).parameters.values()
+            if p.default is p.empty and p.name not in options
         ]
         if missing:
-            raise MethodError(f"the method {text!r} needs {missing[0]}; it takes {signature(factory)}")
+            raise MethodError(
+                f"the method {text!r} needs {missing[0]}; it takes {signature(factory)}"
+            )
         return factory(**options)
     if options:
-        raise MethodError(f"--{next(iter(options))} goes with a method's name; write it into {text!r} instead")
+        raise MethodError(
+            f"--{next(iter(options))} goes with a method's name; write it into {text!r} instead"
+        )
     if _IMPORTABLE.fullmatch(text):
         return _imported(text)
     if "(" not in text:
@@ -223,19 +282,27 @@ def _imported(name: str) -> Any:
         for attribute in path.split("."):
             found = getattr(found, attribute)
     except Exception as error:  # importing runs the user's code: anything can go wrong there
-        raise MethodError(f"{name!r} cannot be imported: {type(error).__name__}: {error}") from error
+        raise MethodError(
+            f"{name!r} cannot be imported: {type(error).__name__}: {error}"
+        ) from error
     if not callable(found):
         raise MethodError(f"{name!r} is not a function")
     return found
 
 
 def _strings(text: str) -> list[str]:
-    """The string literals of a recipe; an unreadable one has none, and `parse` says what is wrong with it."""
+    """The string literals of a recipe; an unreadable one has none,
+    and `parse` says what is wrong with it.
+    """
     try:
         tree = ast.parse(text.strip(), mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return []
-    return [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    return [
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
 
 
 def _policy(text: str | None) -> Any:
@@ -250,7 +317,9 @@ def _rank(text: str) -> int | float | str:
     try:
         return int(text) if re.fullmatch(r"\d+", text) else float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"a number, a share in (0, 1) or 'exact'; got {text!r}") from None
+        raise argparse.ArgumentTypeError(
+            f"a number, a share in (0, 1) or 'exact'; got {text!r}"
+        ) from None
 
 
 def _weights(text: str | None) -> list[float] | dict[str, float] | None:

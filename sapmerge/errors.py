@@ -1,4 +1,6 @@
-"""Every error and warning of sapmerge. A message says what is wrong, where, what was expected and what to do."""
+"""Every error and warning of sapmerge. A message says what is wrong, where,
+what was expected and what to do.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,8 @@ _OURS = ("sapmerge", "contextlib")  # and what stands between its functions and 
 class SapmergeError(Exception):
     """Base of every error that sapmerge raises on purpose.
 
-    What strangers wrote may be in a message: control characters are shown as escapes, and a long message is cut.
+    What strangers wrote may be in a message: control characters are shown as escapes,
+    and a long message is cut.
     """
 
     def __init__(self, message: str) -> None:
@@ -48,11 +51,15 @@ class SapmergeWarning(UserWarning):
 
 
 class AdapterFormatError(SapmergeError):
-    """The files of an adapter are not what they should be (container, tensor names, shapes, dtypes)."""
+    """The files of an adapter are not what they should be (container, tensor names,
+    shapes, dtypes).
+    """
 
 
 class AdapterConfigError(SapmergeError):
-    """`adapter_config.json` cannot be read, contradicts the tensors, or asks for something unsupported."""
+    """`adapter_config.json` cannot be read, contradicts the tensors,
+    or asks for something unsupported.
+    """
 
 
 class AdapterSecurityError(SapmergeError):
@@ -96,11 +103,15 @@ class OutputExistsError(OutputError):
 
 
 class RoundError(SapmergeError):
-    """A federated round cannot go on: its folder is damaged or of another round, or too few clients are there."""
+    """A federated round cannot go on: its folder is damaged or of another round,
+    or too few clients are there.
+    """
 
 
 def printable(text: str) -> str:
-    """The text with control characters as escapes: what strangers wrote must not steer a terminal."""
+    """The text with control characters as escapes:
+    what strangers wrote must not steer a terminal.
+    """
     if text.isprintable():
         return text
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
@@ -109,13 +120,17 @@ def printable(text: str) -> str:
 def warn(message: str) -> None:
     """A `SapmergeWarning` at the caller's own line, however deep in the library it is noticed."""
     level, frame = 1, sys._getframe()  # pyright: ignore[reportPrivateUsage]
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _OURS:
+    while (
+        frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _OURS
+    ):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, SapmergeWarning, stacklevel=level)
 
 
 def warn_afterwards(message: str) -> None:
-    """Warn of something when the work is done: nothing may raise any more, not even a warning made an error."""
+    """Warn of something when the work is done: nothing may raise any more,
+    not even a warning made an error.
+    """
     try:
         warn(message)
     except Exception:

@@ -1,7 +1,7 @@
 """Losses on anchors: (model, batch) -> scalar. Any callable of this form is one.
 
-The image-text losses take their embeddings from `model.get_image_features` and `model.get_text_features`, or from the
-batch if it holds `image_embeds` or `text_embeds` already.
+The image-text losses take their embeddings from `model.get_image_features` and
+`model.get_text_features`, or from the batch if it holds `image_embeds` or `text_embeds` already.
 """
 
 from __future__ import annotations
@@ -18,7 +18,14 @@ from sapmerge.core.linalg import wide
 from sapmerge.core.protocols import AnchorPass
 from sapmerge.errors import AnchorError
 
-__all__ = ["alignment", "centered_alignment", "contrastive", "entropy", "language_modeling", "outputs_only"]
+__all__ = [
+    "alignment",
+    "centered_alignment",
+    "contrastive",
+    "entropy",
+    "language_modeling",
+    "outputs_only",
+]
 
 Loss: TypeAlias = Callable[[Any, Any], Tensor]
 Batch: TypeAlias = Mapping[str, Any]
@@ -34,9 +41,11 @@ INPUTS = {
 
 
 def outputs_only(loss: L) -> L:
-    """Say of a loss that it looks at what the model returns, and at nothing that modules leave behind while they run.
+    """Say of a loss that it looks at what the model returns,
+    and at nothing that modules leave behind while they run.
 
-    Then what runs before the first adapted layer need not run again for every adapter. sapmerge's own losses are so.
+    Then what runs before the first adapted layer need not run again for every adapter.
+    sapmerge's own losses are so.
 
     Example:
         >>> from sapmerge import anchors
@@ -55,14 +64,18 @@ def is_outputs_only(loss: Loss) -> bool:
 
 @outputs_only
 def alignment(model: nn.Module, batch: Batch) -> Tensor:
-    """1 - cos(V, T), averaged over the pairs: the loss of SAP. Needs no negatives, and is small when all collapse."""
+    """1 - cos(V, T), averaged over the pairs: the loss of SAP.
+    Needs no negatives, and is small when all collapse.
+    """
     image, text = embeddings(model, batch)
     return 1 - (image * text).sum(-1).mean()
 
 
 @outputs_only
 def centered_alignment(model: nn.Module, batch: Batch) -> Tensor:
-    """1 - cos(V - mean V, T - mean T): what all images (all texts) of a batch share cannot lower it."""
+    """1 - cos(V - mean V, T - mean T): what all images (all texts) of a batch share
+    cannot lower it.
+    """
     image, text = embeddings(model, batch)
     image, text = (functional.normalize(side - side.mean(0), dim=-1) for side in (image, text))
     return 1 - (image * text).sum(-1).mean()
@@ -70,23 +83,30 @@ def centered_alignment(model: nn.Module, batch: Batch) -> Tensor:
 
 @outputs_only
 def contrastive(model: nn.Module, batch: Batch) -> Tensor:
-    """Symmetric InfoNCE at the model's temperature (1 / 0.07 if it has none); other pairs are negatives."""
+    """Symmetric InfoNCE at the model's temperature (1 / 0.07 if it has none);
+    other pairs are negatives.
+    """
     image, text = embeddings(model, batch)
     if len(image) < 2:
-        raise AnchorError("contrastive takes its negatives from the batch, and this one has a single pair")
+        raise AnchorError(
+            "contrastive takes its negatives from the batch, and this one has a single pair"
+        )
     learned = getattr(model, "logit_scale", None)
     scale = learned.exp() if isinstance(learned, Tensor) else 1 / 0.07
     logits = (image @ text.T) * scale
     target = torch.arange(len(logits), device=logits.device)
-    return (functional.cross_entropy(logits, target) + functional.cross_entropy(logits.T, target)) / 2
+    return (
+        functional.cross_entropy(logits, target) + functional.cross_entropy(logits.T, target)
+    ) / 2
 
 
 @outputs_only
 def entropy(model: nn.Module, batch: Batch) -> Tensor:
     """The mean entropy of the predictions; needs no labels (AdaMerging).
 
-    Of a two-tower model: of each image among the texts of the batch, at the model's temperature. Of others: of the
-    softmax over the last dimension of `model(**batch).logits`, where `attention_mask` is not 0.
+    Of a two-tower model: of each image among the texts of the batch, at the model's temperature. Of
+    others: of the softmax over the last dimension of `model(**batch).logits`,
+    where `attention_mask` is not 0.
     """
     if hasattr(model, "get_image_features") and hasattr(model, "get_text_features"):
         image, text = embeddings(model, batch)
@@ -109,9 +129,14 @@ def _entropy(logits: Tensor) -> Tensor:
 
 @outputs_only
 def language_modeling(model: nn.Module, batch: Batch) -> Tensor:
-    """The model's own loss. Without `labels`, these are the input tokens except padding and image tokens."""
+    """The model's own loss. Without `labels`, these are the input tokens except padding
+    and image tokens.
+    """
     if not isinstance(batch, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise AnchorError(f"the model's own loss needs dict batches, for model(**batch); got a {type(batch).__name__}")
+        raise AnchorError(
+            "the model's own loss needs dict batches, for model(**batch); got a "
+            f"{type(batch).__name__}"
+        )
     if "labels" not in batch and "input_ids" in batch:
         labels = cast("Tensor", batch["input_ids"]).clone()
         if "attention_mask" in batch:
@@ -120,11 +145,15 @@ def language_modeling(model: nn.Module, batch: Batch) -> Tensor:
         if isinstance(image_token, int):
             labels[labels == image_token] = -100
         batch = {**batch, "labels": labels}
-    if "use_cache" not in batch and _keeps_cache(model):  # keys and values for tokens that nobody generates
+    # keys and values for tokens that nobody generates
+    if "use_cache" not in batch and _keeps_cache(model):
         batch = {**batch, "use_cache": False}
     loss = getattr(model(**batch), "loss", None)
     if not isinstance(loss, Tensor):
-        raise AnchorError(f"{type(model).__name__} returns no loss for a batch with {sorted(batch)}; pass loss=...")
+        raise AnchorError(
+            f"{type(model).__name__} returns no loss for a batch with {sorted(batch)}; pass "
+            "loss=..."
+        )
     return loss
 
 
@@ -133,7 +162,9 @@ def _keeps_cache(model: nn.Module) -> bool:
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     taken = inspect.signature(model.forward).parameters
-    named = "use_cache" in taken or any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
+    named = "use_cache" in taken or any(
+        parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()
+    )
     return getattr(text, "use_cache", None) is True and named
 
 
@@ -150,7 +181,8 @@ def embedding(model: nn.Module, batch: Batch, side: str) -> Tensor:
     """
     if not isinstance(batch, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise AnchorError(
-            f"the image-text losses need dict batches, with pixel_values and input_ids; got a {type(batch).__name__}"
+            "the image-text losses need dict batches, with pixel_values and input_ids; got a "
+            f"{type(batch).__name__}"
         )
     if f"{side}_embeds" in batch:
         return functional.normalize(wide(cast("Tensor", batch[f"{side}_embeds"])), dim=-1)
@@ -158,13 +190,17 @@ def embedding(model: nn.Module, batch: Batch, side: str) -> Tensor:
     inputs = {key: batch[key] for key in INPUTS[side] if key in batch}
     if features is None or not inputs:
         raise AnchorError(
-            f"the image-text losses need {side}s: a model with get_{side}_features and its inputs in the batch, or "
+            f"the image-text losses need {side}s: a model with get_{side}_features and its inputs "
+            "in the batch, or "
             f"'{side}_embeds'; the batch of this {type(model).__name__} has {sorted(batch)}"
         )
     found = features(**inputs)
     pooled = found if isinstance(found, Tensor) else getattr(found, "pooler_output", None)
     if not isinstance(pooled, Tensor):
-        raise AnchorError(f"get_{side}_features of {type(model).__name__} gives no pooled embedding; pass loss=...")
+        raise AnchorError(
+            f"get_{side}_features of {type(model).__name__} gives no pooled embedding; pass "
+            "loss=..."
+        )
     return functional.normalize(wide(pooled), dim=-1)
 
 
@@ -172,7 +208,8 @@ PAIR_LOSSES = (alignment, centered_alignment, contrastive)
 """Those of image-text pairs."""
 
 NAMED: Mapping[str, Loss] = {
-    loss.__name__: loss for loss in (alignment, centered_alignment, contrastive, entropy, language_modeling)
+    loss.__name__: loss
+    for loss in (alignment, centered_alignment, contrastive, entropy, language_modeling)
 }
 """What a recipe may name."""
 
@@ -190,13 +227,16 @@ def default_loss(model: nn.Module) -> Loss:
     ):
         return language_modeling
     raise AnchorError(
-        f"{type(model).__name__} is neither a two-tower image-text model nor a language model; say which loss its "
+        f"{type(model).__name__} is neither a two-tower image-text model nor a language model; say "
+        "which loss its "
         "anchors have: loss=lambda model, batch: ..."
     )
 
 
 def comparing(anchors: AnchorPass) -> Loss | None:
-    """The loss that tells adapters apart by default: one that compares pairs; None, the anchors' own, for others."""
+    """The loss that tells adapters apart by default: one that compares pairs;
+    None, the anchors' own, for others.
+    """
     return centered_alignment if anchors.pairs else None
 
 

@@ -1,4 +1,6 @@
-"""Finding an adapter's modules in a live model, whichever transformers version spelled their names."""
+"""Finding an adapter's modules in a live model,
+whichever transformers version spelled their names.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,8 @@ _locks_lock = threading.Lock()
 
 @contextmanager
 def exclusive(model: Any) -> Generator[nn.Module]:
-    """The plain model inside, for this thread alone: hooks, modes and weights of a model belong to one merge at a time.
+    """The plain model inside, for this thread alone:
+    hooks, modes and weights of a model belong to one merge at a time.
 
     Every pass over anchors and every write to the weights happens inside. It may be entered again.
     """
@@ -56,7 +59,9 @@ def model_names(model: Any) -> Mapping[str, str]:
 
 
 def tensor_name(name: str, names: Mapping[str, str]) -> str:
-    """A canonical tensor name, e.g. "classifier.weight", as the model with those module names spells it."""
+    """A canonical tensor name, e.g. "classifier.weight",
+    as the model with those module names spells it.
+    """
     module, _, last = name.rpartition(".")
     return f"{names.get(module, module)}.{last}"
 
@@ -71,7 +76,8 @@ class Site:
         parameter: the whole parameter.
         weight: the layer's part of it: all of it, or one expert's slice (a view).
         transposed: whether the weight is stored as (inputs, outputs).
-        hooked: whether the module maps an input to W x, so that an update can be added to its output.
+        hooked: whether the module maps an input to W x, so that an update can be added to its
+            output.
         part: where in the parameter the layer's weight is.
     """
 
@@ -94,7 +100,9 @@ class Site:
 
 
 class ModelWeights:
-    """The weights of a live model, for kinds of adapters that need them (see `Adapter.with_base`)."""
+    """The weights of a live model, for kinds of adapters that need them (see
+    `Adapter.with_base`).
+    """
 
     def __init__(self, model: Any, wanted: Mapping[str, Module]) -> None:
         self._sites, self._model = find_sites(model, wanted), model
@@ -121,12 +129,24 @@ def find_sites(model: Any, wanted: Mapping[str, Module]) -> dict[str, Site]:
     """
     own = Names(model)
     base, names = own.base, own.located(wanted.values())
-    fused = {name: part for name, spec in wanted.items() if (part := fused_part(spec, names, base)) is not None}
-    missing = [spec.spelled for name, spec in wanted.items() if spec.owner not in names and name not in fused]
+    fused = {
+        name: part
+        for name, spec in wanted.items()
+        if (part := fused_part(spec, names, base)) is not None
+    }
+    missing = [
+        spec.spelled
+        for name, spec in wanted.items()
+        if spec.owner not in names and name not in fused
+    ]
     if missing:
         raise ModelMismatchError(
             f"{type(base).__name__} has no module {missing[0]!r}"
-            + (f" (nor {len(missing) - 1} others of the {len(wanted)} adapted ones)" if len(missing) > 1 else "")
+            + (
+                f" (nor {len(missing) - 1} others of the {len(wanted)} adapted ones)"
+                if len(missing) > 1
+                else ""
+            )
             + f"; it has e.g. {list(own.plain.values())[-3:]}. Is it the adapters' base model?"
         )
     found: dict[str, Site] = {}
@@ -135,7 +155,8 @@ def find_sites(model: Any, wanted: Mapping[str, Module]) -> dict[str, Site]:
         shape = tuple(site.matrix().shape)
         if shape != spec.shape:
             raise ModelMismatchError(
-                f"module {name!r} has a weight matrix {shape} in {type(base).__name__}, but the adapters' update is "
+                f"module {name!r} has a weight matrix {shape} in {type(base).__name__}, but the "
+                "adapters' update is "
                 f"{spec.shape}"
             )
         found[name] = site
@@ -160,37 +181,70 @@ def _site(module: nn.Module, spec: Module) -> Site:
     if spec.kind != "parameter":
         matrix_shape(module, parameter)  # refuses grouped convolutions
         hooked = spec.parameter == "weight"
-        return Site(module, spec.parameter, parameter, parameter, hooked and _transposed(module), hooked)
+        return Site(
+            module, spec.parameter, parameter, parameter, hooked and _transposed(module), hooked
+        )
     experts = parameter.shape[0] if parameter.ndim == 3 else 1
     if experts != spec.experts:
         raise ModelMismatchError(
-            f"{spec.parameter} of module {spec.owner!r} holds {experts} matrices in {type(module).__name__}, and the "
+            f"{spec.parameter} of module {spec.owner!r} holds {experts} matrices in "
+            f"{type(module).__name__}, and the "
             f"adapters have {spec.experts}"
         )
     part = (spec.expert,) if parameter.ndim == 3 else ()
     # As PEFT reads it: see ParamWrapper.
     transposed = parameter.ndim == 3 and bool(getattr(module, "is_transposed", False))
-    return Site(module, spec.parameter, parameter, parameter[part] if part else parameter, transposed, False, part)
+    return Site(
+        module,
+        spec.parameter,
+        parameter,
+        parameter[part] if part else parameter,
+        transposed,
+        False,
+        part,
+    )
 
 
-_EXPERT = re.compile(r"(?P<bank>.+\.experts)\.(?P<number>\d+)\.(?P<leaf>gate_proj|up_proj|down_proj|w1|w2|w3)")
+_EXPERT = re.compile(
+    r"(?P<bank>.+\.experts)\.(?P<number>\d+)\.(?P<leaf>gate_proj|up_proj|down_proj|w1|w2|w3)"
+)
 
 
 def fused_part(spec: Module, names: Mapping[str, str], base: nn.Module) -> Site | None:
-    """The part of a fused parameter that was a module of its own before transformers 5: "experts.3.up_proj"."""
-    match = _EXPERT.fullmatch(spec.owner) if spec.kind == "linear" and spec.owner not in names else None
+    """The part of a fused parameter that was a module of its own before transformers 5:
+    "experts.3.up_proj".
+    """
+    match = (
+        _EXPERT.fullmatch(spec.owner) if spec.kind == "linear" and spec.owner not in names else None
+    )
     if match is None:
         return None
-    bank = next((b for b in (match["bank"], match["bank"].replace("block_sparse_moe", "mlp")) if b in names), None)
+    bank = next(
+        (
+            b
+            for b in (match["bank"], match["bank"].replace("block_sparse_moe", "mlp"))
+            if b in names
+        ),
+        None,
+    )
     module = None if bank is None else unwrapped(base.get_submodule(names[bank]))
     name = "down_proj" if match["leaf"] in ("down_proj", "w2") else "gate_up_proj"
     parameter, number = getattr(module, name, None), int(match["number"])
-    if module is None or not isinstance(parameter, Tensor) or parameter.ndim != 3 or number >= parameter.shape[0]:
+    if (
+        module is None
+        or not isinstance(parameter, Tensor)
+        or parameter.ndim != 3
+        or number >= parameter.shape[0]
+    ):
         return None
     if getattr(module, "is_transposed", False) or not getattr(module, "is_concatenated", True):
         return None
     half = parameter.shape[1] // 2
-    rows = {"gate_up_proj": slice(0, half) if match["leaf"] in ("gate_proj", "w1") else slice(half, None)}
+    rows = {
+        "gate_up_proj": slice(0, half)
+        if match["leaf"] in ("gate_proj", "w1")
+        else slice(half, None)
+    }
     part = (number, rows.get(name, slice(None)))
     return Site(module, name, parameter, parameter[part], False, False, part)
 
@@ -200,7 +254,9 @@ def matrix_shape(module: nn.Module, weight: Tensor) -> tuple[int, int]:
     if _transposed(module):
         return weight.shape[1], weight.shape[0]
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and module.groups != 1:
-        raise ModelMismatchError(f"{module} has groups: updates of grouped convolutions are not supported")
+        raise ModelMismatchError(
+            f"{module} has groups: updates of grouped convolutions are not supported"
+        )
     return weight.shape[0], weight.numel() // max(1, weight.shape[0])
 
 
@@ -227,13 +283,17 @@ def find_saved(model: Any, wanted: Mapping[str, tuple[int, ...]]) -> dict[str, T
         found = tuple(targets[name].shape)
         if found != shape:
             raise ModelMismatchError(
-                f"the adapters save {name!r} {shape}, and the model has {found}; modules_to_save='drop' leaves it out"
+                f"the adapters save {name!r} {shape}, and the model has {found}; "
+                "modules_to_save='drop' leaves it out"
             )
     return targets
 
 
-def find_tensors(model: Any, wanted: Iterable[str], advice: str = "is it their base?") -> dict[str, Tensor]:
-    """The model's own tensor for every canonical name, e.g. "classifier.weight", in PEFT's wrappers too.
+def find_tensors(
+    model: Any, wanted: Iterable[str], advice: str = "is it their base?"
+) -> dict[str, Tensor]:
+    """The model's own tensor for every canonical name, e.g.
+    "classifier.weight", in PEFT's wrappers too.
 
     Raises:
         ModelMismatchError: it has none; `advice` ends the message.
@@ -247,7 +307,9 @@ def find_tensors(model: Any, wanted: Iterable[str], advice: str = "is it their b
     for name in wanted:
         target = own.get(tensor_name(name, names))
         if target is None:
-            raise ModelMismatchError(f"the adapters change {name!r}, and the model has none; {advice}")
+            raise ModelMismatchError(
+                f"the adapters change {name!r}, and the model has none; {advice}"
+            )
         found[name] = target
     return found
 
@@ -257,4 +319,7 @@ _WRAPPERS = re.compile(r"(?:\.(?:original_module|base_layer|token_adapter))+\.")
 
 def device_of(model: Any) -> torch.device:
     """Where the model's first parameter lives."""
-    return next((parameter.device for parameter in cast("nn.Module", model).parameters()), torch.device("cpu"))
+    return next(
+        (parameter.device for parameter in cast("nn.Module", model).parameters()),
+        torch.device("cpu"),
+    )

@@ -1,4 +1,6 @@
-"""What a live model calls its modules, whichever class, version or wrapper spelled the names in a file."""
+"""What a live model calls its modules, whichever class,
+version or wrapper spelled the names in a file.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ __all__ = ["Names", "base_of", "without_wrappers"]
 
 
 def without_wrappers(model: Any) -> Any:
-    """The model inside torch.compile, DataParallel, DistributedDataParallel and the like, or the model itself."""
+    """The model inside torch.compile, DataParallel, DistributedDataParallel and the like,
+    or the model itself.
+    """
     while (inner := _wrapped_in(model)) is not None:
         model = inner
     return model
@@ -26,7 +30,8 @@ def base_of(model: Any) -> nn.Module:
     model = without_wrappers(model)
     inner = getattr(model, "get_base_model", None)
     return cast(
-        "nn.Module", without_wrappers(inner()) if inner is not None and hasattr(model, "peft_config") else model
+        "nn.Module",
+        without_wrappers(inner()) if inner is not None and hasattr(model, "peft_config") else model,
     )
 
 
@@ -78,20 +83,32 @@ class Names:
     def locate(self, wanted: Mapping[str, tuple[int, ...] | None]) -> dict[str, str]:
         """The model's own key for every module that it has, whatever files call it.
 
-        In this order: the key itself, what transformers would rename it to, one that differs in what is around a tower,
-        one with the same ending. Two keys that lead to one module lead nowhere.
+        In this order: the key itself, what transformers would rename it to, one that differs in
+        what is around a tower, one with the same ending.
+        Two keys that lead to one module lead nowhere.
 
         Args:
-            wanted: key -> shape of the update, which decides where several modules have a name that fits; or None.
+            wanted: key -> shape of the update, which decides where several modules have a name
+                that fits; or None.
         """
-        found = {key: own for key, shape in wanted.items() if (own := self._find(key, shape)) is not None}
+        found = {
+            key: own for key, shape in wanted.items() if (own := self._find(key, shape)) is not None
+        }
         used = Counter(found.values())
         return {key: own for key, own in found.items() if key == own or used[own] == 1}
 
     def located(self, modules: Iterable[Module]) -> dict[str, str]:
-        """Owner of an adapted weight -> where the model has it, and the keys of all modules that it has."""
-        wanted = {module.owner: module.shape if module.name == module.owner else None for module in modules}
-        return {**self.paths, **{owner: self.paths[key] for owner, key in self.locate(wanted).items()}}
+        """Owner of an adapted weight -> where the model has it,
+        and the keys of all modules that it has.
+        """
+        wanted = {
+            module.owner: module.shape if module.name == module.owner else None
+            for module in modules
+        }
+        return {
+            **self.paths,
+            **{owner: self.paths[key] for owner, key in self.locate(wanted).items()},
+        }
 
     def _find(self, key: str, shape: tuple[int, ...] | None) -> str | None:
         if key in self.paths:
@@ -117,7 +134,9 @@ class Names:
         return None
 
     def shape(self, key: str) -> tuple[int, ...] | None:
-        """(outputs, inputs) of the weight of a module of the model; None for a module that has none."""
+        """(outputs, inputs) of the weight of a module of the model;
+        None for a module that has none.
+        """
         module = self.base.get_submodule(self.paths[key])
         while isinstance(inner := getattr(module, "base_layer", None), nn.Module):
             module = inner
@@ -142,7 +161,11 @@ class Names:
             rename = cast("Any", loading).rename_source_key
             renamed: str = rename(f"{key}.weight", self._renamings, [])[0]
             return canonical(renamed.removesuffix(".weight"))
-        except (ImportError, AttributeError, TypeError):  # transformers 4, or another form of its table
+        except (
+            ImportError,
+            AttributeError,
+            TypeError,
+        ):  # transformers 4, or another form of its table
             return None
 
 

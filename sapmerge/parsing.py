@@ -1,4 +1,6 @@
-"""Recipes read back as methods, with `ast` and a closed table of names: nothing is evaluated or imported."""
+"""Recipes read back as methods, with `ast` and a closed table of names:
+nothing is evaluated or imported.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +13,27 @@ from sapmerge.errors import MethodError
 from sapmerge.parts.bases import CoreSpace, SharedBasis, TuckerSpace
 from sapmerge.parts.chances import Flip, MagnitudeChance, RankChance
 from sapmerge.parts.contaminated import FlagContaminated
-from sapmerge.parts.masks import DropOutliers, NtoM, PerRow, Reciprocal, Threshold, TopFraction, TopWithTies
+from sapmerge.parts.masks import (
+    DropOutliers,
+    NtoM,
+    PerRow,
+    Reciprocal,
+    Threshold,
+    TopFraction,
+    TopWithTies,
+)
 from sapmerge.parts.mergers.cover_space import InCoverSpace
 from sapmerge.parts.mergers.entrywise import CoordinateMedian, TrimmedMean
 from sapmerge.parts.mergers.factors import ClusterUnits, RobustFactors, RobustSum
 from sapmerge.parts.mergers.fisher import FisherMean
-from sapmerge.parts.mergers.linear import DisjointMax, DisjointMean, FactorMean, FactorSum, Mean, Sum
+from sapmerge.parts.mergers.linear import (
+    DisjointMax,
+    DisjointMean,
+    FactorMean,
+    FactorSum,
+    Mean,
+    Sum,
+)
 from sapmerge.parts.mergers.regmean import RegMean
 from sapmerge.parts.mergers.robust import GeometricMedian, Krum, ModelStock, Slerp
 from sapmerge.parts.mergers.spectral import CART, Decorrelate, Isotropic, IsotropicCommonSpecific
@@ -24,8 +41,24 @@ from sapmerge.parts.outliers import CapShare, ClipNorms, ExcludeOutliers
 from sapmerge.parts.prune import Prune
 from sapmerge.parts.rescalers import Divide, Keep, MatchNorm
 from sapmerge.parts.scaling import MatchEnergy, ScaleByAnchors, ScaleByDepth
-from sapmerge.parts.scorers import SNIP, Activation, Fisher, Magnitude, PerSampleTaylor, Random, SignedTaylor, Taylor
-from sapmerge.parts.transforms import Consensus, ElectSign, RoundOff, Select, SmoothSpectrum, WeighByEnergy
+from sapmerge.parts.scorers import (
+    SNIP,
+    Activation,
+    Fisher,
+    Magnitude,
+    PerSampleTaylor,
+    Random,
+    SignedTaylor,
+    Taylor,
+)
+from sapmerge.parts.transforms import (
+    Consensus,
+    ElectSign,
+    RoundOff,
+    Select,
+    SmoothSpectrum,
+    WeighByEnergy,
+)
 from sapmerge.parts.tuning import Tune
 from sapmerge.parts.units import Directions, Entries, Factors, Layers
 from sapmerge.parts.weighting import WeighByAgreement, WeighByAnchors
@@ -119,7 +152,8 @@ def parse(text: str, functions: Mapping[str, Callable[..., Any]] | None = None) 
         functions: your own functions, by the "module:qualname" under which the recipe names them.
 
     Raises:
-        MethodError: a name that is not public, a function that was not passed, or anything but calls and literals.
+        MethodError: a name that is not public, a function that was not passed,
+            or anything but calls and literals.
 
     Example:
         >>> import sapmerge as sm
@@ -141,7 +175,10 @@ def _build(node: ast.expr, functions: Mapping[str, Callable[..., Any]], text: st
             positional = [_build(argument, functions, text) for argument in node.args]
             if any(keyword.arg is None for keyword in node.keywords):
                 raise MethodError(f"the recipe {text!r} uses **, which is not allowed")
-            named = {str(keyword.arg): _build(keyword.value, functions, text) for keyword in node.keywords}
+            named = {
+                str(keyword.arg): _build(keyword.value, functions, text)
+                for keyword in node.keywords
+            }
             try:
                 return made(*positional, **named)
             except TypeError as error:
@@ -149,7 +186,8 @@ def _build(node: ast.expr, functions: Mapping[str, Callable[..., Any]], text: st
         case ast.Constant(value=str() as name) if ":" in name:
             if name not in functions:
                 raise MethodError(
-                    f"the recipe names the function {name!r}; pass it yourself: parse(text, functions={{{name!r}: f}})"
+                    f"the recipe names the function {name!r}; pass it yourself: "
+                    f"parse(text, functions={{{name!r}: f}})"
                 )
             return functions[name]
         case ast.Constant(value=bool() | int() | float() | str() | None):
@@ -160,7 +198,9 @@ def _build(node: ast.expr, functions: Mapping[str, Callable[..., Any]], text: st
             return -number
         case ast.Tuple(elts=elements) | ast.List(elts=elements):
             return tuple(_build(element, functions, text) for element in elements)
-        case ast.Dict(keys=keys, values=values) if all(isinstance(key, ast.Constant) for key in keys):
+        case ast.Dict(keys=keys, values=values) if all(
+            isinstance(key, ast.Constant) for key in keys
+        ):
             return {
                 _build(cast("ast.expr", key), functions, text): _build(value, functions, text)
                 for key, value in zip(keys, values, strict=True)
@@ -174,11 +214,17 @@ def _build(node: ast.expr, functions: Mapping[str, Callable[..., Any]], text: st
 
 def _loss(name: str, text: str) -> Callable[..., Any]:
     if name not in losses.NAMED:
-        raise MethodError(f"the recipe {text!r} uses the bare name {name!r}; only losses stand without parentheses")
+        raise MethodError(
+            f"the recipe {text!r} uses the bare name {name!r}; only losses stand without "
+            "parentheses"
+        )
     return losses.NAMED[name]
 
 
 def _public(name: str, text: str) -> Callable[..., Any]:
     if name not in CALLABLE:
-        raise MethodError(f"the recipe {text!r} uses {name!r}, which is not a public primitive or method of sapmerge")
+        raise MethodError(
+            f"the recipe {text!r} uses {name!r}, which is not a public primitive or method of "
+            "sapmerge"
+        )
     return CALLABLE[name]

@@ -24,8 +24,12 @@ def _one_thread_and_seed():
     torch.set_num_threads(threads)
 
 
-def low_rank(shape: tuple[int, int], rank: int, seed: int, dtype: torch.dtype = torch.float64) -> sm.LowRank:
-    """A random low-rank update; drawn in float64, so both dtypes hold the same numbers up to rounding."""
+def low_rank(
+    shape: tuple[int, int], rank: int, seed: int, dtype: torch.dtype = torch.float64
+) -> sm.LowRank:
+    """A random low-rank update; drawn in float64, so both dtypes hold the same numbers
+    up to rounding.
+    """
     generator = torch.Generator().manual_seed(seed)
     B = torch.randn(shape[0], rank, generator=generator, dtype=torch.float64)
     A = torch.randn(rank, shape[1], generator=generator, dtype=torch.float64)
@@ -39,10 +43,15 @@ def make_layers(
     weights: Sequence[float] = (),
     seed: int = 0,
 ) -> list[sm.Layer]:
-    """Layers for len(ranks) adapters called a0, a1, ...; rank 0 means that the adapter lacks the layer."""
+    """Layers for len(ranks) adapters called a0, a1, ...;
+    rank 0 means that the adapter lacks the layer.
+    """
     layers = []
     for number, (name, shape) in enumerate((shapes or SHAPES).items()):
-        updates = [low_rank(shape, rank, 1000 * seed + 100 * number + k, dtype) for k, rank in enumerate(ranks)]
+        updates = [
+            low_rank(shape, rank, 1000 * seed + 100 * number + k, dtype)
+            for k, rank in enumerate(ranks)
+        ]
         labels = tuple(f"a{k}" for k in range(len(ranks)))
         layers.append(sm.Layer(name, tuple(updates), adapters=labels, weights=tuple(weights)))
     return layers
@@ -64,7 +73,9 @@ def changed(
     digests: Sequence[str] | None = None,
     record: Callable[[str, object], None] | None = None,
 ) -> sm.Layer:
-    """The layer with something else in it; empty labels, weights or digests stand for the defaults."""
+    """The layer with something else in it; empty labels,
+    weights or digests stand for the defaults.
+    """
     return sm.Layer(
         layer.name,
         layer.updates if updates is None else updates,
@@ -96,7 +107,8 @@ class View:
 
 
 class LinearLoss:
-    """Anchors whose loss is linear in the weights, two of them: gradients that are the same wherever they are taken.
+    """Anchors whose loss is linear in the weights, two of them:
+    gradients that are the same wherever they are taken.
 
     Args:
         layers: whose adapters have `losses`.
@@ -110,16 +122,26 @@ class LinearLoss:
     def observe(self, layers: sm.LayerStream, units: sm.Units) -> LinearLoss._Seen:
         return self._Seen(layers, units)
 
-    def in_turn(self, layers: sm.LayerStream, units: sm.Units) -> Iterator[tuple[Sequence[int], LinearLoss._Seen]]:
+    def in_turn(
+        self, layers: sm.LayerStream, units: sm.Units
+    ) -> Iterator[tuple[Sequence[int], LinearLoss._Seen]]:
         for k in range(max(len(layer) for layer in layers)):
             yield [k], self.observe(layers, units)
 
     def losses(self, loss: Callable[..., Tensor] | None = None) -> Sequence[float]:
         count = max(len(layer) for layer in self.layers)
-        return [self.loss_of({layer.name: layer.updates[k] for layer in self.layers}) for k in range(count)]
+        return [
+            self.loss_of({layer.name: layer.updates[k] for layer in self.layers})
+            for k in range(count)
+        ]
 
-    def loss_of(self, updates: Mapping[str, sm.Update], loss: Callable[..., Tensor] | None = None) -> float:
-        return sum(float((_gradient(name, u.shape, 1) * u.dense().double()).sum()) for name, u in updates.items())
+    def loss_of(
+        self, updates: Mapping[str, sm.Update], loss: Callable[..., Tensor] | None = None
+    ) -> float:
+        return sum(
+            float((_gradient(name, u.shape, 1) * u.dense().double()).sum())
+            for name, u in updates.items()
+        )
 
     def slopes(
         self,
@@ -128,13 +150,17 @@ class LinearLoss:
         loss: Callable[..., Tensor] | None = None,
     ) -> tuple[float, dict[str, Tensor]]:
         found = {
-            name: torch.stack([(_gradient(name, u.shape, 1) * u.dense().double()).sum() for u in along])
+            name: torch.stack(
+                [(_gradient(name, u.shape, 1) * u.dense().double()).sum() for u in along]
+            )
             for name, along in directions.items()
         }
         return self.loss_of(updates), found
 
     def grams(self, layers: sm.LayerStream, fold: Callable[[sm.Layer, int, Tensor], None]) -> None:
-        """Of a well-posed problem, and a little different for every adapter; a factor of its update is immaterial."""
+        """Of a well-posed problem, and a little different for every adapter;
+        a factor of its update is immaterial.
+        """
         for layer in layers:
             n = _outer_shape(layer)[1]
             root = low_rank((n, n), n, sum(map(ord, layer.name))).dense()
@@ -143,7 +169,9 @@ class LinearLoss:
                 size = float(D.square().sum())
                 gram = root.T @ root / n + torch.eye(n).double() + (D.T @ D / size if size else 0.0)
                 for frames in layer.frames:
-                    gram = gram if frames.V is None else frames.V.double().T @ gram @ frames.V.double()
+                    gram = (
+                        gram if frames.V is None else frames.V.double().T @ gram @ frames.V.double()
+                    )
                 fold(layer, k, gram)
 
     def scaled(self, factors: Mapping[str, Sequence[float]]) -> LinearLoss:
@@ -156,7 +184,9 @@ class LinearLoss:
         def __init__(self, layers: sm.LayerStream, units: sm.Units) -> None:
             self.layers, self.units = layers, units
 
-        def moment(self, layer: str, adapter: int, part: str, statistic: str, at: str) -> tuple[Tensor, Tensor]:
+        def moment(
+            self, layer: str, adapter: int, part: str, statistic: str, at: str
+        ) -> tuple[Tensor, Tensor]:
             found = next(x for x in self.layers if x.name == layer)
             update = found.updates[adapter]
             function = {"mean": lambda g: g, "absolute": torch.abs}.get(statistic, torch.square)
@@ -164,13 +194,18 @@ class LinearLoss:
             for half in (1, 2):
                 G = _gradient(layer, _outer_shape(found), half).to(update.dtype)
                 for frames in found.frames:
-                    left = frames.U if frames.scale is None or frames.U is None else frames.U * frames.scale
+                    left = (
+                        frames.U
+                        if frames.scale is None or frames.U is None
+                        else frames.U * frames.scale
+                    )
                     G = G if left is None else left.T @ G
                     G = G if frames.V is None else G @ frames.V
                 both.append(function(self.units(update).pull(View(G))[part][0]))
                 size = update.norm()
                 if isinstance(self.units, sm.Entries) and statistic.endswith("square") and size:
-                    both[-1] = both[-1] + (update.dense() / size).square()  # no two adapters have the same
+                    # no two adapters have the same
+                    both[-1] = both[-1] + (update.dense() / size).square()
             return both[0], both[1]
 
         def activations(self, layer: str, adapter: int, part: str) -> tuple[Tensor, Tensor]:

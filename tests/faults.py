@@ -1,6 +1,8 @@
-"""Makes system calls fail, or kill the process, at a chosen moment; and tells whether a checkpoint folder is whole.
+"""Makes system calls fail, or kill the process, at a chosen moment;
+and tells whether a checkpoint folder is whole.
 
-Run as a script it forks writers and kills them (so torch is imported once), and prints what it found as JSON.
+Run as a script it forks writers and kills them (so torch is imported once),
+and prints what it found as JSON.
 """
 
 from __future__ import annotations
@@ -34,9 +36,11 @@ ELEMENTS = 20_000
 
 
 class Faults:
-    """While active, calls `fault` instead of (or, for close, after) the N-th system call of the writer.
+    """While active, calls `fault` instead of (or, for close, after) the N-th system
+    call of the writer.
 
-    `sticky` repeats the fault at every later call. `names` are the calls seen, `fired` the name of the one that failed.
+    `sticky` repeats the fault at every later call.
+    `names` are the calls seen, `fired` the name of the one that failed.
     """
 
     def __init__(self, at: int, fault: Callable[[], None], *, sticky: bool = False) -> None:
@@ -102,11 +106,14 @@ class MixtureError(Exception):
 
 
 def read_version(path: Path) -> int | None:
-    """The version of a checkpoint that is whole; None if there is none. Anything else fails an assertion."""
+    """The version of a checkpoint that is whole; None if there is none.
+    Anything else fails an assertion.
+    """
     if not path.exists():
         return None
     config = (path / "adapter_config.json").read_bytes()
-    # Not safe_open: it opens the path twice, and after a swap in between takes the header and the data of two files.
+    # Not safe_open: it opens the path twice, and after a swap in between takes the header and the
+    # data of two files.
     data = (path / "adapter_model.safetensors").read_bytes()
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     if header["__metadata__"][CONFIG_DIGEST_KEY] != hashlib.sha256(config).hexdigest():
@@ -114,7 +121,9 @@ def read_version(path: Path) -> int | None:
     tensors = load(data)
     version = json.loads(config)["version"]
     assert sorted(tensors) == ["a", "b"]
-    assert all(torch.equal(tensor, torch.full((ELEMENTS,), float(version))) for tensor in tensors.values())
+    assert all(
+        torch.equal(tensor, torch.full((ELEMENTS,), float(version))) for tensor in tensors.values()
+    )
     return version
 
 
@@ -122,7 +131,11 @@ def whole_version(path: Path) -> int | None:
     """As `read_version`, the text files included, for a folder that nobody is writing."""
     version = read_version(path)
     if version is not None:
-        assert sorted(os.listdir(path)) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+        assert sorted(os.listdir(path)) == [
+            "README.md",
+            "adapter_config.json",
+            "adapter_model.safetensors",
+        ]
         assert (path / "README.md").read_text() == f"version {version}"
     return version
 
@@ -153,7 +166,9 @@ def recover(path: Path) -> int | None:
 
 
 def random_kills(path: Path, count: int) -> Counter[str]:
-    """Kills a loop of overwrites `count` times; the version never goes back and the output is never torn."""
+    """Kills a loop of overwrites `count` times; the version never goes back and the
+    output is never torn.
+    """
     seen: Counter[str] = Counter()
     write_version(path, 0)
     version, chance = 0, random.Random(0)

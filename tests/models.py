@@ -106,7 +106,11 @@ def load(folder: Path, model: nn.Module | None = None) -> PeftModel:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         peft_model = PeftModel.from_pretrained(Zoo() if model is None else model, str(folder))
-    keys = [str(w.message) for w in caught if "missing" in str(w.message) or "nexpected" in str(w.message)]
+    keys = [
+        str(w.message)
+        for w in caught
+        if "missing" in str(w.message) or "nexpected" in str(w.message)
+    ]
     assert not keys, keys
     return peft_model
 
@@ -142,9 +146,13 @@ def matrices(found: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]
 def products(folder: Path, scaling: float) -> dict[str, Tensor]:
     """s B A of every linear module, from the tensors of the file and nothing else; float64."""
     tensors = load_file(folder / "adapter_model.safetensors")
-    names = [name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")]
+    names = [
+        name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight")
+    ]
     return {
-        plain(name): scaling * tensors[f"{name}.lora_B.weight"].double() @ tensors[f"{name}.lora_A.weight"].double()
+        plain(name): scaling
+        * tensors[f"{name}.lora_B.weight"].double()
+        @ tensors[f"{name}.lora_A.weight"].double()
         for name in names
     }
 
@@ -158,4 +166,6 @@ def copied(model: nn.Module) -> dict[str, Tensor]:
 
 
 def same(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> bool:
-    return before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    return before.keys() == after.keys() and all(
+        torch.equal(before[name], after[name]) for name in before
+    )

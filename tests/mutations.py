@@ -1,4 +1,5 @@
-"""Does each check matter? Take one out, and see whether a case of the corpus or a test of the reader notices.
+"""Does each check matter? Take one out, and see whether a case of the corpus or a test of the
+reader notices.
 
 `python -m tests.mutations` removes every check of the reader in turn and prints what nobody
 noticed; `--tests` also asks the tests in `tests/reading` about what the corpus let pass.
@@ -72,7 +73,9 @@ class Mutant:
 
     @property
     def reachable(self) -> bool:
-        """Whether a folder can lead there; what cannot is for tests in memory (`test_checks.py`, `tests/reading`)."""
+        """Whether a folder can lead there; what cannot is for tests in memory (`test_checks.py`,
+        `tests/reading`).
+        """
         return not any(part in self.text for part in BEYOND)
 
     def __str__(self) -> str:
@@ -104,7 +107,13 @@ def _is_check(node: ast.AST) -> bool:
     if not isinstance(node, ast.Expr) or not isinstance(node.value, ast.Call):
         return False
     called = node.value.func
-    name = called.attr if isinstance(called, ast.Attribute) else called.id if isinstance(called, ast.Name) else ""
+    name = (
+        called.attr
+        if isinstance(called, ast.Attribute)
+        else called.id
+        if isinstance(called, ast.Name)
+        else ""
+    )
     return name in (*REFUSERS, "_warn", "warn") and not (
         isinstance(called, ast.Attribute) and name == "warn" and _owner(called) == "warnings"
     )
@@ -155,7 +164,9 @@ def prepare(place: Path) -> list[tuple[Any, Path]]:
 
 
 def noticed_by_corpus(mutant: Mutant, built: Sequence[tuple[Any, Path]]) -> str | None:
-    """The first case that comes out differently without the check, or None. In a child: imports cannot be undone."""
+    """The first case that comes out differently without the check, or None.
+    In a child: imports cannot be undone.
+    """
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -204,7 +215,11 @@ def noticed_by_tests(mutant: Mutant) -> bool:
             "tests/reading",
         ]
         done = subprocess.run(
-            command, cwd=place, env={**os.environ, "PYTHONPATH": place}, capture_output=True, timeout=600
+            command,
+            cwd=place,
+            env={**os.environ, "PYTHONPATH": place},
+            capture_output=True,
+            timeout=600,
         )
         return done.returncode != 0
 
@@ -219,13 +234,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tests", action="store_true")
     parser.add_argument("--file", default="", help="only files with this in their name")
-    parser.add_argument("--beyond", action="store_true", help="only checks that no folder can reach")
+    parser.add_argument(
+        "--beyond", action="store_true", help="only checks that no folder can reach"
+    )
     options = parser.parse_args()
     import torch
 
     torch.set_num_threads(1)
     all_of_them = [
-        mutant for mutant in mutants() if options.file in mutant.file and not (options.beyond and mutant.reachable)
+        mutant
+        for mutant in mutants()
+        if options.file in mutant.file and not (options.beyond and mutant.reachable)
     ]
     caught = 0
     with tempfile.TemporaryDirectory() as place:

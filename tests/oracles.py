@@ -1,6 +1,7 @@
 """Reference formulas, dense and in float64, written from the papers. Nothing here calls sapmerge.
 
-A model is a list over layers of a list over adapters: `model[l][k]` is D_k of layer l, an (m, n) matrix.
+A model is a list over layers of a list over adapters:
+`model[l][k]` is D_k of layer l, an (m, n) matrix.
 """
 
 from __future__ import annotations
@@ -65,7 +66,9 @@ def ties(
 
 
 def knots(model: list[list[Matrix]], density: float, scaled: bool = True) -> list[Matrix]:
-    """KnOTS-TIES: [D_1 | ... | D_K] = U S [V_1 | ... | V_K]; TIES on S V_k (or on V_k), then U (or U S) times it."""
+    """KnOTS-TIES: [D_1 | ... | D_K] = U S [V_1 | ... | V_K];
+    TIES on S V_k (or on V_k), then U (or U S) times it.
+    """
     frames, inside = [], []
     for layer in model:
         U, S, Vt = np.linalg.svd(np.concatenate(layer, axis=1), full_matrices=False)
@@ -77,10 +80,14 @@ def knots(model: list[list[Matrix]], density: float, scaled: bool = True) -> lis
     return [U @ core for U, core in zip(frames, ties(inside, density, scope="adapter"))]
 
 
-def core_ties(factors: list[list[tuple[Matrix, Matrix]]], density: float, balance: bool = False) -> list[Matrix]:
-    """Core-TIES: U_B from [B_1 | ...], V_A from [A_1; ...], TIES on U_B^T B_k A_k V_A^T, one threshold per layer.
+def core_ties(
+    factors: list[list[tuple[Matrix, Matrix]]], density: float, balance: bool = False
+) -> list[Matrix]:
+    """Core-TIES: U_B from [B_1 | ...], V_A from [A_1; ...], TIES on U_B^T B_k A_k V_A^T,
+    one threshold per layer.
 
-    `factors[l][k]` is (B, A). With `balance`, B = U sqrt(S) and A = sqrt(S) V^T of each product first.
+    `factors[l][k]` is (B, A). With `balance`, B = U sqrt(S) and A = sqrt(S) V^T of
+    each product first.
     """
     out = []
     for layer in factors:

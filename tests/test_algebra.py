@@ -1,4 +1,6 @@
-"""The low-rank algebra against dense float64, over random shapes and ranks, degenerate ones included."""
+"""The low-rank algebra against dense float64, over random shapes and ranks,
+degenerate ones included.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from sapmerge.core.lowrank import concatenate, gram, inner, mean_cosine, truncat
 from tests import oracles
 from tests.conftest import error, low_rank
 
-quick = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+quick = settings(
+    max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True
+)
 sizes = st.integers(1, 7)
 ranks = st.integers(0, 9)  # beyond min(m, n)
 seeds = st.integers(0, 10_000)
@@ -65,7 +69,9 @@ def test_inner_and_gram(m: int, n: int, several: list[int], seed: int, mixed: bo
 
 @quick
 @given(sizes, sizes, st.lists(ranks, min_size=1, max_size=4), seeds, st.booleans())
-def test_mean_cosine_is_that_of_all_pairs(m: int, n: int, several: list[int], seed: int, mixed: bool) -> None:
+def test_mean_cosine_is_that_of_all_pairs(
+    m: int, n: int, several: list[int], seed: int, mixed: bool
+) -> None:
     updates: list[sm.Update] = [low_rank((m, n), rank, seed + k) for k, rank in enumerate(several)]
     if mixed:
         updates[-1] = sm.Dense(updates[-1].dense())
@@ -96,10 +102,14 @@ def test_a_rank_above_the_sides(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(updates, "_COLUMNS", 4)
     update = low_rank((6, 5), 11, 0)
     assert update.norm() == pytest.approx(float(np.linalg.norm(update.dense().numpy())), rel=1e-12)
-    np.testing.assert_allclose(update.svd()[1], np.linalg.svd(update.dense().numpy(), compute_uv=False), rtol=1e-12)
+    np.testing.assert_allclose(
+        update.svd()[1], np.linalg.svd(update.dense().numpy(), compute_uv=False), rtol=1e-12
+    )
 
 
-def test_qr_of_well_conditioned_columns_needs_no_reflectors(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_qr_of_well_conditioned_columns_needs_no_reflectors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def refuse(_: torch.Tensor) -> None:
         raise AssertionError
 
@@ -118,7 +128,9 @@ def test_qr_of_well_conditioned_columns_needs_no_reflectors(monkeypatch: pytest.
 @pytest.mark.parametrize("condition", [1.0, 1e2, 1e3, 1e5, 1e8, 1e12])
 @pytest.mark.parametrize("rows", [4, 9, 300, 20_000])
 def test_qr_of_columns_that_are_nearly_dependent(rows: int, condition: float, scale: float) -> None:
-    """Orthonormal whatever the condition number; that of columns of very different lengths does not count."""
+    """Orthonormal whatever the condition number; that of columns of very different lengths
+    does not count.
+    """
     generator = torch.Generator().manual_seed(0)
     size = min(rows, 9)
     left = torch.linalg.qr(torch.randn(rows, size, generator=generator).double())[0]
@@ -131,14 +143,18 @@ def test_qr_of_columns_that_are_nearly_dependent(rows: int, condition: float, sc
     lengths = (matrix / scale).norm(dim=0) * scale
     assert float(((Q @ R - matrix) / lengths).abs().max()) < 1e-9
     if condition > 1e4:  # Householder's, not Cholesky's
-        torch.testing.assert_close(Q.T @ Q, torch.eye(size, dtype=torch.float64), atol=1e-13, rtol=0)
+        torch.testing.assert_close(
+            Q.T @ Q, torch.eye(size, dtype=torch.float64), atol=1e-13, rtol=0
+        )
 
 
 @pytest.mark.parametrize("condition", [1e2, 1e5, float("inf")])
 def test_svd_of_factors_with_nearly_dependent_columns(condition: float) -> None:
     """Copies of columns, and differences of columns that are nearly copies."""
     factors = [low_rank((60, 40), 6, seed) for seed in (1, 2, 3)]
-    near = sm.LowRank(factors[0].B + factors[1].B / condition, factors[0].A + factors[2].A / condition)
+    near = sm.LowRank(
+        factors[0].B + factors[1].B / condition, factors[0].A + factors[2].A / condition
+    )
     update = concatenate([factors[0], near, factors[1]], [1.0, -1.0, 1e-3])
     U, sigma, Vh = update.svd()
     wanted = np.linalg.svd(update.dense().numpy(), compute_uv=False)[: len(sigma)]
@@ -146,7 +162,9 @@ def test_svd_of_factors_with_nearly_dependent_columns(condition: float) -> None:
     np.testing.assert_allclose(sigma.numpy(), wanted, atol=1e-8 * largest)
     torch.testing.assert_close((U * sigma) @ Vh, update.dense(), atol=1e-8 * largest, rtol=0)
     for frame in (U.T @ U, Vh @ Vh.T):
-        torch.testing.assert_close(frame, torch.eye(len(sigma), dtype=torch.float64), atol=1e-8, rtol=0)
+        torch.testing.assert_close(
+            frame, torch.eye(len(sigma), dtype=torch.float64), atol=1e-8, rtol=0
+        )
     assert update.norm() == pytest.approx(float(update.dense().norm()), rel=1e-6)
 
 
@@ -162,7 +180,14 @@ def test_concatenate_is_the_weighted_sum(m: int, n: int, several: list[int], see
 
 
 @quick
-@given(sizes, sizes, ranks, seeds, st.floats(1e-4, 1e4), st.sampled_from([torch.float32, torch.float64]))
+@given(
+    sizes,
+    sizes,
+    ranks,
+    seeds,
+    st.floats(1e-4, 1e4),
+    st.sampled_from([torch.float32, torch.float64]),
+)
 def test_balanced(m: int, n: int, rank: int, seed: int, gauge: float, dtype: torch.dtype) -> None:
     update = low_rank((m, n), rank, seed, dtype)
     even = sm.LowRank(update.B / gauge, update.A * gauge).balanced
@@ -170,7 +195,9 @@ def test_balanced(m: int, n: int, rank: int, seed: int, gauge: float, dtype: tor
     assert even.rank <= min(m, n, rank)
     tolerance = 1e-10 if dtype == torch.float64 else 1e-4
     assert error(even.dense(), update.dense()) < tolerance
-    torch.testing.assert_close(even.A @ even.A.T, even.B.T @ even.B, atol=tolerance * (1 + update.norm()), rtol=0)
+    torch.testing.assert_close(
+        even.A @ even.A.T, even.B.T @ even.B, atol=tolerance * (1 + update.norm()), rtol=0
+    )
 
 
 @quick
@@ -186,13 +213,16 @@ def test_truncate_to_a_rank(m: int, n: int, rank: int, seed: int, cap: int, is_d
 
 @quick
 @given(sizes, sizes, st.integers(1, 9), seeds, st.floats(0.05, 0.999), st.booleans())
-def test_truncate_to_a_share_of_energy(m: int, n: int, rank: int, seed: int, share: float, is_dense: bool) -> None:
+def test_truncate_to_a_share_of_energy(
+    m: int, n: int, rank: int, seed: int, share: float, is_dense: bool
+) -> None:
     low = deficient(m, n, rank, seed, fall=0.6)
     got, kept = truncate(sm.Dense(low.dense()) if is_dense else low, share, 1)
     matrix = low.dense().numpy()
     assert kept >= share - 1e-9
     assert kept == pytest.approx(oracles.energy_kept(matrix, got.rank), abs=1e-9)
-    assert got.rank == 1 or oracles.energy_kept(matrix, got.rank - 1) < share  # no smaller rank is enough
+    # no smaller rank is enough
+    assert got.rank == 1 or oracles.energy_kept(matrix, got.rank - 1) < share
     assert got.norm() ** 2 == pytest.approx(kept * low.norm() ** 2, rel=1e-9)
 
 
@@ -204,7 +234,9 @@ def test_truncate_exactly_and_by_default(m: int, n: int, rank: int, seed: int) -
         assert kept == 1.0
         assert got.rank <= min(m, n)
         assert error(got.dense(), update.dense()) < 2e-6
-    assert truncate(update, "exact", 1)[0].rank == np.linalg.matrix_rank(update.dense().numpy(), rtol=1e-6)
+    assert truncate(update, "exact", 1)[0].rank == np.linalg.matrix_rank(
+        update.dense().numpy(), rtol=1e-6
+    )
     if rank <= min(m, n):
         assert truncate(update, None, 1)[0] is update
     default, kept = truncate(sm.Dense(update.dense()), None, 2)
@@ -215,7 +247,9 @@ def test_truncate_exactly_and_by_default(m: int, n: int, rank: int, seed: int) -
 
 @pytest.mark.parametrize("rank", [None, 1, 0.5, "exact"])
 @pytest.mark.parametrize("is_dense", [True, False])
-def test_zero_has_rank_zero_and_keeps_all_energy(rank: int | float | str | None, is_dense: bool) -> None:
+def test_zero_has_rank_zero_and_keeps_all_energy(
+    rank: int | float | str | None, is_dense: bool
+) -> None:
     zero = torch.zeros(5, 4)
     update: sm.Update = sm.Dense(zero) if is_dense else sm.LowRank(zero[:, :2], zero[:2].clone())
     got, kept = truncate(update, rank, 1)
@@ -235,22 +269,29 @@ def test_exact_drops_dependent_directions() -> None:
     assert error(got.dense(), 2.5 * update.dense()) < 1e-12
 
 
-# --- the streamed threshold of a whole adapter ------------------------------------------------------------------
+# --- the streamed threshold of a whole adapter
+# ----------------------------------------------------------------------------------------
 
 floats = st.one_of(
-    st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.5, 1e-45, -1e-45, 2e-40, 1e-38, 3e38, -3e38, 1.0 + 2**-23]),
+    st.sampled_from(
+        [0.0, -0.0, 1.0, -1.0, 0.5, 1e-45, -1e-45, 2e-40, 1e-38, 3e38, -3e38, 1.0 + 2**-23]
+    ),
     st.floats(-4, 4, width=32),
     st.floats(width=32, allow_nan=False, allow_infinity=False),
 )
 chunks = st.lists(
-    hnp.arrays(np.float32, hnp.array_shapes(max_dims=2, max_side=6), elements=floats), min_size=1, max_size=5
+    hnp.arrays(np.float32, hnp.array_shapes(max_dims=2, max_side=6), elements=floats),
+    min_size=1,
+    max_size=5,
 )
 
 
 @settings(quick, max_examples=200)
 @given(chunks, st.one_of(st.floats(0.001, 1.0), st.sampled_from([0.2, 0.25, 0.5, 1.0])))
 def test_streamed_threshold_is_the_flat_one(arrays: list[np.ndarray], density: float) -> None:
-    """Fitted over chunks, scope "adapter" keeps what a sort of everything keeps, ties at the cut included."""
+    """Fitted over chunks, scope "adapter" keeps what a sort of everything keeps,
+    ties at the cut included.
+    """
     flat = np.concatenate([array.ravel() for array in arrays])
     cut = np.sort(flat)[::-1][oracles.count(density, flat.size) - 1]
     top = sm.TopFraction(density, scope="adapter")
@@ -264,7 +305,9 @@ def test_streamed_threshold_is_the_flat_one(arrays: list[np.ndarray], density: f
 @given(chunks, chunks, st.floats(0.05, 0.95))
 def test_each_adapter_has_its_own_threshold(first: list, second: list, density: float) -> None:
     top = sm.TopFraction(density, scope="adapter")
-    pairs = [("a", torch.from_numpy(x)) for x in first] + [("b", torch.from_numpy(x)) for x in second]
+    pairs = [("a", torch.from_numpy(x)) for x in first] + [
+        ("b", torch.from_numpy(x)) for x in second
+    ]
     both = top.fit(lambda: reversed(pairs))
     assert both is not None
     for label in "ab":
@@ -287,14 +330,21 @@ def test_top_fraction_of_a_tensor_keeps_the_exact_count(array: np.ndarray, densi
     assert np.flatnonzero(mask.numpy()).tolist() == sorted(wanted.tolist())
 
 
-# --- coordinates -------------------------------------------------------------------------------------------------
+# --- coordinates
+# ----------------------------------------------------------------------------------------
 
 
 @quick
 @given(
-    sizes, sizes, st.lists(ranks, min_size=1, max_size=3), seeds, st.sampled_from(["knots", "text", "core", "plain"])
+    sizes,
+    sizes,
+    st.lists(ranks, min_size=1, max_size=3),
+    seeds,
+    st.sampled_from(["knots", "text", "core", "plain"]),
 )
-def test_inside_and_outside_is_a_round_trip(m: int, n: int, several: list[int], seed: int, which: str) -> None:
+def test_inside_and_outside_is_a_round_trip(
+    m: int, n: int, several: list[int], seed: int, which: str
+) -> None:
     """Frames that span all adapters lose nothing; in and out again is the identity on each."""
     updates = tuple(low_rank((m, n), rank, seed + k) for k, rank in enumerate(several))
     basis = {
@@ -306,7 +356,9 @@ def test_inside_and_outside_is_a_round_trip(m: int, n: int, several: list[int], 
     frames = basis(sm.Layer("l", updates))
     for frame in (frames.U, frames.V):
         if frame is not None:
-            torch.testing.assert_close(frame.T @ frame, torch.eye(frame.shape[1]).double(), atol=1e-10, rtol=0)
+            torch.testing.assert_close(
+                frame.T @ frame, torch.eye(frame.shape[1]).double(), atol=1e-10, rtol=0
+            )
     for update in updates:
         coordinates = frames.inside(update)
         assert (coordinates.rank == 0) == (update.rank == 0)
@@ -320,7 +372,11 @@ def test_inside_and_outside_is_a_round_trip(m: int, n: int, several: list[int], 
 
 def test_frames_of_one_side() -> None:
     torch.manual_seed(1)
-    matrix, U, V = torch.randn(5, 6), torch.linalg.qr(torch.randn(5, 3))[0], torch.linalg.qr(torch.randn(6, 2))[0]
+    matrix, U, V = (
+        torch.randn(5, 6),
+        torch.linalg.qr(torch.randn(5, 3))[0],
+        torch.linalg.qr(torch.randn(6, 2))[0],
+    )
     for left, right in ((U, None), (None, V), (U, V), (None, None)):
         frames = sm.Frames(left, right)
         P = torch.eye(5) if left is None else left @ left.T
@@ -330,9 +386,13 @@ def test_frames_of_one_side() -> None:
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e19, 1e-19])
-@pytest.mark.parametrize("kind", ["masked", "low rank", "few rows", "more rows", "one direction", "zero", "flat"])
+@pytest.mark.parametrize(
+    "kind", ["masked", "low rank", "few rows", "more rows", "one direction", "zero", "flat"]
+)
 def test_the_largest_triplets_of_a_large_matrix(kind: str, scale: float) -> None:
-    """As numpy's SVD has them; also where the iteration runs out of directions, or squares would overflow."""
+    """As numpy's SVD has them; also where the iteration runs out of directions,
+    or squares would overflow.
+    """
     generator = torch.Generator().manual_seed(0)
     matrix = torch.randn(500, 12, generator=generator) @ torch.randn(12, 400, generator=generator)
     rows = torch.arange(500)[:, None]

@@ -1,4 +1,6 @@
-"""No code, no network, no foreign file: every event of the interpreter while the whole corpus is read."""
+"""No code, no network, no foreign file: every event of the interpreter while the whole
+corpus is read.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +17,28 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# The first word of an event, and what may follow it. Everything that is watched and not allowed is a finding.
-WATCHED = ("open", "import", "exec", "compile", "socket", "subprocess", "ctypes", "pickle", "shutil", "tempfile", "os")
+# The first word of an event, and what may follow it. Everything that is watched and not allowed is
+# a finding.
+WATCHED = (
+    "open",
+    "import",
+    "exec",
+    "compile",
+    "socket",
+    "subprocess",
+    "ctypes",
+    "pickle",
+    "shutil",
+    "tempfile",
+    "os",
+)
 ALLOWED = {"os.stat", "os.fspath"}
 
 
 def watch() -> None:
-    """Read every case of the corpus and print the events that are not the opening of the files that were asked for."""
+    """Read every case of the corpus and print the events that are not the opening of the files that
+    were asked for.
+    """
     import torch
 
     torch.set_num_threads(1)
@@ -54,7 +71,8 @@ def watch() -> None:
                 pass
 
     with tempfile.TemporaryDirectory() as place:
-        # Once unwatched: what Python imports for the first adapter of its kind is not a stranger's doing.
+        # Once unwatched: what Python imports for the first adapter of its kind is not a stranger's
+        # doing.
         _warm_up(CASES[0])
         "".encode("cp437")  # names in old zip archives
         first = {(case.action, case.verdict): case for case in CASES}
@@ -70,7 +88,9 @@ def watch() -> None:
             folders = [target / "a", target / "b"] if case.action == "merge" else [target]
             allowed.clear()
             if "\0" not in str(target):
-                allowed.update(os.path.realpath(folder / file) for folder in folders for file in files)
+                allowed.update(
+                    os.path.realpath(folder / file) for folder in folders for file in files
+                )
                 allowed.update(map(os.path.realpath, folders))  # listed: what is not read is named
             name[0] = f"{case.group}: {case.name}"
             modules = set(sys.modules)
@@ -86,7 +106,9 @@ def watch() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="the corpus has cases of Linux")
 def test_only_the_files_that_were_asked_for_are_opened() -> None:
     environment: Mapping[str, str] = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment, timeout=300)
+    done = subprocess.run(
+        [sys.executable, __file__], capture_output=True, text=True, env=environment, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["found"] == []

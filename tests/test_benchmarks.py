@@ -1,4 +1,6 @@
-"""What the accuracy benchmarks rest on: splits that leak nothing, halves that are fixed, intervals that are right."""
+"""What the accuracy benchmarks rest on: splits that leak nothing, halves that are fixed,
+intervals that are right.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ from tests.conftest import low_rank
 def task(*sizes: int) -> Task:
     """Two domains of numbered one-pixel images, so many in each class."""
     labels = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
-    domains = {name: Domain(torch.arange(len(labels)).view(-1, 1, 1, 1), labels) for name in ("one", "two")}
+    domains = {
+        name: Domain(torch.arange(len(labels)).view(-1, 1, 1, 1), labels) for name in ("one", "two")
+    }
     return Task("numbers", domains, torch.eye(len(sizes)), torch.zeros(4, 1), torch.zeros(4, 1))
 
 
@@ -41,17 +45,30 @@ def test_a_small_class_is_halved_and_an_empty_one_refused() -> None:
 def test_nobody_trains_on_what_is_tested_in_another_style() -> None:
     """The pictures that are held out are the same in each domain and for each seed."""
     made = task(50, 50)
-    tested = [set(split(made, name, seed, 0)[1].images.flatten().tolist()) for name in ("one", "two") for seed in "ab"]
+    tested = [
+        set(split(made, name, seed, 0)[1].images.flatten().tolist())
+        for name in ("one", "two")
+        for seed in "ab"
+    ]
     assert len(tested[0]) == 2 * HELD
     assert all(some == tested[0] for some in tested)
-    trained = [set(split(made, name, "a", 10)[0].images.flatten().tolist()) for name in ("one", "two")]
+    trained = [
+        set(split(made, name, "a", 10)[0].images.flatten().tolist()) for name in ("one", "two")
+    ]
     assert not (trained[0] | trained[1]) & tested[0]
     assert trained[0] != trained[1]
 
 
 def test_the_halves_are_those_of_the_hash() -> None:
     """Written out, so that a new family or another rule is noticed."""
-    assert families.choosing() == ["printed-digits", "pacs", "tones", "noisy-digits", "language", "textures"]
+    assert families.choosing() == [
+        "printed-digits",
+        "pacs",
+        "tones",
+        "noisy-digits",
+        "language",
+        "textures",
+    ]
     assert families.confirming() == [
         "coco-styles",
         "drawn-digits",
@@ -64,15 +81,34 @@ def test_the_halves_are_those_of_the_hash() -> None:
 
 
 def row(family: str, seed: int, method: str, right: list[bool]) -> dict[str, object]:
-    place = {"family": family, "seed": seed, "target": "t", "regime": "A", "init": "own", "setting": "equal"}
-    return {**place, "method": method, "length": "as is", "right": pack(torch.tensor(right)), "images": len(right)}
+    place = {
+        "family": family,
+        "seed": seed,
+        "target": "t",
+        "regime": "A",
+        "init": "own",
+        "setting": "equal",
+    }
+    return {
+        **place,
+        "method": method,
+        "length": "as is",
+        "right": pack(torch.tensor(right)),
+        "images": len(right),
+    }
 
 
 def test_differences_are_paired_and_a_family_counts_once() -> None:
-    """Family x has two seeds with +50 and 0 points, y one with -100: the mean over families is -37.5."""
+    """Family x has two seeds with +50 and 0 points, y one with -100:
+    the mean over families is -37.5.
+    """
     rows = [row("x", 0, "a", [True, True]), row("x", 0, "b", [True, False])]
     rows += [row("x", 1, "a", [True, False]), row("x", 1, "b", [True, False])]
-    rows += [row("y", 0, "a", [False, False]), row("y", 0, "b", [True, True]), row("y", 1, "a", [True, True])]
+    rows += [
+        row("y", 0, "a", [False, False]),
+        row("y", 0, "b", [True, True]),
+        row("y", 1, "a", [True, True]),
+    ]
     differences = paired(rights(rows, "a", "as is"), rights(rows, "b", "as is"))
     assert of_family(differences) == {"x": 25.0, "y": -100.0}
     found = gain(differences, draws=400)
@@ -82,7 +118,9 @@ def test_differences_are_paired_and_a_family_counts_once() -> None:
 
 
 def test_the_interval_of_many_families_is_that_of_their_means() -> None:
-    """With many images and one seed, what is left is the spread of families: 1.96 standard errors of their mean."""
+    """With many images and one seed, what is left is the spread of families:
+    1.96 standard errors of their mean.
+    """
     generator = np.random.default_rng(0)
     made = {(f"f{k}", 0, "t"): np.full(10, generator.normal(0.02, 0.03)) for k in range(60)}
     found, means = gain(made), [100 * float(x[0]) for x in made.values()]
@@ -97,7 +135,9 @@ def test_bits_come_back() -> None:
 
 
 def test_transforms_of_the_bed() -> None:
-    """`decorrelated` at equal strengths is `Decorrelate`; rank 8 of 8 is nothing cut; int8 is near."""
+    """`decorrelated` at equal strengths is `Decorrelate`; rank 8 of 8 is nothing cut;
+    int8 is near.
+    """
     layer = sm.Layer("l", tuple(low_rank((20, 30), 4, k) for k in range(3)))
     wanted = sm.Decorrelate(strength=0.5)(layer)
     for one, other in zip(decorrelated(0.5, 0.5)(layer), wanted, strict=True):

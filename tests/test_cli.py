@@ -71,7 +71,15 @@ def test_merge(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["merge", "left", "right", "-o", "out", "--method", "mean"]) == 0
     out, err = capsys.readouterr()
     assert err == ""  # no progress bar where nobody looks
-    for text in ("Chain(Mean())", "left", "right", "layers.0.q", "energy kept 100.0%", "written to out", BASE):
+    for text in (
+        "Chain(Mean())",
+        "left",
+        "right",
+        "layers.0.q",
+        "energy kept 100.0%",
+        "written to out",
+        BASE,
+    ):
         assert text in out
     left, right = products(here / "left", 2.0), products(here / "right", 4.0)
     merged = sm.Adapter.load("out")
@@ -80,14 +88,36 @@ def test_merge(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_same_bytes_as_from_python(here: Path) -> None:
-    main(["merge", "left", "right", "-o", "out", "--method", "ties", "--density", "0.3", "--weights", "1,-0.5",
-          "--scale", "0.7", "--rank", "0.95", "--quiet"])  # fmt: skip
-    sm.merge(["left", "right"], method=sm.ties(0.3), weights=[1, -0.5], scale=0.7, rank=0.95).save_pretrained("python")
+    main(
+        [
+            "merge",
+            "left",
+            "right",
+            "-o",
+            "out",
+            "--method",
+            "ties",
+            "--density",
+            "0.3",
+            "--weights",
+            "1,-0.5",
+            "--scale",
+            "0.7",
+            "--rank",
+            "0.95",
+            "--quiet",
+        ]
+    )
+    sm.merge(
+        ["left", "right"], method=sm.ties(0.3), weights=[1, -0.5], scale=0.7, rank=0.95
+    ).save_pretrained("python")
     assert files(here / "out") == files(here / "python")
 
 
 @pytest.mark.parametrize("name", methods.__all__)
-def test_every_method_by_its_name(here: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+def test_every_method_by_its_name(
+    here: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
     factory = getattr(sm, name)
     command = ["merge", "left", "same", "-o", "out", "--rank", "exact", "--method", name]
     if name in methods.anchored.__all__:
@@ -105,30 +135,56 @@ def test_every_method_by_its_name(here: Path, capsys: pytest.CaptureFixture[str]
 
 def test_options_of_methods(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(
-        ["merge", "left", "right", "-o", "a", "--method", "dare", "--seed", "3", "--density", "0.4", "--rank", "exact"]
+        [
+            "merge",
+            "left",
+            "right",
+            "-o",
+            "a",
+            "--method",
+            "dare",
+            "--seed",
+            "3",
+            "--density",
+            "0.4",
+            "--rank",
+            "exact",
+        ]
     )
     out = capsys.readouterr().out
     assert "Random(seed=3)" in out
     assert "density=0.4" in out
-    assert "has no density" in fails(capsys, "merge", "left", "-o", "out", "--method", "mean", "--density", "0.5")
-    assert "has no seed" in fails(capsys, "merge", "left", "-o", "out", "--method", "ties", "--seed", "1")
+    assert "has no density" in fails(
+        capsys, "merge", "left", "-o", "out", "--method", "mean", "--density", "0.5"
+    )
+    assert "has no seed" in fails(
+        capsys, "merge", "left", "-o", "out", "--method", "ties", "--seed", "1"
+    )
     assert "--density goes with a method's name" in fails(
         capsys, "merge", "left", "-o", "out", "--method", "ties()", "--density", "0.5"
     )
-    assert "write 0.2" in fails(capsys, "merge", "left", "-o", "out", "--method", "ties", "--density", "20")
+    assert "write 0.2" in fails(
+        capsys, "merge", "left", "-o", "out", "--method", "ties", "--density", "20"
+    )
 
 
 def test_rank_and_labels(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["merge", "a=left", "b=right", "-o", "out", "--method", "mean", "--rank", "2"]) == 0
     out, err = capsys.readouterr()
     assert {module.rank for module in sm.Adapter.load("out").modules.values()} == {2}
-    assert [line.split()[0] for line in out.splitlines() if line.startswith(("a ", "b "))] == ["a", "b"]
+    assert [line.split()[0] for line in out.splitlines() if line.startswith(("a ", "b "))] == [
+        "a",
+        "b",
+    ]
     assert err.count("\n") <= 1
     assert err == "" or err.startswith("sapmerge: warning: the stored adapter keeps")
 
 
 def test_a_warning_is_one_line_on_stderr(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["merge", "left", "right", "-o", "out", "--method", "ties", "--rank", "1", "--quiet"]) == 0
+    assert (
+        main(["merge", "left", "right", "-o", "out", "--method", "ties", "--rank", "1", "--quiet"])
+        == 0
+    )
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("sapmerge: warning: the stored adapter keeps ")
@@ -146,7 +202,22 @@ def test_heads(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_base_model(here: Path) -> None:
-    assert main(["merge", "left", "-o", "out", "--method", "mean", "--base-model", "other/base", "--quiet"]) == 0
+    assert (
+        main(
+            [
+                "merge",
+                "left",
+                "-o",
+                "out",
+                "--method",
+                "mean",
+                "--base-model",
+                "other/base",
+                "--quiet",
+            ]
+        )
+        == 0
+    )
     assert sm.Adapter.load("out").base_model == "other/base"
 
 
@@ -171,7 +242,20 @@ def test_errors(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_negative_weights_first(here: Path) -> None:
     assert (
-        main(["merge", "left", "right", "-o", "out", "--method", "task_arithmetic", "--weights=-1,1", "--quiet"]) == 0
+        main(
+            [
+                "merge",
+                "left",
+                "right",
+                "-o",
+                "out",
+                "--method",
+                "task_arithmetic",
+                "--weights=-1,1",
+                "--quiet",
+            ]
+        )
+        == 0
     )
     left, right = products(here / "left", 2.0), products(here / "right", 4.0)
     for name in left:
@@ -231,8 +315,27 @@ def test_functions_of_the_user(here: Path, capsys: pytest.CaptureFixture[str]) -
         merged = sm.Adapter.load(f"first{number}")
         assert all(error(merged.update(name).dense(), left[name]) < 1e-6 for name in left)
     assert "'my_rules:first'" in capsys.readouterr().out
-    recipe = "Chain(Prune('my_rules:score', 'my_rules:half', 'my_rules:twice'), 'my_rules:flip', 'my_rules:first')"
-    assert main(["merge", "left", "right", "-o", "all", "--method", recipe, "--rank", "exact", "--quiet"]) == 0
+    recipe = (
+        "Chain(Prune('my_rules:score', 'my_rules:half', 'my_rules:twice'), 'my_rules:flip', "
+        "'my_rules:first')"
+    )
+    assert (
+        main(
+            [
+                "merge",
+                "left",
+                "right",
+                "-o",
+                "all",
+                "--method",
+                recipe,
+                "--rank",
+                "exact",
+                "--quiet",
+            ]
+        )
+        == 0
+    )
     for name, matrix in left.items():
         wanted = torch.where(matrix**2 > 0.05, -2 * matrix, 0.0)
         assert error(sm.Adapter.load("all").update(name).dense(), wanted) < 1e-5
@@ -266,7 +369,20 @@ def test_a_recipe(here: Path) -> None:
     recipe = repr(sm.knots(0.4))
     main(["merge", "left", "right", "-o", "out", "--method", recipe, "--rank", "exact", "--quiet"])
     main(
-        ["merge", "left", "right", "-o", "named", "--method", "knots", "--density", "0.4", "--rank", "exact", "--quiet"]
+        [
+            "merge",
+            "left",
+            "right",
+            "-o",
+            "named",
+            "--method",
+            "knots",
+            "--density",
+            "0.4",
+            "--rank",
+            "exact",
+            "--quiet",
+        ]
     )
     assert files(here / "out") == files(here / "named")
 
@@ -277,14 +393,20 @@ def test_inspect(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert out == f"{sm.inspect(['left', 'right'])}\n"
     assert err == ""
     assert main(["inspect", "left", "right", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(sm.inspect(["left", "right"]).to_dict()))
+    assert json.loads(capsys.readouterr().out) == json.loads(
+        json.dumps(sm.inspect(["left", "right"]).to_dict())
+    )
     assert main(["inspect", "left", "wide"]) == 0
     assert "mergeable: no: module 'layers.0.q'" in capsys.readouterr().out
     assert main(["inspect", "left"]) == 0
 
 
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments, text in ((["--version"], sm.__version__), (["--help"], "inspect"), (["merge", "--help"], "knots")):
+    for arguments, text in (
+        (["--version"], sm.__version__),
+        (["--help"], "inspect"),
+        (["merge", "--help"], "knots"),
+    ):
         with pytest.raises(SystemExit) as stop:
             main(arguments)
         assert stop.value.code == 0
@@ -293,17 +415,25 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 def python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True
+    )
 
 
 def test_as_a_module(here: Path) -> None:
-    done = python("-m", "sapmerge", "merge", "left", "right", "-o", "out", "--method", "mean", cwd=here)
+    done = python(
+        "-m", "sapmerge", "merge", "left", "right", "-o", "out", "--method", "mean", cwd=here
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert "written to out" in done.stdout
-    failed = python("-m", "sapmerge", "merge", "left", "right", "-o", "out", "--method", "mean", cwd=here)
+    failed = python(
+        "-m", "sapmerge", "merge", "left", "right", "-o", "out", "--method", "mean", cwd=here
+    )
     assert (failed.returncode, failed.stdout) == (2, "")
     assert failed.stderr.count("\n") == 1
-    debug = python("-m", "sapmerge", "merge", "nowhere", "-o", "new", "--method", "mean", "--debug", cwd=here)
+    debug = python(
+        "-m", "sapmerge", "merge", "nowhere", "-o", "new", "--method", "mean", "--debug", cwd=here
+    )
     assert debug.returncode != 0
     assert "Traceback" in debug.stderr
     assert "AdapterFormatError" in debug.stderr
@@ -312,7 +442,8 @@ def test_as_a_module(here: Path) -> None:
 def test_importing_sapmerge_imports_little(tmp_path: Path) -> None:
     code = (
         "import sys, sapmerge, sapmerge.cli\n"
-        "heavy = 'peft transformers regex huggingface_hub sklearn matplotlib safetensors PIL'.split()\n"
+        "heavy = 'peft transformers regex huggingface_hub sklearn matplotlib safetensors "
+        "PIL'.split()\n"
         "print([name for name in heavy if name in sys.modules])"
     )
     done = python("-c", code, cwd=tmp_path)

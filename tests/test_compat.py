@@ -1,4 +1,6 @@
-"""add_weighted_adapter: PEFT is the oracle where it is right (svd, cat), the formula on the updates elsewhere."""
+"""add_weighted_adapter: PEFT is the oracle where it is right (svd, cat),
+the formula on the updates elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -55,11 +57,15 @@ def model_with(
     return model
 
 
-def merge_with(model: PeftModel, combination_type: str, name: str = "m", adapters: int = 3, **options: Any) -> None:
+def merge_with(
+    model: PeftModel, combination_type: str, name: str = "m", adapters: int = 3, **options: Any
+) -> None:
     if combination_type not in SUMS:
         options.setdefault("density", 0.5)
     names = [f"a{k}" for k in range(adapters)]
-    quietly(add_weighted_adapter, model, names, WEIGHTS[:adapters], name, combination_type, **options)
+    quietly(
+        add_weighted_adapter, model, names, WEIGHTS[:adapters], name, combination_type, **options
+    )
 
 
 def updates(model: PeftModel, adapter: str) -> dict[str, Tensor]:
@@ -72,14 +78,18 @@ def largest(model: PeftModel, adapter: str, module: str) -> int:
 
 
 def expected(model: PeftModel, rule: str, module: str) -> Tensor:
-    """The update that the table of the docstring promises, from PEFT's own deltas; an adapter without it is zero."""
+    """The update that the table of the docstring promises, from PEFT's own deltas;
+    an adapter without it is zero.
+    """
     found = [updates(model, f"a{k}") for k in range(3)]
     shape = next(f[module] for f in found if module in f).shape
     stack = [f[module].numpy() if module in f else np.zeros(shape) for f in found]
     if rule in SUMS:
         return torch.from_numpy(oracles.weighted_sum(stack, WEIGHTS))
     if rule == "magnitude_prune":
-        return torch.from_numpy(oracles.weighted_sum([oracles.trim(m, 0.5) for m in stack], WEIGHTS))
+        return torch.from_numpy(
+            oracles.weighted_sum([oracles.trim(m, 0.5) for m in stack], WEIGHTS)
+        )
     return torch.from_numpy(oracles.ties([stack], 0.5, WEIGHTS)[0])
 
 
@@ -97,11 +107,18 @@ def test_signature_and_types_are_those_of_peft() -> None:
 
 @pytest.mark.parametrize("svd_rank", [None, 1, 3, 8])
 def test_svd_is_that_of_peft(svd_rank: int | None) -> None:
-    # PEFT fails at the SVD of 1-D and 3-D kernels, and at ranks above those of a convolution (5 here).
-    kinds = [kind for kind in KINDS if kind not in ("wave", "video") and (kind != "image" or svd_rank != 8)]
+    # PEFT fails at the SVD of 1-D and 3-D kernels, and at ranks above those of a convolution (5
+    # here).
+    kinds = [
+        kind
+        for kind in KINDS
+        if kind not in ("wave", "video") and (kind != "image" or svd_rank != 8)
+    ]
     model = model_with(targets=[kinds] * 3)
     merge_with(model, "svd", svd_rank=svd_rank)
-    quietly(model.add_weighted_adapter, ["a0", "a1", "a2"], WEIGHTS, "peft", "svd", svd_rank=svd_rank)
+    quietly(
+        model.add_weighted_adapter, ["a0", "a1", "a2"], WEIGHTS, "peft", "svd", svd_rank=svd_rank
+    )
     ours, theirs = updates(model, "m"), updates(model, "peft")
     assert ours.keys() == theirs.keys()
     for module in theirs:
@@ -132,14 +149,22 @@ def test_every_type_is_its_formula(combination_type: str, svd_rank: int | None) 
     for module, update in updates(model, "m").items():
         wanted = expected(model, combination_type.removesuffix("_svd"), module)
         if combination_type not in ("linear", "cat"):
-            wanted = torch.from_numpy(oracles.best_rank(wanted.numpy(), (svd_rank if cuts else None) or 4))
+            wanted = torch.from_numpy(
+                oracles.best_rank(wanted.numpy(), (svd_rank if cuts else None) or 4)
+            )
         assert error(update, wanted) < 1e-5, module
     for name, tensors in before.items():
-        assert all(torch.equal(tensor, updates(model, name)[module]) for module, tensor in tensors.items())
+        assert all(
+            torch.equal(tensor, updates(model, name)[module]) for module, tensor in tensors.items()
+        )
 
 
-@pytest.mark.parametrize("combination_type", [name for name in COMBINATION_TYPES if name.startswith("dare")])
-def test_dare_draws_the_same_masks_in_every_run_and_is_unbiased_in_size(combination_type: str) -> None:
+@pytest.mark.parametrize(
+    "combination_type", [name for name in COMBINATION_TYPES if name.startswith("dare")]
+)
+def test_dare_draws_the_same_masks_in_every_run_and_is_unbiased_in_size(
+    combination_type: str,
+) -> None:
     model = model_with()
     merge_with(model, combination_type, "one", svd_rank=None)
     torch.manual_seed(99)
@@ -175,7 +200,13 @@ def test_one_adapter_is_treated_by_the_rule_that_was_asked() -> None:
     model = model_with(targets=[("q",)] * 3)
     merge_with(model, "ties", adapters=1)
     found = updates(model, "a0")["q"].numpy()
-    assert error(updates(model, "m")["q"], torch.from_numpy(oracles.best_rank(oracles.trim(found, 0.5), 2))) < 1e-5
+    assert (
+        error(
+            updates(model, "m")["q"],
+            torch.from_numpy(oracles.best_rank(oracles.trim(found, 0.5), 2)),
+        )
+        < 1e-5
+    )
 
 
 def test_the_merged_adapter_runs() -> None:
@@ -191,7 +222,9 @@ def test_lost_energy_is_said() -> None:
     with warnings.catch_warnings():
         warnings.resetwarnings()
         with pytest.warns(SapmergeWarning, match="energy"):
-            add_weighted_adapter(model, ["a0", "a1", "a2"], [1.0] * 3, "m", "ties_svd", density=0.2, svd_rank=1)
+            add_weighted_adapter(
+                model, ["a0", "a1", "a2"], [1.0] * 3, "m", "ties_svd", density=0.2, svd_rank=1
+            )
 
 
 @pytest.mark.parametrize(
@@ -206,14 +239,20 @@ def test_lost_energy_is_said() -> None:
         ({"svd_clamp": 0.99}, MethodError, "svd_clamp is not supported"),
         ({"combination_type": "ties"}, MethodError, "needs density"),
         ({"combination_type": "ties", "density": 20}, MethodError, "write 0.2"),
-        ({"combination_type": "ties", "density": 0.5, "majority_sign_method": "mass"}, MethodError, "majority_sign"),
+        (
+            {"combination_type": "ties", "density": 0.5, "majority_sign_method": "mass"},
+            MethodError,
+            "majority_sign",
+        ),
         ({"adapters": ["a0", "b"]}, MethodError, "no adapter .*b"),
         ({"adapters": []}, MethodError, "list of names"),
         ({"adapters": "a0"}, MethodError, "list of names"),
         ({"svd_rank": 0}, MethodError, "rank"),
     ],
 )
-def test_what_is_wrong_is_named_and_nothing_is_added(options: dict, raised: type, message: str) -> None:
+def test_what_is_wrong_is_named_and_nothing_is_added(
+    options: dict, raised: type, message: str
+) -> None:
     model = model_with([2, 2], [("q",)] * 2, [2, 2])
     call = {"adapters": ["a0", "a1"], "weights": [1.0, 1.0], "adapter_name": "m", **options}
     with pytest.raises(raised, match=message):

@@ -1,4 +1,6 @@
-"""The demo: honest splits, reproducible domains, every file and number it promises. Trained for a few steps only."""
+"""The demo: honest splits, reproducible domains, every file and number it promises.
+Trained for a few steps only.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from sapmerge.demo import DemoResult, data, domains, training
 from sapmerge.errors import MethodError, OutputExistsError, SapmergeError
 
 pytest.importorskip("transformers", reason="the demo trains a CLIPModel: pip install transformers")
-pytest.importorskip("sklearn", reason="the demo's digits come with scikit-learn: pip install 'sapmerge[demo]'")
+pytest.importorskip(
+    "sklearn", reason="the demo's digits come with scikit-learn: pip install 'sapmerge[demo]'"
+)
 pytest.importorskip("matplotlib", reason="the demo draws a chart: pip install 'sapmerge[demo]'")
 
 COMPARED = tuple(name for name in ("sap", "mean", "ties") if name in methods.__all__)
@@ -36,8 +40,14 @@ def splits(digits: data.Digits) -> data.Splits:
 def outcome(tmp_path_factory: pytest.TempPathFactory) -> tuple[DemoResult, list[str]]:
     said = list[str]()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "QUICK", training.Plan(base_steps=40, adapter_steps=8, batch_size=32, adapter_rate=1e-2))
-        result = demo.run(tmp_path_factory.mktemp("demo"), quick=True, methods=COMPARED, say=said.append)
+        patch.setattr(
+            demo,
+            "QUICK",
+            training.Plan(base_steps=40, adapter_steps=8, batch_size=32, adapter_rate=1e-2),
+        )
+        result = demo.run(
+            tmp_path_factory.mktemp("demo"), quick=True, methods=COMPARED, say=said.append
+        )
     return result, said
 
 
@@ -56,8 +66,13 @@ def test_digits_are_real_and_in_range(digits):
 
 def test_no_test_digit_is_trained_on_or_an_anchor(digits, splits):
     found = parts(splits)
-    assert {name: len(part) for name, part in found.items()} == {"anchors": 32, "test": 400, "train": 1365}
-    assert set.union(*found.values()) == set(range(1797))  # sizes add up to 1797, so they are disjoint
+    assert {name: len(part) for name, part in found.items()} == {
+        "anchors": 32,
+        "test": 400,
+        "train": 1365,
+    }
+    # sizes add up to 1797, so they are disjoint
+    assert set.union(*found.values()) == set(range(1797))
     sources = [set(index.tolist()) for index in splits.sources.values()]
     assert set.union(*sources) == found["train"]
     assert sum(map(len, sources)) == len(found["train"])
@@ -76,7 +91,9 @@ def test_the_split_depends_on_the_seed_alone(digits, splits):
     assert parts(data.split(digits.labels, 32, seed=1)) != parts(splits)
 
 
-@pytest.mark.parametrize("style", [domains.generic, *domains.DOMAINS.values()], ids=["generic", *domains.DOMAINS])
+@pytest.mark.parametrize(
+    "style", [domains.generic, *domains.DOMAINS.values()], ids=["generic", *domains.DOMAINS]
+)
 def test_a_style_is_deterministic_and_in_range(style, digits):
     images = domains.render(digits.images[:20], style, data.generator(3, "x"))
     assert images.shape == (20, 3, domains.SIZE, domains.SIZE)
@@ -84,7 +101,9 @@ def test_a_style_is_deterministic_and_in_range(style, digits):
     assert images.max() <= 1
     assert images.flatten(1).std(1).min() > 0.05  # a digit is visible on each
     assert torch.equal(images, domains.render(digits.images[:20], style, data.generator(3, "x")))
-    assert not torch.equal(images, domains.render(digits.images[:20], style, data.generator(4, "x")))
+    assert not torch.equal(
+        images, domains.render(digits.images[:20], style, data.generator(4, "x"))
+    )
 
 
 def test_domains_differ_as_they_say(digits):
@@ -117,10 +136,13 @@ def test_anchors_are_generic_pairs_of_their_own_digits(digits, splits):
     batches = data.anchor_batches(digits.take(splits.anchors), seed=0)
     assert [len(batch["pixel_values"]) for batch in batches] == [16, 16]
     images = torch.cat([batch["pixel_values"] for batch in batches])
-    assert torch.equal(images[:, 0], images[:, 1])  # grey: the generic style, and no domain but the outline
+    # grey: the generic style, and no domain but the outline
+    assert torch.equal(images[:, 0], images[:, 1])
     assert torch.equal(images[:, 0], images[:, 2])
     again = data.anchor_batches(digits.take(splits.anchors), seed=0)
-    assert all(torch.equal(a[key], b[key]) for a, b in zip(batches, again, strict=True) for key in a)
+    assert all(
+        torch.equal(a[key], b[key]) for a, b in zip(batches, again, strict=True) for key in a
+    )
     # Each caption names the digit of its image, by index of the split.
     captions = torch.cat([batch["input_ids"] for batch in batches]).tolist()
     named = [{data.VOCABULARY[k] for k in row} & set(data.CLASSES) for row in captions]
@@ -135,11 +157,15 @@ def test_training_depends_on_the_seed_alone(digits, splits, tmp_path):
         torch.rand(3)
         base = training.train_base(few, plan, 5, tmp_path / run / "base")
         frozen = {name: value.clone() for name, value in base.state_dict().items()}
-        adapted = training.train_adapter(base, few, domains.DOMAINS["ink"], "ink", plan, 5, tmp_path / run / "ink")
+        adapted = training.train_adapter(
+            base, few, domains.DOMAINS["ink"], "ink", plan, 5, tmp_path / run / "ink"
+        )
         assert all(torch.equal(value, frozen[name]) for name, value in base.state_dict().items())
         states.append(adapted.state_dict())
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
-    assert any(name.endswith("lora_B.default.weight") and value.any() for name, value in states[0].items())
+    assert any(
+        name.endswith("lora_B.default.weight") and value.any() for name, value in states[0].items()
+    )
 
 
 def test_the_result_is_complete(outcome):
@@ -150,7 +176,10 @@ def test_the_result_is_complete(outcome):
         assert list(accuracies) == every
         assert all(0 <= value <= 1 for value in accuracies.values())
     for accuracies in (result.zero_shot, result.own, *result.merged.values()):
-        assert all(400 * value == pytest.approx(round(400 * value), abs=1e-3) for value in accuracies.values())
+        assert all(
+            400 * value == pytest.approx(round(400 * value), abs=1e-3)
+            for value in accuracies.values()
+        )
     assert (result.anchors, result.tested, result.quick) == (32, 400, True)
     assert list(result.seconds) == ["base model", "adapters", "merging"]
     assert result.chart.read_bytes().startswith(b"\x89PNG")
@@ -160,7 +189,9 @@ def test_the_result_is_complete(outcome):
 def test_the_table_holds_every_number_and_the_caveat(outcome):
     result, _ = outcome
     text = str(result)
-    rows = {line[:30].strip(): line[30:].split() for line in text.splitlines() if line.startswith("  ")}
+    rows = {
+        line[:30].strip(): line[30:].split() for line in text.splitlines() if line.startswith("  ")
+    }
     table = {"zero-shot": result.zero_shot, "adapter of the domain": result.own, **result.merged}
     for label, accuracies in table.items():
         expected = [*accuracies.values(), sum(accuracies.values()) / 4]
@@ -172,23 +203,31 @@ def test_the_table_holds_every_number_and_the_caveat(outcome):
 
 @pytest.mark.parametrize("name", COMPARED)
 def test_the_saved_adapter_has_the_accuracy_reported(outcome, name, digits, splits):
-    """The number was measured with `apply_to`; PEFT, loading the file on the saved base, finds the same."""
+    """The number was measured with `apply_to`; PEFT, loading the file on the saved base,
+    finds the same.
+    """
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     result, _ = outcome
     test = digits.take(splits.test)
-    images = domains.render(test.images, domains.DOMAINS["chalk"], data.generator(0, "test", "chalk"))
+    images = domains.render(
+        test.images, domains.DOMAINS["chalk"], data.generator(0, "test", "chalk")
+    )
     base = transformers.CLIPModel.from_pretrained(result.base)
     assert training.accuracy(base, images, test.labels) == result.zero_shot["chalk"]
     model = peft.PeftModel.from_pretrained(base, str(result.merged_adapter(name, "chalk")))
     # Rounding may move a digit or two that lies on a border.
-    assert training.accuracy(model, images, test.labels) == pytest.approx(result.merged[name]["chalk"], abs=2.1 / 400)
+    assert training.accuracy(model, images, test.labels) == pytest.approx(
+        result.merged[name]["chalk"], abs=2.1 / 400
+    )
 
 
 def test_the_merge_saw_the_three_other_adapters(outcome):
     result, _ = outcome
     for left_out in domains.DOMAINS:
         card = (result.merged_adapter("mean", left_out) / "README.md").read_text()
-        assert {domain for domain in domains.DOMAINS if f"{domain} " in card} == set(domains.DOMAINS) - {left_out}
+        assert {domain for domain in domains.DOMAINS if f"{domain} " in card} == set(
+            domains.DOMAINS
+        ) - {left_out}
 
 
 def test_threads_and_random_state_are_put_back(tmp_path, monkeypatch):
@@ -202,7 +241,8 @@ def test_threads_and_random_state_are_put_back(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("module", "package"), [("sklearn.datasets", "scikit-learn"), ("matplotlib", "matplotlib"), ("peft", "peft")]
+    ("module", "package"),
+    [("sklearn.datasets", "scikit-learn"), ("matplotlib", "matplotlib"), ("peft", "peft")],
 )
 def test_a_missing_extra_says_how_to_install_it(tmp_path, monkeypatch, module, package):
     real = importlib.import_module
@@ -219,8 +259,13 @@ def test_a_missing_extra_says_how_to_install_it(tmp_path, monkeypatch, module, p
 
 
 def test_importing_the_demo_imports_no_extra():
-    check = "import sys, sapmerge.demo; print(sorted({'sklearn', 'matplotlib', 'transformers'} & set(sys.modules)))"
-    found = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    check = (
+        "import sys, sapmerge.demo; print(sorted({'sklearn', 'matplotlib', 'transformers'} & "
+        "set(sys.modules)))"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", check], capture_output=True, text=True, check=True
+    )
     assert found.stdout.strip() == "[]"
 
 

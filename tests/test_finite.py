@@ -1,4 +1,6 @@
-"""A NaN or an infinity never passes, whatever stage it is put in: 200 injections, 200 errors that name the place."""
+"""A NaN or an infinity never passes, whatever stage it is put in:
+200 injections, 200 errors that name the place.
+"""
 
 from __future__ import annotations
 
@@ -107,7 +109,9 @@ def spoiled_gradient(module: torch.nn.Module, bad: float) -> Iterator[None]:
     def put(_: torch.nn.Module, __: Any, output: Tensor) -> Tensor:
         output = output * 1.0
         if output.requires_grad:
-            output.register_hook(lambda gradient: gradient.clone().index_fill_(0, torch.tensor([0]), bad))
+            output.register_hook(
+                lambda gradient: gradient.clone().index_fill_(0, torch.tensor([0]), bad)
+            )
         return output
 
     handle = module.register_forward_hook(put)
@@ -118,7 +122,11 @@ def spoiled_gradient(module: torch.nn.Module, bad: float) -> Iterator[None]:
 
 
 def test_in_a_score(draw: torch.Generator, folders: list[Path], tmp_path: Path) -> None:
-    layer, label, bad = pick(draw, layers_of(folders[0])), pick(draw, ["client0", "client1"]), pick(draw, BAD)
+    layer, label, bad = (
+        pick(draw, layers_of(folders[0])),
+        pick(draw, ["client0", "client1"]),
+        pick(draw, BAD),
+    )
 
     def scorer(values: Tensor, stats: sm.Stats) -> Tensor:
         scores = values.abs()
@@ -156,13 +164,16 @@ def test_in_a_merged_update(draw: torch.Generator, folders: list[Path], tmp_path
 
 
 @pytest.mark.filterwarnings("ignore:.*differ in norm")
-def test_in_the_cast_to_the_output(draw: torch.Generator, folders: list[Path], tmp_path: Path) -> None:
+def test_in_the_cast_to_the_output(
+    draw: torch.Generator, folders: list[Path], tmp_path: Path
+) -> None:
     layer = pick(draw, layers_of(folders[0]))
 
     def halve(tensors: dict[str, Tensor]) -> None:
         for name in tensors:
             tensors[name] = tensors[name].half()
-        tensors[f"base_model.model.{layer}.lora_B.weight"].fill_(6e4)  # fits float16; twice that does not
+        # fits float16; twice that does not
+        tensors[f"base_model.model.{layer}.lora_B.weight"].fill_(6e4)
 
     halves = [changed(folder, tmp_path / folder.name, halve) for folder in folders]
     with pytest.raises(sm.NonFiniteError) as caught:

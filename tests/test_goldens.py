@@ -1,4 +1,6 @@
-"""Agreement with the numbers of the official implementations (see goldens/README.md). `pytest -s` prints the table."""
+"""Agreement with the numbers of the official implementations (see goldens/README.md).
+`pytest -s` prints the table.
+"""
 
 from __future__ import annotations
 
@@ -27,15 +29,22 @@ TOLERANCE = 1e-5
 
 # Goldens that our methods do not reproduce, and why. Each reason is tested below where it can be.
 DEVIATES = {
-    "ties/*dis-sum*": "variant not offered as a method; Chain(..., ElectSign(), Sum()) gives it (tested)",
-    "ties/*dis-max*": "variant not offered as a method; a plain function as merger gives it (tested)",
-    "ties/*normmass*": "election by squared shares of the norm is not offered; a plain transform gives it (tested)",
-    "peft/ties_svd/*": "PEFT elects without the weights and divides by the number of agreeing adapters (tested)",
+    "ties/*dis-sum*": "variant not offered as a method; Chain(..., ElectSign(), Sum()) gives it "
+    "(tested)",
+    "ties/*dis-max*": "variant not offered as a method; a plain function as merger gives it "
+    "(tested)",
+    "ties/*normmass*": "election by squared shares of the norm is not offered; a plain transform "
+    "gives it (tested)",
+    "peft/ties_svd/*": "PEFT elects without the weights and divides by the number of agreeing "
+    "adapters (tested)",
     "peft/dare_ties_svd/*": "as peft/ties_svd (tested)",
     "peft/linear/*": "merges A and B separately, so cross terms B_i A_j enter (tested)",
-    "peft/ties/*": "prunes and averages A and B separately: another function of the adapters (tested)",
-    "peft/magnitude_prune/*": "prunes and averages A and B separately: another function of the adapters (tested)",
-    "peft/cat_rslora/*": "PEFT's merged adapter keeps use_rslora, so it is sqrt(sum r) too large (tested)",
+    "peft/ties/*": "prunes and averages A and B separately: another function of the adapters "
+    "(tested)",
+    "peft/magnitude_prune/*": "prunes and averages A and B separately: another function of the "
+    "adapters (tested)",
+    "peft/cat_rslora/*": "PEFT's merged adapter keeps use_rslora, so it is sqrt(sum r) too large "
+    "(tested)",
 }
 
 
@@ -63,7 +72,9 @@ def output(entry: dict, name: str) -> Tensor:
     return FILES[entry["file"]][entry["outputs"][name]]
 
 
-def compare(entry: dict, method: sm.Method, scale: float = 1.0, rank: int | None = None, suffix: str = "dW") -> float:
+def compare(
+    entry: dict, method: sm.Method, scale: float = 1.0, rank: int | None = None, suffix: str = "dW"
+) -> float:
     """The worst relative error over the layers of an entry."""
     layers, worst = layers_of(entry), 0.0
     for name, update in run(method, layers).items():
@@ -83,7 +94,9 @@ def same_count(share: float, sizes: list[int]) -> float:
 
 
 def recorded(masks: dict[tuple[str, str], Tensor]) -> tuple[Callable, Callable]:
-    """A scorer and a mask builder, as plain functions, that replay recorded masks: (adapter, layer) -> what is kept."""
+    """A scorer and a mask builder, as plain functions, that replay recorded masks:
+    (adapter, layer) -> what is kept.
+    """
 
     def scorer(values: Tensor, stats: sm.Stats) -> Tensor:
         return masks[stats.adapter, stats.layer].to(values.dtype)
@@ -121,9 +134,17 @@ def method_of(entry: dict) -> tuple[sm.Method, float, int | None]:
             return sm.task_arithmetic(), lam, None
         if name == "knots_dare_ties":
             p_drop = p["dare_pruning_coeffs"]
-            masks = {(f"t{k}", n): output(entry, f"mask/t{k}/{n}") for k in range(3) for n in names(entry)}
+            masks = {
+                (f"t{k}", n): output(entry, f"mask/t{k}/{n}")
+                for k in range(3)
+                for n in names(entry)
+            }
             prune = sm.Prune(*recorded(masks), sm.Divide(1 - p_drop))
-            return sm.In(sm.SharedBasis(), sm.Chain(prune, sm.ElectSign(), sm.DisjointMean())), lam, None
+            return (
+                sm.In(sm.SharedBasis(), sm.Chain(prune, sm.ElectSign(), sm.DisjointMean())),
+                lam,
+                None,
+            )
         share = p["topK"] / 100
         if name.startswith("knots"):
             return sm.knots(same_count(share, [12 * (16 + 24)])), lam, None
@@ -158,16 +179,28 @@ def method_of(entry: dict) -> tuple[sm.Method, float, int | None]:
             return sm.task_arithmetic(), 1.0, None
         if name.startswith("ties"):
             return sm.ties(p["density"]), 1.0, None
-        masks = {(f"t{k}", n): output(entry, f"{n}/mask_t{k}") for k in range(3) for n in names(entry)}
-        prune = sm.Prune(*recorded(masks), sm.MatchNorm(p=1))  # mergekit's rescale matches the sum of magnitudes
+        masks = {
+            (f"t{k}", n): output(entry, f"{n}/mask_t{k}") for k in range(3) for n in names(entry)
+        }
+        # mergekit's rescale matches the sum of magnitudes
+        prune = sm.Prune(*recorded(masks), sm.MatchNorm(p=1))
         elect = (sm.ElectSign(),) if name.startswith("dare_ties") else ()
-        return sm.Chain(prune, *elect, sm.Sum()), 1.0, None  # normalize is off by default: a sum, not a mean
+        # normalize is off by default: a sum, not a mean
+        return (
+            sm.Chain(prune, *elect, sm.Sum()),
+            1.0,
+            None,
+        )
     raise AssertionError(entry["key"])
 
 
 def peft_masks(entry: dict) -> dict[tuple[str, str], Tensor]:
     """PEFT draws the masks layer by layer, all adapters of a layer in turn."""
-    return {(f"t{k}", n): output(entry, f"mask{3 * i + k}") for i, n in enumerate(names(entry)) for k in range(3)}
+    return {
+        (f"t{k}", n): output(entry, f"mask{3 * i + k}")
+        for i, n in enumerate(names(entry))
+        for k in range(3)
+    }
 
 
 def deviates(key: str) -> bool:
@@ -177,7 +210,9 @@ def deviates(key: str) -> bool:
 EXACT = [
     key
     for key in ENTRIES
-    if not deviates(key) and not key.startswith("mergelm/") and key != "ties/ties/unit/top50_dis-mean"
+    if not deviates(key)
+    and not key.startswith("mergelm/")
+    and key != "ties/ties/unit/top50_dis-mean"
 ]
 TABLE: dict[str, float] = {}
 
@@ -190,7 +225,9 @@ def _table():
     for key, worst in TABLE.items():
         parts = key.split("/")
         name = parts[2] if parts[0] == parts[1] else parts[1]
-        rows.setdefault(f"{parts[0]}: {name if parts[0] != 'ties' else parts[-1]}", []).append(worst)
+        rows.setdefault(f"{parts[0]}: {name if parts[0] != 'ties' else parts[-1]}", []).append(
+            worst
+        )
     print("\n{:44s} entries  worst".format("source: method"))
     for row, errors in sorted(rows.items()):
         print(f"{row:44s} {len(errors):7d}  {max(errors):.1e}")
@@ -210,7 +247,9 @@ def test_official_numbers(key: str) -> None:
 
 @pytest.mark.parametrize("key", [key for key in ENTRIES if key.startswith("mergelm/")])
 def test_mergelm_sparsifies_one_task_vector(key: str) -> None:
-    """MergeLM's goldens are the pruned task vectors before the sum: our methods with one adapter."""
+    """MergeLM's goldens are the pruned task vectors before the sum:
+    our methods with one adapter.
+    """
     entry, worst = ENTRIES[key], 0.0
     rate = entry["hyperparameters"]["mask_rate"]
     for layer in layers_of(entry):
@@ -237,7 +276,9 @@ def test_official_ties_on_a_vector_with_a_tie() -> None:
     merged = run(method, [layer])["v"].dense()[0]
     torch.testing.assert_close(merged, output(entry, "out").double())
     trimmed = sm.prepare(method.steps[0], [layer])(layer)
-    torch.testing.assert_close(torch.cat([u.dense() for u in trimmed]), output(entry, "trimmed").double())
+    torch.testing.assert_close(
+        torch.cat([u.dense() for u in trimmed]), output(entry, "trimmed").double()
+    )
 
 
 @pytest.mark.parametrize("key", [k for k, e in ENTRIES.items() if "kept_per_task" in e["outputs"]])
@@ -252,7 +293,8 @@ def test_official_kept_counts(key: str) -> None:
     assert kept.tolist() == output(entry, "kept_per_task").tolist()
 
 
-# --- the entries that deviate, each with its reason -------------------------------------------------------------
+# --- the entries that deviate, each with its reason
+# ----------------------------------------------------------------------------------------
 
 
 def test_every_deviation_is_named_and_used() -> None:
@@ -266,7 +308,9 @@ def keep_largest(layer: sm.Layer) -> sm.Update:
     return sm.Dense(stack.gather(0, stack.abs().argmax(0, keepdim=True))[0])
 
 
-@pytest.mark.parametrize("key", [k for k in ENTRIES if k.startswith("ties/ties/") and ("sum_" in k or "max_" in k)])
+@pytest.mark.parametrize(
+    "key", [k for k in ENTRIES if k.startswith("ties/ties/") and ("sum_" in k or "max_" in k)]
+)
 def test_other_disjoint_merges_are_other_mergers(key: str) -> None:
     merger = sm.Sum() if "dis-sum" in key else keep_largest
     check(key, compare(ENTRIES[key], official_ties(ENTRIES[key], sm.ElectSign(), merger)))
@@ -289,7 +333,9 @@ def test_normmass_is_a_plain_transform(key: str) -> None:
     check(key, compare(entry, official_ties(entry, elect, sm.DisjointMean())))
 
 
-@pytest.mark.parametrize("key", [k for k in ENTRIES if k.startswith(("peft/ties_svd", "peft/dare_ties_svd"))])
+@pytest.mark.parametrize(
+    "key", [k for k in ENTRIES if k.startswith(("peft/ties_svd", "peft/dare_ties_svd"))]
+)
 def test_peft_elects_without_weights_and_divides_by_the_count(key: str) -> None:
     entry = ENTRIES[key]
     method, scale, rank = method_of(entry)
@@ -303,7 +349,9 @@ def test_peft_elects_without_weights_and_divides_by_the_count(key: str) -> None:
         stack = torch.stack([update.dense() for update in layer])
         return sm.Dense((weights[:, None, None] * stack).sum(0) / (stack != 0).sum(0).clamp(min=1))
 
-    check(key, compare(entry, sm.Chain(unweighted, *method.steps[:-1], divide_by_count), scale, rank))
+    check(
+        key, compare(entry, sm.Chain(unweighted, *method.steps[:-1], divide_by_count), scale, rank)
+    )
 
 
 FACTORWISE = ("peft/linear/", "peft/ties/", "peft/magnitude_prune/")
@@ -311,7 +359,9 @@ FACTORWISE = ("peft/linear/", "peft/ties/", "peft/magnitude_prune/")
 
 @pytest.mark.parametrize("key", [key for key in ENTRIES if key.startswith(FACTORWISE)])
 def test_peft_merges_factors_separately(key: str) -> None:
-    """With A_k and B_k scaled by sqrt(|w s|), sign on one side, PEFT's rule on the As times its rule on the Bs."""
+    """With A_k and B_k scaled by sqrt(|w s|), sign on one side,
+    PEFT's rule on the As times its rule on the Bs.
+    """
     from peft.utils import merge_utils
 
     entry = ENTRIES[key]
@@ -322,15 +372,22 @@ def test_peft_merges_factors_separately(key: str) -> None:
         for part in "AB":
             weights = []
             for w, alpha, rank in zip(p["weights"], p["lora_alpha"], p["ranks"]):
-                weights.append(math.copysign(math.sqrt(abs(w) * alpha / rank), w if part == "A" else 1.0))
+                weights.append(
+                    math.copysign(math.sqrt(abs(w) * alpha / rank), w if part == "A" else 1.0)
+                )
             factors = [inputs[f"{entry['set']}/t{k}/{layer}/{part}"] for k in range(3)]
             if rule == "linear":
                 merged[part] = merge_utils.task_arithmetic(factors, torch.tensor(weights))
             else:
-                merged[part] = getattr(merge_utils, rule)(factors, torch.tensor(weights), p["density"])
+                merged[part] = getattr(merge_utils, rule)(
+                    factors, torch.tensor(weights), p["density"]
+                )
         wanted = output(entry, f"{layer}/dW")
         assert error(merged["B"] @ merged["A"], wanted) <= TOLERANCE
-        sums = sum(w * u.dense() for w, u in zip(p["weights"], next(x for x in layers_of(entry) if x.name == layer)))
+        sums = sum(
+            w * u.dense()
+            for w, u in zip(p["weights"], next(x for x in layers_of(entry) if x.name == layer))
+        )
         assert error(sums, wanted) > 0.1
 
 
@@ -347,15 +404,23 @@ def test_oracles_agree_with_the_official_numbers() -> None:
 
     def worst(key: str, merged: list[np.ndarray], scale: float = 1.0) -> float:
         entry = ENTRIES[key]
-        return max(error(torch.from_numpy(m) * scale, output(entry, f"{n}/dW")) for n, m in zip(names(entry), merged))
+        return max(
+            error(torch.from_numpy(m) * scale, output(entry, f"{n}/dW"))
+            for n, m in zip(names(entry), merged)
+        )
 
     layers = layers_of(ENTRIES["ties/ties/s3/top20_dis-mean_mass"])
     model = [[update.dense().numpy() for update in layer] for layer in layers]
     factors = [[(u.B.numpy(), u.A.numpy()) for u in layer] for layer in layers]
-    assert worst("ties/ties/s3/top20_dis-mean_mass", oracles.ties(model, 154 / 768, scope="adapter")) < TOLERANCE
+    assert (
+        worst("ties/ties/s3/top20_dis-mean_mass", oracles.ties(model, 154 / 768, scope="adapter"))
+        < TOLERANCE
+    )
     assert worst("core_space/full_ties_k20/s3", oracles.ties(model, 77 / 384)) < TOLERANCE
     weighted = oracles.ties(model, 0.2, weights=[1.0, 0.5, 0.7])
     assert worst("mergekit/ties_d0.2/s3/w1-0.5-0.7", weighted) < TOLERANCE
     assert worst("knots/knots_ties_top20/s3", oracles.knots(model, 97 / 480), 0.6) < TOLERANCE
     assert worst("core_space/core_ties_k20/s3", oracles.core_ties(factors, 29 / 144)) < TOLERANCE
-    assert worst("core_space/knots_ties_k100/s3", oracles.knots(model, 1.0, scaled=False)) < TOLERANCE
+    assert (
+        worst("core_space/knots_ties_k100/s3", oracles.knots(model, 1.0, scaled=False)) < TOLERANCE
+    )

@@ -1,4 +1,6 @@
-"""`modules_to_save`: every policy with its numbers, and messages that name module, adapters and choices."""
+"""`modules_to_save`: every policy with its numbers, and messages that name module,
+adapters and choices.
+"""
 
 from __future__ import annotations
 
@@ -40,21 +42,34 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     options = {"targets": ["q", "v"], "r": 2}
     return {
         "both": save_lora(root / "both", 1, Classifier(), modules_to_save=BOTH, **options),
-        "head": save_lora(root / "head", 2, Classifier(), modules_to_save=["classifier"], **options),
+        "head": save_lora(
+            root / "head", 2, Classifier(), modules_to_save=["classifier"], **options
+        ),
         "none": save_lora(root / "none", 3, Classifier(), **options),
-        "wide": save_lora(root / "wide", 4, Classifier(5), modules_to_save=["classifier"], **options),
+        "wide": save_lora(
+            root / "wide", 4, Classifier(5), modules_to_save=["classifier"], **options
+        ),
         "half": save_lora(
-            root / "half", 5, Classifier(), modules_to_save=["classifier"], dtype=torch.float16, **options
+            root / "half",
+            5,
+            Classifier(),
+            modules_to_save=["classifier"],
+            dtype=torch.float16,
+            **options,
         ),
     }
 
 
 def heads(folder: Path) -> dict[str, Tensor]:
     tensors = load_file(folder / "adapter_model.safetensors")
-    return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items() if "lora_" not in name}
+    return {
+        name.removeprefix(PREFIX): tensor for name, tensor in tensors.items() if "lora_" not in name
+    }
 
 
-def merged_heads(tmp_path: Path, adapters: object, policy: object, **options: object) -> dict[str, Tensor]:
+def merged_heads(
+    tmp_path: Path, adapters: object, policy: object, **options: object
+) -> dict[str, Tensor]:
     merged = sm.merge(adapters, method=sm.mean(), modules_to_save=policy, **options)  # type: ignore[arg-type]
     merged.save_pretrained(tmp_path / "out")
     found = heads(tmp_path / "out")
@@ -65,7 +80,9 @@ def merged_heads(tmp_path: Path, adapters: object, policy: object, **options: ob
     inner = peft_model.get_base_model().state_dict()
     for name, tensor in found.items():
         module, rest = name.split(".", 1)
-        assert torch.equal(inner[f"{module}.modules_to_save.default.{rest}"], tensor.to(torch.float32))
+        assert torch.equal(
+            inner[f"{module}.modules_to_save.default.{rest}"], tensor.to(torch.float32)
+        )
     again = sm.Adapter.load(tmp_path / "out")
     assert all(torch.equal(again.saved_tensor(name), tensor) for name, tensor in found.items())
     return found
@@ -101,13 +118,18 @@ def test_mean(folders: dict[str, Path], tmp_path: Path) -> None:
     assert set(found) == set(both)
 
 
-def test_mean_rounds_once_and_keeps_the_wider_dtype(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_mean_rounds_once_and_keeps_the_wider_dtype(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
     half, head = heads(folders["half"]), heads(folders["head"])
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     mixed = merged_heads(tmp_path / "a", pick(folders, "half", "head"), "mean")
     assert (
-        error(mixed["classifier.weight"], (half["classifier.weight"].double() + head["classifier.weight"].double()) / 2)
+        error(
+            mixed["classifier.weight"],
+            (half["classifier.weight"].double() + head["classifier.weight"].double()) / 2,
+        )
         < 1e-7
     )
     assert mixed["classifier.weight"].dtype == torch.float32
@@ -124,7 +146,9 @@ def test_first(folders: dict[str, Path], tmp_path: Path) -> None:
 
 def test_drop(folders: dict[str, Path], tmp_path: Path) -> None:
     assert merged_heads(tmp_path, pick(folders, "both", "wide"), "drop") == {}
-    report = sm.merge(pick(folders, "both", "wide"), method=sm.mean(), modules_to_save="drop").report
+    report = sm.merge(
+        pick(folders, "both", "wide"), method=sm.mean(), modules_to_save="drop"
+    ).report
     assert report.dropped_modules == ("classifier", "projector")
     assert "left out ['classifier', 'projector']" in str(report)
 
@@ -142,7 +166,10 @@ def test_by_name(folders: dict[str, Path], tmp_path: Path) -> None:
         ("average", ("modules_to_save='average' is not a policy", "'mean'", "'drop'")),
         (3, ("modules_to_save=3",)),
         ({"classifier": "both"}, ("says nothing about ['projector']",)),
-        ({"classifier": "both", "projector": "head"}, ("'head' has no saved module 'projector'", "it is in both")),
+        (
+            {"classifier": "both", "projector": "head"},
+            ("'head' has no saved module 'projector'", "it is in both"),
+        ),
         ({"classifier": "both", "projector": "nobody"}, ("'nobody'", "['both', 'head']")),
         ({"score": "both"}, ("'score'", "['classifier', 'projector']")),
     ],
@@ -162,10 +189,17 @@ def test_mean_of_different_shapes_is_refused(folders: dict[str, Path]) -> None:
 
 def test_mean_with_weights_that_cancel(folders: dict[str, Path]) -> None:
     with pytest.raises(sm.MethodError, match="sum to zero"):
-        sm.merge(pick(folders, "both", "head"), method=sm.task_arithmetic(), modules_to_save="mean", weights=[1, -1])
+        sm.merge(
+            pick(folders, "both", "head"),
+            method=sm.task_arithmetic(),
+            modules_to_save="mean",
+            weights=[1, -1],
+        )
 
 
-def test_the_order_of_adapters_changes_no_bit_of_a_mean(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_the_order_of_adapters_changes_no_bit_of_a_mean(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
     found = []
     for number, names in enumerate([("both", "head", "half"), ("half", "both", "head")]):
         (tmp_path / str(number)).mkdir()
@@ -178,15 +212,24 @@ def test_a_head_of_two_modules_that_only_the_task_implies(tmp_path: Path) -> Non
 
     def roberta() -> nn.Module:
         torch.manual_seed(0)
-        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-        return RobertaForSequenceClassification(RobertaConfig(vocab_size=30, num_labels=3, **sizes)).eval()
+        sizes = {
+            "hidden_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "intermediate_size": 32,
+        }
+        return RobertaForSequenceClassification(
+            RobertaConfig(vocab_size=30, num_labels=3, **sizes)
+        ).eval()
 
     folder = save_lora(tmp_path / "old", 1, roberta(), targets=["query"], r=2, task_type="SEQ_CLS")
     path = folder / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"modules_to_save": None}))
     merged = sm.merge([folder], method=sm.mean(), modules_to_save="mean")
     merged.save_pretrained(tmp_path / "out")
-    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["modules_to_save"] == ["classifier"]
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())[
+        "modules_to_save"
+    ] == ["classifier"]
     ids = torch.arange(3, 13).reshape(2, 5)
     with torch.no_grad():
         wanted = load(folder, roberta()).eval()(ids).logits
@@ -205,10 +248,15 @@ def test_apply_to_copies_heads(folders: dict[str, Path]) -> None:
     x = torch.randn(4, 6)
     one = copy.deepcopy(base)
     sm.merge(pick(folders, "both"), method=sm.mean(), modules_to_save="first").apply_to(one)
-    assert same(heads(folders["both"]), {n: t for n, t in one.state_dict().items() if n.split(".")[0] in BOTH})
+    assert same(
+        heads(folders["both"]),
+        {n: t for n, t in one.state_dict().items() if n.split(".")[0] in BOTH},
+    )
     assert error(one(x).detach(), load(folders["both"], copy.deepcopy(base))(x).detach()) < 1e-5
     mixed = copy.deepcopy(base)
-    sm.merge(pick(folders, "both", "head"), method=sm.mean(), modules_to_save="mean").apply_to(mixed)
+    sm.merge(pick(folders, "both", "head"), method=sm.mean(), modules_to_save="mean").apply_to(
+        mixed
+    )
     both, head = (heads(folders[name])["classifier.weight"].double() for name in ("both", "head"))
     assert error(mixed.classifier.weight.detach(), (both + head) / 2) < 1e-7
     kept = copy.deepcopy(base)
@@ -217,7 +265,9 @@ def test_apply_to_copies_heads(folders: dict[str, Path]) -> None:
     assert not torch.equal(kept.body.q.weight, base.body.q.weight)
 
 
-def test_a_failure_at_the_heads_restores_everything(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_at_the_heads_restores_everything(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = Classifier()
     before = copied(model)
     merged = sm.merge(pick(folders, "both"), method=sm.mean(), modules_to_save="first")
@@ -238,7 +288,9 @@ def test_a_head_that_does_not_fit_changes_nothing(folders: dict[str, Path]) -> N
     model = Classifier()
     before = copied(model)
     merged = sm.merge(pick(folders, "wide"), method=sm.mean(), modules_to_save="first")
-    with pytest.raises(sm.ModelMismatchError, match=r"classifier\.\w+' \(5.*\(3.*modules_to_save='drop'"):
+    with pytest.raises(
+        sm.ModelMismatchError, match=r"classifier\.\w+' \(5.*\(3.*modules_to_save='drop'"
+    ):
         merged.apply_to(model)
     del model.classifier
     with pytest.raises(sm.ModelMismatchError, match="the model has none"):

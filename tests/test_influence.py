@@ -32,7 +32,9 @@ def kept_energies(method: sm.CapShare, layer: sm.Layer) -> list[float]:
     st.floats(0.05, 0.95),
     st.lists(st.sampled_from([1.0, -2.0, 0.3]), min_size=6, max_size=6),
 )
-def test_no_adapter_brings_more_than_its_share(powers: list[float], share: float, weights: list[float]) -> None:
+def test_no_adapter_brings_more_than_its_share(
+    powers: list[float], share: float, weights: list[float]
+) -> None:
     updates = tuple(low_rank((5, 4), 2, k).scaled(10**power) for k, power in enumerate(powers))
     layer = sm.Layer("l", updates, weights=tuple(weights[: len(updates)]))
     before = [(w * u.norm()) ** 2 for u, w in zip(layer, layer.weights, strict=True)]
@@ -40,9 +42,8 @@ def test_no_adapter_brings_more_than_its_share(powers: list[float], share: float
     cap = max(share, 1 / len(updates))
     assert max(after) <= cap * sum(after) * (1 + 1e-6)
     for old, new in zip(before, after, strict=True):
-        assert new == pytest.approx(old, rel=1e-6) or new == pytest.approx(
-            max(after), rel=1e-6
-        )  # only the loud are cut
+        # only the loud are cut
+        assert new == pytest.approx(old, rel=1e-6) or new == pytest.approx(max(after), rel=1e-6)
     if max(before) <= cap * sum(before):
         assert after == pytest.approx(before)
 
@@ -77,7 +78,10 @@ def adapters(scales: Sequence[float]) -> dict[str, Adapter]:
     made = {}
     for k, scale in enumerate(scales):
         update = low_rank((6, 5), 2, k, torch.float32)
-        state = {"base_model.model.q.lora_A.weight": update.A, "base_model.model.q.lora_B.weight": update.B * scale}
+        state = {
+            "base_model.model.q.lora_A.weight": update.A,
+            "base_model.model.q.lora_B.weight": update.B * scale,
+        }
         made[f"a{k}"] = Adapter.from_state_dict(
             {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q"]}, state
         )
@@ -94,4 +98,7 @@ def test_the_report_marks_a_loud_adapter_and_says_by_how_much() -> None:
     assert found["a3"].outlier > 5
     assert all(abs(found[label].outlier) < 5 for label in ("a0", "a1", "a2"))
     assert "outlier" in str(report)
-    assert all(adapter.outlier is None for adapter in sm.merge(adapters([1.0, 9.0]), method=sm.mean()).report.adapters)
+    assert all(
+        adapter.outlier is None
+        for adapter in sm.merge(adapters([1.0, 9.0]), method=sm.mean()).report.adapters
+    )

@@ -29,8 +29,19 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     root = tmp_path_factory.mktemp("inspect")
     return [
         save_lora(root / "a", 1, Net(), targets=["q", "v"], r=4, alpha=8),
-        save_lora(root / "b", 2, Net(), targets=["q", "v"], r=8, alpha=4, use_rslora=True, dtype=torch.bfloat16),
-        save_lora(root / "c", 3, Net(), targets=["q"], r=2, alpha=2, rank_pattern={"layers.1.q": 3}),
+        save_lora(
+            root / "b",
+            2,
+            Net(),
+            targets=["q", "v"],
+            r=8,
+            alpha=4,
+            use_rslora=True,
+            dtype=torch.bfloat16,
+        ),
+        save_lora(
+            root / "c", 3, Net(), targets=["q"], r=2, alpha=2, rank_pattern={"layers.1.q": 3}
+        ),
     ]
 
 
@@ -58,14 +69,23 @@ def test_numbers_are_those_of_the_dense_matrices(three: list[Path]) -> None:
         assert list(layer.adapters) == owners
         pairs = [(x, y) for k, x in enumerate(owners) for y in owners[:k]]
         arrays = {label: by_label[label][layer.name].numpy() for label in owners}
-        assert layer.cosine == pytest.approx(np.mean([cosine(arrays[x], arrays[y]) for x, y in pairs]), abs=1e-6)
+        assert layer.cosine == pytest.approx(
+            np.mean([cosine(arrays[x], arrays[y]) for x, y in pairs]), abs=1e-6
+        )
         # entries next to zero may change their sign by rounding; there are 10,000 of them
         wanted = np.mean([conflict(arrays[x], arrays[y]) for x, y in pairs])
         assert layer.sign_conflict == pytest.approx(wanted, abs=2e-4)
-    assert [layer.name for layer in found.layers] == ["layers.0.q", "layers.0.v", "layers.1.q", "layers.1.v"]
+    assert [layer.name for layer in found.layers] == [
+        "layers.0.q",
+        "layers.0.v",
+        "layers.1.q",
+        "layers.1.v",
+    ]
     names = list(updates[0])
     whole = {
-        label: np.concatenate([by_label[label].get(n, torch.zeros(100, 100)).numpy().ravel() for n in names])
+        label: np.concatenate(
+            [by_label[label].get(n, torch.zeros(100, 100)).numpy().ravel() for n in names]
+        )
         for label in "abc"
     }
     for x in "abc":
@@ -74,7 +94,9 @@ def test_numbers_are_those_of_the_dense_matrices(three: list[Path]) -> None:
             there = (whole[x] != 0) & (whole[y] != 0)
             opposed = conflict(whole[x][there], whole[y][there])
             assert found.sign_conflict[x][y] == pytest.approx(opposed, abs=2e-4)
-        assert found.adapters["abc".index(x)].norm == pytest.approx(np.linalg.norm(whole[x]), rel=1e-6)
+        assert found.adapters["abc".index(x)].norm == pytest.approx(
+            np.linalg.norm(whole[x]), rel=1e-6
+        )
 
 
 def test_one_line_per_adapter(three: list[Path]) -> None:
@@ -89,9 +111,20 @@ def test_one_line_per_adapter(three: list[Path]) -> None:
 def test_the_page_and_the_data(three: list[Path]) -> None:
     found = sm.inspect(three)
     page = str(found)
-    for text in ("mergeable: yes", "cosine", "sign conflict", "layers.1.v", "100x100", "missing in", BASE, "bfloat16"):
+    for text in (
+        "mergeable: yes",
+        "cosine",
+        "sign conflict",
+        "layers.1.v",
+        "100x100",
+        "missing in",
+        BASE,
+        "bfloat16",
+    ):
         assert text in page
-    missing = [line for line in page.splitlines() if line.startswith("layers.") and line.endswith(" c")]
+    missing = [
+        line for line in page.splitlines() if line.startswith("layers.") and line.endswith(" c")
+    ]
     assert len(missing) == 2
     data = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert data["problem"] is None
@@ -130,7 +163,9 @@ def test_why_not(three: list[Path], tmp_path: Path) -> None:
     assert f"mergeable: no: {found.problem}" in str(found)
     assert found.adapters[0].norm == pytest.approx(sm.inspect(three[:1]).adapters[0].norm)
     json.dumps(found.to_dict(), allow_nan=False)
-    other = save_lora(tmp_path / "other", 1, Net(), targets=["q"], base_model_name_or_path="else/where")
+    other = save_lora(
+        tmp_path / "other", 1, Net(), targets=["q"], base_model_name_or_path="else/where"
+    )
     assert "different base models" in str(sm.inspect([three[0], other]).problem)
 
 

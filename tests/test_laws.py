@@ -1,4 +1,6 @@
-"""The laws that every method of `sapmerge.methods.__all__` obeys. A new name there is a new case here."""
+"""The laws that every method of `sapmerge.methods.__all__` obeys.
+A new name there is a new case here.
+"""
 
 from __future__ import annotations
 
@@ -22,15 +24,27 @@ EXCEPTIONS = {
     ("mean", "zero is neutral"): "an adapter of zero counts as a member of the mean",
     ("sap", "homogeneous"): "weights and length are those of a loss that is not homogeneous",
     ("sap_original", "zero is neutral"): "as mean",
-    ("iso_c", "one adapter"): "every direction gets the mean singular value, so one adapter gets it too",
+    (
+        "iso_c",
+        "one adapter",
+    ): "every direction gets the mean singular value, so one adapter gets it too",
     ("iso_cts", "one adapter"): "as iso_c",
     ("dc_merge", "one adapter"): "smooths the singular values of every adapter, so of one too",
     ("cart", "zero is neutral"): "as mean, whose distance to each adapter it adds",
     ("tsv", "copies"): "directions are shared out among those who have them: K copies make one",
     ("iso_cts", "copies"): "the sum of three copies is three times one, so are its singular values",
-    ("dc_merge", "copies"): "as tsv, and only the part of the result in one adapter's own share is kept",
-    ("core_space", "copies"): "the density counts coordinates of an (R, R) core, R the sum of ranks: copies raise it",
-    ("robustmerge", "gauge rotate"): "the paper prunes factors as they were trained; balance=True is invariant",
+    (
+        "dc_merge",
+        "copies",
+    ): "as tsv, and only the part of the result in one adapter's own share is kept",
+    (
+        "core_space",
+        "copies",
+    ): "the density counts coordinates of an (R, R) core, R the sum of ranks: copies raise it",
+    (
+        "robustmerge",
+        "gauge rotate",
+    ): "the paper prunes factors as they were trained; balance=True is invariant",
     ("robustmerge", "gauge general"): "as rotate; only a common scale (B / c, c A) changes nothing",
     ("factor_average", "zero is neutral"): "as mean",
     ("factor_average", "gauge scale"): "it averages the factors themselves, and says so",
@@ -46,19 +60,31 @@ EXCEPTIONS = {
     ("ffa", "zero is neutral"): "as mean",
     ("clair", "zero is neutral"): "as mean",
     ("fedrpca", "zero is neutral"): "as mean",
-    ("fedrpca", "copies"): "copies are of low rank to the tolerance of the iteration, 1e-7; one adapter is exactly",
+    (
+        "fedrpca",
+        "copies",
+    ): "copies are of low rank to the tolerance of the iteration, 1e-7; one adapter is exactly",
     ("model_stock", "zero is neutral"): "as mean",
     ("geometric_median", "zero is neutral"): "zero is a point like any other, and pulls",
     ("trimmed_mean", "zero is neutral"): "as mean",
     ("krum", "zero is neutral"): "as geometric_median",
-    ("fisher", "zero is neutral"): "as mean: the model that it leaves alone has a Fisher information too",
+    (
+        "fisher",
+        "zero is neutral",
+    ): "as mean: the model that it leaves alone has a Fisher information too",
     ("regmean", "zero is neutral"): "as mean, with the inputs that the base sees",
     ("lorm", "zero is neutral"): "as regmean",
     ("tune", "zero is neutral"): "a candidate may be a mean",
-    ("tune", "homogeneous"): "another candidate may have the lowest loss: the anchor loss is not homogeneous",
+    (
+        "tune",
+        "homogeneous",
+    ): "another candidate may have the lowest loss: the anchor loss is not homogeneous",
     ("adamerging", "homogeneous"): "the coefficients lower a loss that is not homogeneous",
     ("loraprune", "zero is neutral"): "as mean",
-    ("loraprune", "homogeneous"): "gB gA changes its sign with the update and gB A + B gA does not; see test_loraprune",
+    (
+        "loraprune",
+        "homogeneous",
+    ): "gB gA changes its sign with the update and gB A + B gA does not; see test_loraprune",
     ("gradpruner", "zero is neutral"): "as mean",
     ("movement", "zero is neutral"): "as mean",
     ("sce", "zero is neutral"): "entries are selected by their variance over all adapters",
@@ -92,7 +118,11 @@ VARIANTS = {
     "ties": [{"majority_sign_method": "frequency"}, {"density": 0.35, "scope": "adapter"}],
     "dare_ties": [{"majority_sign_method": "frequency", "density": 0.7}],
     "knots": [{"scaled": False}],
-    "sap": [{"units": sm.Directions()}, {"units": sm.Entries(), "density": 0.4}, {"scorer": sm.Fisher()}],
+    "sap": [
+        {"units": sm.Directions()},
+        {"units": sm.Entries(), "density": 0.4},
+        {"scorer": sm.Fisher()},
+    ],
     "core_space": [
         {"inner": methods.ties(0.5, scope="adapter")},
         {"inner": methods.task_arithmetic(), "balance": False},
@@ -105,7 +135,10 @@ VARIANTS = {
     "lines": [{"method": methods.ties(0.5), "alpha": 0.3}],
     "lora_lego": [{"rank": 2}],
     "robustmerge": [{"density": 0.6, "balance": True}],
-    "breadcrumbs": [{"scope": "row", "density": 0.4, "gamma": 0.1}, {"first": "keep", "density": 0.4, "gamma": 0.1}],
+    "breadcrumbs": [
+        {"scope": "row", "density": 0.4, "gamma": 0.1},
+        {"first": "keep", "density": 0.4, "gamma": 0.1},
+    ],
     "consensus_ta": [{"ratio": 0.3, "count": 1}],
     "della": [{"scope": "layer", "density": 0.3, "window": 0.2}],
     "geometric_median": [{"scope": "layer"}],
@@ -134,7 +167,9 @@ METHODS = {
 
 
 def run(method: sm.Method, layers: Sequence[sm.Layer]) -> dict[str, sm.Update]:
-    """`conftest.run` on inputs that the method takes: two adapters for slerp, factors of one rank for FactorMean."""
+    """`conftest.run` on inputs that the method takes:
+    two adapters for slerp, factors of one rank for FactorMean.
+    """
     kinds = {type(part) for part in parts(method)}
     if sm.Slerp in kinds:
         layers = [_two(layer) for layer in layers]
@@ -152,13 +187,18 @@ def _two(layer: sm.Layer) -> sm.Layer:
     """The first two adapters with a weight, by label."""
     labels = sorted(a for a, weight in zip(layer.adapters, layer.weights) if weight != 0)[:2]
     index = [k for k, label in enumerate(layer.adapters) if label in labels]
-    fields = {name: tuple(getattr(layer, name)[k] for k in index) for name in ("updates", "adapters", "weights")}
+    fields = {
+        name: tuple(getattr(layer, name)[k] for k in index)
+        for name in ("updates", "adapters", "weights")
+    }
     return changed(layer, **fields, digests=tuple(layer.digests[k] for k in index))
 
 
 def _sharing(layer: sm.Layer, factor: str) -> sm.Layer:
     """The same updates, with a factor that is the same in all of them."""
-    present = [update for update, weight in zip(layer, layer.weights) if update.rank and weight != 0]
+    present = [
+        update for update, weight in zip(layer, layer.weights) if update.rank and weight != 0
+    ]
     if not present:
         return layer
     stacked = torch.cat([update.B if factor == "B" else update.A.T for update in present], 1)
@@ -168,7 +208,9 @@ def _sharing(layer: sm.Layer, factor: str) -> sm.Layer:
         if not update.rank:
             return update
         return (
-            sm.LowRank(Q, (Q.T @ update.B) @ update.A) if factor == "B" else sm.LowRank(update.B @ (update.A @ Q), Q.T)
+            sm.LowRank(Q, (Q.T @ update.B) @ update.A)
+            if factor == "B"
+            else sm.LowRank(update.B @ (update.A @ Q), Q.T)
         )
 
     return changed(layer, updates=tuple(written(update) for update in layer))
@@ -196,7 +238,8 @@ every_method = pytest.mark.parametrize(("name", "method"), list(cases()))
 def hold(name: str, law: str) -> None:
     """What is an exception has to fail: a law that holds after all is taken off the list."""
     [case] = conftest.CASE
-    variant = case.name.partition("[")[2].rstrip("]").split("-")  # "dtype0-scale-sap-3": the third variant of sap
+    # "dtype0-scale-sap-3": the third variant of sap
+    variant = case.name.partition("[")[2].rstrip("]").split("-")
     variant = f"{name}-{variant[-1]}" if len(variant) > 1 and variant[-2] == name else name
     if (name, law) in EXCEPTIONS and (variant, law) not in AND_YET:
         strict = law != "homogeneous"  # a small factor may choose no other candidate, row or step
@@ -204,7 +247,8 @@ def hold(name: str, law: str) -> None:
     case.add_report_section(
         "call",
         "law",
-        f"{name} does not obey {law!r}. If that is a property of the method, say why in EXCEPTIONS[{name!r}, {law!r}]; "
+        f"{name} does not obey {law!r}. If that is a property of the method, say why in "
+        f"EXCEPTIONS[{name!r}, {law!r}]; "
         "if it holds under some arguments, put them into KEEPS_ALL; else the method is wrong.",
     )
 
@@ -223,7 +267,9 @@ def takes_dense(method: sm.Method) -> bool:
     return not any(isinstance(part, factors) for part in parts(method))
 
 
-def close(got: dict[str, sm.Update], wanted: dict[str, sm.Update], tolerance: float, factor: float = 1.0) -> None:
+def close(
+    got: dict[str, sm.Update], wanted: dict[str, sm.Update], tolerance: float, factor: float = 1.0
+) -> None:
     for name in wanted:
         assert error(got[name].dense(), wanted[name].dense() * factor) < tolerance, name
 
@@ -238,7 +284,10 @@ def test_one_adapter_comes_back(name: str, method: sm.Method) -> None:
     hold(name, "one adapter")
     layers = make_layers(ranks=[3])
     for name_, update in run(keeping_all(name), layers).items():
-        assert error(update.dense(), next(x for x in layers if x.name == name_).updates[0].dense()) < 1e-12
+        assert (
+            error(update.dense(), next(x for x in layers if x.name == name_).updates[0].dense())
+            < 1e-12
+        )
     halved = [changed(layer, weights=(0.5,)) for layer in layers]
     factor = 0.5 if any(isinstance(part, sm.Sum) for part in parts(keeping_all(name))) else 1.0
     close(run(keeping_all(name), halved), run(keeping_all(name), layers), 1e-12, factor)
@@ -296,7 +345,13 @@ def test_zero_weight_is_no_adapter(name: str, method: sm.Method) -> None:
         pytest.skip("a basis is made from all adapters")
     layers = make_layers(weights=[1.0, 0.0, 0.7])
     without = [
-        changed(x, updates=x.updates[::2], adapters=x.adapters[::2], weights=x.weights[::2], digests=x.digests[::2])
+        changed(
+            x,
+            updates=x.updates[::2],
+            adapters=x.adapters[::2],
+            weights=x.weights[::2],
+            digests=x.digests[::2],
+        )
         for x in layers
     ]
     close(run(method, layers), run(method, without), 1e-12)
@@ -307,7 +362,9 @@ def _gauges() -> dict[str, object]:
         return sm.LowRank(update.B / 10.0 ** (k + 1), update.A * 10.0 ** (k + 1))
 
     def rotate(update: sm.LowRank, k: int) -> sm.LowRank:
-        Q = torch.linalg.qr(low_rank((update.rank, update.rank), update.rank, 77 + k, update.dtype).dense())[0]
+        Q = torch.linalg.qr(
+            low_rank((update.rank, update.rank), update.rank, 77 + k, update.dtype).dense()
+        )[0]
         return sm.LowRank(update.B @ Q.T, Q @ update.A)
 
     def general(update: sm.LowRank, k: int) -> sm.LowRank:
@@ -330,7 +387,9 @@ def test_gauge_invariant(name: str, method: sm.Method, gauge: str, dtype: torch.
 
 
 def test_core_space_without_balance_is_not_gauge_invariant() -> None:
-    """Why `balance=True` is the default: one adapter written as (A / 10, 10 B) changes Core-TIES a lot."""
+    """Why `balance=True` is the default: one adapter written as (A / 10, 10 B) changes
+    Core-TIES a lot.
+    """
     layers = make_layers([4, 4, 4], {"l": (24, 16)})
     other = change(layers, lambda u, k: sm.LowRank(u.B * 10, u.A / 10) if k == 0 else u)
     rotated = change(layers, _gauges()["rotate"])
@@ -345,17 +404,24 @@ TINY = {"one": (1, 1), "row": (1, 6), "column": (5, 1), "square": (4, 4)}
 
 
 def _degenerate(dtype: torch.dtype) -> dict[str, list[sm.Layer]]:
-    zero = change(make_layers(shapes=TINY, dtype=dtype), lambda u, k: sm.LowRank(u.B * 0, u.A) if k == 1 else u)
+    zero = change(
+        make_layers(shapes=TINY, dtype=dtype),
+        lambda u, k: sm.LowRank(u.B * 0, u.A) if k == 1 else u,
+    )
     return {
         "ranks above the shape": make_layers(shapes=TINY, dtype=dtype),
         "rank one": make_layers([1, 1, 1], TINY, dtype),
         "one adapter": make_layers([2], TINY, dtype),
-        "identical": [changed(x, updates=(x.updates[0],) * 3) for x in make_layers([2, 2, 2], TINY, dtype)],
+        "identical": [
+            changed(x, updates=(x.updates[0],) * 3) for x in make_layers([2, 2, 2], TINY, dtype)
+        ],
         "identical digests": [
-            changed(x, updates=(x.updates[0],) * 3, digests=("same",) * 3) for x in make_layers([2, 2, 2], TINY, dtype)
+            changed(x, updates=(x.updates[0],) * 3, digests=("same",) * 3)
+            for x in make_layers([2, 2, 2], TINY, dtype)
         ],
         "opposite": [
-            changed(x, updates=(x.updates[0], x.updates[0].scaled(-1))) for x in make_layers([2, 2], TINY, dtype)
+            changed(x, updates=(x.updates[0], x.updates[0].scaled(-1)))
+            for x in make_layers([2, 2], TINY, dtype)
         ],
         "a zero adapter": zero,
         "all zero": change(zero, lambda u, k: sm.LowRank(u.B * 0, u.A)),
@@ -365,10 +431,15 @@ def _degenerate(dtype: torch.dtype) -> dict[str, list[sm.Layer]]:
         "dense and low rank": change(
             make_layers([2, 0, 3], TINY, dtype), lambda u, k: sm.Dense(u.dense()) if k == 0 else u
         ),
-        "huge": change(make_layers(shapes=TINY, dtype=dtype), lambda u, k: sm.LowRank(u.B * 1e6, u.A)),
-        "tiny": change(make_layers(shapes=TINY, dtype=dtype), lambda u, k: sm.LowRank(u.B * 1e-6, u.A)),
+        "huge": change(
+            make_layers(shapes=TINY, dtype=dtype), lambda u, k: sm.LowRank(u.B * 1e6, u.A)
+        ),
+        "tiny": change(
+            make_layers(shapes=TINY, dtype=dtype), lambda u, k: sm.LowRank(u.B * 1e-6, u.A)
+        ),
         "huge and tiny": change(
-            make_layers(shapes=TINY, dtype=dtype), lambda u, k: sm.LowRank(u.B * (1e6, 1.0, 1e-6)[k], u.A)
+            make_layers(shapes=TINY, dtype=dtype),
+            lambda u, k: sm.LowRank(u.B * (1e6, 1.0, 1e-6)[k], u.A),
         ),
         "negative weights": make_layers(shapes=TINY, dtype=dtype, weights=[1.0, -0.5, 0.7]),
     }
@@ -377,7 +448,9 @@ def _degenerate(dtype: torch.dtype) -> dict[str, list[sm.Layer]]:
 @every_method
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("case", list(_degenerate(torch.float64)))
-def test_degenerate_inputs_are_ordinary(name: str, method: sm.Method, case: str, dtype: torch.dtype) -> None:
+def test_degenerate_inputs_are_ordinary(
+    name: str, method: sm.Method, case: str, dtype: torch.dtype
+) -> None:
     if case.startswith("dense") and not takes_dense(method):
         pytest.skip("a dense update has no factors")
     layers = _degenerate(dtype)[case]
@@ -393,12 +466,20 @@ def test_degenerate_inputs_are_ordinary(name: str, method: sm.Method, case: str,
 
 @every_method
 def test_identical_adapters_vote_alike(name: str, method: sm.Method) -> None:
-    """Three copies with weights 1: the mean of three is one of them, the sum three times one, same digest or not."""
+    """Three copies with weights 1: the mean of three is one of them, the sum three times one,
+    same digest or not.
+    """
     hold(name, "copies")
     single = make_layers([3])
     factor = 3.0 if any(isinstance(part, sm.Sum) for part in parts(method)) else 1.0
     thrice = [
-        changed(x, updates=x.updates * 3, adapters=("a", "b", "c"), weights=(1.0,) * 3, digests=(x.digests[0],) * 3)
+        changed(
+            x,
+            updates=x.updates * 3,
+            adapters=("a", "b", "c"),
+            weights=(1.0,) * 3,
+            digests=(x.digests[0],) * 3,
+        )
         for x in single
     ]
     close(run(method, thrice), run(method, single), 1e-9, factor)
@@ -420,11 +501,14 @@ def nonzero(update: sm.Update, units: sm.Units) -> list[int]:
 @every_method
 @pytest.mark.parametrize("absent", [False, True])
 def test_kept_count(name: str, method: sm.Method, absent: bool) -> None:
-    """floor(density n + 1e-9) of every tensor, or of the whole adapter; random masks within six standard deviations."""
+    """floor(density n + 1e-9) of every tensor, or of the whole adapter;
+    random masks within six standard deviations.
+    """
     layers = make_layers([2, 4, 3])
     if absent:
         layers[0] = replace(
-            layers[0], updates=(sm.absent(layers[0].shape, layers[0].updates[0].A), *layers[0].updates[1:])
+            layers[0],
+            updates=(sm.absent(layers[0].shape, layers[0].updates[0].A), *layers[0].updates[1:]),
         )
     prunes = [part for part in parts(method) if isinstance(part, sm.Prune)]
     if not prunes:
@@ -455,7 +539,9 @@ def test_kept_count(name: str, method: sm.Method, absent: bool) -> None:
 
 @every_method
 def test_same_bits_in_any_layer_order_and_thread_count(name: str, method: sm.Method) -> None:
-    """As `merge` runs it, inside `pinned_state`: the kernels of two threads add up in another order on some CPUs."""
+    """As `merge` runs it, inside `pinned_state`: the kernels of two threads add up in another
+    order on some CPUs.
+    """
     layers = make_layers(dtype=torch.float32, shapes={**SHAPES, "big": (48, 40)})
 
     def merged(order: list[sm.Layer]) -> dict[str, torch.Tensor]:
@@ -487,7 +573,9 @@ def test_float32_and_float64_agree(name: str, method: sm.Method) -> None:
 @every_method
 def test_inputs_are_not_modified(name: str, method: sm.Method) -> None:
     layers = make_layers([2, 0, 3])
-    layers = change(layers, lambda u, k: sm.Dense(u.dense()) if k == 2 and takes_dense(method) else u)
+    layers = change(
+        layers, lambda u, k: sm.Dense(u.dense()) if k == 2 and takes_dense(method) else u
+    )
     tensors = [
         tensor
         for layer in layers
@@ -508,7 +596,14 @@ def test_linear_methods_stay_low_rank(name: str, method: sm.Method) -> None:
     """No (m, n) matrix is made unless a rule masks entries of the update itself."""
     layers = make_layers([1, 1, 1], {"l": (30, 40)})
     entrywise = (sm.Entries, sm.ElectSign, sm.DisjointMean, sm.Consensus, sm.Select)
-    entrywise += (sm.CoordinateMedian, sm.TrimmedMean, sm.Compete, sm.Unify, sm.FisherMean, sm.PruneRuns)
+    entrywise += (
+        sm.CoordinateMedian,
+        sm.TrimmedMean,
+        sm.Compete,
+        sm.Unify,
+        sm.FisherMean,
+        sm.PruneRuns,
+    )
     entrywise += (sm.RobustPCA,)
     prunes_entries = any(isinstance(part, entrywise) for part in parts(method))
     in_basis = any(isinstance(part, sm.In) for part in parts(method))
@@ -524,7 +619,8 @@ def test_exceptions_name_real_methods() -> None:
         assert (inspect.getdoc(make) or "").strip(), f"{name} has no docstring"
 
 
-# --- values: our methods against the reference formulas, with weights, ranks 2, 4, 3 and a layer missing --------------
+# --- values: our methods against the reference formulas, with weights, ranks 2, 4, 3 and a layer
+# missing --------------
 
 
 def _model(layers: list[sm.Layer]) -> list[list]:
@@ -535,7 +631,9 @@ def _model(layers: list[sm.Layer]) -> list[list]:
 @pytest.mark.parametrize("method_name", ["total", "frequency"])
 @pytest.mark.parametrize("scope", ["layer", "adapter"])
 @pytest.mark.parametrize("density", [0.2, 0.55, 1.0])
-def test_ties_is_the_textbook(weights: list[float], method_name: str, scope: str, density: float) -> None:
+def test_ties_is_the_textbook(
+    weights: list[float], method_name: str, scope: str, density: float
+) -> None:
     layers = make_layers(weights=weights)
     got = run(sm.ties(density, method_name, scope), layers)
     wanted = oracles.ties(_model(layers), density, weights, scope, method_name)
@@ -565,9 +663,16 @@ def test_sums_and_means_are_exact(weights: list[float]) -> None:
         total = torch.from_numpy(oracles.weighted_sum(matrices, weights))
         assert error(sm.task_arithmetic()(layer).dense(), total) < 1e-14
         assert error(sm.mean()(layer).dense(), total / sum(weights)) < 1e-14
-        pruned = torch.from_numpy(oracles.weighted_sum([oracles.trim(m, 0.3) for m in matrices], weights))
+        pruned = torch.from_numpy(
+            oracles.weighted_sum([oracles.trim(m, 0.3) for m in matrices], weights)
+        )
         assert error(sm.magnitude_prune(0.3)(layer).dense(), pruned) < 1e-14
-        for basis in (sm.SharedBasis(), sm.SharedBasis(scaled=False), sm.CoreSpace(), sm.CoreSpace(balance=False)):
+        for basis in (
+            sm.SharedBasis(),
+            sm.SharedBasis(scaled=False),
+            sm.CoreSpace(),
+            sm.CoreSpace(balance=False),
+        ):
             assert error(sm.In(basis, sm.task_arithmetic())(layer).dense(), total) < 1e-9
 
 

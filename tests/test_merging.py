@@ -1,4 +1,6 @@
-"""`merge`: numbers against dense formulas, refusals before any work, and nothing that depends on order or chance."""
+"""`merge`: numbers against dense formulas, refusals before any work,
+and nothing that depends on order or chance.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,19 @@ import sapmerge as sm
 
 from . import oracles
 from .conftest import error
-from .models import BASE, PREFIX, Block, Zoo, deltas, files, load, lora, matrices, products, save_lora
+from .models import (
+    BASE,
+    PREFIX,
+    Block,
+    Zoo,
+    deltas,
+    files,
+    load,
+    lora,
+    matrices,
+    products,
+    save_lora,
+)
 
 LINEAR = ("q", "v")
 
@@ -42,12 +56,24 @@ def net(folder: Path, seed: int, **options: object) -> Path:
 
 @pytest.fixture(scope="module")
 def three(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, float]]:
-    """Ranks 4, 8, 16, different alphas, one rsLoRA, one float16, one without a layer; with their scalings."""
+    """Ranks 4, 8, 16, different alphas, one rsLoRA, one float16, one without a layer;
+    with their scalings.
+    """
     root = tmp_path_factory.mktemp("three")
     return [
         (net(root / "first", 1, r=4, alpha=8), 2.0),
         (net(root / "second", 2, r=8, alpha=3, use_rslora=True), 3 / math.sqrt(8)),
-        (net(root / "third", 3, r=16, alpha=8, dtype=torch.float16, targets=r"layers\.[01]\.v|layers\.0\.q"), 0.5),
+        (
+            net(
+                root / "third",
+                3,
+                r=16,
+                alpha=8,
+                dtype=torch.float16,
+                targets=r"layers\.[01]\.v|layers\.0\.q",
+            ),
+            0.5,
+        ),
     ]
 
 
@@ -120,7 +146,10 @@ def test_mean_of_three_different_adapters_is_the_dense_mean(
 @pytest.mark.parametrize("weights", [[1.0, 2.0, 0.5], [1, -1, 3]])
 @pytest.mark.parametrize("scale", [1.0, -0.4])
 def test_weights_and_scale(
-    three: list[tuple[Path, float]], dense_three: list[dict[str, Tensor]], weights: list[float], scale: float
+    three: list[tuple[Path, float]],
+    dense_three: list[dict[str, Tensor]],
+    weights: list[float],
+    scale: float,
 ) -> None:
     total = sum(weights)
     mean = sm.merge(paths(three), method=sm.mean(), weights=weights, scale=scale)
@@ -134,7 +163,9 @@ def test_weights_and_scale(
 
 @pytest.mark.parametrize("weights", [None, [1.0, 2.0, -0.5]])
 def test_ties_is_the_textbook_on_the_dense_updates_of_the_files(
-    three: list[tuple[Path, float]], dense_three: list[dict[str, Tensor]], weights: list[float] | None
+    three: list[tuple[Path, float]],
+    dense_three: list[dict[str, Tensor]],
+    weights: list[float] | None,
 ) -> None:
     names = list(dense_three[0])
     model = [[adapter[name].numpy() for adapter in dense_three] for name in names]
@@ -147,7 +178,9 @@ def test_ties_is_the_textbook_on_the_dense_updates_of_the_files(
 
 
 @pytest.mark.parametrize(
-    "method", [sm.mean(), sm.task_arithmetic(), sm.ties(density=1.0), sm.knots(density=1.0)], ids=repr
+    "method",
+    [sm.mean(), sm.task_arithmetic(), sm.ties(density=1.0), sm.knots(density=1.0)],
+    ids=repr,
 )
 def test_one_adapter_comes_back(tmp_path: Path, method: sm.Method) -> None:
     folder = net(tmp_path / "one", 5, r=3, alpha=7)
@@ -164,7 +197,9 @@ def test_nothing_is_lost_by_an_adapter_without_a_layer_in_disjoint_mean(
     got = updates(sm.merge(paths(three), method=sm.Chain(sm.DisjointMean())))
     stack = torch.stack([adapter["layers.1.q"] for adapter in dense_three[:2]])
     one, two = stack
-    mean = torch.where(one.sign() == two.sign(), stack.mean(0), torch.where(one.abs() > two.abs(), one, two))
+    mean = torch.where(
+        one.sign() == two.sign(), stack.mean(0), torch.where(one.abs() > two.abs(), one, two)
+    )
     elected = updates(sm.merge(paths(three), method=sm.Chain(sm.ElectSign(), sm.DisjointMean())))
     assert error(elected["layers.1.q"], mean) < 1e-6
     assert error(got["layers.1.q"], stack.mean(0)) < 1e-6
@@ -179,11 +214,16 @@ def spectrum(dense_three: list[dict[str, Tensor]], name: str) -> np.ndarray:
 
 @pytest.mark.parametrize("rank", [1, 5, 0.5, 0.99, "exact"])
 def test_rank_is_the_best_approximation(
-    three: list[tuple[Path, float]], dense_three: list[dict[str, Tensor]], rank: int | float | str, tmp_path: Path
+    three: list[tuple[Path, float]],
+    dense_three: list[dict[str, Tensor]],
+    rank: int | float | str,
+    tmp_path: Path,
 ) -> None:
     merged = sm.merge(paths(three), method=sm.mean(), rank=rank)
     if rank in (1, 5, 0.5):
-        with pytest.warns(sm.SapmergeWarning, match=r"keeps \d+% of the merged update's energy.*apply_to.*rank="):
+        with pytest.warns(
+            sm.SapmergeWarning, match=r"keeps \d+% of the merged update's energy.*apply_to.*rank="
+        ):
             merged.save_pretrained(tmp_path / "out", uniform_rank=False)
     else:
         merged.save_pretrained(tmp_path / "out", uniform_rank=False)
@@ -197,7 +237,9 @@ def test_rank_is_the_best_approximation(
             wanted = rank if isinstance(rank, int) else int((sigma > 1e-6 * sigma[0]).sum())
         assert row.rank == stored.modules[row.name].rank == wanted
         assert row.energy_kept == pytest.approx(shares[wanted - 1], abs=1e-6)
-        best = torch.from_numpy(oracles.best_rank(combined(dense_three, [1 / 3] * 3)[row.name].numpy(), wanted))
+        best = torch.from_numpy(
+            oracles.best_rank(combined(dense_three, [1 / 3] * 3)[row.name].numpy(), wanted)
+        )
         assert error(stored.update(row.name).dense(), best) < 1e-5
     if isinstance(rank, float):
         assert merged.report.energy_kept >= rank
@@ -216,13 +258,18 @@ def test_a_dense_result_takes_the_largest_rank_of_the_inputs_and_warns(
     for row in merged.report.layers:
         assert row.rank == stored.modules[row.name].rank == 8
         matrix = exact[row.name].numpy()
-        assert error(stored.update(row.name).dense(), torch.from_numpy(oracles.best_rank(matrix, 8))) < 1e-5
+        assert (
+            error(stored.update(row.name).dense(), torch.from_numpy(oracles.best_rank(matrix, 8)))
+            < 1e-5
+        )
         assert row.energy_kept == pytest.approx(oracles.energy_kept(matrix, 8), abs=1e-6)
         assert row.norm == pytest.approx(np.linalg.norm(matrix), rel=1e-6)
         energies, total = energies + row.energy_kept * row.norm**2, total + row.norm**2
     assert merged.report.energy_kept == pytest.approx(energies / total)
     assert merged.report.energy_kept < 0.9
-    sm.merge(paths(three)[:2], method=sm.ties(density=0.2), rank="exact").save_pretrained(tmp_path / "exact")
+    sm.merge(paths(three)[:2], method=sm.ties(density=0.2), rank="exact").save_pretrained(
+        tmp_path / "exact"
+    )
     whole = sm.Adapter.load(tmp_path / "exact")
     close({name: whole.update(name).dense().double() for name in whole.modules}, exact, 1e-5)
 
@@ -245,7 +292,9 @@ def test_lazy_until_a_sink_or_the_report_asks(three: list[tuple[Path, float]]) -
 
 def test_adapters_of_a_live_model_by_name(tmp_path: Path) -> None:
     model = lora(Net(), 1, targets=LINEAR, name="medical")
-    model.add_adapter("legal", model.peft_config["medical"].__class__(r=2, lora_alpha=6, target_modules=["q"]))
+    model.add_adapter(
+        "legal", model.peft_config["medical"].__class__(r=2, lora_alpha=6, target_modules=["q"])
+    )
     for name, parameter in model.named_parameters():
         if ".legal." in name:
             parameter.data = torch.randn_like(parameter)
@@ -254,7 +303,10 @@ def test_adapters_of_a_live_model_by_name(tmp_path: Path) -> None:
     medical, legal = (matrices(deltas(model, name), Net()) for name in ("medical", "legal"))
     merged = sm.merge(["medical", "legal"], model=model, method=sm.task_arithmetic())
     assert [adapter.label for adapter in merged.adapters] == ["medical", "legal"]
-    close(updates(merged), {n: medical[n] + legal.get(n, torch.zeros_like(medical[n])) for n in medical})
+    close(
+        updates(merged),
+        {n: medical[n] + legal.get(n, torch.zeros_like(medical[n])) for n in medical},
+    )
     labelled = sm.merge({"x": "legal", "y": "medical"}, model=model, method=sm.task_arithmetic())
     assert [adapter.label for adapter in labelled.adapters] == ["x", "y"]
     assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
@@ -281,16 +333,26 @@ def test_configs_with_state_dicts(pair: list[Path]) -> None:
 
 
 def test_labels(tmp_path: Path, pair: list[Path]) -> None:
-    twins = [net(tmp_path / "a" / "best", 1), net(tmp_path / "b" / "best", 2), net(tmp_path / "c" / "best", 3)]
+    twins = [
+        net(tmp_path / "a" / "best", 1),
+        net(tmp_path / "b" / "best", 2),
+        net(tmp_path / "c" / "best", 3),
+    ]
     merged = sm.merge(twins, method=sm.mean())
     labels = [adapter.label for adapter in merged.adapters]
     assert sorted(labels) == ["best", "best-2", "best-3"]
     turned = sm.merge(twins[::-1], method=sm.mean())
-    assert [adapter.label for adapter in turned.adapters] == labels[::-1]  # a label follows its content
+    # a label follows its content
+    assert [adapter.label for adapter in turned.adapters] == labels[::-1]
     named = sm.merge(
-        {"one": twins[0], "two": sm.Adapter.load(twins[1])}, method=sm.mean(), weights={"two": 3, "one": 1}
+        {"one": twins[0], "two": sm.Adapter.load(twins[1])},
+        method=sm.mean(),
+        weights={"two": 3, "one": 1},
     )
-    assert [(row.label, row.weight) for row in named.report.adapters] == [("one", 1.0), ("two", 3.0)]
+    assert [(row.label, row.weight) for row in named.report.adapters] == [
+        ("one", 1.0),
+        ("two", 3.0),
+    ]
     taken = net(tmp_path / "best-2", 4)
     assert len({a.label for a in sm.merge([*twins, taken], method=sm.mean()).adapters}) == 4
     refuses(sm.MethodError, "label", adapters={"no spaces": pair[0]}, method=sm.mean())
@@ -301,7 +363,9 @@ def test_labels(tmp_path: Path, pair: list[Path]) -> None:
 
 def test_adapters_may_be_path_objects_strings_or_adapters(pair: list[Path]) -> None:
     wanted = updates(sm.merge(pair, method=sm.mean()))
-    close(updates(sm.merge((str(pair[0]), sm.Adapter.load(pair[1])), method=sm.mean())), wanted, 1e-9)
+    close(
+        updates(sm.merge((str(pair[0]), sm.Adapter.load(pair[1])), method=sm.mean())), wanted, 1e-9
+    )
 
 
 # Refusals
@@ -309,7 +373,9 @@ def test_adapters_may_be_path_objects_strings_or_adapters(pair: list[Path]) -> N
 
 def test_what_is_no_list_of_adapters(pair: list[Path]) -> None:
     refuses(sm.MethodError, "a list of adapters", adapters=str(pair[0]), method=sm.mean())
-    refuses(sm.MethodError, "a list of adapters", adapters=sm.Adapter.load(pair[0]), method=sm.mean())
+    refuses(
+        sm.MethodError, "a list of adapters", adapters=sm.Adapter.load(pair[0]), method=sm.mean()
+    )
     refuses(sm.MethodError, "empty", adapters=[], method=sm.mean())
     refuses(sm.MethodError, "empty", adapters={}, method=sm.mean())
     refuses(sm.MethodError, "got int", adapters=[pair[0], 3], method=sm.mean())
@@ -317,8 +383,17 @@ def test_what_is_no_list_of_adapters(pair: list[Path]) -> None:
 
 
 def test_the_method(pair: list[Path]) -> None:
-    refuses(sm.MethodError, "a method must be given", "sm.mean()", "sm.ties(density=0.2)", adapters=pair)
-    refuses(sm.MethodError, "method='ties' is text", "sm.ties()", "sm.parse('ties')", adapters=pair, method="ties")
+    refuses(
+        sm.MethodError, "a method must be given", "sm.mean()", "sm.ties(density=0.2)", adapters=pair
+    )
+    refuses(
+        sm.MethodError,
+        "method='ties' is text",
+        "sm.ties()",
+        "sm.parse('ties')",
+        adapters=pair,
+        method="ties",
+    )
     refuses(sm.MethodError, "cannot be called", adapters=pair, method=3)
     refuses(sm.MethodError, "needs anchors and a model", adapters=pair, method=sm.sap())
     refuses(sm.MethodError, "need a model", adapters=pair, anchor_loader=[{}])
@@ -328,12 +403,27 @@ def test_the_method(pair: list[Path]) -> None:
 
 @pytest.mark.parametrize("scale", [math.nan, math.inf, "2", True, None])
 def test_scale_is_a_finite_number(pair: list[Path], scale: object) -> None:
-    refuses(sm.MethodError, "scale must be a finite number", repr(scale), adapters=pair, method=sm.mean(), scale=scale)
+    refuses(
+        sm.MethodError,
+        "scale must be a finite number",
+        repr(scale),
+        adapters=pair,
+        method=sm.mean(),
+        scale=scale,
+    )
 
 
 @pytest.mark.parametrize("rank", [0, -1, 1.0, 0.0, 1.5, math.nan, True, "all", "8"])
 def test_rank_is_a_number_or_a_share(pair: list[Path], rank: object) -> None:
-    refuses(sm.MethodError, "rank is None", "share of energy", repr(rank), adapters=pair, method=sm.mean(), rank=rank)
+    refuses(
+        sm.MethodError,
+        "rank is None",
+        "share of energy",
+        repr(rank),
+        adapters=pair,
+        method=sm.mean(),
+        rank=rank,
+    )
 
 
 def test_weights_must_fit(pair: list[Path]) -> None:
@@ -352,12 +442,16 @@ def test_weights_must_fit(pair: list[Path]) -> None:
     assert not os.path.exists("never")
 
 
-def edited(folder: Path, source: Path, tensors: dict[str, Tensor | None] | None = None, **config: object) -> Path:
+def edited(
+    folder: Path, source: Path, tensors: dict[str, Tensor | None] | None = None, **config: object
+) -> Path:
     """A copy of an adapter with other tensors (None: without) and another config."""
     found: dict[str, Tensor | None] = dict(load_file(source / "adapter_model.safetensors"))
     found |= tensors or {}
     folder.mkdir(parents=True)
-    save_file({k: v for k, v in found.items() if v is not None}, folder / "adapter_model.safetensors")
+    save_file(
+        {k: v for k, v in found.items() if v is not None}, folder / "adapter_model.safetensors"
+    )
     old = json.loads((source / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(old | config))
     return folder
@@ -365,14 +459,27 @@ def edited(folder: Path, source: Path, tensors: dict[str, Tensor | None] | None 
 
 def test_different_bases_need_a_word(pair: list[Path], tmp_path: Path) -> None:
     other = edited(tmp_path / "other", pair[1], base_model_name_or_path="else/where")
-    refuses(sm.IncompatibleAdaptersError, "different base models", f"left: '{BASE}'", "other: 'else/where'",
-            "base_model=", adapters=[pair[0], other], method=sm.mean())  # fmt: skip
+    refuses(
+        sm.IncompatibleAdaptersError,
+        "different base models",
+        f"left: '{BASE}'",
+        "other: 'else/where'",
+        "base_model=",
+        adapters=[pair[0], other],
+        method=sm.mean(),
+    )
     merged = sm.merge([pair[0], other], method=sm.mean(), base_model="my/base")
     merged.save_pretrained(tmp_path / "out")
     assert sm.Adapter.load(tmp_path / "out").base_model == "my/base"
     assert "my/base" in (tmp_path / "out" / "README.md").read_text()
     old = edited(tmp_path / "old", pair[1], revision="v1")
-    refuses(sm.IncompatibleAdaptersError, "different revisions", "'v1'", adapters=[pair[0], old], method=sm.mean())
+    refuses(
+        sm.IncompatibleAdaptersError,
+        "different revisions",
+        "'v1'",
+        adapters=[pair[0], old],
+        method=sm.mean(),
+    )
     sm.merge([old], method=sm.mean()).save_pretrained(tmp_path / "pinned")
     assert sm.Adapter.load(tmp_path / "pinned").revision == "v1"
     main = edited(tmp_path / "main", pair[1], revision="main")
@@ -382,14 +489,34 @@ def test_different_bases_need_a_word(pair: list[Path], tmp_path: Path) -> None:
 def test_modules_of_different_shapes(pair: list[Path], tmp_path: Path) -> None:
     name = PREFIX + "layers.1.v.lora_A.weight"
     wide = edited(tmp_path / "wide", pair[1], {name: torch.randn(4, 25)})
-    refuses(sm.IncompatibleAdaptersError, "'layers.1.v'", "(24, 24)", "(24, 25)", "'left'", "'wide'",
-            adapters=[pair[0], wide], method=sm.mean())  # fmt: skip
+    refuses(
+        sm.IncompatibleAdaptersError,
+        "'layers.1.v'",
+        "(24, 24)",
+        "(24, 25)",
+        "'left'",
+        "'wide'",
+        adapters=[pair[0], wide],
+        method=sm.mean(),
+    )
     conv = {name: torch.randn(4, 6, 2, 2), name.replace("A", "B"): torch.randn(24, 4, 1, 1)}
     kinds = edited(tmp_path / "conv", pair[1], conv)
-    refuses(sm.IncompatibleAdaptersError, "'layers.1.v'", "linear", "conv", adapters=[pair[0], kinds], method=sm.mean())
+    refuses(
+        sm.IncompatibleAdaptersError,
+        "'layers.1.v'",
+        "linear",
+        "conv",
+        adapters=[pair[0], kinds],
+        method=sm.mean(),
+    )
     kernel = edited(tmp_path / "kernel", kinds, {name: torch.randn(4, 6, 4, 1)})
     refuses(
-        sm.IncompatibleAdaptersError, "kernel", "(6, 2, 2)", "(6, 4, 1)", adapters=[kinds, kernel], method=sm.mean()
+        sm.IncompatibleAdaptersError,
+        "kernel",
+        "(6, 2, 2)",
+        "(6, 4, 1)",
+        adapters=[kinds, kernel],
+        method=sm.mean(),
     )
 
 
@@ -401,33 +528,68 @@ def test_a_model_is_checked_before_any_work(pair: list[Path]) -> None:
     sm.merge(pair, model=model, method=never)
     del model.layers[1].q
     refuses(
-        sm.ModelMismatchError, "Net has no module 'layers.1.q'", "base model?", adapters=pair, model=model, method=never
+        sm.ModelMismatchError,
+        "Net has no module 'layers.1.q'",
+        "base model?",
+        adapters=pair,
+        model=model,
+        method=never,
     )
-    refuses(sm.ModelMismatchError, "nor 3 others of the 4", adapters=pair, model=Block(24), method=never)
+    refuses(
+        sm.ModelMismatchError, "nor 3 others of the 4", adapters=pair, model=Block(24), method=never
+    )
     model = Net()
     model.layers[0].v = nn.Linear(24, 23, bias=False)
-    refuses(sm.ModelMismatchError, "'layers.0.v'", "(23, 24)", "(24, 24)", adapters=pair, model=model, method=never)
+    refuses(
+        sm.ModelMismatchError,
+        "'layers.0.v'",
+        "(23, 24)",
+        "(24, 24)",
+        adapters=pair,
+        model=model,
+        method=never,
+    )
     model.layers[0].v = nn.Tanh()  # type: ignore[assignment]
-    refuses(sm.ModelMismatchError, "'layers.0.v' (Tanh)", "weight", adapters=pair, model=model, method=never)
+    refuses(
+        sm.ModelMismatchError,
+        "'layers.0.v' (Tanh)",
+        "weight",
+        adapters=pair,
+        model=model,
+        method=never,
+    )
     grouped = nn.Module()
     grouped.wave = nn.Conv1d(6, 6, 3, groups=3)
-    state = {PREFIX + "wave.lora_A.weight": torch.randn(2, 2, 3), PREFIX + "wave.lora_B.weight": torch.randn(6, 2, 1)}
+    state = {
+        PREFIX + "wave.lora_A.weight": torch.randn(2, 2, 3),
+        PREFIX + "wave.lora_B.weight": torch.randn(6, 2, 1),
+    }
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["wave"]}
-    refuses(sm.ModelMismatchError, "groups", adapters=[(config, state)], model=grouped, method=never)
+    refuses(
+        sm.ModelMismatchError, "groups", adapters=[(config, state)], model=grouped, method=never
+    )
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_value_that_is_not_finite_is_named(pair: list[Path], tmp_path: Path, value: float) -> None:
+def test_a_value_that_is_not_finite_is_named(
+    pair: list[Path], tmp_path: Path, value: float
+) -> None:
     name = PREFIX + "layers.0.q.lora_B.weight"
     bad = torch.zeros(24, 4)
     bad[3, 2] = value
     broken = edited(tmp_path / "broken", pair[1], {name: bad})
-    refuses(sm.NonFiniteError, "broken", name, "1 values", adapters=[pair[0], broken], method=sm.mean())
+    refuses(
+        sm.NonFiniteError, "broken", name, "1 values", adapters=[pair[0], broken], method=sm.mean()
+    )
 
 
 @pytest.mark.parametrize(
     "name",
-    ["model.layers.0.norm.weight", PREFIX + "layers.0.norm.weight", PREFIX + "layers.0.q.base_layer.weight"],
+    [
+        "model.layers.0.norm.weight",
+        PREFIX + "layers.0.norm.weight",
+        PREFIX + "layers.0.q.base_layer.weight",
+    ],
 )
 def test_a_smuggled_tensor_is_refused_by_name(pair: list[Path], tmp_path: Path, name: str) -> None:
     trojan = edited(tmp_path / "trojan", pair[1], {name: torch.ones(24)})
@@ -439,8 +601,13 @@ def test_a_pickle_is_refused_with_the_call_to_make(tmp_path: Path, pair: list[Pa
     folder.mkdir()
     (folder / "adapter_config.json").write_bytes((pair[0] / "adapter_config.json").read_bytes())
     torch.save(load_file(pair[0] / "adapter_model.safetensors"), folder / "adapter_model.bin")
-    refuses(sm.AdapterSecurityError, "old", "Adapter.load(path, allow_pickle_weights=True)", adapters=[folder],
-            method=sm.mean())  # fmt: skip
+    refuses(
+        sm.AdapterSecurityError,
+        "old",
+        "Adapter.load(path, allow_pickle_weights=True)",
+        adapters=[folder],
+        method=sm.mean(),
+    )
 
 
 def test_a_method_that_returns_no_update_is_named(pair: list[Path], tmp_path: Path) -> None:
@@ -453,7 +620,8 @@ def test_a_method_that_returns_no_update_is_named(pair: list[Path], tmp_path: Pa
     def nan(layer: sm.Layer) -> sm.Update:
         return layer.updates[0].scaled(math.nan)
 
-    for method, kind, part in ((tensor, sm.MethodError, "Tensor"), (turned, sm.MethodError, "(3, 24)"),
+    for method, kind, part in ((tensor, sm.MethodError, "Tensor"), (turned, sm.MethodError, "(3, "
+                                                                                            "24)"),
                                (nan, sm.NonFiniteError, "NaN or infinite")):  # fmt: skip
         merged = sm.merge(pair, method=method)  # type: ignore[arg-type]
         with pytest.raises(kind, match=re.escape(part)) as caught:
@@ -493,7 +661,9 @@ def last(layer: sm.Layer) -> sm.Update:
 def test_plain_functions_fit_everywhere(pair: list[Path]) -> None:
     method = sm.Chain(sm.Prune(lambda v, s: v.abs(), above, doubled), negated, last)
     right = products(pair[1], 2.0)
-    wanted = {n: -2.0 * torch.where(D.abs() >= D.float().abs().median(), D, 0.0) for n, D in right.items()}
+    wanted = {
+        n: -2.0 * torch.where(D.abs() >= D.float().abs().median(), D, 0.0) for n, D in right.items()
+    }
     got = updates(sm.merge(pair, method=method))
     for name in wanted:
         assert ((got[name] - wanted[name]).abs() > 1e-5).sum() <= 1
@@ -506,9 +676,16 @@ def test_plain_functions_fit_everywhere(pair: list[Path]) -> None:
 
 @pytest.mark.parametrize(
     "method",
-    [sm.mean(), sm.ties(0.2), sm.dare(0.5, seed=3), sm.knots(0.3), sm.core_space(), sm.MatchEnergy(sm.mean())],
+    [
+        sm.mean(),
+        sm.ties(0.2),
+        sm.dare(0.5, seed=3),
+        sm.knots(0.3),
+        sm.core_space(),
+        sm.MatchEnergy(sm.mean()),
+    ],
     ids=repr,
-)  # fmt: skip
+)
 @pytest.mark.filterwarnings("ignore::sapmerge.errors.SapmergeWarning")
 def test_the_order_of_adapters_changes_no_byte(
     three: list[tuple[Path, float]], tmp_path: Path, method: sm.Method
@@ -527,9 +704,11 @@ import sys, warnings, torch, sapmerge as sm
 warnings.simplefilter("ignore")
 torch.set_num_threads(int(sys.argv[1]))
 adapters = sys.argv[3:]
-for number, method in enumerate((sm.mean(), sm.ties(0.2), sm.dare_ties(0.5), sm.knots(0.3), sm.core_space(),
-                                 sm.MatchEnergy(sm.magnitude_prune(0.5)))):
-    sm.merge(adapters, method=method, modules_to_save="mean").save_pretrained(f"{sys.argv[2]}-{number}")
+methods = (sm.mean(), sm.ties(0.2), sm.dare_ties(0.5), sm.knots(0.3), sm.core_space(),
+           sm.MatchEnergy(sm.magnitude_prune(0.5)))
+for number, method in enumerate(methods):
+    merged = sm.merge(adapters, method=method, modules_to_save="mean")
+    merged.save_pretrained(f"{sys.argv[2]}-{number}")
 """
 
 
@@ -541,12 +720,25 @@ def test_hash_seeds_and_threads_change_no_byte(tmp_path: Path) -> None:
             self.score = nn.Linear(256, 300)
 
     adapters = [
-        save_lora(tmp_path / f"w{seed}", seed, Wide(), targets=["0"], r=16, modules_to_save=["score"])
+        save_lora(
+            tmp_path / f"w{seed}", seed, Wide(), targets=["0"], r=16, modules_to_save=["score"]
+        )
         for seed in (1, 2)
     ]
     for run, (seed, threads) in enumerate([("1", "1"), ("2", "2")]):
-        environment = os.environ | {"PYTHONHASHSEED": seed, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
-        command = [sys.executable, "-c", SCRIPT, threads, str(tmp_path / f"out{run}"), *map(str, adapters)]
+        environment = os.environ | {
+            "PYTHONHASHSEED": seed,
+            "OMP_NUM_THREADS": threads,
+            "MKL_NUM_THREADS": threads,
+        }
+        command = [
+            sys.executable,
+            "-c",
+            SCRIPT,
+            threads,
+            str(tmp_path / f"out{run}"),
+            *map(str, adapters),
+        ]
         subprocess.run(command, check=True, env=environment, cwd=Path(__file__).parents[1])
     for number in range(6):
         first, second = (files(tmp_path / f"out{run}-{number}") for run in (0, 1))
@@ -556,10 +748,17 @@ def test_hash_seeds_and_threads_change_no_byte(tmp_path: Path) -> None:
 # The report
 
 
-def test_the_numbers_of_the_report(three: list[tuple[Path, float]], dense_three: list[dict[str, Tensor]]) -> None:
+def test_the_numbers_of_the_report(
+    three: list[tuple[Path, float]], dense_three: list[dict[str, Tensor]]
+) -> None:
     weights = [1.0, -2.0, 0.5]
-    report = sm.merge(paths(three), method=sm.magnitude_prune(0.25), weights=weights, scale=2.0, rank="exact").report
-    energy = [[w * w * float(D[n].square().sum()) for n in sorted(D)] for w, D in zip(weights, dense_three)]
+    report = sm.merge(
+        paths(three), method=sm.magnitude_prune(0.25), weights=weights, scale=2.0, rank="exact"
+    ).report
+    energy = [
+        [w * w * float(D[n].square().sum()) for n in sorted(D)]
+        for w, D in zip(weights, dense_three)
+    ]
     for row, shares, source in zip(report.adapters, energy, paths(three), strict=True):
         assert row.energy_share == pytest.approx(sum(shares) / sum(map(sum, energy)), rel=1e-5)
         assert (row.label, row.source) == (source.name, str(source))
@@ -570,12 +769,17 @@ def test_the_numbers_of_the_report(three: list[tuple[Path, float]], dense_three:
         present = [D[layer.name].numpy() for D in dense_three if D[layer.name].abs().sum() > 0]
         pairs = [(i, j) for i in range(len(present)) for j in range(i)]
         cosines = [
-            np.sum(present[i] * present[j]) / np.linalg.norm(present[i]) / np.linalg.norm(present[j]) for i, j in pairs
+            np.sum(present[i] * present[j])
+            / np.linalg.norm(present[i])
+            / np.linalg.norm(present[j])
+            for i, j in pairs
         ]
         conflicts = [np.mean(np.sign(present[i]) != np.sign(present[j])) for i, j in pairs]
         assert layer.cosine == pytest.approx(np.mean(cosines), abs=1e-6)
         assert layer.sign_conflict == pytest.approx(np.mean(conflicts), abs=1e-6)
-        assert sorted(layer.energies.values()) == pytest.approx(sorted(row[number] for row in energy), rel=1e-5)
+        assert sorted(layer.energies.values()) == pytest.approx(
+            sorted(row[number] for row in energy), rel=1e-5
+        )
         assert layer.density == pytest.approx(144 / 576)
         assert set(layer.adapters) == {"first", "second", "third"} - (
             {"third"} if layer.name == "layers.1.q" else set()
@@ -590,7 +794,9 @@ def test_the_report_prints_and_is_data(pair: list[Path]) -> None:
     data = json.loads(json.dumps(merged.report.to_dict(), allow_nan=False))
     assert data["method"] == repr(sm.ties(0.2))
     assert data["energy_kept"] >= 0.95
-    assert {row["name"] for row in data["layers"]} == {f"layers.{n}.{p}" for n in (0, 1) for p in "qv"}
+    assert {row["name"] for row in data["layers"]} == {
+        f"layers.{n}.{p}" for n in (0, 1) for p in "qv"
+    }
     page = str(merged.report)
     for text in (
         "left",
@@ -661,7 +867,9 @@ def test_zoo_runs() -> None:
     assert Zoo()(torch.zeros(2, 5, dtype=torch.long)).shape == (2, 4)
 
 
-def test_anchor_losses_are_those_of_the_base_whichever_sink_ran(pair: list[Path], tmp_path: Path) -> None:
+def test_anchor_losses_are_those_of_the_base_whichever_sink_ran(
+    pair: list[Path], tmp_path: Path
+) -> None:
     def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         return (model(batch["x"]) - batch["y"]).square().mean()
 
@@ -699,16 +907,25 @@ def test_by_module(pair: list[Path]) -> None:
 
 def test_match_energy(pair: list[Path]) -> None:
     left, right = ([D.numpy() for D in products(path, 2.0).values()] for path in pair)
-    got = [D.numpy() for D in updates(sm.merge(pair, method=sm.MatchEnergy(sm.mean()), weights=[1, 3])).values()]
-    assert oracles.norm(got) == pytest.approx((oracles.norm(left) + 3 * oracles.norm(right)) / 4, rel=1e-6)
+    got = [
+        D.numpy()
+        for D in updates(sm.merge(pair, method=sm.MatchEnergy(sm.mean()), weights=[1, 3])).values()
+    ]
+    assert oracles.norm(got) == pytest.approx(
+        (oracles.norm(left) + 3 * oracles.norm(right)) / 4, rel=1e-6
+    )
 
 
 # The recipe is the whole call, so that a merge can be made again from its metadata.
 
 
 def test_a_merge_can_be_repeated_from_its_recipe(pair: list[Path], tmp_path: Path) -> None:
-    sm.merge(pair, method=sm.knots(0.4), weights=[2, 1], scale=0.5, rank="exact").save_pretrained(tmp_path / "one")
-    recipe = dict(sm.merge(pair, method=sm.knots(0.4), weights=[2, 1], scale=0.5, rank="exact").recipe)
+    sm.merge(pair, method=sm.knots(0.4), weights=[2, 1], scale=0.5, rank="exact").save_pretrained(
+        tmp_path / "one"
+    )
+    recipe = dict(
+        sm.merge(pair, method=sm.knots(0.4), weights=[2, 1], scale=0.5, rank="exact").recipe
+    )
     recipe["method"] = sm.parse(recipe["method"])
     sm.merge(pair, **recipe).save_pretrained(tmp_path / "two")
     assert files(tmp_path / "one") == files(tmp_path / "two")

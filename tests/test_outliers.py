@@ -1,4 +1,6 @@
-"""Adapters held against each other: agreement against cosines of dense matrices, clipping against medians."""
+"""Adapters held against each other: agreement against cosines of dense matrices,
+clipping against medians.
+"""
 
 from __future__ import annotations
 
@@ -25,11 +27,15 @@ def common(count: int, noise: float = 1.0) -> list[list[Tensor]]:
     made = []
     for number in range(2):
         shared = low_rank((9, 8), 3, 50 + number).dense()
-        made.append([shared + noise * low_rank((9, 8), 3, 10 * number + k).dense() for k in range(count)])
+        made.append(
+            [shared + noise * low_rank((9, 8), 3, 10 * number + k).dense() for k in range(count)]
+        )
     return made
 
 
-def layers_of(matrices: Sequence[Sequence[Tensor]], weights: Sequence[float] = ()) -> list[sm.Layer]:
+def layers_of(
+    matrices: Sequence[Sequence[Tensor]], weights: Sequence[float] = ()
+) -> list[sm.Layer]:
     return [
         sm.Layer(f"l{number}", tuple(sm.Dense(matrix) for matrix in found), weights=tuple(weights))
         for number, found in enumerate(matrices)
@@ -46,7 +52,9 @@ def shares(layers: Sequence[sm.Layer], **options: float) -> tuple[float, ...]:
 
 def cosines(layers: Sequence[sm.Layer]) -> Tensor:
     count = len(layers[0])
-    whole = torch.stack([torch.cat([layer.updates[k].dense().flatten() for layer in layers]) for k in range(count)])
+    whole = torch.stack(
+        [torch.cat([layer.updates[k].dense().flatten() for layer in layers]) for k in range(count)]
+    )
     return torch.nn.functional.cosine_similarity(whole[:, None], whole[None], dim=-1)
 
 
@@ -71,7 +79,9 @@ def test_low_rank_adapters_that_lack_layers() -> None:
     layers[0] = changed(first, updates=(*first.updates[:2], lacking, first.updates[3]))
     votes = (cosines(layers) + 0.3).clamp_min(0).fill_diagonal_(0)
     votes[1], votes[:, 1] = 0, 0
-    assert shares(layers, prior=0.3) == pytest.approx((votes.sum(1) * 3 / votes.sum()).tolist(), rel=1e-9)
+    assert shares(layers, prior=0.3) == pytest.approx(
+        (votes.sum(1) * 3 / votes.sum()).tolist(), rel=1e-9
+    )
 
 
 def test_a_flipped_adapter_has_no_say() -> None:
@@ -96,7 +106,9 @@ def test_copies_are_asked_once_and_share_one_say(count: int) -> None:
 def test_those_who_have_nothing_in_common_weigh_the_same() -> None:
     rows = torch.eye(4, dtype=torch.float64)
     assert shares(layers_of([[row[None] for row in rows]])) == pytest.approx((1.0,) * 4)
-    triangle = [torch.tensor([[math.cos(a), math.sin(a)]], dtype=torch.float64) for a in (0.0, 2.1, 4.2)]
+    triangle = [
+        torch.tensor([[math.cos(a), math.sin(a)]], dtype=torch.float64) for a in (0.0, 2.1, 4.2)
+    ]
     assert shares(layers_of([triangle])) == (1.0, 1.0, 1.0)
     assert shares(layers_of([[rows[:1], -rows[:1]]])) == (1.0, 1.0)
 
@@ -121,27 +133,41 @@ def test_weights_of_one_sign_keep_their_sum() -> None:
     positive = sum(w * s for w, s in zip(weights[:3], found[:3], strict=True)) / 2.3
     merged = dense(run(sm.WeighByAgreement(sm.mean()), layers))
     for number, (name, got) in enumerate(merged.items()):
-        terms = [w * s / positive * m for w, s, m in zip(weights[:3], found[:3], matrices[number][:3], strict=True)]
+        terms = [
+            w * s / positive * m
+            for w, s, m in zip(weights[:3], found[:3], matrices[number][:3], strict=True)
+        ]
         assert error(got, (sum(terms) - 2.2 * matrices[number][3]) / 0.1) < 1e-9, name
 
 
 def test_who_has_no_weight_is_not_clipped() -> None:
     loud = [[found[0], found[1], found[2], 100 * found[3]] for found in common(4)]
-    assert sm.prepare(sm.ClipNorms(sm.mean()), layers_of(loud, [1.0, 1.0, 1.0, 0.0])).scales == (1.0,) * 4
+    assert (
+        sm.prepare(sm.ClipNorms(sm.mean()), layers_of(loud, [1.0, 1.0, 1.0, 0.0])).scales
+        == (1.0,) * 4
+    )
     assert sm.prepare(sm.ClipNorms(sm.mean()), layers_of(loud, [1.0, 1.0, 1.0, -1.0])).scales[3] < 1
 
 
 @pytest.mark.parametrize("count", [2, 3, 4, 5])
 def test_norms_are_clipped_at_a_multiple_of_the_median(count: int) -> None:
-    matrices = [[matrix * (10.0 if k == 0 else 1.0) for k, matrix in enumerate(found)] for found in common(count)]
+    matrices = [
+        [matrix * (10.0 if k == 0 else 1.0) for k, matrix in enumerate(found)]
+        for found in common(count)
+    ]
     layers = layers_of(matrices)
-    norms = [math.sqrt(sum(float(found[k].square().sum()) for found in matrices)) for k in range(count)]
+    norms = [
+        math.sqrt(sum(float(found[k].square().sum()) for found in matrices)) for k in range(count)
+    ]
     bound = 2 * (norms[0] if count == 2 else statistics.median_high(norms))
     prepared = sm.prepare(sm.ClipNorms(sm.mean()), layers)
     assert prepared.scales == pytest.approx([min(1.0, bound / norm) for norm in norms], rel=1e-9)
     assert [k for k, scale in enumerate(prepared.scales) if scale < 1] == ([0] if count > 2 else [])
     for layer, found in zip(layers, matrices, strict=True):
-        mean = sum(matrix * min(1.0, bound / norm) for matrix, norm in zip(found, norms, strict=True)) / count
+        mean = (
+            sum(matrix * min(1.0, bound / norm) for matrix, norm in zip(found, norms, strict=True))
+            / count
+        )
         assert error(prepared(layer).dense(), mean) < 1e-9
 
 
@@ -160,7 +186,9 @@ def times(adapter: sm.Adapter, factor: float) -> sm.Adapter:
 
 
 def test_anchors_see_the_clipped_adapter(tmp_path: Any) -> None:
-    """As if the adapter had been that short in its file: losses, gradients and masks, with and without a cache."""
+    """As if the adapter had been that short in its file:
+    losses, gradients and masks, with and without a cache.
+    """
     model, loader = models.clip(), models.pairs()
     made, _ = models.adapters(model, [models.VISION_TARGETS] * 3)
     loud = [*made[:2], times(made[2], 30.0)]
@@ -172,14 +200,18 @@ def test_anchors_see_the_clipped_adapter(tmp_path: Any) -> None:
     for cache in (None, tmp_path, tmp_path):
         models.merge(loud, loader, model, method=inner, cache=cache)
         merged = models.merge(loud, loader, model, method=sm.ClipNorms(inner), cache=cache)
-        assert merged.report.layers[0].notes["clipped"] == {"a2": pytest.approx(2 * norms[1] / norms[2], rel=1e-5)}
+        assert merged.report.layers[0].notes["clipped"] == {
+            "a2": pytest.approx(2 * norms[1] / norms[2], rel=1e-5)
+        }
         for name, update in merged.updates():
             assert error(update.dense(), wanted[name].dense()) < 1e-4
             assert error(update.dense(), plain[name].dense()) > 0.1
 
 
 def test_a_cache_knows_how_long_the_adapter_was(tmp_path: Any) -> None:
-    """CapShare hides from the scored update how much ClipNorms took; the gradients are those of the clipped adapter."""
+    """CapShare hides from the scored update how much ClipNorms took;
+    the gradients are those of the clipped adapter.
+    """
     model, loader = models.clip(), models.pairs()
     made, _ = models.adapters(model, [models.VISION_TARGETS] * 3)
     loud = [*made[:2], times(made[2], 2.0**10)]
@@ -197,7 +229,9 @@ def test_an_adapter_that_overflows_the_model_is_merged_and_reported(tmp_path: An
     merged.save_pretrained(tmp_path / "out")
     losses = merged.report.notes["anchor loss"]
     assert losses["a2"] is None
-    assert all(math.isfinite(losses[label]) for label in ("base model", "a0", "a1", "merged adapter"))
+    assert all(
+        math.isfinite(losses[label]) for label in ("base model", "a0", "a1", "merged adapter")
+    )
 
 
 def test_in_a_group_only_its_layers_are_clipped() -> None:
@@ -207,16 +241,25 @@ def test_in_a_group_only_its_layers_are_clipped() -> None:
     loud = [*made[:2], times(made[2], 30.0)]
     weighed = sm.WeighByAnchors(sm.mean(), centered_alignment)
     method = sm.ByModule({"vision_model.*": sm.ClipNorms(weighed)}, default=sm.mean())
-    rows = {row.name: row.notes for row in models.merge(loud, loader, model, method=method).report.layers}
-    [scale] = {notes["clipped"]["a2"] for name, notes in rows.items() if name.startswith("vision_model")}
-    assert not any("clipped" in notes for name, notes in rows.items() if name.startswith("text_model"))
+    rows = {
+        row.name: row.notes
+        for row in models.merge(loud, loader, model, method=method).report.layers
+    }
+    [scale] = {
+        notes["clipped"]["a2"] for name, notes in rows.items() if name.startswith("vision_model")
+    }
+    assert not any(
+        "clipped" in notes for name, notes in rows.items() if name.startswith("text_model")
+    )
     for name, module in pefts[2].get_base_model().named_modules():
         if name.endswith("lora_B.default"):
             module.weight.data *= 30.0 * (scale if name.startswith("vision_model") else 1.0)
     losses = [models.mean_loss(peft.get_base_model(), loader, centered_alignment) for peft in pefts]
     wanted = torch.softmax(-torch.tensor(losses) / 0.2, 0)
     notes = next(notes for name, notes in rows.items() if name.startswith("vision_model"))
-    assert notes["anchor_weights"] == pytest.approx({f"a{k}": float(w) for k, w in enumerate(wanted)}, rel=1e-3)
+    assert notes["anchor_weights"] == pytest.approx(
+        {f"a{k}": float(w) for k, w in enumerate(wanted)}, rel=1e-3
+    )
 
 
 def test_losses_of_scaled_adapters() -> None:
@@ -233,11 +276,15 @@ def test_losses_of_scaled_adapters() -> None:
 
     def at(k: int, factor: float, loss: Any = None) -> float:
         fresh, _ = models.anchored(model, loader, updates, alignment)
-        return fresh.loss_of({name: update.scaled(factor) for name, update in updates[k].items()}, loss)
+        return fresh.loss_of(
+            {name: update.scaled(factor) for name, update in updates[k].items()}, loss
+        )
 
     assert anchors.losses() == pytest.approx([at(0, 1.0), at(1, 1.0)], rel=1e-6)
     assert twice.losses() == pytest.approx([plain[0], at(1, 2.0)], rel=1e-6)
-    assert twice.losses(centered_alignment)[1] == pytest.approx(at(1, 2.0, centered_alignment), rel=1e-6)
+    assert twice.losses(centered_alignment)[1] == pytest.approx(
+        at(1, 2.0, centered_alignment), rel=1e-6
+    )
     assert halved.losses() == pytest.approx([at(0, 3.0), plain[1]], rel=1e-6)
     assert anchors.scaled({}).losses() == pytest.approx(list(plain), rel=1e-6)
     moved = {name: update.scaled(0.5) for name, update in updates[0].items()}
@@ -265,7 +312,9 @@ def test_numbers_out_of_range(make: Any) -> None:
         make()
 
 
-@pytest.mark.parametrize("method", [sm.WeighByAgreement(sm.mean(), 0.1, 0.8), sm.ClipNorms(sm.ties(), 1.5)])
+@pytest.mark.parametrize(
+    "method", [sm.WeighByAgreement(sm.mean(), 0.1, 0.8), sm.ClipNorms(sm.ties(), 1.5)]
+)
 def test_they_read_back_and_do_nothing_to_one_adapter(method: Any) -> None:
     assert repr(sm.parse(repr(method))) == repr(method)
     layers = make_layers([3])
@@ -274,14 +323,18 @@ def test_they_read_back_and_do_nothing_to_one_adapter(method: Any) -> None:
 
 
 def opinions(cosines: list[list[float]], layers: int = 6, jitter: float = 0.0) -> list[sm.Layer]:
-    """Layers of unit updates with these cosines, by a Cholesky factor; `jitter` lets them differ between layers."""
+    """Layers of unit updates with these cosines, by a Cholesky factor;
+    `jitter` lets them differ between layers.
+    """
     found = []
     for number in range(layers):
         wanted = torch.tensor(cosines, dtype=torch.float64)
         off = 1 + jitter * (-1) ** number
         wanted = wanted * off + torch.eye(len(cosines)) * (1 - off)
         rows = torch.linalg.cholesky(wanted)
-        updates = tuple(sm.LowRank(torch.ones(1, 1, dtype=torch.float64), row[None]) for row in rows)
+        updates = tuple(
+            sm.LowRank(torch.ones(1, 1, dtype=torch.float64), row[None]) for row in rows
+        )
         found.append(sm.Layer(f"l{number}", updates))
     return found
 
@@ -289,14 +342,21 @@ def opinions(cosines: list[list[float]], layers: int = 6, jitter: float = 0.0) -
 def excluded(layers: list[sm.Layer], losses: list[float], **given: Any) -> list[int]:
     """Who is left out, asked of the part itself with the losses given."""
     part = sm.ExcludeOutliers(sm.mean(), **given)
-    products = torch.stack([torch.stack([u.A[0] for u in x]) @ torch.stack([u.A[0] for u in x]).T for x in layers])
+    products = torch.stack(
+        [torch.stack([u.A[0] for u in x]) @ torch.stack([u.A[0] for u in x]).T for x in layers]
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         shares = part._shares(products, losses, layers[0])  # pyright: ignore[reportPrivateUsage]
     return [k for k, share in enumerate(shares) if share == 0]
 
 
-HONEST = [[1.0, 0.2, 0.2, 0.02], [0.2, 1.0, 0.2, 0.02], [0.2, 0.2, 1.0, 0.02], [0.02, 0.02, 0.02, 1.0]]
+HONEST = [
+    [1.0, 0.2, 0.2, 0.02],
+    [0.2, 1.0, 0.2, 0.02],
+    [0.2, 0.2, 1.0, 0.02],
+    [0.02, 0.02, 0.02, 1.0],
+]
 
 
 def test_an_outlier_in_direction_and_loss_is_left_out() -> None:
@@ -305,7 +365,8 @@ def test_an_outlier_in_direction_and_loss_is_left_out() -> None:
     assert excluded(layers, [0.5, 0.5, 0.5, 0.51]) == []  # the loss says nothing against it
     assert excluded(layers, [0.5, 0.6, 0.5, 0.4]) == []  # it is a part of the reference
     assert excluded(layers, [0.5, 0.5, 0.5, 0.6], ratio=0.05) == []  # 0.02 / 0.2 is not below
-    assert excluded(opinions(HONEST, layers=1), [0.5, 0.5, 0.5, 0.6]) == []  # one layer has no standard error
+    # one layer has no standard error
+    assert excluded(opinions(HONEST, layers=1), [0.5, 0.5, 0.5, 0.6]) == []
     assert excluded(layers, [0.5, 0.5, 0.5, 0.6], significance=1e9) == []
 
 
@@ -330,7 +391,9 @@ def test_copies_are_one_adapter_for_the_outlier_test() -> None:
 
 
 def test_excluded_adapters_have_no_weight_and_a_name() -> None:
-    """The whole way through a merge: an update, one like it, and the negative of whichever the anchors like less."""
+    """The whole way through a merge: an update, one like it,
+    and the negative of whichever the anchors like less.
+    """
     model, loader = models.clip(), models.pairs()
     _, live = models.adapters(model, [models.VISION_TARGETS] * 2, (3, 3))
 
@@ -346,7 +409,9 @@ def test_excluded_adapters_have_no_weight_and_a_name() -> None:
 
     def loss(adapter: sm.Adapter) -> float:
         method = sm.WeighByAnchors(sm.mean())
-        return models.merge([adapter], loader, model, method=method).report.notes["anchor loss"][adapter.label]
+        return models.merge([adapter], loader, model, method=method).report.notes["anchor loss"][
+            adapter.label
+        ]
 
     sign = 1.0 if loss(made("plus", 1.0, None)) < loss(made("minus", -1.0, None)) else -1.0
     good, like, bad = made("good", sign, None), made("like", sign, 1), made("bad", -sign, 2)
@@ -361,7 +426,9 @@ def test_excluded_adapters_have_no_weight_and_a_name() -> None:
         models.merge([good, like, bad], method=sm.ExcludeOutliers(sm.mean()))
 
 
-@pytest.mark.parametrize("given", [{"ratio": 1.0}, {"margin": -0.1}, {"copies": 1.0}, {"significance": math.nan}])
+@pytest.mark.parametrize(
+    "given", [{"ratio": 1.0}, {"margin": -0.1}, {"copies": 1.0}, {"significance": math.nan}]
+)
 def test_arguments_of_the_outlier_test(given: dict[str, float]) -> None:
     with pytest.raises(sm.MethodError, match="ExcludeOutliers' ratio is"):
         sm.ExcludeOutliers(sm.mean(), **given)

@@ -1,4 +1,6 @@
-"""Parts that look at whole adapters: they never guess from one layer, and anchors see the updates that they score."""
+"""Parts that look at whole adapters: they never guess from one layer,
+and anchors see the updates that they score.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ WHOLE = {
 
 @pytest.mark.parametrize("method", WHOLE.values(), ids=WHOLE.keys())
 def test_inside_a_plain_function_they_raise(method: sm.Method) -> None:
-    """They were silently something else: 24 % off for knots, 39 % for ties, 8 % for the geometric median."""
+    """They were silently something else: 24 % off for knots, 39 % for ties,
+    8 % for the geometric median.
+    """
     layers = make_layers([2, 3, 2])
     with pytest.raises(MethodError, match="looks at whole adapters"):
         run(lambda layer: method(layer), layers)
@@ -49,11 +53,15 @@ def test_inside_a_plain_function_they_raise(method: sm.Method) -> None:
 def test_on_one_layer_they_are_what_they_are_on_an_adapter_of_one_layer() -> None:
     [layer] = make_layers([2, 3, 2], {"l": (7, 8)})
     for method in (sm.knots(), sm.geometric_median(), sm.MatchEnergy(sm.mean()), sm.pcb()):
-        assert torch.equal(sm.on_one_layer(method, layer).dense(), run(method, [layer])["l"].dense())
+        assert torch.equal(
+            sm.on_one_layer(method, layer).dense(), run(method, [layer])["l"].dense()
+        )
 
 
 def regression() -> tuple[nn.Module, list[dict[str, Tensor]], list[Mapping[str, sm.Update]]]:
-    """A linear layer with a quadratic loss, an adapter that helps and one that is forty times too long."""
+    """A linear layer with a quadratic loss, an adapter that helps and one that is forty
+    times too long.
+    """
     generator = torch.Generator().manual_seed(0)
     model = nn.Sequential()
     model.add_module("l", nn.Linear(6, 5, bias=False).double())
@@ -68,7 +76,9 @@ def squares(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "bound", [lambda inner: sm.CapShare(inner, 0.6), lambda inner: sm.ClipNorms(inner, 1.5)], ids=["cap", "clip"]
+    "bound",
+    [lambda inner: sm.CapShare(inner, 0.6), lambda inner: sm.ClipNorms(inner, 1.5)],
+    ids=["cap", "clip"],
 )
 def test_anchors_see_updates_that_a_wrapper_has_bounded(bound: object) -> None:
     """They saw those of the file: losses of 8234.8 where the capped adapters have 487.4."""

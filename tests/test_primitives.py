@@ -1,4 +1,6 @@
-"""Scorers, masks, rescalers, units, wrappers and composition: values, and errors that say what to do."""
+"""Scorers, masks, rescalers, units, wrappers and composition:
+values, and errors that say what to do.
+"""
 
 from __future__ import annotations
 
@@ -27,28 +29,36 @@ def kept(prune: sm.Prune, layer: sm.Layer | None = None) -> Tensor:
     return prune(layer or one()).updates[0].dense()
 
 
-# --- scorers, masks, rescalers ----------------------------------------------------------------------------------------
+# --- scorers, masks, rescalers
+# ----------------------------------------------------------------------------------------
 
 
 def test_magnitude_and_top_fraction() -> None:
     wanted = torch.tensor([[3.0, 0.0, 0.0], [-2.0, 0.0, 4.0]])
     assert torch.equal(kept(sm.Prune(sm.Magnitude(), sm.TopFraction(0.5))), wanted)
-    assert torch.equal(kept(sm.Prune(sm.Magnitude(), sm.TopFraction(0.1))), D * (D == 4))  # at least one
+    # at least one
+    assert torch.equal(kept(sm.Prune(sm.Magnitude(), sm.TopFraction(0.1))), D * (D == 4))
     assert torch.equal(kept(sm.Prune(sm.Magnitude(), sm.TopFraction(1))), D)
     assert torch.equal(kept(sm.Prune(sm.Magnitude(), sm.Threshold(2.0))), wanted)
 
 
 def test_ties_at_the_cut() -> None:
-    """Scope "layer" keeps the lowest indices, so the count is exact; scope "adapter" keeps them all."""
+    """Scope "layer" keeps the lowest indices, so the count is exact;
+    scope "adapter" keeps them all.
+    """
     scores = torch.tensor([1.0, 2.0, 1.0, 1.0, 0.0])
     assert sm.TopFraction(0.4)(scores).tolist() == [True, True, False, False, False]
     assert sm.TopFraction(0.4, scope="adapter")(scores).tolist() == [True, True, True, True, False]
 
 
 @pytest.mark.parametrize("density", [1e-6, 0.003, 0.2, 0.5, 0.9, 0.99999])
-@pytest.mark.parametrize("kind", ["random", "float64", "ascending", "two values", "constant", "columns", "one outlier"])
+@pytest.mark.parametrize(
+    "kind", ["random", "float64", "ascending", "two values", "constant", "columns", "one outlier"]
+)
 def test_the_highest_of_many_scores(kind: str, density: float) -> None:
-    """Large tensors are cut where a sample says, whatever the sample is like: as sorting does it, ties by index."""
+    """Large tensors are cut where a sample says, whatever the sample is like:
+    as sorting does it, ties by index.
+    """
     scores = torch.rand(300, 1000, generator=torch.Generator().manual_seed(0))
     scores = {
         "random": scores,
@@ -60,14 +70,20 @@ def test_the_highest_of_many_scores(kind: str, density: float) -> None:
         "one outlier": torch.zeros(300, 1000).index_fill_(1, torch.tensor([7]), 3.0),
     }[kind]
     wanted = torch.zeros(300_000, dtype=torch.bool)
-    wanted[scores.flatten().sort(descending=True, stable=True).indices[: max(1, int(density * 300_000 + 1e-9))]] = True
+    wanted[
+        scores.flatten()
+        .sort(descending=True, stable=True)
+        .indices[: max(1, int(density * 300_000 + 1e-9))]
+    ] = True
     assert torch.equal(sm.TopFraction(density)(scores), wanted.view(300, 1000))
 
 
 def test_disjoint_mean_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that do not divide evenly into blocks, and a row longer than a block."""
     generator = torch.Generator().manual_seed(0)
-    stack = torch.randn(3, 7, 5, generator=generator) * (torch.rand(3, 7, 5, generator=generator) < 0.5)
+    stack = torch.randn(3, 7, 5, generator=generator) * (
+        torch.rand(3, 7, 5, generator=generator) < 0.5
+    )
     weights = (1.0, -2.0, 0.5)
     layer = sm.Layer("l", tuple(sm.Dense(matrix) for matrix in stack), weights=weights)
     factors = np.array(weights)[:, None, None]
@@ -79,7 +95,9 @@ def test_disjoint_mean_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_adapter_scope_can_empty_a_layer() -> None:
-    """One threshold for the whole adapter: the layer with small updates vanishes, the other one stays whole."""
+    """One threshold for the whole adapter: the layer with small updates vanishes,
+    the other one stays whole.
+    """
     layers = [replace(one(), name="large"), replace(one(D * 1e-3), name="small")]
     method = sm.Chain(sm.Prune(sm.Magnitude(), sm.TopFraction(5 / 12, scope="adapter")), sm.Sum())
     merged = dense(run(method, layers))
@@ -108,7 +126,9 @@ def test_random_is_uniform_and_reproducible() -> None:
         prune = sm.Prune(sm.Random(3), sm.Threshold(1 - density))
         first = kept(prune, big)
         assert torch.equal(first, kept(prune, big))
-        assert float(first.mean()) == pytest.approx(density, abs=6 * math.sqrt(density * (1 - density)) / 100)
+        assert float(first.mean()) == pytest.approx(
+            density, abs=6 * math.sqrt(density * (1 - density)) / 100
+        )
 
 
 @pytest.mark.parametrize("is_dense", [True, False])
@@ -133,12 +153,20 @@ def test_disjoint_mean_counts_in_double() -> None:
 
 
 def test_elect_sign_where_the_sum_is_zero() -> None:
-    """Opposite entries take the sign of all others together; without any majority they are dropped."""
+    """Opposite entries take the sign of all others together;
+    without any majority they are dropped.
+    """
     first, second = torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[-1.0, 2.0, 1.0]])
     layer = sm.Layer("l", (sm.Dense(first), sm.Dense(second)))
-    assert [u.dense().tolist() for u in sm.ElectSign()(layer)] == [[[1.0, 2.0, 3.0]], [[0.0, 2.0, 1.0]]]
+    assert [u.dense().tolist() for u in sm.ElectSign()(layer)] == [
+        [[1.0, 2.0, 3.0]],
+        [[0.0, 2.0, 1.0]],
+    ]
     flipped = sm.Layer("l", (sm.Dense(-first), sm.Dense(-second)))
-    assert [u.dense().tolist() for u in sm.ElectSign()(flipped)] == [[[-1.0, -2.0, -3.0]], [[0.0, -2.0, -1.0]]]
+    assert [u.dense().tolist() for u in sm.ElectSign()(flipped)] == [
+        [[-1.0, -2.0, -3.0]],
+        [[0.0, -2.0, -1.0]],
+    ]
     opposite = sm.Layer("l", (sm.Dense(first), sm.Dense(-first)))
     assert not any(u.dense().any() for u in sm.ElectSign()(opposite))
 
@@ -146,18 +174,36 @@ def test_elect_sign_where_the_sum_is_zero() -> None:
 @pytest.mark.parametrize("method_name", ["total", "frequency"])
 @pytest.mark.parametrize("density", [0.4, 0.99])
 def test_ties_is_peft_ties(method_name: str, density: float) -> None:
-    """PEFT's own function, on the dense updates, with equal weights; where a vote is tied, PEFT elects plus."""
+    """PEFT's own function, on the dense updates, with equal weights;
+    where a vote is tied, PEFT elects plus.
+    """
     from peft.utils import merge_utils
 
     layer = make_layers([3, 3, 3], {"l": (9, 8)})[0]
-    wanted = merge_utils.ties([u.dense() for u in layer], torch.ones(3).double(), density, method_name)  # type: ignore[arg-type]
+    wanted = merge_utils.ties(
+        [u.dense() for u in layer], torch.ones(3).double(), density, method_name
+    )  # type: ignore[arg-type]
     votes = sum(torch.from_numpy(oracles.trim(u.dense().numpy(), density)).sign() for u in layer)
-    decided = votes != 0 if method_name == "frequency" else torch.ones_like(wanted, dtype=torch.bool)
+    decided = (
+        votes != 0 if method_name == "frequency" else torch.ones_like(wanted, dtype=torch.bool)
+    )
     assert int(decided.sum()) > 30
     assert error(sm.ties(density, method_name)(layer).dense()[decided], wanted[decided]) < 1e-14
 
 
-# --- units ------------------------------------------------------------------------------------------------------------
+# --- units
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+# ----------------------------------------------------------------------------------------
 
 UNITS = [sm.Entries(), sm.Factors(), sm.Directions(), sm.Layers()]
 
@@ -165,7 +211,9 @@ UNITS = [sm.Entries(), sm.Factors(), sm.Directions(), sm.Layers()]
 @pytest.mark.parametrize("units", UNITS, ids=repr)
 @pytest.mark.parametrize("rank", [1, 3, 9])
 def test_units_round_trip_and_gradient(units: sm.Units, rank: int) -> None:
-    """Joining unchanged coordinates returns the update; the gradient is that of autograd through `join`."""
+    """Joining unchanged coordinates returns the update;
+    the gradient is that of autograd through `join`.
+    """
     update = low_rank((6, 5), rank, 4)
     G = low_rank((6, 5), 5, 5).dense()
     coordinates = units(update)
@@ -181,12 +229,18 @@ def test_units_round_trip_and_gradient(units: sm.Units, rank: int) -> None:
                 other[index] += step
                 joined = coordinates.join({**coordinates.values, part: other.view(values.shape)})
                 moved.append(float((joined.dense() * G).sum()))
-            assert (moved[0] - moved[1]) / 2e-5 == pytest.approx(float(pulled[part].flatten()[index]), abs=1e-6)
+            assert (moved[0] - moved[1]) / 2e-5 == pytest.approx(
+                float(pulled[part].flatten()[index]), abs=1e-6
+            )
 
 
 @pytest.mark.parametrize("units", UNITS, ids=repr)
 def test_units_of_degenerate_updates(units: sm.Units) -> None:
-    for update in (low_rank((1, 1), 1, 0), sm.LowRank(torch.zeros(4, 2), torch.ones(2, 3)), low_rank((1, 6), 4, 0)):
+    for update in (
+        low_rank((1, 1), 1, 0),
+        sm.LowRank(torch.zeros(4, 2), torch.ones(2, 3)),
+        low_rank((1, 6), 4, 0),
+    ):
         layer = sm.Layer("l", (update,))
         pruned = sm.Prune(sm.Magnitude(), sm.TopFraction(1.0), units=units)(layer).updates[0]
         assert pruned.shape == update.shape
@@ -194,11 +248,18 @@ def test_units_of_degenerate_updates(units: sm.Units) -> None:
 
 
 def test_pruning_directions_is_truncation() -> None:
-    """Keeping half of the singular directions by magnitude is the best approximation of half the rank."""
+    """Keeping half of the singular directions by magnitude is the best approximation
+    of half the rank.
+    """
     update = low_rank((8, 7), 4, 0)
-    pruned = sm.Prune(sm.Magnitude(), sm.TopFraction(0.5), units=sm.Directions())(sm.Layer("l", (update,))).updates[0]
+    pruned = sm.Prune(sm.Magnitude(), sm.TopFraction(0.5), units=sm.Directions())(
+        sm.Layer("l", (update,))
+    ).updates[0]
     assert isinstance(pruned, sm.LowRank)
-    assert error(pruned.dense(), torch.from_numpy(oracles.best_rank(update.dense().numpy(), 2))) < 1e-12
+    assert (
+        error(pruned.dense(), torch.from_numpy(oracles.best_rank(update.dense().numpy(), 2)))
+        < 1e-12
+    )
 
 
 def test_pruning_factors_stays_low_rank_and_counts_each_factor() -> None:
@@ -213,12 +274,15 @@ def test_pruning_factors_stays_low_rank_and_counts_each_factor() -> None:
 
 def test_pruning_whole_layers() -> None:
     layers = [sm.Layer(f"l{k}", (low_rank((5, 5), 2, k).scaled(10.0**k),)) for k in range(4)]
-    method = sm.Chain(sm.Prune(sm.Magnitude(), sm.TopFraction(0.5, scope="adapter"), units=sm.Layers()), sm.Sum())
+    method = sm.Chain(
+        sm.Prune(sm.Magnitude(), sm.TopFraction(0.5, scope="adapter"), units=sm.Layers()), sm.Sum()
+    )
     merged = run(method, layers)
     assert [bool(merged[f"l{k}"].dense().any()) for k in range(4)] == [False, False, True, True]
 
 
-# --- plain functions --------------------------------------------------------------------------------------------------
+# --- plain functions
+# ----------------------------------------------------------------------------------------
 
 
 def test_plain_functions_in_every_place() -> None:
@@ -247,7 +311,9 @@ def test_plain_functions_in_every_place() -> None:
 
     def units(update: sm.Update) -> sm.Coordinates:
         rows = update.dense()
-        return sm.Coordinates({"row0": rows[0]}, lambda parts: sm.Dense(torch.stack([parts["row0"], rows[1]])), dict)
+        return sm.Coordinates(
+            {"row0": rows[0]}, lambda parts: sm.Dense(torch.stack([parts["row0"], rows[1]])), dict
+        )
 
     negative = sm.Chain(sm.Prune(scorer, hard, double), transpose_twice, last)
     torch.testing.assert_close(negative(layer).dense(), 4 * D * (D < 0) + 1)
@@ -268,7 +334,9 @@ def test_user_parts_with_a_pre_pass() -> None:
     """Whatever defines `prepare(layers)` is prepared, at any depth, on the layers it will see."""
 
     class Largest:
-        """Scale by one over the largest entry of the whole model, as seen after the steps before."""
+        """Scale by one over the largest entry of the whole model,
+        as seen after the steps before.
+        """
 
         factor = 1.0
 
@@ -291,23 +359,44 @@ def test_user_parts_with_a_pre_pass() -> None:
         merged = dense(run(method, layers))
         torch.testing.assert_close(merged["x"], D / 40)
         torch.testing.assert_close(merged["y"], D / 4)
-    nobody = sm.ByModule({"*": sm.mean()}, default=sm.sap())  # it needs anchors, but no module is left for it
+    # it needs anchors, but no module is left for it
+    nobody = sm.ByModule({"*": sm.mean()}, default=sm.sap())
     torch.testing.assert_close(sm.prepare(nobody, layers)(layers[0]).dense(), D)
 
 
-# --- wrappers ---------------------------------------------------------------------------------------------------------
+# --- wrappers
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+# ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("weights", [[1.0, 1.0, 1.0], [1.0, 0.5, 0.7], [1.0, -0.5, 0.7]])
-@pytest.mark.parametrize("inner", [sm.mean(), sm.ties(), sm.knots(), sm.core_space(), sm.dare(0.3)], ids=repr)
+@pytest.mark.parametrize(
+    "inner", [sm.mean(), sm.ties(), sm.knots(), sm.core_space(), sm.dare(0.3)], ids=repr
+)
 def test_match_energy(inner: sm.Method, weights: list[float]) -> None:
-    """Over all layers together, the result's norm is the mean norm of the inputs, weighted by |w|."""
-    layers = make_layers([2, 4, 0], weights=weights) + make_layers([1, 2, 3], {"more": (6, 11)}, weights=weights)
+    """Over all layers together, the result's norm is the mean norm of the inputs,
+    weighted by |w|.
+    """
+    layers = make_layers([2, 4, 0], weights=weights) + make_layers(
+        [1, 2, 3], {"more": (6, 11)}, weights=weights
+    )
     merged = run(sm.MatchEnergy(inner), layers)
     plain = run(inner, layers)
     norms = [oracles.norm([layer.updates[k].dense().numpy() for layer in layers]) for k in range(3)]
     wanted = sum(abs(w) * size for w, size in zip(weights, norms)) / sum(abs(w) for w in weights)
-    assert oracles.norm([update.dense().numpy() for update in merged.values()]) == pytest.approx(wanted, rel=1e-9)
+    assert oracles.norm([update.dense().numpy() for update in merged.values()]) == pytest.approx(
+        wanted, rel=1e-9
+    )
     factors = {float((merged[n].dense() / plain[n].dense()).nanmedian()) for n in merged}
     assert max(factors) == pytest.approx(min(factors), rel=1e-9)  # one factor for the whole adapter
 
@@ -318,11 +407,14 @@ def test_match_energy_of_nothing() -> None:
 
 
 def test_by_module_routes() -> None:
-    layers = make_layers(shapes={"vision.q": (4, 5), "vision.v": (6, 5), "text.q": (5, 5)}, weights=[1.0, 0.5, 0.7])
+    layers = make_layers(
+        shapes={"vision.q": (4, 5), "vision.v": (6, 5), "text.q": (5, 5)}, weights=[1.0, 0.5, 0.7]
+    )
     vision, text, q = sm.ties(0.3, scope="adapter"), sm.mean(), sm.task_arithmetic()
     merged = dense(run(sm.ByModule({"vision*": vision}, text), layers))
     apart = {**dense(run(vision, layers[:2])), **dense(run(text, layers[2:]))}
-    assert all(torch.equal(merged[name], apart[name]) for name in apart)  # pre-passes see their own group only
+    # pre-passes see their own group only
+    assert all(torch.equal(merged[name], apart[name]) for name in apart)
     first_match = dense(run(sm.ByModule({"vision.q": q, "vision*": vision}, text), layers))
     assert torch.equal(first_match["vision.q"], q(layers[0]).dense())
 
@@ -343,7 +435,9 @@ def test_in_runs_in_other_coordinates() -> None:
         return sm.Sum()(layer)
 
     merged = run(sm.In(sm.CoreSpace(), spy), layers)
-    assert seen == [(layer.name, (5, 5), (True, False, True), ("a0", "a1", "a2")) for layer in layers]
+    assert seen == [
+        (layer.name, (5, 5), (True, False, True), ("a0", "a1", "a2")) for layer in layers
+    ]
     for layer in layers:
         update = merged[layer.name]
         assert isinstance(update, sm.LowRank)
@@ -360,16 +454,31 @@ def test_bases_nest() -> None:
 
 def test_density_is_recorded() -> None:
     notes: dict[str, object] = {}
-    layer = sm.Layer("l", (sm.Dense(D), sm.absent((2, 3), D)), adapters=("x", "y"), record=notes.__setitem__)
+    layer = sm.Layer(
+        "l", (sm.Dense(D), sm.absent((2, 3), D)), adapters=("x", "y"), record=notes.__setitem__
+    )
     sm.ties(0.5)(layer)
     assert notes["density"] == {"x": 0.5}
 
 
-# --- errors -----------------------------------------------------------------------------------------------------------
+# --- errors
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+# ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "make", [sm.TopFraction, sm.ties, sm.dare, sm.magnitude_prune, sm.knots, sm.Divide, sm.dare_ties]
+    "make",
+    [sm.TopFraction, sm.ties, sm.dare, sm.magnitude_prune, sm.knots, sm.Divide, sm.dare_ties],
 )
 def test_a_density_in_per_cent(make: object) -> None:
     with pytest.raises(MethodError, match=r"for 20 % write 0\.2"):
@@ -391,7 +500,9 @@ def test_wrong_arguments() -> None:
 def test_masks_and_scores_of_the_wrong_shape() -> None:
     with pytest.raises(MethodError, match=r"\(2,\).*\(2, 3\)"):
         sm.Prune(sm.Magnitude(), lambda scores: scores[:, 0] > 0)(one())
-    with pytest.raises(MethodError, match=r"one score per value.*\(3,\).*\(2, 3\).*'proj'.*'medical'"):
+    with pytest.raises(
+        MethodError, match=r"one score per value.*\(3,\).*\(2, 3\).*'proj'.*'medical'"
+    ):
         sm.Prune(lambda values, stats: values[0], sm.TopFraction(0.5))(one())
 
 

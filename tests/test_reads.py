@@ -29,7 +29,9 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return counted
 
 
-@pytest.mark.parametrize("method", [sm.sap(), sm.sap(density=0.5), sm.sap_original(), sm.tune([sm.mean(), sm.knots()])])
+@pytest.mark.parametrize(
+    "method", [sm.sap(), sm.sap(density=0.5), sm.sap_original(), sm.tune([sm.mean(), sm.knots()])]
+)
 def test_every_update_is_read_once(reads: Counter[str], method: sm.Method, tmp_path: Path) -> None:
     """`sap()` read each of them 11.4 times, `sap_original` 6.1 times."""
     model, loader = models.clip(), models.pairs()
@@ -62,7 +64,9 @@ def test_a_method_without_a_pre_pass_holds_nothing(reads: Counter[str], tmp_path
 
 
 def test_a_merge_with_anchors_on_several_threads() -> None:
-    """The model's passes use all threads, the algebra one; afterwards there are as many as before."""
+    """The model's passes use all threads, the algebra one;
+    afterwards there are as many as before.
+    """
     model, loader = models.clip(), models.pairs()
     adapters, _ = models.adapters(model, [models.VISION_TARGETS] * 2)
     before = torch.get_num_threads()

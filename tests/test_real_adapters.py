@@ -1,6 +1,8 @@
-"""Adapters that strangers published: merged, and loaded by PEFT into a model of the right architecture.
+"""Adapters that strangers published: merged, and loaded by PEFT into a model of the
+right architecture.
 
-Two of them lie in `tests/data`; the others are read from the `shared` folder beside the repository, where there is one.
+Two of them lie in `tests/data`; the others are read from the `shared` folder beside the repository,
+where there is one.
 """
 
 from __future__ import annotations
@@ -39,7 +41,9 @@ VIT = ["vit__Yunyi307-best_model", "vit__fanLnen-week2"]
 DISTILBERT = ["distilbert__Karangarg01-hate", "distilbert__Tashu014-imdb"]
 IDS = torch.arange(24).reshape(2, 12) * 7 % 64
 Updates = Mapping[str, Callable[[], Tensor]]
-"""Module -> its update, formed when it is asked for: a real model's do not fit into memory twice."""
+"""Module -> its update, formed when it is asked for:
+a real model's do not fit into memory twice.
+"""
 
 
 def folder(name: str) -> Path:
@@ -51,10 +55,14 @@ def folder(name: str) -> Path:
 
 @lru_cache(maxsize=1)
 def _base(architecture: str) -> nn.Module:
-    """A random model with the real layers; the vocabulary and the images, which no adapter touches, are small."""
+    """A random model with the real layers; the vocabulary and the images,
+    which no adapter touches, are small.
+    """
     torch.manual_seed(0)
     if architecture == "gpt2":
-        model = GPT2ForSequenceClassification(GPT2Config(vocab_size=64, n_positions=32, num_labels=2, pad_token_id=0))
+        model = GPT2ForSequenceClassification(
+            GPT2Config(vocab_size=64, n_positions=32, num_labels=2, pad_token_id=0)
+        )
     elif architecture == "vit":
         model = ViTForImageClassification(ViTConfig(image_size=32, num_labels=2))
     else:
@@ -76,10 +84,14 @@ def tensors(path: Path) -> dict[str, Tensor]:
 def by_hand(path: Path, scaling: float) -> dict[str, Callable[[], Tensor]]:
     """s B A of every module, from the tensors of the file; float64."""
     found = tensors(path)
-    names = [name.removesuffix(".lora_A.weight") for name in found if name.endswith("lora_A.weight")]
+    names = [
+        name.removesuffix(".lora_A.weight") for name in found if name.endswith("lora_A.weight")
+    ]
     return {
         name.removeprefix(PREFIX): lambda name=name: (
-            scaling * found[f"{name}.lora_B.weight"].double() @ found[f"{name}.lora_A.weight"].double()
+            scaling
+            * found[f"{name}.lora_B.weight"].double()
+            @ found[f"{name}.lora_A.weight"].double()
         )
         for name in names
     }
@@ -89,7 +101,9 @@ def combined(adapters: Sequence[Updates], weight: float) -> dict[str, Callable[[
     """weight times the sum."""
     names = {name for updates in adapters for name in updates}
     return {
-        name: lambda name=name: weight * sum(updates[name]() for updates in adapters if name in updates)
+        name: lambda name=name: (
+            weight * sum(updates[name]() for updates in adapters if name in updates)
+        )
         for name in names
     }
 
@@ -113,10 +127,17 @@ def plus(model: nn.Module, changes: Updates, turned: bool = False) -> nn.Module:
 
 
 def last_layers(path: Path, count: int = 2) -> tuple[dict[str, object], dict[str, Tensor]]:
-    """A real adapter without most of its layers, for the rules that need dense matrices; no heads."""
-    config = json.loads((path / "adapter_config.json").read_text()) | {"modules_to_save": None, "task_type": None}
+    """A real adapter without most of its layers, for the rules that need dense
+    matrices; no heads.
+    """
+    config = json.loads((path / "adapter_config.json").read_text()) | {
+        "modules_to_save": None,
+        "task_type": None,
+    }
     kept = {
-        name: tensor for name, tensor in tensors(path).items() if re.search(rf"\.1[{''.join('10'[:count])}]\.", name)
+        name: tensor
+        for name, tensor in tensors(path).items()
+        if re.search(rf"\.1[{''.join('10'[:count])}]\.", name)
     }
     return config, {name: tensor for name, tensor in kept.items() if "lora_" in name}
 
@@ -127,7 +148,9 @@ def last_layers(path: Path, count: int = 2) -> tuple[dict[str, object], dict[str
 @pytest.mark.parametrize("count", [2, 3])
 def test_gpt2_moves_the_logits_as_the_dense_sum_does(tmp_path: Path, count: int) -> None:
     adapters = [folder(name) for name in GPT2[:count]]
-    merged = sm.merge(adapters, method=sm.task_arithmetic(), modules_to_save={"score": adapters[1].name})
+    merged = sm.merge(
+        adapters, method=sm.task_arithmetic(), modules_to_save={"score": adapters[1].name}
+    )
     merged.save_pretrained(tmp_path / "out")
     wanted = combined([by_hand(path, 4.0) for path in adapters], 1.0)  # alpha 32, r 8
     assert len(wanted) == 36
@@ -157,9 +180,13 @@ def test_gpt2_one_adapter_is_merge_and_unload() -> None:
 
 def test_gpt2_heads_conflict() -> None:
     adapters = [folder(name) for name in GPT2[:2]]
-    with pytest.raises(sm.MethodError, match=r"'score' in gpt2__gurvineet-best, gpt2__deepbiolab.*modules_to_save="):
+    with pytest.raises(
+        sm.MethodError, match=r"'score' in gpt2__gurvineet-best, gpt2__deepbiolab.*modules_to_save="
+    ):
         sm.merge(adapters, method=sm.mean())
-    with pytest.raises(sm.IncompatibleAdaptersError, match=r"'score\.weight'.*\(6, 768\).*\(2, 768\)"):
+    with pytest.raises(
+        sm.IncompatibleAdaptersError, match=r"'score\.weight'.*\(6, 768\).*\(2, 768\)"
+    ):
         sm.merge(adapters, method=sm.mean(), modules_to_save="mean")
 
 
@@ -225,7 +252,9 @@ def test_gpt2_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main(command) == 2
     assert "'score'" in capsys.readouterr().err
     assert main([*command, "--modules-to-save", "drop"]) == 0
-    sm.merge(adapters[::-1], method=sm.mean(), modules_to_save="drop").save_pretrained(tmp_path / "turned")
+    sm.merge(adapters[::-1], method=sm.mean(), modules_to_save="drop").save_pretrained(
+        tmp_path / "turned"
+    )
     assert files(tmp_path / "out") == files(tmp_path / "turned")
 
 
@@ -263,7 +292,9 @@ def test_vit_of_two_authors(tmp_path: Path) -> None:
     model.classifier.load_state_dict(head.state_dict())
     with torch.no_grad():
         assert error(peft_model(pixels).logits, model(pixels).logits) < 1e-5
-    sm.merge(paths, model=model, method=sm.mean(), modules_to_save="first").save_pretrained(tmp_path / "checked")
+    sm.merge(paths, model=model, method=sm.mean(), modules_to_save="first").save_pretrained(
+        tmp_path / "checked"
+    )
     assert files(tmp_path / "checked") == files(tmp_path / "out")
     merged.save_pretrained(tmp_path / "as it was")
     spelled = {name for path in paths for name in tensors(path)}
@@ -291,7 +322,10 @@ def test_distilbert_with_heads(tmp_path: Path) -> None:
     merged = sm.merge([*paths[:2], third], method=sm.mean(), modules_to_save="mean")
     merged.save_pretrained(tmp_path / "out")
     peft_model = load(tmp_path / "out", base("distilbert"))
-    close(lazy_deltas(peft_model), combined([by_hand(path, s) for path, s in zip(paths, (2.0, 2.0, 4.0))], 1 / 3))
+    close(
+        lazy_deltas(peft_model),
+        combined([by_hand(path, s) for path, s in zip(paths, (2.0, 2.0, 4.0))], 1 / 3),
+    )
     for module in ("pre_classifier", "classifier"):
         saved = peft_model.get_base_model().get_submodule(module).modules_to_save["default"]
         for part in ("weight", "bias"):

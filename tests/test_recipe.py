@@ -31,9 +31,17 @@ def above_mean(scores: Tensor) -> Tensor:
 METHODS = [getattr(methods, name)() for name in methods.__all__] + [
     sm.ties(0.35, "frequency", "adapter"),
     sm.core_space(sm.dare_ties(0.3, seed=7), balance=False),
-    sm.MatchEnergy(sm.Chain(sm.Prune(sm.Magnitude(), sm.TopFraction(0.4), sm.MatchNorm(1), sm.Factors()), sm.Mean())),
-    sm.ByModule({"*q_proj": sm.mean(), "*.v_*": sm.MatchEnergy(sm.ties())}, default=sm.knots(scaled=False)),
-    sm.Chain(sm.Prune(sm.Random(-3), sm.Threshold(-0.5), sm.Divide(0.5), units=sm.Directions()), sm.Sum()),
+    sm.MatchEnergy(
+        sm.Chain(
+            sm.Prune(sm.Magnitude(), sm.TopFraction(0.4), sm.MatchNorm(1), sm.Factors()), sm.Mean()
+        )
+    ),
+    sm.ByModule(
+        {"*q_proj": sm.mean(), "*.v_*": sm.MatchEnergy(sm.ties())}, default=sm.knots(scaled=False)
+    ),
+    sm.Chain(
+        sm.Prune(sm.Random(-3), sm.Threshold(-0.5), sm.Divide(0.5), units=sm.Directions()), sm.Sum()
+    ),
     sm.Chain(sm.Prune(sm.Magnitude(), sm.Threshold(1e-9), units=sm.Layers()), sm.DisjointMean()),
 ]
 
@@ -75,7 +83,9 @@ def test_parts_are_frozen() -> None:
 def test_keywords_positions_and_white_space() -> None:
     text = "\n  Chain( Prune(Magnitude(),\n TopFraction(0.2)), ElectSign(), DisjointMean() ) \n"
     assert repr(sm.parse(text)) == repr(sm.ties(0.2))
-    assert repr(sm.parse("ties(density=0.2, scope='adapter')")) == repr(sm.ties(0.2, scope="adapter"))
+    assert repr(sm.parse("ties(density=0.2, scope='adapter')")) == repr(
+        sm.ties(0.2, scope="adapter")
+    )
     assert repr(sm.parse("core_space(inner=dare(0.5, seed=-1), balance=False)")) == repr(
         sm.core_space(sm.dare(0.5, -1), False)
     )

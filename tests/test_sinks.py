@@ -1,4 +1,6 @@
-"""Where a merge goes. PEFT is the oracle: what it adds to a weight is what we meant, for every kind of module."""
+"""Where a merge goes. PEFT is the oracle: what it adds to a weight is what we meant,
+for every kind of module.
+"""
 
 from __future__ import annotations
 
@@ -48,9 +50,16 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [
         save_lora(root / "a", 1),
         save_lora(
-            root / "b", 2, r=2, alpha=3, use_rslora=True, targets=("embed", "enc.q", "gpt", "image", "layers.1.v")
+            root / "b",
+            2,
+            r=2,
+            alpha=3,
+            use_rslora=True,
+            targets=("embed", "enc.q", "gpt", "image", "layers.1.v"),
         ),
-        save_lora(root / "c", 3, r=3, alpha=1, rank_pattern={"gpt": 1, "^q": 2}, alpha_pattern={"wave": 9}),
+        save_lora(
+            root / "c", 3, r=3, alpha=1, rank_pattern={"gpt": 1, "^q": 2}, alpha_pattern={"wave": 9}
+        ),
     ]
 
 
@@ -80,7 +89,9 @@ def updated(model: nn.Module, updates: dict[str, Tensor]) -> nn.Module:
     for name, matrix in updates.items():
         module = model.get_submodule(name)
         turned = isinstance(module, (nn.Embedding, Conv1D))
-        module.weight.data += (matrix.T if turned else matrix.reshape(module.weight.shape)).to(module.weight.dtype)
+        module.weight.data += (matrix.T if turned else matrix.reshape(module.weight.shape)).to(
+            module.weight.dtype
+        )
     return model
 
 
@@ -110,14 +121,33 @@ def test_the_config_is_built_from_nothing(zoo: list[Path], tmp_path: Path) -> No
     assert config["base_model_name_or_path"] == BASE
     assert config["target_modules"] == sorted(config["target_modules"])
     peft_model = load(tmp_path / "out")
-    scalings = {m.scaling["default"] for m in peft_model.modules() if isinstance(getattr(m, "scaling", None), dict)}
+    scalings = {
+        m.scaling["default"]
+        for m in peft_model.modules()
+        if isinstance(getattr(m, "scaling", None), dict)
+    }
     assert scalings == {1.0}
-    assert not any(module.use_rslora.get("default") for module in peft_model.modules() if hasattr(module, "use_rslora"))
+    assert not any(
+        module.use_rslora.get("default")
+        for module in peft_model.modules()
+        if hasattr(module, "use_rslora")
+    )
 
 
 def test_ranks_of_names_that_are_endings_of_other_names(tmp_path: Path) -> None:
-    names = ("q", "enc.q", "layers.0.q", "layers.1.q", "xlayers.0.q", "xlayers.1.q", "xlayers.1.v", "layers.1.v")
-    for number, ranks in enumerate([(1, 2, 3, 4, 5, 6, 7, 8), (8, 7, 6, 5, 4, 3, 2, 1), (3, 3, 2, 2, 2, 5, 5, 5)]):
+    names = (
+        "q",
+        "enc.q",
+        "layers.0.q",
+        "layers.1.q",
+        "xlayers.0.q",
+        "xlayers.1.q",
+        "xlayers.1.v",
+        "layers.1.v",
+    )
+    for number, ranks in enumerate(
+        [(1, 2, 3, 4, 5, 6, 7, 8), (8, 7, 6, 5, 4, 3, 2, 1), (3, 3, 2, 2, 2, 5, 5, 5)]
+    ):
         state = {}
         generator = torch.Generator().manual_seed(number)
         for name, rank in zip(names, ranks):
@@ -126,8 +156,13 @@ def test_ranks_of_names_that_are_endings_of_other_names(tmp_path: Path) -> None:
         pattern = {"^" + re.escape(name): rank for name, rank in zip(names, ranks)}
         config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": list(names),
                   "rank_pattern": pattern, "alpha_pattern": pattern}  # fmt: skip
-        sm.merge([(config, state)], method=sm.mean()).save_pretrained(tmp_path / str(number), uniform_rank=False)
-        wanted = {n: (state[f"{PREFIX}{n}.lora_B.weight"] @ state[f"{PREFIX}{n}.lora_A.weight"]) for n in names}
+        sm.merge([(config, state)], method=sm.mean()).save_pretrained(
+            tmp_path / str(number), uniform_rank=False
+        )
+        wanted = {
+            n: (state[f"{PREFIX}{n}.lora_B.weight"] @ state[f"{PREFIX}{n}.lora_A.weight"])
+            for n in names
+        }
         peft_model = load(tmp_path / str(number))
         close(deltas(peft_model), wanted)
         found = {n: peft_model.get_base_model().get_submodule(n).r["default"] for n in names}
@@ -136,7 +171,9 @@ def test_ranks_of_names_that_are_endings_of_other_names(tmp_path: Path) -> None:
 
 
 def test_modules_whose_name_ends_like_an_adapted_one_stay_as_they_are(tmp_path: Path) -> None:
-    """PEFT matches endings: with "q" adapted it also makes adapters for "enc.q" and others. They must add zero."""
+    """PEFT matches endings: with "q" adapted it also makes adapters for "enc.q" and others.
+    They must add zero.
+    """
     folder = save_lora(tmp_path / "a", 1, targets="q|embed")
     sm.merge([folder, folder], method=sm.mean()).save_pretrained(tmp_path / "out")
     peft_model = quietly(PeftModel.from_pretrained, Zoo(), str(tmp_path / "out"))
@@ -147,17 +184,25 @@ def test_modules_whose_name_ends_like_an_adapted_one_stay_as_they_are(tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("dtypes", "wanted"), [((F16, F16), F16), ((BF16, BF16), BF16), ((F16, BF16), F32), ((F16, F32), F32)]
+    ("dtypes", "wanted"),
+    [((F16, F16), F16), ((BF16, BF16), BF16), ((F16, BF16), F32), ((F16, F32), F32)],
 )
-def test_the_dtype_of_the_output(tmp_path: Path, dtypes: tuple[torch.dtype, torch.dtype], wanted: torch.dtype) -> None:
-    folders = [save_lora(tmp_path / str(k), k, dtype=dtype, size=0.3) for k, dtype in enumerate(dtypes)]
+def test_the_dtype_of_the_output(
+    tmp_path: Path, dtypes: tuple[torch.dtype, torch.dtype], wanted: torch.dtype
+) -> None:
+    folders = [
+        save_lora(tmp_path / str(k), k, dtype=dtype, size=0.3) for k, dtype in enumerate(dtypes)
+    ]
     merged = sm.merge(folders, method=sm.mean())
     merged.save_pretrained(tmp_path / "out")
     tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {wanted}
     exact = dict(merged.updates())
     sources = [matrices(deltas(load(folder)), Zoo()) for folder in folders]
-    close({n: u.dense() for n, u in exact.items()}, {n: (sources[0][n] + sources[1][n]) / 2 for n in sources[0]})
+    close(
+        {n: u.dense() for n, u in exact.items()},
+        {n: (sources[0][n] + sources[1][n]) / 2 for n in sources[0]},
+    )
     close(matrices(deltas(load(tmp_path / "out")), Zoo()), {n: u.dense() for n, u in exact.items()},
           1e-6 if wanted == F32 else 4 * torch.finfo(wanted).eps)  # fmt: skip
     for name, update in exact.items():  # rounded once
@@ -169,10 +214,16 @@ def test_the_dtype_of_the_output(tmp_path: Path, dtypes: tuple[torch.dtype, torc
 
 def test_more_columns_than_rows(tmp_path: Path) -> None:
     """The ranks add up to more than a narrow layer has: the factors are compressed without loss."""
-    folders = [save_lora(tmp_path / str(k), k, r=4, targets=("video", "image", "wave")) for k in range(3)]
+    folders = [
+        save_lora(tmp_path / str(k), k, r=4, targets=("video", "image", "wave")) for k in range(3)
+    ]
     merged = sm.merge(folders, method=sm.mean())
     merged.save_pretrained(tmp_path / "out")
-    assert {row.name: row.rank for row in merged.report.layers} == {"video": 4, "image": 5, "wave": 6}
+    assert {row.name: row.rank for row in merged.report.layers} == {
+        "video": 4,
+        "image": 5,
+        "wave": 6,
+    }
     assert merged.report.energy_kept == 1.0
     sources = [matrices(deltas(load(folder)), Zoo()) for folder in folders]
     wanted = {name: sum(s[name] for s in sources) / 3 for name in sources[0]}
@@ -189,11 +240,18 @@ def test_rank_above_the_size_of_a_layer(tmp_path: Path) -> None:
     assert sm.Adapter.load(tmp_path / "out").modules["narrow"].rank == 2
 
 
-def test_a_merge_can_be_merged_again(zoo: list[Path], oracle: list[dict[str, Tensor]], tmp_path: Path) -> None:
+def test_a_merge_can_be_merged_again(
+    zoo: list[Path], oracle: list[dict[str, Tensor]], tmp_path: Path
+) -> None:
     sm.merge(zoo, method=sm.task_arithmetic()).save_pretrained(tmp_path / "once")
-    sm.merge([tmp_path / "once", zoo[0]], method=sm.task_arithmetic()).save_pretrained(tmp_path / "twice")
+    sm.merge([tmp_path / "once", zoo[0]], method=sm.task_arithmetic()).save_pretrained(
+        tmp_path / "twice"
+    )
     wanted = total(oracle)
-    close(matrices(deltas(load(tmp_path / "twice")), Zoo()), {n: wanted[n] + oracle[0][n] for n in wanted})
+    close(
+        matrices(deltas(load(tmp_path / "twice")), Zoo()),
+        {n: wanted[n] + oracle[0][n] for n in wanted},
+    )
 
 
 def test_an_existing_output(zoo: list[Path], tmp_path: Path) -> None:
@@ -209,7 +267,8 @@ def test_an_existing_output(zoo: list[Path], tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     close(own(out), own(zoo[0]))
     before = files(out)
-    with pytest.raises(sm.OutputError, match="one of the inputs"):  # or it could never be reproduced
+    # or it could never be reproduced
+    with pytest.raises(sm.OutputError, match="one of the inputs"):
         sm.merge([out, zoo[1]], method=sm.mean()).save_pretrained(out, overwrite=True)
     assert files(out) == before
 
@@ -232,17 +291,26 @@ def test_a_file_that_changes_under_the_merge_is_noticed(tmp_path: Path) -> None:
 
 
 def test_the_model_card(zoo: list[Path], tmp_path: Path) -> None:
-    sm.merge(zoo, method=sm.ties(0.3), weights=[1, 2, 3], rank="exact").save_pretrained(tmp_path / "out")
+    sm.merge(zoo, method=sm.ties(0.3), weights=[1, 2, 3], rank="exact").save_pretrained(
+        tmp_path / "out"
+    )
     card = (tmp_path / "out" / "README.md").read_text()
     head = card.split("---")[1]
     assert "library_name: peft" in head
     assert f'base_model: "{BASE}"' in head
-    for text in (sm.__version__, repr(sm.ties(0.3)), "PeftModel.from_pretrained", *(path.name for path in zoo)):
+    for text in (
+        sm.__version__,
+        repr(sm.ties(0.3)),
+        "PeftModel.from_pretrained",
+        *(path.name for path in zoo),
+    ):
         assert text in card
 
 
 def test_a_model_with_other_spelling_gets_its_own_names(tmp_path: Path) -> None:
-    """The adapter is saved as it was spelled, or as `names` says, or as the model does if one is given."""
+    """The adapter is saved as it was spelled, or as `names` says,
+    or as the model does if one is given.
+    """
 
     class Llava(nn.Module):  # as transformers 4 names things
         def __init__(self) -> None:
@@ -252,7 +320,9 @@ def test_a_model_with_other_spelling_gets_its_own_names(tmp_path: Path) -> None:
             self.language_model.model.layers = nn.ModuleList([Block(6)])
             self.multi_modal_projector = nn.Sequential(OrderedDict(linear_1=nn.Linear(4, 6)))
 
-    folder = save_lora(tmp_path / "v4", 1, Llava(), targets=["q"], modules_to_save=["multi_modal_projector"])
+    folder = save_lora(
+        tmp_path / "v4", 1, Llava(), targets=["q"], modules_to_save=["multi_modal_projector"]
+    )
     merged = sm.merge([folder], method=sm.mean(), modules_to_save="mean")
     assert list(merged.run.stream.modules) == ["model.language_model.layers.0.q"]
     merged.save_pretrained(tmp_path / "as it was")
@@ -266,9 +336,9 @@ def test_a_model_with_other_spelling_gets_its_own_names(tmp_path: Path) -> None:
         PREFIX + "model.multi_modal_projector.linear_1.weight",
         PREFIX + "model.multi_modal_projector.linear_1.bias",
     }
-    sm.merge([tmp_path / "v5"], model=Llava(), method=sm.mean(), modules_to_save="mean").save_pretrained(
-        tmp_path / "back"
-    )
+    sm.merge(
+        [tmp_path / "v5"], model=Llava(), method=sm.mean(), modules_to_save="mean"
+    ).save_pretrained(tmp_path / "back")
     old, new = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("v4", "back"))
     assert set(old) == set(new)
     peft_model = load(tmp_path / "back", Llava())
@@ -287,8 +357,16 @@ def test_one_adapter_applied_is_merge_and_unload(tmp_path: Path) -> None:
     for name, tensor in theirs.state_dict().items():
         assert error(mine.state_dict()[name], tensor) < 1e-6, name
     assert error(mine(IDS), load(folder)(IDS)) < 1e-5
-    untouched = {name for name, tensor in Zoo().state_dict().items() if torch.equal(tensor, mine.state_dict()[name])}
-    assert untouched == {name for name in mine.state_dict() if name.removesuffix(".weight") not in deltas(load(folder))}
+    untouched = {
+        name
+        for name, tensor in Zoo().state_dict().items()
+        if torch.equal(tensor, mine.state_dict()[name])
+    }
+    assert untouched == {
+        name
+        for name in mine.state_dict()
+        if name.removesuffix(".weight") not in deltas(load(folder))
+    }
 
 
 def test_the_whole_merge_moves_the_logits_as_the_dense_sum(
@@ -309,8 +387,14 @@ def test_dense_results_lose_nothing(zoo: list[Path]) -> None:
     merged = sm.merge(zoo, method=sm.ties(0.2), rank=1)
     model, before = Zoo(), Zoo()
     merged.apply_to(model)  # no warning about energy: all of it is there
-    moved = {n: (m.weight - before.get_submodule(n).weight) for n, m in model.named_modules() if hasattr(m, "weight")}
-    moved = {name: change.detach() for name, change in moved.items() if name in dict(merged.updates())}
+    moved = {
+        n: (m.weight - before.get_submodule(n).weight)
+        for n, m in model.named_modules()
+        if hasattr(m, "weight")
+    }
+    moved = {
+        name: change.detach() for name, change in moved.items() if name in dict(merged.updates())
+    }
     close(matrices(moved, Zoo()), {name: update.dense() for name, update in merged.updates()}, 2e-6)
     assert merged.report.energy_kept == 1.0
 
@@ -328,8 +412,11 @@ def test_the_dtype_of_the_model_stays(zoo: list[Path], dtype: torch.dtype) -> No
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
     for name, tensor in model.state_dict().items():
         kept = wanted[name] == before[name]
-        assert torch.equal(tensor[kept], before[name][kept])  # where nothing is added, every bit stays
-        assert torch.equal(tensor, wanted[name].to(dtype)) or (dtype == BF16 and error(tensor, wanted[name]) < 4e-3)
+        # where nothing is added, every bit stays
+        assert torch.equal(tensor[kept], before[name][kept])
+        assert torch.equal(tensor, wanted[name].to(dtype)) or (
+            dtype == BF16 and error(tensor, wanted[name]) < 4e-3
+        )
     assert kept.any()
 
 
@@ -363,7 +450,11 @@ def test_a_failure_in_the_middle_changes_nothing(zoo: list[Path], fails_at: str)
             raise KeyboardInterrupt
         return sm.Sum()(layer)
 
-    for method, kind in ((breaking, Broken), (overflowing, sm.NonFiniteError), (interrupting, KeyboardInterrupt)):
+    for method, kind in (
+        (breaking, Broken),
+        (overflowing, sm.NonFiniteError),
+        (interrupting, KeyboardInterrupt),
+    ):
         model = Zoo().to(F16)
         before = copied(model)
         with pytest.raises(kind):
@@ -391,7 +482,9 @@ def test_tied_weights_are_refused(tmp_path: Path) -> None:
     model = GPT2LMHeadModel(config)
     assert model.lm_head.weight is model.transformer.wte.weight
     before = copied(model)
-    with pytest.raises(sm.ModelMismatchError, match=r"'transformer\.wte' is tied.*lm_head\.weight.*untie"):
+    with pytest.raises(
+        sm.ModelMismatchError, match=r"'transformer\.wte' is tied.*lm_head\.weight.*untie"
+    ):
         sm.merge([folder], method=sm.mean()).apply_to(model)
     assert same(before, copied(model))
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
@@ -419,7 +512,9 @@ def test_a_tied_head_is_refused(tmp_path: Path) -> None:
 # add_to
 
 
-def test_a_new_adapter_of_a_live_model(zoo: list[Path], oracle: list[dict[str, Tensor]], tmp_path: Path) -> None:
+def test_a_new_adapter_of_a_live_model(
+    zoo: list[Path], oracle: list[dict[str, Tensor]], tmp_path: Path
+) -> None:
     merged = sm.merge(zoo, method=sm.task_arithmetic())
     live = lora(Zoo(), 7, r=2, targets=("q", "gpt"))
     before, logits, own_deltas = copied(live), live(IDS), deltas(live)
@@ -468,7 +563,9 @@ def test_a_name_that_looks_like_lora(zoo: list[Path], oracle: list[dict[str, Ten
         close(deltas(live), deltas(lora(Zoo(), 7)), 1e-9)
 
 
-def test_a_failed_addition_leaves_no_trace(zoo: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_addition_leaves_no_trace(
+    zoo: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     import peft.utils
 
     merged = sm.merge(zoo, method=sm.mean())
@@ -506,7 +603,10 @@ def test_heads_go_into_a_live_model(tmp_path: Path) -> None:
     folder = save_lora(tmp_path / "a", 1, targets=("q",), modules_to_save=["head"])
     saved = load_file(folder / "adapter_model.safetensors")
     merged = sm.merge([folder], method=sm.mean(), modules_to_save="mean")
-    for live in (lora(Zoo(), 7, targets=("q",), modules_to_save=["head"]), lora(Zoo(), 7, targets=("q",))):
+    for live in (
+        lora(Zoo(), 7, targets=("q",), modules_to_save=["head"]),
+        lora(Zoo(), 7, targets=("q",)),
+    ):
         logits = live(IDS)
         merged.add_to(live, "merged")
         assert torch.equal(live(IDS), logits)
@@ -526,13 +626,23 @@ def test_an_adapter_is_taken_out_and_put_back_under_another_name(zoo: list[Path]
 
 def test_the_task_of_the_output(tmp_path: Path) -> None:
     """A checkpoint of a task with a head must hold the head, or PEFT does not load it."""
-    for task, policy, wanted in (("CAUSAL_LM", None, "CAUSAL_LM"), ("FEATURE_EXTRACTION", None, "FEATURE_EXTRACTION")):
+    for task, policy, wanted in (
+        ("CAUSAL_LM", None, "CAUSAL_LM"),
+        ("FEATURE_EXTRACTION", None, "FEATURE_EXTRACTION"),
+    ):
         folder = save_lora(tmp_path / str(task), 1, targets=["q"])
         path = folder / "adapter_config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"task_type": task}))
-        sm.merge([folder], method=sm.mean(), modules_to_save=policy).save_pretrained(tmp_path / f"{task}-out")
-        assert json.loads((tmp_path / f"{task}-out" / "adapter_config.json").read_text())["task_type"] == wanted
-    with pytest.warns(sm.SapmergeWarning, match=r"different tasks \(CAUSAL_LM: CAUSAL_LM, FEATURE_EXTRACTION"):
+        sm.merge([folder], method=sm.mean(), modules_to_save=policy).save_pretrained(
+            tmp_path / f"{task}-out"
+        )
+        assert (
+            json.loads((tmp_path / f"{task}-out" / "adapter_config.json").read_text())["task_type"]
+            == wanted
+        )
+    with pytest.warns(
+        sm.SapmergeWarning, match=r"different tasks \(CAUSAL_LM: CAUSAL_LM, FEATURE_EXTRACTION"
+    ):
         both = sm.merge([tmp_path / "CAUSAL_LM", tmp_path / "FEATURE_EXTRACTION"], method=sm.mean())
     both.save_pretrained(tmp_path / "both")
     assert json.loads((tmp_path / "both" / "adapter_config.json").read_text())["task_type"] is None

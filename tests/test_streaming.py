@@ -1,4 +1,6 @@
-"""Layers side by side, and the shortcuts of the algebra beneath: the same results as one after the other, in full."""
+"""Layers side by side, and the shortcuts of the algebra beneath:
+the same results as one after the other, in full.
+"""
 
 from __future__ import annotations
 
@@ -104,8 +106,12 @@ def test_finite_is_not_fooled_by_an_overflowing_sum() -> None:
         assert not linalg.finite(torch.tensor(bad))
 
 
-@pytest.mark.parametrize(("m", "n", "r"), [(40, 30, 7), (7, 30, 7), (30, 7, 12), (1, 1, 1), (5, 6, 40)])
-def test_the_first_singular_vectors_are_those_of_the_full_decomposition(m: int, n: int, r: int) -> None:
+@pytest.mark.parametrize(
+    ("m", "n", "r"), [(40, 30, 7), (7, 30, 7), (30, 7, 12), (1, 1, 1), (5, 6, 40)]
+)
+def test_the_first_singular_vectors_are_those_of_the_full_decomposition(
+    m: int, n: int, r: int
+) -> None:
     update = low_rank((m, n), r, 0)
     U, sigma, Vh = update.svd()
     few = update.svd(2)

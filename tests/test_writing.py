@@ -46,7 +46,9 @@ def write(path: Path, tensors: dict[str, torch.Tensor], *, overwrite: bool = Fal
     with CheckpointWriter(path, overwrite=overwrite) as writer:
         for name, tensor in tensors.items():
             writer.add(name, tensor)
-        writer.commit(config={"r": 4, "base": "é"}, metadata={"note": 'line\n"ü"'}, card="# Card ü\n")
+        writer.commit(
+            config={"r": 4, "base": "é"}, metadata={"note": 'line\n"ü"'}, card="# Card ü\n"
+        )
 
 
 def snapshot(folder: Path) -> dict[str, object]:
@@ -67,7 +69,20 @@ def system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     return request.param
 
 
-# ---------------------------------------------------------------------------------------------------- the bytes
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+# ----------------------------------------------------------------------------------------
+# the bytes
 
 
 def test_reads_back_in_safetensors(tmp_path: Path) -> None:
@@ -77,13 +92,20 @@ def test_reads_back_in_safetensors(tmp_path: Path) -> None:
     for name, tensor in TENSORS.items():
         assert loaded[name].dtype == tensor.dtype
         assert torch.equal(loaded[name], tensor)
-    assert sorted(os.listdir(tmp_path / "out")) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(os.listdir(tmp_path / "out")) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
     assert (tmp_path / "out" / "README.md").read_text("utf-8") == "# Card ü\n"
     config = (tmp_path / "out" / "adapter_config.json").read_bytes()
     assert config == b'{\n  "base": "\\u00e9",\n  "r": 4\n}\n'
     with safe_open(tmp_path / "out" / "adapter_model.safetensors", "pt") as file:
         metadata = file.metadata()
-    raw = {name: tensor.contiguous().reshape(-1).view(torch.uint8).numpy() for name, tensor in TENSORS.items()}
+    raw = {
+        name: tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+        for name, tensor in TENSORS.items()
+    }
     lines = [f"{name} {hashlib.sha256(raw[name]).hexdigest()}" for name in sorted(raw)]
     assert metadata == {
         "format": "pt",
@@ -113,7 +135,10 @@ def test_tensor_bytes_equal_those_of_safetensors(tmp_path: Path) -> None:
     tensors = {name: torch.randn(3) for name in ("b", "c", "a", "a.b")}
     write(tmp_path / "out", tensors)
     ours, theirs = (tmp_path / "out" / "adapter_model.safetensors").read_bytes(), save(tensors)
-    assert ours[8 + int.from_bytes(ours[:8], "little") :] == theirs[8 + int.from_bytes(theirs[:8], "little") :]
+    assert (
+        ours[8 + int.from_bytes(ours[:8], "little") :]
+        == theirs[8 + int.from_bytes(theirs[:8], "little") :]
+    )
 
 
 def test_bytes_do_not_depend_on_the_order_of_calls(tmp_path: Path) -> None:
@@ -135,7 +160,9 @@ def test_peft_loads_it(tmp_path: Path) -> None:
             self.fc = torch.nn.Linear(5, 3)
 
     config = peft.LoraConfig(r=2, lora_alpha=2, target_modules=["fc"]).to_dict()
-    config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    config = {
+        key: sorted(value) if isinstance(value, set) else value for key, value in config.items()
+    }
     prefix = "base_model.model.fc.lora_"
     factors = {f"{prefix}A.weight": torch.randn(2, 5), f"{prefix}B.weight": torch.randn(3, 2)}
     with CheckpointWriter(tmp_path / "out") as writer:
@@ -147,15 +174,32 @@ def test_peft_loads_it(tmp_path: Path) -> None:
     torch.testing.assert_close(layer.get_delta_weight("default"), expected)
 
 
-def test_short_writes_and_reads_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_short_writes_and_reads_are_continued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pwrite, pread = os.pwrite, os.pread
     monkeypatch.setattr(os, "pwrite", lambda file, data, offset: pwrite(file, data[:7001], offset))
-    monkeypatch.setattr(os, "pread", lambda file, size, offset: pread(file, min(size, 6007), offset))
+    monkeypatch.setattr(
+        os, "pread", lambda file, size, offset: pread(file, min(size, 6007), offset)
+    )
     write_version(tmp_path / "out", 1)
     assert whole_version(tmp_path / "out") == 1
 
 
-# ---------------------------------------------------------------------------------------------------- refusals
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+# ----------------------------------------------------------------------------------------
+# refusals
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -269,7 +313,20 @@ def test_relative_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert os.listdir(tmp_path / "cwd") == ["out"]
 
 
-# ---------------------------------------------------------------------------------------------------- the swap
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+# ----------------------------------------------------------------------------------------
+# the swap
 
 
 def test_overwrite_swaps_the_folder_whole(tmp_path: Path, system: str) -> None:
@@ -281,7 +338,15 @@ def test_overwrite_swaps_the_folder_whole(tmp_path: Path, system: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["second/adapter_config.json", "tokenizer.json", "README.md/x", ".hidden", "training_args.bin", "link"]
+    "name",
+    [
+        "second/adapter_config.json",
+        "tokenizer.json",
+        "README.md/x",
+        ".hidden",
+        "training_args.bin",
+        "link",
+    ],
 )
 def test_what_is_not_of_an_adapter_is_not_deleted(tmp_path: Path, name: str) -> None:
     write_version(tmp_path / "out", 1)
@@ -334,7 +399,11 @@ def test_a_warning_after_the_swap_raises_nothing(
 
 def test_what_the_check_refuses_is_not_put_in_place(tmp_path: Path) -> None:
     def refuse(folder: str) -> None:
-        assert sorted(os.listdir(folder)) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+        assert sorted(os.listdir(folder)) == [
+            "README.md",
+            "adapter_config.json",
+            "adapter_model.safetensors",
+        ]
         raise NonFiniteError("no")
 
     with pytest.raises(NonFiniteError), CheckpointWriter(tmp_path / "out") as writer:
@@ -372,7 +441,9 @@ def test_output_that_appears_meanwhile(tmp_path: Path, system: str) -> None:
     assert os.listdir(tmp_path) == ["out"]
 
 
-def test_output_that_appears_at_the_last_moment(tmp_path: Path, system: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_output_that_appears_at_the_last_moment(
+    tmp_path: Path, system: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real, looks = atomic.StagedFolder._target_exists, []
 
     def look(self: atomic.StagedFolder) -> bool:
@@ -453,7 +524,20 @@ def test_no_descriptor_is_left_open(tmp_path: Path) -> None:
     assert sorted(os.listdir("/proc/self/fd")) == before
 
 
-# ---------------------------------------------------------------------------------------------------- leftovers
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+# ----------------------------------------------------------------------------------------
+# leftovers
 
 
 def dead_process() -> int:
@@ -470,11 +554,21 @@ def test_leftovers_of_the_dead_are_swept_and_of_the_living_kept(tmp_path: Path) 
         return folder
 
     dead = dead_process()
-    swept = [leftover(dead), leftover(os.getpid())]  # our own id, but nobody holds the lock: an earlier life
-    kept = [leftover(os.getppid()), leftover(dead, "other"), leftover(dead, "o.ter"), leftover(dead, "out")]
+    # our own id, but nobody holds the lock: an earlier life
+    swept = [
+        leftover(dead),
+        leftover(os.getpid()),
+    ]
+    kept = [
+        leftover(os.getppid()),
+        leftover(dead, "other"),
+        leftover(dead, "o.ter"),
+        leftover(dead, "out"),
+    ]
     with CheckpointWriter(tmp_path / "o.t") as writer:
         running = set(tmp_path.glob(".o.t.*")) - {*swept, *kept}
-        CheckpointWriter(tmp_path / "o.t")  # another writer of this process must not sweep the one that runs
+        # another writer of this process must not sweep the one that runs
+        CheckpointWriter(tmp_path / "o.t")
         assert len(running) == 1
         assert all(path.exists() for path in running)
         writer.commit(config={}, metadata={}, card="")
@@ -500,7 +594,20 @@ def test_old_output_left_aside_is_put_back(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["out"]
 
 
-# ---------------------------------------------------------------------------------------------------- faults
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+# ----------------------------------------------------------------------------------------
+# faults
 
 
 def run_faults(folder: Path, code: int, *, existing: bool, sticky: bool = False) -> int:
@@ -542,7 +649,9 @@ def run_faults(folder: Path, code: int, *, existing: bool, sticky: bool = False)
 
 @pytest.mark.parametrize("existing", [False, True], ids=["fresh", "overwrite"])
 @pytest.mark.parametrize(
-    "code", [errno.ENOSPC, errno.EIO, errno.EACCES, errno.EFBIG], ids=lambda code: errno.errorcode[code]
+    "code",
+    [errno.ENOSPC, errno.EIO, errno.EACCES, errno.EFBIG],
+    ids=lambda code: errno.errorcode[code],
 )
 def test_every_call_fails_once(tmp_path: Path, system: str, code: int, existing: bool) -> None:
     assert run_faults(tmp_path, code, existing=existing) > 40
@@ -553,7 +662,9 @@ def test_every_call_fails_from_a_moment_on(tmp_path: Path, system: str, existing
     assert run_faults(tmp_path, errno.EIO, existing=existing, sticky=True) > 40
 
 
-def test_message_names_path_operation_and_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_message_names_path_operation_and_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: object) -> int:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -566,7 +677,20 @@ def test_message_names_path_operation_and_reason(tmp_path: Path, monkeypatch: py
     assert str(caught.value) == expected
 
 
-# ---------------------------------------------------------------------------------------------------- kills
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+# ----------------------------------------------------------------------------------------
+# kills
 
 
 def run_script(task: str, folder: Path, amount: float, system: str) -> dict[str, int]:

@@ -22,7 +22,9 @@ Row = Mapping[str, object]
 Place = tuple[str, int, str]
 """Family, seed, and the rest of a trial."""
 Paired = Mapping[Place, np.ndarray]
-"""Trial -> for every test image 1, 0 or -1: right with the one method, with both or neither, with the other alone."""
+"""Trial -> for every test image 1, 0 or -1: right with the one method, with both or neither,
+with the other alone.
+"""
 
 
 @dataclass(frozen=True)
@@ -50,9 +52,11 @@ class Gain:
 def rights(rows: Iterable[Row], method: str, length: str) -> dict[Place, np.ndarray]:
     """Trial -> which images one method names rightly."""
     return {
-        (str(r["family"]), int(str(r["seed"])), f"{r['target']} {r['regime']} {r['init']} {r['setting']}"): np.array(
-            unpack(str(r["right"]), int(str(r["images"]))), dtype=np.int8
-        )
+        (
+            str(r["family"]),
+            int(str(r["seed"])),
+            f"{r['target']} {r['regime']} {r['init']} {r['setting']}",
+        ): np.array(unpack(str(r["right"]), int(str(r["images"]))), dtype=np.int8)
         for r in rows
         if r["method"] == method and r["length"] == length
     }
@@ -64,7 +68,9 @@ def paired(one: Mapping[Place, np.ndarray], other: Mapping[Place, np.ndarray]) -
 
 
 def gain(differences: Paired, draws: int = DRAWS, seed: int = 0) -> Gain:
-    """The mean over families of the mean over their seeds of the mean over their trials, and its interval."""
+    """The mean over families of the mean over their seeds of the mean over their trials,
+    and its interval.
+    """
     tree: dict[str, dict[int, dict[str, np.ndarray]]] = defaultdict(lambda: defaultdict(dict))
     for family, number, rest in sorted(differences):
         tree[family][number][rest] = 100 * differences[family, number, rest]
@@ -76,15 +82,19 @@ def gain(differences: Paired, draws: int = DRAWS, seed: int = 0) -> Gain:
         drawn[k] = np.mean([families[i].draw(generator) for i in some])
     means = [family.mean for family in families]
     low, high = np.quantile(drawn, (0.025, 0.975))
-    return Gain(float(np.mean(means)), float(low), float(high), float(np.min(means)), len(differences))
+    return Gain(
+        float(np.mean(means)), float(low), float(high), float(np.min(means)), len(differences)
+    )
 
 
 class _Family:
-    """The differences of one family. All seeds of a domain are tested with the same images, so these are drawn once for
-    all of them; the mean of some hundred images is as good as normal."""
+    """The differences of one family. All seeds of a domain are tested with the same images, so
+    these are drawn once for all of them; the mean of some hundred images is as good as normal."""
 
     def __init__(self, seeds: Mapping[int, Mapping[str, np.ndarray]]) -> None:
-        self.mean = float(np.mean([np.mean([x.mean() for x in trials.values()]) for trials in seeds.values()]))
+        self.mean = float(
+            np.mean([np.mean([x.mean() for x in trials.values()]) for trials in seeds.values()])
+        )
         self.number = len(seeds)
         self.targets: dict[str, list[tuple[int, float, np.ndarray]]] = defaultdict(list)
         for place, trials in enumerate(seeds.values()):
@@ -92,11 +102,16 @@ class _Family:
                 self.targets[rest.split(" ")[0]].append((place, 1 / len(trials), values))
 
     def draw(self, generator: np.random.Generator) -> float:
-        counts = np.bincount(generator.integers(self.number, size=self.number), minlength=self.number)
+        counts = np.bincount(
+            generator.integers(self.number, size=self.number), minlength=self.number
+        )
         total = 0.0
         for trials in self.targets.values():
             per_image = sum(counts[place] * share * values for place, share, values in trials)
-            total += per_image.mean() + per_image.std() / len(per_image) ** 0.5 * generator.standard_normal()
+            total += (
+                per_image.mean()
+                + per_image.std() / len(per_image) ** 0.5 * generator.standard_normal()
+            )
         return total / self.number
 
 
@@ -105,4 +120,7 @@ def of_family(differences: Paired) -> dict[str, float]:
     found: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for (family, seed, _), values in differences.items():
         found[family][seed].append(100 * float(values.mean()))
-    return {family: float(np.mean([np.mean(v) for v in seeds.values()])) for family, seeds in sorted(found.items())}
+    return {
+        family: float(np.mean([np.mean(v) for v in seeds.values()]))
+        for family, seeds in sorted(found.items())
+    }

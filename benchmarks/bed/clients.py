@@ -20,7 +20,9 @@ HELD = 20
 
 ODD = ("label noise", "flipped", "scaled", "tiny", "other task")
 CAMPS = tuple(f"{bad} {how}" for how in ("alike", "apart") for bad in range(1, 5))
-"""Beside eight good clients so many bad ones: all with one wrong assignment of names, or each shuffled by itself."""
+"""Beside eight good clients so many bad ones: all with one wrong assignment of names,
+or each shuffled by itself.
+"""
 SETTINGS = ("equal", *ODD, *CAMPS)
 GOOD = 8
 
@@ -28,8 +30,8 @@ GOOD = 8
 def split(task: Task, domain: str, seed: str, train: int) -> tuple[Domain, Domain]:
     """Training and test images, so many per class.
 
-    Who is tested does not depend on the seed, and in domains that are made of one set of pictures row for row it is the
-    same pictures in each: no client has seen what is tested in another style.
+    Who is tested does not depend on the seed, and in domains that are made of one set of pictures
+    row for row it is the same pictures in each: no client has seen what is tested in another style.
     """
     found, rows = task.domains[domain], ([], [])
     held = generator(task.name)
@@ -96,7 +98,10 @@ class Clients:
     def _fit(self, wanted: Sequence[tuple[str, str, int]]) -> dict[str, Path]:
         """(kind, domain, number) -> its checkpoint; those that are missing are trained together."""
         regime = REGIMES[self.regime]
-        clients = {f"{kind}-{domain}-{part}": self._client(kind, domain, part, regime) for kind, domain, part in wanted}
+        clients = {
+            f"{kind}-{domain}-{part}": self._client(kind, domain, part, regime)
+            for kind, domain, part in wanted
+        }
         task = self.other if any(kind == "other" for kind, _, _ in wanted) else self.task
         train(self.half, list(clients.values()), task.text, regime)
         return {label: client.path for label, client in clients.items()}
@@ -106,9 +111,13 @@ class Clients:
         who = f"{task.name} {kind} {domain} {part} {self.seed}"
         data, _ = split(task, domain, f"{self.seed} {part}", 2 if kind == "tiny" else regime.images)
         if kind == "apart":
-            data = Domain(data.images, data.labels[torch.randperm(len(data.labels), generator=generator(who))])
+            data = Domain(
+                data.images, data.labels[torch.randperm(len(data.labels), generator=generator(who))]
+            )
         elif kind == "alike":
-            data = Domain(data.images, (data.labels + 1 + self.seed % (len(task.text) - 1)) % len(task.text))
+            data = Domain(
+                data.images, (data.labels + 1 + self.seed % (len(task.text) - 1)) % len(task.text)
+            )
         init = f"{self.task.name} {self.seed}" if self.init == "shared" else who
         folder = self.cache / self.task.name / f"{self.regime}-{self.init}-{self.seed}"
         return Client(data, init, who, folder / f"{kind}-{domain}-{part}")

@@ -18,7 +18,9 @@ SHORTER = (AS_IS, 0.8, 0.9, MATCHED)
 
 
 def decorrelated(left: float, right: float) -> Callable[[sm.Layer], sm.Layer]:
-    """`Decorrelate` with a strength for each side; a negative one makes directions that adapters share count more."""
+    """`Decorrelate` with a strength for each side;
+    a negative one makes directions that adapters share count more.
+    """
 
     def transform(layer: sm.Layer) -> sm.Layer:
         pieces = [update.svd() for update in layer]
@@ -26,7 +28,9 @@ def decorrelated(left: float, right: float) -> Callable[[sm.Layer], sm.Layer]:
         V = _loosened(torch.cat([Vh for _, _, Vh in pieces]).T, right)
         widths = [len(sigma) for _, sigma, _ in pieces]
         parts = zip(U.split(widths, 1), pieces, V.split(widths, 1), strict=True)
-        return layer.with_updates([sm.LowRank((P * sigma).float(), Q.T.float()) for P, (_, sigma, _), Q in parts])
+        return layer.with_updates(
+            [sm.LowRank((P * sigma).float(), Q.T.float()) for P, (_, sigma, _), Q in parts]
+        )
 
     transform.__qualname__ = f"decorrelated_{left}_{right}"
     return transform
@@ -87,7 +91,9 @@ def old_sap() -> sm.Method:
 
 
 def confirmed() -> list[Contender]:
-    """The default, the mean, and the peers at the lengths that they are best at or made for, among equal clients."""
+    """The default, the mean, and the peers at the lengths that they are best at or made for,
+    among equal clients.
+    """
     return [_at("mean", sm.mean(), AS_IS, 0.8, MATCHED), _at("sap", sm.sap(), AS_IS), *peers()]
 
 
@@ -148,16 +154,25 @@ def truncated(rank: int) -> Callable[[sm.Layer], sm.Layer]:
 
 
 def upload() -> list[Contender]:
-    """What a client may leave out of its upload: the best use of 5, 10 and 20 % of the bytes of float32 factors.
+    """What a client may leave out of its upload: the best use of 5,
+    10 and 20 % of the bytes of float32 factors.
 
-    Pruned factors cost a byte for a value that is kept and a bit for every value, so that 5, 10 and 20 % of the bytes
-    are densities of 0.075, 0.275 and 0.675; ranks 1, 3 and 6 of 8 in int8 are 3, 9 and 19 %.
+    Pruned factors cost a byte for a value that is kept and a bit for every value, so that 5, 10 and
+    20 % of the bytes are densities of 0.075, 0.275 and 0.675;
+    ranks 1, 3 and 6 of 8 in int8 are 3, 9 and 19 %.
     """
-    found = [_at("mean", sm.mean(), MATCHED), _at("int8, 25 %", sm.Chain(quantised, sm.Mean()), MATCHED)]
+    found = [
+        _at("mean", sm.mean(), MATCHED),
+        _at("int8, 25 %", sm.Chain(quantised, sm.Mean()), MATCHED),
+    ]
     scorers = {"saliency": sm.Taylor(), "magnitude": sm.Magnitude(), "random": sm.Random()}
     for share, density, rank in ((5, 0.075, 1), (10, 0.275, 3), (20, 0.675, 6)):
         for name, scorer in scorers.items():
             pruning = sm.Prune(scorer, sm.TopFraction(density), sm.MatchNorm(), sm.Factors())
-            found.append(_at(f"{name}, {share} %", sm.Chain(pruning, quantised, sm.Mean()), MATCHED))
-        found.append(_at(f"SVD, {share} %", sm.Chain(truncated(rank), quantised, sm.Mean()), MATCHED))
+            found.append(
+                _at(f"{name}, {share} %", sm.Chain(pruning, quantised, sm.Mean()), MATCHED)
+            )
+        found.append(
+            _at(f"SVD, {share} %", sm.Chain(truncated(rank), quantised, sm.Mean()), MATCHED)
+        )
     return found

@@ -1,7 +1,8 @@
 """The families of domains, and which half of them may decide anything.
 
-A family is a `dg.data.Task`: domains with the same classes, and public image-text pairs (the anchors). Any folder
-domain/class/image in the bundle, and any npz of digits, is one; the others are made from real images.
+A family is a `dg.data.Task`: domains with the same classes, and public image-text pairs (the
+anchors). Any folder domain/class/image in the bundle, and any npz of digits, is one; the others are
+made from real images.
 """
 
 from __future__ import annotations
@@ -51,13 +52,20 @@ def _digits(bundle: Path) -> Task:
     return digits(bundle, DIGIT)
 
 
-def _made(name: str, base: Callable[[Path], Task], domain: str, styles: Callable[[Task], Mapping[str, Style]]) -> Maker:
+def _made(
+    name: str,
+    base: Callable[[Path], Task],
+    domain: str,
+    styles: Callable[[Task], Mapping[str, Style]],
+) -> Maker:
     """A family made from one domain of another."""
 
     def make(bundle: Path) -> Task:
         task = base(bundle)
         source = task.domains[domain]
-        some = torch.cat([(source.labels == k).nonzero().flatten()[:110] for k in range(len(task.text))])
+        some = torch.cat(
+            [(source.labels == k).nonzero().flatten()[:110] for k in range(len(task.text))]
+        )
         domains = _styled(source.take(some), styles(task))
         return Task(name, domains, task.text, task.anchor_images, task.anchor_text)
 
@@ -65,7 +73,11 @@ def _made(name: str, base: Callable[[Path], Task], domain: str, styles: Callable
 
 
 def _donors(task: Task) -> dict[str, Style]:
-    given = {"art": task.domains["art_painting"], "cartoon": task.domains["cartoon"], "coco": task.anchor_images}
+    given = {
+        "art": task.domains["art_painting"],
+        "cartoon": task.domains["cartoon"],
+        "coco": task.anchor_images,
+    }
     found: dict[str, Style] = {"plain": lambda x, _: x}
     for name, source in given.items():
         images = source.images if isinstance(source, Domain) else source
@@ -75,11 +87,18 @@ def _donors(task: Task) -> dict[str, Style]:
 
 
 def _textures(task: Task) -> dict[str, Style]:
-    """Four textures, each of ten COCO photos enlarged in the middle: those of the most and the least fine detail."""
+    """Four textures, each of ten COCO photos enlarged in the middle:
+    those of the most and the least fine detail.
+    """
     centre = task.anchor_images[:, :, 40:120, 40:120].float() / 255
     large = functional.interpolate(centre, size=SIZE, mode="bilinear")
     order = (large.diff(dim=3).abs().mean((1, 2, 3))).argsort()
-    groups = {"smooth": order[:10], "soft": order[45:55], "rough": order[-60:-50], "fine": order[-10:]}
+    groups = {
+        "smooth": order[:10],
+        "soft": order[45:55],
+        "rough": order[-60:-50],
+        "fine": order[-10:],
+    }
     return {name: textured(large[index]) for name, index in groups.items()}
 
 
@@ -94,7 +113,9 @@ COCO_CLASSES = {
 
 
 def _coco(bundle: Path) -> Task:
-    """COCO photos with one object that three of their five captions name; the others are the anchors."""
+    """COCO photos with one object that three of their five captions name;
+    the others are the anchors.
+    """
     base = _pacs(bundle)
     entries = json.loads((bundle / "coco_anchors" / "captions.json").read_text(encoding="utf-8"))
     kinds = [frozenset(words.split()) for words in COCO_CLASSES.values()]
@@ -111,11 +132,15 @@ def _coco(bundle: Path) -> Task:
     text = torch.stack([base.anchor_text[labels == k].mean(0) for k in range(len(kinds))])
     source = Domain(base.anchor_images[named], labels[named])
     domains = _styled(source, _some(STYLES, "pencil negative night halftone oil"))
-    return Task("coco-styles", domains, unit(text), base.anchor_images[~named], base.anchor_text[~named])
+    return Task(
+        "coco-styles", domains, unit(text), base.anchor_images[~named], base.anchor_text[~named]
+    )
 
 
 def _drawn(bundle: Path) -> Task:
-    """Scikit-learn's handwritten digits in the styles of the demo; anchors are others of them, in its generic style."""
+    """Scikit-learn's handwritten digits in the styles of the demo;
+    anchors are others of them, in its generic style.
+    """
     from sklearn.datasets import load_digits
 
     from sapmerge.demo.domains import DOMAINS, generic
@@ -130,8 +155,13 @@ def _drawn(bundle: Path) -> Task:
         large = functional.interpolate(small, size=DIGIT, mode="bilinear")
         return (large * 255).round().to(torch.uint8)
 
-    domains = {name: Domain(drawn(style, slice(300, None)), labels[300:]) for name, style in DOMAINS.items()}
-    return Task("drawn-digits", domains, base.text, drawn(generic, slice(0, 160)), base.text[labels[:160]])
+    domains = {
+        name: Domain(drawn(style, slice(300, None)), labels[300:])
+        for name, style in DOMAINS.items()
+    }
+    return Task(
+        "drawn-digits", domains, base.text, drawn(generic, slice(0, 160)), base.text[labels[:160]]
+    )
 
 
 FAMILIES: Mapping[str, Maker] = MappingProxyType(
@@ -144,9 +174,14 @@ FAMILIES: Mapping[str, Maker] = MappingProxyType(
         "tones": _made("tones", _pacs, "photo", _donors),
         "textures": _made("textures", _pacs, "cartoon", _textures),
         "corruptions": _made("corruptions", _pacs, "art_painting", lambda _: CORRUPTIONS),
-        "rotations": _made("rotations", _digits, "mnist", lambda _: {f"{d}": rotated(d) for d in range(0, 100, 20)}),
+        "rotations": _made(
+            "rotations", _digits, "mnist", lambda _: {f"{d}": rotated(d) for d in range(0, 100, 20)}
+        ),
         "printed-digits": _made(
-            "printed-digits", _digits, "fonts", lambda _: _some(STYLES, "negative night halftone blurred edges")
+            "printed-digits",
+            _digits,
+            "fonts",
+            lambda _: _some(STYLES, "negative night halftone blurred edges"),
         ),
         "art-styles": _made(
             "art-styles",
@@ -169,7 +204,9 @@ def _by_hash() -> list[str]:
 
 
 def choosing() -> list[str]:
-    """The half of the families that defaults may be chosen on: the first by the SHA-256 of their names."""
+    """The half of the families that defaults may be chosen on:
+    the first by the SHA-256 of their names.
+    """
     return _by_hash()[: (len(FAMILIES) + 1) // 2]
 
 

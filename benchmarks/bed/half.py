@@ -1,8 +1,9 @@
-"""The upper half of the ViT-Ti, which adapters are trained on, and the tokens that its lower half makes.
+"""The upper half of the ViT-Ti, which adapters are trained on,
+and the tokens that its lower half makes.
 
 The lower half is frozen and runs once per image, so that a trial takes seconds. Clients are trained
-together: their factors are stacked, and AdamW acts on every entry by itself, so each trains as if it
-were alone.
+together: their factors are stacked, and AdamW acts on every entry by itself, so each trains as if
+it were alone.
 """
 
 from __future__ import annotations
@@ -32,7 +33,12 @@ class Block(nn.Module):
         super().__init__()
         self.before, self.between = source.layernorm_before, source.layernorm_after
         attention, mlp = source.attention, source.mlp
-        self.q, self.k, self.v, self.o = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
+        self.q, self.k, self.v, self.o = (
+            attention.q_proj,
+            attention.k_proj,
+            attention.v_proj,
+            attention.o_proj,
+        )
         self.fc1, self.fc2 = mlp.fc1, mlp.fc2
 
 
@@ -54,7 +60,9 @@ class Half(nn.Module):
         return copy.deepcopy(self).bfloat16()
 
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
-        """The CLS features of cached tokens, under the name by which an image-text loss asks for them."""
+        """The CLS features of cached tokens, under the name by which an image-text
+        loss asks for them.
+        """
         return self(pixel_values)
 
     def forward(self, tokens: Tensor, factors: Factors | None = None) -> Tensor:
@@ -62,7 +70,9 @@ class Half(nn.Module):
         x = tokens
         for number, block in enumerate(self.blocks):
 
-            def linear(name: str, value: Tensor, block: nn.Module = block, number: int = number) -> Tensor:
+            def linear(
+                name: str, value: Tensor, block: nn.Module = block, number: int = number
+            ) -> Tensor:
                 out = getattr(block, name)(value)
                 if factors is None:
                     return out
@@ -92,7 +102,9 @@ def load_vit(folder: Path) -> nn.Module:
 
 @torch.no_grad()
 def lower_half(vit: nn.Module, images: Tensor, batch: int = 64) -> Tensor:
-    """(N, 3, s, s) uint8 -> tokens for the upper half, bfloat16: CLS, patches averaged to at most 5 x 5."""
+    """(N, 3, s, s) uint8 -> tokens for the upper half, bfloat16:
+    CLS, patches averaged to at most 5 x 5.
+    """
     found = []
     for part in images.split(batch):
         with torch.autocast("cpu", torch.bfloat16):

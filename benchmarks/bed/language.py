@@ -1,4 +1,5 @@
-"""The family that is no image: a small language model, and kinds of text that a machine has at hand.
+"""The family that is no image: a small language model,
+and kinds of text that a machine has at hand.
 
 SmolLM2-135M-Instruct (Apache-2.0), its weights dequantised from 4 bits, as a transformers folder;
 adapters of rank 8 on the upper half of its blocks. What counts is the share of next tokens that are
@@ -45,13 +46,18 @@ def texts() -> dict[str, Iterator[str]]:
 
     def manuals() -> Iterator[str]:
         for text in read("/usr/share/man/man1", "*.gz"):
-            lines = [re.sub(r"\\f.|\\", "", line) for line in text.splitlines() if not line.startswith((".", "'"))]
+            lines = [
+                re.sub(r"\\f.|\\", "", line)
+                for line in text.splitlines()
+                if not line.startswith((".", "'"))
+            ]
             yield "\n".join(lines)[1000:4000]
 
     def french() -> Iterator[str]:
         for path in sorted(Path("/usr/share/locale/fr/LC_MESSAGES").glob("*.mo")):
             with path.open("rb") as file:
-                messages = gettext.GNUTranslations(file)._catalog.values()  # the only way to all of them
+                # the only way to all of them
+                messages = gettext.GNUTranslations(file)._catalog.values()
             yield "\n".join(text for text in islice(messages, 1, 80) if isinstance(text, str))
 
     return {
@@ -109,13 +115,17 @@ class Language:
         tokenizer, rows = AutoTokenizer.from_pretrained(self.folder), list[Tensor]()
         for text in some:
             ids = tokenizer(text, return_tensors="pt").input_ids[0]
-            rows += list(ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)[:12])  # few from each text
+            # few from each text
+            rows += list(ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)[:12])
             if len(rows) >= count:
                 break
         ids = torch.stack(rows[:count])
         middle = len(self.whole.model.layers) // 2
         with torch.autocast("cpu", torch.bfloat16):
-            hidden = [self.whole(part, output_hidden_states=True).hidden_states[middle] for part in ids.split(10)]
+            hidden = [
+                self.whole(part, output_hidden_states=True).hidden_states[middle]
+                for part in ids.split(10)
+            ]
         return torch.cat(hidden).bfloat16(), ids
 
     def split(self, domain: str, seed: int, train: int) -> tuple[Domain, Domain]:
@@ -144,7 +154,9 @@ class Language:
         start = f"{LANGUAGE} {seed}" if init == "shared" else f"{LANGUAGE} {seed} {domain}"
         torch.manual_seed(int(generator(start).initial_seed() % 2**31))
         targets = [
-            name for name, module in self.upper.named_modules() if isinstance(module, nn.Linear) and "layers" in name
+            name
+            for name, module in self.upper.named_modules()
+            if isinstance(module, nn.Linear) and "layers" in name
         ]
         config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets)
         model = get_peft_model(copy.deepcopy(self.upper), config)
@@ -172,7 +184,9 @@ class LanguageServer(Server):
         for name, update in updates.items():
             model.get_submodule(name).weight.add_(update.dense(), alpha=factor)
         model = model.bfloat16()
-        guessed = torch.cat([model(inputs_embeds=part).logits.argmax(-1) for part in self.test.images.split(8)])
+        guessed = torch.cat(
+            [model(inputs_embeds=part).logits.argmax(-1) for part in self.test.images.split(8)]
+        )
         return (guessed[:, :-1] == self.test.labels[:, 1:]).flatten()
 
     def _loader(self, count: int, batch: int = 8) -> list[dict[str, Tensor]]:

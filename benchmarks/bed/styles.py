@@ -1,4 +1,5 @@
-"""Domains made from real images: styles, corruptions, and pictures that take their tones or texture from others.
+"""Domains made from real images: styles, corruptions,
+and pictures that take their tones or texture from others.
 
 A style is a function (images (n, 3, s, s) in [0, 1], generator) -> images of the same form.
 """
@@ -28,8 +29,12 @@ def _blur(x: Tensor, sigma: float) -> Tensor:
     radius = math.ceil(2.5 * sigma)
     weights = torch.exp(-0.5 * (torch.arange(-radius, radius + 1) / sigma) ** 2)
     line = (weights / weights.sum()).expand(x.shape[1], 1, 1, -1)
-    x = functional.conv2d(functional.pad(x, (radius, radius, 0, 0), "reflect"), line, groups=x.shape[1])
-    return functional.conv2d(functional.pad(x, (0, 0, radius, radius), "reflect"), line.mT, groups=x.shape[1])
+    x = functional.conv2d(
+        functional.pad(x, (radius, radius, 0, 0), "reflect"), line, groups=x.shape[1]
+    )
+    return functional.conv2d(
+        functional.pad(x, (0, 0, radius, radius), "reflect"), line.mT, groups=x.shape[1]
+    )
 
 
 def _slopes(x: Tensor) -> Tensor:
@@ -124,7 +129,9 @@ def _foggy(x: Tensor, level: float, generator: Generator) -> Tensor:
 
 CORRUPTIONS: Mapping[str, Style] = MappingProxyType(
     {
-        "noise": _levelled(lambda x, s, g: x + s * torch.randn(x.shape, generator=g), 0.1, 0.25, 0.5),
+        "noise": _levelled(
+            lambda x, s, g: x + s * torch.randn(x.shape, generator=g), 0.1, 0.25, 0.5
+        ),
         "contrast": _levelled(lambda x, s, _: s * (x - 0.5) + 0.5, 0.5, 0.25, 0.12),
         "pixelated": _levelled(_pixelated, 2, 4, 8),
         "fog": _levelled(_foggy, 0.4, 0.6, 0.8),
@@ -134,7 +141,8 @@ CORRUPTIONS: Mapping[str, Style] = MappingProxyType(
 
 
 def toned(donors: Tensor, share: float = 0.08) -> Style:
-    """The low frequencies' amplitudes of other pictures, under the image's own phases (Yang and Soatto, 2020).
+    """The low frequencies' amplitudes of other pictures,
+    under the image's own phases (Yang and Soatto, 2020).
 
     Args:
         donors: (m, 3, s, s) in [0, 1].

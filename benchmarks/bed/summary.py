@@ -1,4 +1,6 @@
-"""Rows of trials -> tables: differences to the energy-matched mean, with intervals over families."""
+"""Rows of trials -> tables: differences to the energy-matched mean,
+with intervals over families.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,12 @@ __all__ = ["write"]
 
 FAIR = ("mean", MATCHED)
 READING = (
-    "Differences to the mean of all clients with its energy matched, in points of accuracy on the domain left out: the "
-    "mean over families, and its 95 % interval (hierarchical bootstrap: families, seeds, images). Worst: the family "
-    "with the lowest difference. Energy matched, or a number: the merged update scaled to that multiple of the mean "
+    "Differences to the mean of all clients with its energy matched, in points of accuracy on the "
+    "domain left out: the "
+    "mean over families, and its 95 % interval (hierarchical bootstrap: families, seeds, images). "
+    "Worst: the family "
+    "with the lowest difference. Energy matched, or a number: the merged update scaled to that "
+    "multiple of the mean "
     "norm of its inputs. Only trials that have the row are counted."
 )
 
@@ -40,7 +45,8 @@ def write(name: str, rows: Sequence[Row], folder: Path = tables.RESULTS) -> None
         lines, numbers = _lines(some)
         families = sorted({str(row["family"]) for row in some})
         trials = {
-            json.dumps([row[k] for k in ("family", "target", "seed", "regime", "init", "setting")]) for row in some
+            json.dumps([row[k] for k in ("family", "target", "seed", "regime", "init", "setting")])
+            for row in some
         }
         header = ("method", "length", "difference", "worst", *families)
         blocks.append(f"## {setting}\n\n{len(trials)} trials. {_cells(some)}")
@@ -49,14 +55,18 @@ def write(name: str, rows: Sequence[Row], folder: Path = tables.RESULTS) -> None
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps(kept, indent=1), encoding="utf-8")
     title = "Accuracy on a domain nobody trained on, over families of domains"
-    tables.write(name, title, tables.provenance("peft", "transformers"), READING, *blocks, folder=folder)
+    tables.write(
+        name, title, tables.provenance("peft", "transformers"), READING, *blocks, folder=folder
+    )
 
 
 def _cells(rows: Sequence[Row]) -> str:
     """How many trials there are in each pair of regime and initialisation."""
     found: dict[str, set[str]] = defaultdict(set)
     for row in rows:
-        found[f"{row['regime']}, {row['init']}"].add(str([row[k] for k in ("family", "target", "seed", "setting")]))
+        found[f"{row['regime']}, {row['init']}"].add(
+            str([row[k] for k in ("family", "target", "seed", "setting")])
+        )
     return "; ".join(f"{cell}: {len(some)}" for cell, some in sorted(found.items())) + "."
 
 
@@ -73,9 +83,17 @@ def _lines(rows: Sequence[Row]) -> tuple[list[tuple[object, ...]], dict[str, obj
         found, each = gain(differences), of_family(differences)
         numbers[" / ".join(key)] = {**vars(found), "families": each}
         cells = [f"{each[f]:+.1f}" if f in each else "-" for f in families]
-        lines.append((found.mean, (*key, "-" if key == FAIR else str(found), f"{found.worst:+.1f}", *cells)))
+        lines.append(
+            (found.mean, (*key, "-" if key == FAIR else str(found), f"{found.worst:+.1f}", *cells))
+        )
     lines.sort(key=lambda line: -line[0])
-    base = ("mean, accuracy", MATCHED, "-", "-", *(f"{level[f]:.1f}" if f in level else "-" for f in families))
+    base = (
+        "mean, accuracy",
+        MATCHED,
+        "-",
+        "-",
+        *(f"{level[f]:.1f}" if f in level else "-" for f in families),
+    )
     return [line for _, line in lines] + [base], numbers
 
 

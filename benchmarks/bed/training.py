@@ -66,20 +66,24 @@ def generator(text: str) -> torch.Generator:
 def train(half: Half, clients: Sequence[Client], text: Tensor, regime: Regime) -> None:
     """A rank-8 LoRA on every linear layer for each client that has no checkpoint yet.
 
-    Cross-entropy on 20 times the cosines with the texts. Everybody makes as many steps as a client with
-    `regime.images` per class does.
+    Cross-entropy on 20 times the cosines with the texts. Everybody makes as many steps as a client
+    with `regime.images` per class does.
     """
     clients = [client for client in clients if not (client.path / "adapter_config.json").exists()]
     if not clients:
         return
     model = half.bfloat16_copy()
     steps = max(1, round(regime.epochs * regime.images * len(text) / BATCH))
-    batches = torch.stack([_batches(len(c.data.labels), steps, generator(c.order)) for c in clients], 1)
+    batches = torch.stack(
+        [_batches(len(c.data.labels), steps, generator(c.order)) for c in clients], 1
+    )
     factors, parameters = {}, []
     starts = [generator(client.init) for client in clients]
     for name in half.targets():
         m, n = half.get_submodule(name).weight.shape
-        A = torch.stack([(torch.rand(RANK, n, generator=g) * 2 - 1) / n**0.5 for g in starts]).requires_grad_()
+        A = torch.stack(
+            [(torch.rand(RANK, n, generator=g) * 2 - 1) / n**0.5 for g in starts]
+        ).requires_grad_()
         B = torch.zeros(len(clients), m, RANK, requires_grad=True)
         factors[name] = (B, A)
         parameters += [A, B]
@@ -90,16 +94,23 @@ def train(half: Half, clients: Sequence[Client], text: Tensor, regime: Regime) -
         scaled = {name: (B * (ALPHA / RANK), A) for name, (B, A) in factors.items()}
         features = functional.normalize(model(tokens, scaled).float(), dim=-1)
         logits = half.logit_scale.exp() * features @ text.T
-        loss = functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / BATCH
+        loss = (
+            functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+            / BATCH
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     for k, client in enumerate(clients):
-        _save(client.path, {name: (B[k].detach(), A[k].detach()) for name, (B, A) in factors.items()})
+        _save(
+            client.path, {name: (B[k].detach(), A[k].detach()) for name, (B, A) in factors.items()}
+        )
 
 
 def _batches(count: int, steps: int, shuffle: torch.Generator) -> Tensor:
-    """(steps, BATCH) indices over shuffled passes; batches go across the end of a pass, so that all are full."""
+    """(steps, BATCH) indices over shuffled passes;
+    batches go across the end of a pass, so that all are full.
+    """
     passes = -(-steps * BATCH // count)
     order = torch.cat([torch.randperm(count, generator=shuffle) for _ in range(passes)])
     return order[: steps * BATCH].view(steps, BATCH)

@@ -1,4 +1,6 @@
-"""One merge, tested on the domain that was left out: which of its images are named rightly, at several lengths."""
+"""One merge, tested on the domain that was left out:
+which of its images are named rightly, at several lengths.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,11 @@ class Server:
     seed: int
     cache: Path | None = None
 
-    losses: ClassVar[tuple[Callable[..., Tensor], ...]] = (sm.alignment, sm.centered_alignment, sm.contrastive)
+    losses: ClassVar[tuple[Callable[..., Tensor], ...]] = (
+        sm.alignment,
+        sm.centered_alignment,
+        sm.contrastive,
+    )
     """Those of which `anchor_losses` tells; the first is that of the merges."""
 
     def rows(self, contender: Contender) -> Iterator[tuple[str, Tensor]]:
@@ -59,7 +65,9 @@ class Server:
             factor = 1.0 if length == AS_IS or norm == 0 else multiple * size / norm
             yield str(length), self.right(updates, factor)
 
-    def _merged(self, contender: Contender, adapters: Mapping[str, sm.Adapter]) -> dict[str, sm.Update]:
+    def _merged(
+        self, contender: Contender, adapters: Mapping[str, sm.Adapter]
+    ) -> dict[str, sm.Update]:
         loader = self._loader(contender.anchors) if contender.anchors else None
         merged = sm.merge(
             adapters,
@@ -89,7 +97,10 @@ class Server:
     @cached_property
     def norms(self) -> dict[str, float]:
         """Label -> the norm of its adapter."""
-        return {label: float(size) for label, size in zip(self.adapters, self.products.diagonal().sqrt())}
+        return {
+            label: float(size)
+            for label, size in zip(self.adapters, self.products.diagonal().sqrt())
+        }
 
     @cached_property
     def products(self) -> Tensor:
@@ -97,7 +108,12 @@ class Server:
         opened = list(self.opened.values())
         total = torch.zeros(len(opened), len(opened), dtype=torch.float64)
         for name in opened[0].modules:
-            B, A = zip(*((u.B.double(), u.A.double()) for u in (adapter.update(name) for adapter in opened)))
+            B, A = zip(
+                *(
+                    (u.B.double(), u.A.double())
+                    for u in (adapter.update(name) for adapter in opened)
+                )
+            )
             left, right = torch.cat(B, 1), torch.cat(A)
             rank = left.shape[1] // len(opened)
             products = (left.T @ left) * (right @ right.T)

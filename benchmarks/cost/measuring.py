@@ -33,13 +33,17 @@ def floor(made: Setup) -> None:
     loss = alignment if hasattr(inner, "get_text_features") else language_modeling
     total = [torch.zeros_like(p) for p in chosen]
     for batch in made.batches:
-        for sums, grad in zip(total, torch.autograd.grad(loss(inner, batch), chosen, allow_unused=True)):
+        for sums, grad in zip(
+            total, torch.autograd.grad(loss(inner, batch), chosen, allow_unused=True)
+        ):
             if grad is not None:
                 sums += grad
 
 
 def gradients(made: Setup, units: Any, statistic: str, at: str) -> None:
-    """The statistics of all adapters' gradients, in two halves of the anchors, in the coordinates of the units."""
+    """The statistics of all adapters' gradients, in two halves of the anchors,
+    in the coordinates of the units.
+    """
     layers = AdapterLayers.of(made.adapters, [1.0] * len(made.adapters), torch.device("cpu"))
     layers = layers.with_anchors(made.batches, made.base, None)
     assert layers.anchors is not None
@@ -55,12 +59,18 @@ _PARTS = {sm.Factors: ("A", "B"), sm.Directions: ("directions",), sm.Entries: ("
 
 
 def merge(made: Setup, units: Any, scorer: Any) -> None:
-    """The whole call: gradients, scores, masks, and the energy of the result. Nothing is written."""
-    sm.merge(made.adapters, made.batches, made.base, method=sm.sap(0.9, units, scorer), progress=False)
+    """The whole call: gradients, scores, masks, and the energy of the result.
+    Nothing is written.
+    """
+    sm.merge(
+        made.adapters, made.batches, made.base, method=sm.sap(0.9, units, scorer), progress=False
+    )
 
 
 def seconds(work: Work) -> float:
-    """Of this process, on all its threads: other programs on the machine count as little as can be."""
+    """Of this process, on all its threads: other programs on the machine count as
+    little as can be.
+    """
     gc.collect()
     start = time.process_time()
     work()

@@ -1,4 +1,6 @@
-"""Models of random weights, adapters of random numbers, anchors of noise: what is timed does not depend on them."""
+"""Models of random weights, adapters of random numbers, anchors of noise:
+what is timed does not depend on them.
+"""
 
 from __future__ import annotations
 
@@ -41,15 +43,23 @@ class Shape:
 
     @property
     def shared(self) -> str:
-        """The part that runs adapted while the other, of which there is nothing to learn, runs once."""
+        """The part that runs adapted while the other, of which there is nothing to learn,
+        runs once.
+        """
         return "language_model" if "language_model" in self.layers else "vision_model"
 
     def targets(self, where: str) -> str:
-        """The modules that are adapted: "everywhere", in the "shared" part only, or in the "last half" of the layers.
+        """The modules that are adapted: "everywhere", in the "shared" part only,
+        or in the "last half" of the layers.
 
-        The last half of a LLaVA is that of its language model: the whole vision tower comes before it.
+        The last half of a LLaVA is that of its language model:
+        the whole vision tower comes before it.
         """
-        parts = [self.shared] if where == "shared" or "language_model" in self.layers else list(self.layers)
+        parts = (
+            [self.shared]
+            if where == "shared" or "language_model" in self.layers
+            else list(self.layers)
+        )
         if where == "everywhere":
             parts = list(self.layers)
         found: list[str] = []
@@ -60,7 +70,9 @@ class Shape:
         return rf".*({'|'.join(found)}).*{LINEAR}"
 
 
-def _clip(width: int, depth: int, heads: int, patch: int, text: int, projection: int, text_depth: int = 12) -> Any:
+def _clip(
+    width: int, depth: int, heads: int, patch: int, text: int, projection: int, text_depth: int = 12
+) -> Any:
     from transformers import CLIPConfig
 
     vision = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": depth}
@@ -135,7 +147,8 @@ QUICK = (
 
 @dataclass(frozen=True)
 class Setup:
-    """A model twice over the same weights: plain, and wrapped by PEFT with all adapters loaded; and the anchors.
+    """A model twice over the same weights: plain, and wrapped by PEFT with all adapters loaded;
+    and the anchors.
 
     Args:
         base: the plain model.
@@ -173,8 +186,12 @@ def _model(config: Any) -> nn.Module:
 
 
 def _with_adapters(base: nn.Module, targets: str, count: int) -> Any:
-    twin = copy.deepcopy(base, {id(tensor): tensor for tensor in [*base.parameters(), *base.buffers()]})
-    settings = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=targets, init_lora_weights=False)
+    twin = copy.deepcopy(
+        base, {id(tensor): tensor for tensor in [*base.parameters(), *base.buffers()]}
+    )
+    settings = LoraConfig(
+        r=RANK, lora_alpha=2 * RANK, target_modules=targets, init_lora_weights=False
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         wrapped: Any = get_peft_model(twin, settings, adapter_name="a0")
@@ -193,6 +210,8 @@ def _batch(config: Any, size: int, seed: int) -> dict[str, Tensor]:
     if config.model_type == "clip":
         ids[:, -1] = 49407
     else:
-        image = torch.full((size, (224 // config.vision_config.patch_size) ** 2), config.image_token_id)
+        image = torch.full(
+            (size, (224 // config.vision_config.patch_size) ** 2), config.image_token_id
+        )
         ids = torch.cat([image, ids], 1)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}

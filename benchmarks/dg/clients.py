@@ -52,14 +52,20 @@ class Clients:
         if setting in ("12 clients", "48 clients"):
             return self._many(sources, int(setting.split()[0]))
         good = {name: self.own(name) for name in sources}
-        return good if setting == "equal" else good | self._odd(setting, sources[self.seed % len(sources)])
+        return (
+            good
+            if setting == "equal"
+            else good | self._odd(setting, sources[self.seed % len(sources)])
+        )
 
     def own(self, domain: str) -> Path:
         """The adapter of one domain."""
         return self._fit(self._train(domain), domain)
 
     def together(self, target: str) -> Path:
-        """One adapter on the data of all sources at once, with as many steps as one client: the upper reference."""
+        """One adapter on the data of all sources at once, with as many steps as one client:
+        the upper reference.
+        """
         sources = [name for name in self.task.domains if name != target]
         parts = [self._train(name) for name in sources]
         union = Domain(torch.cat([p.images for p in parts]), torch.cat([p.labels for p in parts]))
@@ -85,28 +91,48 @@ class Clients:
     def _odd(self, setting: str, source: str) -> Mapping[str, Path]:
         data, regime = self._train(source), self._regime
         if setting == "label noise":
-            order = torch.randperm(len(data.labels), generator=torch.Generator().manual_seed(self.seed))
-            return {"label-noise": self._fit(Domain(data.images, data.labels[order]), f"label-noise-{source}")}
+            order = torch.randperm(
+                len(data.labels), generator=torch.Generator().manual_seed(self.seed)
+            )
+            return {
+                "label-noise": self._fit(
+                    Domain(data.images, data.labels[order]), f"label-noise-{source}"
+                )
+            }
         if setting == "tiny":
-            index = torch.cat([(data.labels == k).nonzero().flatten()[:2] for k in range(len(self.task.text))])
+            index = torch.cat(
+                [(data.labels == k).nonzero().flatten()[:2] for k in range(len(self.task.text))]
+            )
             few = replace(regime, epochs=regime.epochs * len(data.labels) / len(index))
             return {"tiny": self._fit(data.take(index), f"tiny-{source}", few)}
         if setting == "flipped":
-            return {"flipped": scaled_copy(-1.0, self.own(source), self._folder / f"flipped-{source}")}
+            return {
+                "flipped": scaled_copy(-1.0, self.own(source), self._folder / f"flipped-{source}")
+            }
         if setting == "scaled":
-            return {"scaled": scaled_copy(10.0, self.own(source), self._folder / f"scaled-{source}")}
+            return {
+                "scaled": scaled_copy(10.0, self.own(source), self._folder / f"scaled-{source}")
+            }
         if setting == "other task" and self.other is not None:
             domain = next(iter(self.other.domains))
             data = self.other.split(domain, self.seed, regime.images)[0]
             path = self._folder / f"other-{self.other.name}"
-            return {"other-task": train(self.encoder, data, self.other.text, regime, self.seed, path, self.init)}
-        raise ValueError(f"setting {setting!r} is not one of {sorted(SETTINGS)}, or this task has no other task")
+            return {
+                "other-task": train(
+                    self.encoder, data, self.other.text, regime, self.seed, path, self.init
+                )
+            }
+        raise ValueError(
+            f"setting {setting!r} is not one of {sorted(SETTINGS)}, or this task has no other task"
+        )
 
     def _many(self, sources: list[str], count: int) -> dict[str, Path]:
         each, clients = count // len(sources), {}
         for name in sources:
             data = self._train(name)
-            order = torch.randperm(len(data.labels), generator=torch.Generator().manual_seed(self.seed))
+            order = torch.randperm(
+                len(data.labels), generator=torch.Generator().manual_seed(self.seed)
+            )
             regime = replace(self._regime, epochs=self._regime.epochs * each / 2)
             for part in range(each):
                 mine = data.take(order[part::each])
@@ -119,7 +145,9 @@ def scaled_copy(factor: float, source: Path, path: Path) -> Path:
     if not (path / "adapter_config.json").exists():
         path.mkdir(parents=True, exist_ok=True)
         tensors = load_file(source / "adapter_model.safetensors")
-        altered = {name: value * factor if "lora_B" in name else value for name, value in tensors.items()}
+        altered = {
+            name: value * factor if "lora_B" in name else value for name, value in tensors.items()
+        }
         save_file(altered, path / "adapter_model.safetensors", metadata={"format": "pt"})
         shutil.copyfile(source / "adapter_config.json", path / "adapter_config.json")
     return path

@@ -41,18 +41,22 @@ def contender(
 
 
 def _asks(method: sm.Method) -> bool:
-    return any(getattr(part, "reads_gradients", False) or type(part) in ASKING for part in parts(method))
+    return any(
+        getattr(part, "reads_gradients", False) or type(part) in ASKING for part in parts(method)
+    )
 
 
 def library() -> list[Contender]:
-    """Every public method that needs no argument, except slerp and factor_average, which are no merge of K updates, and
-    tune, which costs as much as five of them (`tuned`)."""
+    """Every public method that needs no argument, except slerp and factor_average, which are no
+    merge of K updates, and tune, which costs as much as five of them (`tuned`)."""
     found = []
     for name in sm.methods.__all__:
         factory = getattr(sm, name)
         if name in ("slerp", "factor_average", "tune"):
             continue
-        if all(given.default is not Parameter.empty for given in signature(factory).parameters.values()):
+        if all(
+            given.default is not Parameter.empty for given in signature(factory).parameters.values()
+        ):
             found.append(contender(name, factory()))
     return found
 
@@ -63,7 +67,9 @@ def tuned() -> list[Contender]:
 
 
 def contrib() -> list[Contender]:
-    """`sapmerge.contrib`, without what needs more than adapters and anchors (lorm a shared factor, movement runs)."""
+    """`sapmerge.contrib`, without what needs more than adapters and anchors (lorm a shared factor,
+    movement runs).
+    """
     names = ("adamerging", "ctm", "emr", "gradpruner", "loraprune", "pcb", "wudi")
     return [contender(name, getattr(sm, name)()) for name in names]
 
@@ -75,13 +81,26 @@ def main() -> list[Contender]:
 
 
 def unequal() -> list[Contender]:
-    """Methods that a server could turn to when clients differ: robust means, and weights from the anchors."""
-    names = ("mean", "ties", "tsv", "iso_c", "coordinate_median", "geometric_median", "krum", "trimmed_mean")
+    """Methods that a server could turn to when clients differ:
+    robust means, and weights from the anchors.
+    """
+    names = (
+        "mean",
+        "ties",
+        "tsv",
+        "iso_c",
+        "coordinate_median",
+        "geometric_median",
+        "krum",
+        "trimmed_mean",
+    )
     found = [contender(name, getattr(sm, name)()) for name in (*names, "sap_original", "sap")]
     found.append(contender("mean weighed by agreement", sm.WeighByAgreement(sm.mean())))
     for temperature in (0.1, 0.3):
         method = sm.WeighByAnchors(sm.mean(), sm.contrastive, temperature)
-        found.append(contender(f"mean weighed by contrastive / {temperature}", method, matched_only=True))
+        found.append(
+            contender(f"mean weighed by contrastive / {temperature}", method, matched_only=True)
+        )
     return found
 
 
@@ -97,20 +116,34 @@ def without() -> list[Contender]:
     return [contender(name, method) for name, method in kept.items()]
 
 
-def pruned(scorer: sm.Scorer, density: float, units: sm.Units, rescaler: sm.Rescaler | None = None) -> sm.Method:
+def pruned(
+    scorer: sm.Scorer, density: float, units: sm.Units, rescaler: sm.Rescaler | None = None
+) -> sm.Method:
     """Prune by a score, and average."""
     scope = "adapter" if isinstance(units, sm.Layers) else "layer"
-    return sm.Chain(sm.Prune(scorer, sm.TopFraction(density, scope), rescaler or sm.MatchNorm(), units), sm.Mean())
+    return sm.Chain(
+        sm.Prune(scorer, sm.TopFraction(density, scope), rescaler or sm.MatchNorm(), units),
+        sm.Mean(),
+    )
 
 
 def study() -> list[Contender]:
-    """SAP over units, density, scorer, loss, where the gradient is taken, anchors and rescaler; with its controls."""
+    """SAP over units, density, scorer, loss, where the gradient is taken, anchors and rescaler;
+    with its controls.
+    """
     found = [contender("mean", sm.mean(), matched_only=True)]
 
-    def add(name: str, method: sm.Method, loss: Callable[..., Tensor] = sm.alignment, anchors: int = 32) -> None:
+    def add(
+        name: str, method: sm.Method, loss: Callable[..., Tensor] = sm.alignment, anchors: int = 32
+    ) -> None:
         found.append(contender(name, method, loss, anchors, matched_only=True))
 
-    units = {"factors": sm.Factors(), "directions": sm.Directions(), "entries": sm.Entries(), "layers": sm.Layers()}
+    units = {
+        "factors": sm.Factors(),
+        "directions": sm.Directions(),
+        "entries": sm.Entries(),
+        "layers": sm.Layers(),
+    }
     for kind, unit in units.items():
         for density in (0.3, 0.5, 0.8):
             add(f"|w g|, {kind}, {density}", pruned(sm.Taylor(), density, unit))
@@ -124,7 +157,14 @@ def study() -> list[Contender]:
     add("|w| E|g|, factors, 0.5", pruned(sm.PerSampleTaylor(), 0.5, unit))
     add("Fisher, factors, 0.5", pruned(sm.Fisher(), 0.5, unit))
     add("|w g| at the base, factors, 0.5", pruned(sm.Taylor("base"), 0.5, unit))
-    add("|w g|, factors, 0.5, nothing given back per layer", pruned(sm.Taylor(), 0.5, unit, sm.Keep()))
+    add(
+        "|w g|, factors, 0.5, nothing given back per layer",
+        pruned(sm.Taylor(), 0.5, unit, sm.Keep()),
+    )
     for anchors in (8, 16, 128):
-        add(f"|w g|, factors, 0.5, {anchors} anchors", pruned(sm.Taylor(), 0.5, unit), anchors=anchors)
+        add(
+            f"|w g|, factors, 0.5, {anchors} anchors",
+            pruned(sm.Taylor(), 0.5, unit),
+            anchors=anchors,
+        )
     return found

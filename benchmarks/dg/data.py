@@ -1,4 +1,6 @@
-"""Domains: images, labels, the text embeddings of the classes; and anchors: public image-text pairs."""
+"""Domains: images, labels, the text embeddings of the classes;
+and anchors: public image-text pairs.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,13 @@ from dg.encoders import Clip, unit
 
 __all__ = ["Domain", "Task", "bundled", "digits", "folder", "pictures"]
 
-TEMPLATES = ("a photo of a {}.", "a painting of a {}.", "a cartoon of a {}.", "a sketch of a {}.", "an image of a {}.")
+TEMPLATES = (
+    "a photo of a {}.",
+    "a painting of a {}.",
+    "a cartoon of a {}.",
+    "a sketch of a {}.",
+    "an image of a {}.",
+)
 HELD = 50
 """Images per class and domain that nobody trains on, where a class has twice as many."""
 
@@ -56,9 +64,11 @@ class Task:
     anchor_text: Tensor
 
     def split(self, domain: str, seed: int, train: int, test: int = HELD) -> tuple[Domain, Domain]:
-        """Disjoint training and test images, so many per class, drawn by the seed; neither depends on the other.
+        """Disjoint training and test images, so many per class, drawn by the seed;
+        neither depends on the other.
 
-        `HELD` images of a class are kept for the test, and of a class with fewer than twice as many, half.
+        `HELD` images of a class are kept for the test,
+        and of a class with fewer than twice as many, half.
 
         Raises:
             ValueError: a class with a single image, or with none.
@@ -68,7 +78,10 @@ class Task:
         for k in range(len(self.text)):
             index = (found.labels == k).nonzero().flatten()
             if len(index) < 2:
-                raise ValueError(f"{self.name}, domain {domain}: class {k} has {len(index)} images; two are needed")
+                raise ValueError(
+                    f"{self.name}, domain {domain}: class {k} has {len(index)} images; two are "
+                    "needed"
+                )
             index = index[torch.randperm(len(index), generator=generator)]
             held = min(HELD, len(index) // 2)
             testing.append(index[:held][:test])
@@ -83,7 +96,9 @@ class Task:
 
 
 def bundled(bundle: Path) -> dict[str, Task]:
-    """Every task of a bundle: its folders NAME/domain/class/image whose classes have texts, and digits."""
+    """Every task of a bundle: its folders NAME/domain/class/image whose classes have texts,
+    and digits.
+    """
     features = load_file(bundle / "text_features.safetensors")
     names = [key.removesuffix("_classes") for key in features if key.endswith("_classes")]
     tasks = {name: pictures(bundle, name) for name in sorted(names) if (bundle / name).is_dir()}
@@ -91,11 +106,12 @@ def bundled(bundle: Path) -> dict[str, Task]:
 
 
 def pictures(bundle: Path, name: str, size: int = 160) -> Task:
-    """A folder NAME/domain/class/image, with COCO photos and captions as anchors; all text embeddings are given.
+    """A folder NAME/domain/class/image, with COCO photos and captions as anchors;
+    all text embeddings are given.
 
     Args:
-        bundle: the folder of NAME, of text_features.safetensors with NAME_classes (templates, classes, d) in the
-            alphabetical order of the classes, and of coco_anchors.
+        bundle: the folder of NAME, of text_features.safetensors with NAME_classes (templates,
+            classes, d) in the alphabetical order of the classes, and of coco_anchors.
 
     Raises:
         ValueError: not one text per class.
@@ -104,13 +120,16 @@ def pictures(bundle: Path, name: str, size: int = 160) -> Task:
     domains, classes = _domains(bundle / name, size)
     text = unit(features[f"{name}_classes"].mean(0))
     if len(text) != len(classes):
-        raise ValueError(f"{bundle / name} has the classes {classes}, and {name}_classes has {len(text)} texts")
+        raise ValueError(
+            f"{bundle / name} has the classes {classes}, and {name}_classes has {len(text)} texts"
+        )
     images, _ = _pairs(bundle / "coco_anchors", size)
     return Task(name, domains, text, images, unit(features["coco_captions"].mean(1)))
 
 
 def digits(bundle: Path, size: int = 64) -> Task:
-    """Every domain of every digits*.npz, with scikit-learn's handwritten digits and their names as anchors.
+    """Every domain of every digits*.npz, with scikit-learn's handwritten digits and their
+    names as anchors.
 
     A domain NAME is an array NAME_x (n, s, s) or (n, s, s, 3) of images, and NAME_y of labels.
 
@@ -126,10 +145,16 @@ def digits(bundle: Path, size: int = 64) -> Task:
         for name in (key.removesuffix("_x") for key in arrays.files if key.endswith("_x")):
             if name in domains:
                 raise ValueError(f"{path}: the domain {name} is in another file, too")
-            images, labels = torch.from_numpy(arrays[f"{name}_x"]), torch.from_numpy(arrays[f"{name}_y"])
+            images, labels = (
+                torch.from_numpy(arrays[f"{name}_x"]),
+                torch.from_numpy(arrays[f"{name}_y"]),
+            )
             domains[name] = Domain(_enlarged(images, size), labels.long())
     found = load_digits()
-    images, labels = torch.from_numpy((found.images * (255 / 16)).astype(np.uint8)), torch.from_numpy(found.target)
+    images, labels = (
+        torch.from_numpy((found.images * (255 / 16)).astype(np.uint8)),
+        torch.from_numpy(found.target),
+    )
     chosen = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))[:160]
     return Task("digits", domains, text, _enlarged(images[chosen], size), text[labels[chosen]])
 
@@ -144,7 +169,10 @@ def folder(root: Path, anchors: Path, clip: Clip) -> Task:
     size = clip.encoder.size or 224
     domains, classes = _domains(root, size)
     text = torch.stack(
-        [clip.texts([line.format(name.replace("_", " ")) for line in TEMPLATES]).mean(0) for name in classes]
+        [
+            clip.texts([line.format(name.replace("_", " ")) for line in TEMPLATES]).mean(0)
+            for name in classes
+        ]
     )
     images, captions = _pairs(anchors, size)
     embedded = torch.stack([clip.texts(texts).mean(0) for texts in captions])
@@ -158,7 +186,11 @@ def _domains(root: Path, size: int) -> tuple[dict[str, Domain], list[str]]:
     for name in names:
         if {path.name for path in (root / name).iterdir() if path.is_dir()} != set(classes):
             raise ValueError(f"{root / name} has other classes than {root / names[0]}")
-        files = [(path, k) for k, kind in enumerate(classes) for path in sorted((root / name / kind).iterdir())]
+        files = [
+            (path, k)
+            for k, kind in enumerate(classes)
+            for path in sorted((root / name / kind).iterdir())
+        ]
         images = torch.stack([_image(path, size) for path, _ in files])
         domains[name] = Domain(images, torch.tensor([k for _, k in files]))
     return domains, classes
@@ -166,7 +198,9 @@ def _domains(root: Path, size: int) -> tuple[dict[str, Domain], list[str]]:
 
 def _pairs(root: Path, size: int) -> tuple[Tensor, list[list[str]]]:
     entries = json.loads((root / "captions.json").read_text(encoding="utf-8"))
-    return torch.stack([_image(root / entry["file"], size) for entry in entries]), [e["captions"] for e in entries]
+    return torch.stack([_image(root / entry["file"], size) for entry in entries]), [
+        e["captions"] for e in entries
+    ]
 
 
 def _image(path: Path, size: int) -> Tensor:

@@ -1,4 +1,6 @@
-"""Image encoders whose classes are texts: a tiny ViT with given text embeddings, or a CLIP by name."""
+"""Image encoders whose classes are texts: a tiny ViT with given text embeddings,
+or a CLIP by name.
+"""
 
 from __future__ import annotations
 
@@ -43,19 +45,27 @@ class Encoder:
         return self.model.logit_scale.device
 
     def targets(self) -> list[str]:
-        """The linear layers that carry adapters: attention and MLP of every block of the image tower."""
+        """The linear layers that carry adapters: attention and MLP of every block of
+        the image tower.
+        """
         return [
-            name for name, module in self.model.named_modules() if isinstance(module, nn.Linear) and self.blocks in name
+            name
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.Linear) and self.blocks in name
         ]
 
     def pixels(self, images: Tensor) -> Tensor:
         """(N, 3, s, s) uint8 -> the model's input, on its device."""
-        mean, std = (torch.tensor(values, device=self.device)[:, None, None] for values in (self.mean, self.std))
+        mean, std = (
+            torch.tensor(values, device=self.device)[:, None, None]
+            for values in (self.mean, self.std)
+        )
         return (images.to(self.device).float() / 255 - mean) / std
 
 
 class TinyDualEncoder(nn.Module):
-    """ViT-Ti/16; the score of an image and a text is the cosine of the CLS feature and a given text embedding.
+    """ViT-Ti/16; the score of an image and a text is the cosine of the CLS feature and a given
+    text embedding.
 
     A dual encoder, not CLIP: the text embeddings come from a sentence encoder and a linear map.
     """
@@ -64,8 +74,11 @@ class TinyDualEncoder(nn.Module):
         super().__init__()
         from transformers import ViTModel
 
-        # The fused attention kernel's backward pass is slow on CPUs: 54 images per second with "eager", 36 without.
-        self.vit = ViTModel.from_pretrained(folder, add_pooling_layer=False, attn_implementation="eager")
+        # The fused attention kernel's backward pass is slow on CPUs: 54 images per second with
+        # "eager", 36 without.
+        self.vit = ViTModel.from_pretrained(
+            folder, add_pooling_layer=False, attn_implementation="eager"
+        )
         self.register_buffer("logit_scale", torch.tensor(20.0).log())
 
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
@@ -102,8 +115,12 @@ class Clip:
 
 
 @torch.no_grad()
-def predictions(encoder: Encoder, model: nn.Module, images: Tensor, text: Tensor, batch: int = 64) -> Tensor:
-    """(N,) class indices by cosine with the texts. In bfloat16: three times faster on CPUs that have it."""
+def predictions(
+    encoder: Encoder, model: nn.Module, images: Tensor, text: Tensor, batch: int = 64
+) -> Tensor:
+    """(N,) class indices by cosine with the texts.
+    In bfloat16: three times faster on CPUs that have it.
+    """
     found = []
     for part in images.split(batch):
         with torch.autocast(encoder.device.type, torch.bfloat16):
@@ -112,7 +129,9 @@ def predictions(encoder: Encoder, model: nn.Module, images: Tensor, text: Tensor
     return torch.cat(found)
 
 
-def accuracy(encoder: Encoder, model: nn.Module, images: Tensor, labels: Tensor, text: Tensor) -> float:
+def accuracy(
+    encoder: Encoder, model: nn.Module, images: Tensor, labels: Tensor, text: Tensor
+) -> float:
     """The share of images whose nearest text is that of their class."""
     return float((predictions(encoder, model, images, text) == labels).double().mean())
 

@@ -1,6 +1,7 @@
 """Pictures of `results/*.json`: every method against the energy-matched mean, with 95 % intervals.
 
-python -m dg.pictures results/domain_generalization.json ../docs/figures/evidence.png       # in benchmarks/
+python -m dg.pictures results/domain_generalization.json ../docs/figures/evidence.png
+# in benchmarks/
 """
 
 from __future__ import annotations
@@ -21,7 +22,12 @@ __all__ = ["draw"]
 
 FAIR = f"mean / {MATCHED}"
 OURS, OTHER = "#c0392b", "#34495e"
-REFERENCES = ("zero-shot", "single adapter", "adapter of the domain itself", "all sources trained together")
+REFERENCES = (
+    "zero-shot",
+    "single adapter",
+    "adapter of the domain itself",
+    "all sources trained together",
+)
 
 
 def draw(source: Path, target: Path) -> None:
@@ -29,7 +35,9 @@ def draw(source: Path, target: Path) -> None:
     tables = json.loads(source.read_text(encoding="utf-8"))
     height = 1 + 0.19 * max(len(_best(table)) for table in tables.values())
     rows, columns = -(-len(tables) // 4), min(4, len(tables))
-    figure, axes = pyplot.subplots(rows, columns, figsize=(3.6 * columns, height * rows), squeeze=False)
+    figure, axes = pyplot.subplots(
+        rows, columns, figsize=(3.6 * columns, height * rows), squeeze=False
+    )
     for axis in axes.flat[len(tables) :]:
         axis.axis("off")
     for axis, (title, table) in zip(axes.flat, tables.items()):
@@ -48,7 +56,9 @@ def draw(source: Path, target: Path) -> None:
 
 
 def _best(table: Mapping[str, Mapping[str, float]]) -> dict[str, tuple[float, float]]:
-    """Method -> its difference to the energy-matched mean, at the better of its own length and the matched one."""
+    """Method -> its difference to the energy-matched mean,
+    at the better of its own length and the matched one.
+    """
     fair, found = table[FAIR], dict[str, tuple[float, float]]()
     for key, values in table.items():
         name, _, length = key.rpartition(" / ")

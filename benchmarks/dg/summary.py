@@ -1,4 +1,6 @@
-"""Accuracies -> tables: leave-one-out means, and 95 % intervals of the paired difference to the mean of the updates."""
+"""Accuracies -> tables: leave-one-out means, and 95 % intervals of the paired difference to the
+mean of the updates.
+"""
 
 from __future__ import annotations
 
@@ -33,8 +35,13 @@ def per_seed(rows: Iterable[Row]) -> dict[Key, dict[int, float]]:
     """(method, length) -> seed -> accuracy in per cent, averaged over the domains left out."""
     found: dict[Key, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        found[label(row), str(row["length"])][int(str(row["seed"]))].append(100 * float(str(row["accuracy"])))
-    return {key: {seed: statistics.fmean(all_) for seed, all_ in seeds.items()} for key, seeds in found.items()}
+        found[label(row), str(row["length"])][int(str(row["seed"]))].append(
+            100 * float(str(row["accuracy"]))
+        )
+    return {
+        key: {seed: statistics.fmean(all_) for seed, all_ in seeds.items()}
+        for key, seeds in found.items()
+    }
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -55,18 +62,32 @@ def difference(found: Mapping[Key, Mapping[int, float]], key: Key, to: Key) -> s
 
 
 def overview(groups: Mapping[str, Mapping[Key, Mapping[int, float]]]) -> str:
-    """One line per method, one column per table: the differences to the energy-matched mean, and their mean."""
-    keys = [key for key in next(iter(groups.values())) if all(key in found for found in groups.values())]
+    """One line per method, one column per table: the differences to the energy-matched mean,
+    and their mean.
+    """
+    keys = [
+        key for key in next(iter(groups.values())) if all(key in found for found in groups.values())
+    ]
     lines = []
     for key in keys:
-        gaps = [[found[key][seed] - found[FAIR][seed] for seed in found[key]] for found in groups.values()]
+        gaps = [
+            [found[key][seed] - found[FAIR][seed] for seed in found[key]]
+            for found in groups.values()
+        ]
         centre = statistics.fmean(statistics.fmean(gap) for gap in gaps)
-        lines.append((*key, *(difference(found, key, FAIR) for found in groups.values()), f"{centre:+.1f}"))
-    return tables.table(("method", "length", *groups, "mean of all"), sorted(lines, key=lambda line: -float(line[-1])))
+        lines.append(
+            (*key, *(difference(found, key, FAIR) for found in groups.values()), f"{centre:+.1f}")
+        )
+    return tables.table(
+        ("method", "length", *groups, "mean of all"),
+        sorted(lines, key=lambda line: -float(line[-1])),
+    )
 
 
 def write(name: str, rows: Sequence[Row], folder: Path = tables.RESULTS) -> None:
-    """Print and keep one table per task, regime and setting; the numbers of every seed go to a JSON file beside it."""
+    """Print and keep one table per task, regime and setting;
+    the numbers of every seed go to a JSON file beside it.
+    """
     split: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         split[f"{row['task']} {row['regime']}, {row['setting']}"].append(row)
@@ -86,16 +107,25 @@ def write(name: str, rows: Sequence[Row], folder: Path = tables.RESULTS) -> None
             )
             for key in found
         ]
-        blocks += [f"## {title}\n\nLeft out in turn: {', '.join(domains)}. Seeds {seeds}.", tables.table(header, lines)]
+        blocks += [
+            f"## {title}\n\nLeft out in turn: {', '.join(domains)}. Seeds {seeds}.",
+            tables.table(header, lines),
+        ]
     if len(groups) > 1 and all(FAIR in found for found in groups.values()):
         blocks[:0] = ["## Differences to the energy-matched mean", overview(groups)]
-    kept = {title: {" / ".join(key): values for key, values in found.items()} for title, found in groups.items()}
+    kept = {
+        title: {" / ".join(key): values for key, values in found.items()}
+        for title, found in groups.items()
+    }
     path = folder / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(kept, indent=1), encoding="utf-8")
     reading = (
-        "Accuracy in per cent. Δ: paired difference over seeds, in points, with its 95 % interval (Student). Energy "
+        "Accuracy in per cent. Δ: paired difference over seeds, in points, with its 95 % interval "
+        "(Student). Energy "
         "matched: the merged update scaled to the mean norm of the adapters."
     )
     title = "Accuracy on a domain nobody trained on"
-    tables.write(name, title, tables.provenance("peft", "transformers"), reading, *blocks, folder=folder)
+    tables.write(
+        name, title, tables.provenance("peft", "transformers"), reading, *blocks, folder=folder
+    )

@@ -41,12 +41,20 @@ REGIMES = {"A": Regime(60, 4, 5e-4), "B": Regime(20, 20, 3e-3)}
 
 
 def train(
-    encoder: Encoder, data: Domain, text: Tensor, regime: Regime, seed: int, path: Path, init: str = "shared"
+    encoder: Encoder,
+    data: Domain,
+    text: Tensor,
+    regime: Regime,
+    seed: int,
+    path: Path,
+    init: str = "shared",
 ) -> Path:
-    """A rank-8 LoRA on every linear layer of the image tower's blocks: cross-entropy on the cosines with the texts.
+    """A rank-8 LoRA on every linear layer of the image tower's blocks:
+    cross-entropy on the cosines with the texts.
 
     Args:
-        init: "shared": A is drawn by the seed alone, so all clients start from one; "own": by the path's name, too.
+        init: "shared": A is drawn by the seed alone, so all clients start from one;
+            "own": by the path's name, too.
     """
     if (path / "adapter_config.json").exists():
         return path
@@ -55,12 +63,18 @@ def train(
     torch.manual_seed(seed if init == "shared" else zlib.crc32(f"{seed} {path.name}".encode()))
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=encoder.targets())
     model = get_peft_model(copy.deepcopy(encoder.model), config).train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=regime.rate)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=regime.rate
+    )
     classes, generator = text.to(encoder.device), torch.Generator().manual_seed(seed)
     steps = round(regime.epochs * len(data.labels) / BATCH)
     for index in _batches(len(data.labels), steps, generator):
         with torch.autocast(encoder.device.type, torch.bfloat16):
-            features = embedding(model.get_base_model(), {"pixel_values": encoder.pixels(data.images[index])}, "image")
+            features = embedding(
+                model.get_base_model(),
+                {"pixel_values": encoder.pixels(data.images[index])},
+                "image",
+            )
         loss = functional.cross_entropy(
             encoder.logit_scale * features @ classes.T, data.labels[index].to(encoder.device)
         )
@@ -74,7 +88,9 @@ def train(
 
 
 def _batches(count: int, steps: int, generator: torch.Generator) -> list[Tensor]:
-    """Index batches of `BATCH` over shuffled passes; batches go across the end of a pass, so that all are full."""
+    """Index batches of `BATCH` over shuffled passes;
+    batches go across the end of a pass, so that all are full.
+    """
     passes = -(-steps * BATCH // count)
     order = torch.cat([torch.randperm(count, generator=generator) for _ in range(passes)])
     return list(order[: steps * BATCH].split(BATCH))

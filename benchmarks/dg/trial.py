@@ -1,4 +1,6 @@
-"""One merge, tested on the domain that was left out: as the method makes it, and with its energy matched."""
+"""One merge, tested on the domain that was left out:
+as the method makes it, and with its energy matched.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,8 @@ class Contender:
         method: of the merge.
         loss: on the anchors.
         anchors: how many public pairs; 0 for a method that asks none.
-        lengths: `AS_IS`, `MATCHED` (the merged update scaled to the mean norm of its inputs), or multiples of that.
+        lengths: `AS_IS`, `MATCHED` (the merged update scaled to the mean norm of its inputs),
+            or multiples of that.
     """
 
     name: str
@@ -109,8 +112,9 @@ class Server:
         return dict(merged.updates())
 
     def _tested(self, updates: Mapping[str, sm.Update], factor: float) -> float:
-        """The accuracy with factor x updates. What equals an earlier update (the median of two is their mean) is not
-        tested again: equal are updates with equal projections on random directions."""
+        """The accuracy with factor x updates. What equals an earlier update (the median of two is
+        their mean) is not tested again: equal are updates with equal projections on
+        random directions."""
         generator = torch.Generator().manual_seed(0)
         mark = factor * torch.stack([_projection(update, generator) for update in updates.values()])
         for known, tested in self._seen:
@@ -141,7 +145,9 @@ class Server:
 
 def _projection(update: sm.Update, generator: torch.Generator) -> Tensor:
     """x^T D y for random x and y."""
-    left, right = (torch.randn(count, generator=generator).to(update.device) for count in update.shape)
+    left, right = (
+        torch.randn(count, generator=generator).to(update.device) for count in update.shape
+    )
     if isinstance(update, sm.LowRank):
         return (left.to(update.dtype) @ update.B) @ (update.A @ right.to(update.dtype))
     return left.to(update.dtype) @ update.dense() @ right.to(update.dtype)

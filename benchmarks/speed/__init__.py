@@ -1,1 +1,3 @@
-"""The pieces of benchmarks/merging.py: shapes, files, peers, and the processes that are measured."""
+"""The pieces of benchmarks/merging.py: shapes, files, peers,
+and the processes that are measured.
+"""

@@ -28,11 +28,12 @@ class References:
         self._best: dict[tuple[str, str, int], Tensor] = {}
 
     def errors(self, method: str, rank: int | None, out: Path) -> tuple[float, float]:
-        """The largest errors over the layers: to the best approximation of the same rank, and in excess of it.
+        """The largest errors over the layers: to the best approximation of the same rank,
+        and in excess of it.
 
-        The first is ||stored - best|| / ||best||. It is large where the singular values around the cut are equal and
-        either vector is as good. The second is ||stored - whole|| / ||best - whole|| - 1, the loss itself; 0 for a
-        result that is stored exactly.
+        The first is ||stored - best|| / ||best||. It is large where the singular values around the
+        cut are equal and either vector is as good. The second is ||stored - whole|| / ||best -
+        whole|| - 1, the loss itself; 0 for a result that is stored exactly.
         """
         found = [self._error(name, method, rank, out) for name in self._updates]
         return max(error for error, _ in found), max(excess for _, excess in found)
@@ -66,15 +67,26 @@ def _merged(method: str, matrices: Sequence[Tensor]) -> Tensor:
 
 
 def _stored(out: Path, name: str) -> Tensor:
-    """What a peer wrote for one module: factors of the whole model or of this module alone, or a matrix."""
+    """What a peer wrote for one module: factors of the whole model or of this module alone,
+    or a matrix.
+    """
     if (matrix := out / name / "matrix.safetensors").exists():
         return load_file(matrix)[f"{name}.weight"].double()
     folders = [out / name / "merged", out / "merged", out]
-    tensors = load_file(next(f for folder in folders if (f := folder / "adapter_model.safetensors").exists()))
-    b, a = (tensors[f"base_model.model.{name}.{factor}.weight"].double() for factor in ("lora_B", "lora_A"))
+    tensors = load_file(
+        next(f for folder in folders if (f := folder / "adapter_model.safetensors").exists())
+    )
+    b, a = (
+        tensors[f"base_model.model.{name}.{factor}.weight"].double()
+        for factor in ("lora_B", "lora_A")
+    )
     return b @ a
 
 
 def largest(updates: Updates, side: int = 1024) -> Updates:
     """The layers whose smaller side is at most `side`: the others take the reference too long."""
-    return {name: pairs for name, pairs in updates.items() if min(pairs[0][0].shape[0], pairs[0][1].shape[1]) <= side}
+    return {
+        name: pairs
+        for name, pairs in updates.items()
+        if min(pairs[0][0].shape[0], pairs[0][1].shape[1]) <= side
+    }

@@ -14,11 +14,13 @@ from speed.shapes import Shapes
 __all__ = ["extract", "write_adapters"]
 
 
-def write_adapters(folder: Path, shapes: Shapes, rank: int, count: int, dtype: torch.dtype) -> list[Path]:
+def write_adapters(
+    folder: Path, shapes: Shapes, rank: int, count: int, dtype: torch.dtype
+) -> list[Path]:
     """`count` adapters of one rank, folder/0, folder/1, ...; those that are there are kept.
 
-    Singular values of the factors fall off as those of trained adapters do, so that a cut of the rank has something to
-    choose. lora_alpha is twice the rank.
+    Singular values of the factors fall off as those of trained adapters do, so that a cut of the
+    rank has something to choose. lora_alpha is twice the rank.
     """
     decay = torch.linspace(1.0, 0.05, rank)
     for k in range(count):

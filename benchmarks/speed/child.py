@@ -1,4 +1,6 @@
-"""The process that is measured: `python -m speed.child JOB` does one job and prints its outcome as JSON."""
+"""The process that is measured: `python -m speed.child JOB` does one job and prints its
+outcome as JSON.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,9 @@ def read_updates(adapters: list[str]) -> Updates:
         for key, a in tensors.items():
             if key.endswith(".lora_A.weight"):
                 name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-                b = tensors[key.replace("lora_A", "lora_B")].float() * (config["lora_alpha"] / config["r"])
+                b = tensors[key.replace("lora_A", "lora_B")].float() * (
+                    config["lora_alpha"] / config["r"]
+                )
                 found.setdefault(name, []).append((b, a.float()))
     return found
 
@@ -66,8 +70,12 @@ def write_factors(out: str, factors: dict[str, tuple[Tensor, Tensor]]) -> None:
     from safetensors.torch import save_file
 
     Path(out).mkdir(parents=True, exist_ok=True)
-    tensors = {f"base_model.model.{n}.lora_B.weight": b.contiguous() for n, (b, _) in factors.items()}
-    tensors |= {f"base_model.model.{n}.lora_A.weight": a.contiguous() for n, (_, a) in factors.items()}
+    tensors = {
+        f"base_model.model.{n}.lora_B.weight": b.contiguous() for n, (b, _) in factors.items()
+    }
+    tensors |= {
+        f"base_model.model.{n}.lora_A.weight": a.contiguous() for n, (_, a) in factors.items()
+    }
     save_file(tensors, f"{out}/adapter_model.safetensors")
 
 

@@ -1,4 +1,6 @@
-"""Merging written straight down: every update as a float32 matrix, torch's SVD. Memory is counted as for ours."""
+"""Merging written straight down: every update as a float32 matrix, torch's SVD.
+Memory is counted as for ours.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +18,15 @@ Factors = tuple[Tensor, Tensor]
 
 
 def run(job: dict[str, Any], clock: Clock) -> None:
-    """Read, merge, write. With samples, all layers are read and written, and the merge of a few is scaled."""
+    """Read, merge, write. With samples, all layers are read and written,
+    and the merge of a few is scaled.
+    """
     method, merged = METHODS[job["method"]], dict[str, Factors]()
     with clock.part("load"):
         updates = read_updates(job["adapters"])
-    times = {module: sample["times"] for module, sample in job["samples"].items()} or dict.fromkeys(updates, 1.0)
+    times = {module: sample["times"] for module, sample in job["samples"].items()} or dict.fromkeys(
+        updates, 1.0
+    )
     for module, count in times.items():
         with clock.part("merge", count):
             merged[module] = method([b @ a for b, a in updates[module]], job["rank"])
@@ -38,23 +44,32 @@ def ties(matrices: Sequence[Tensor], rank: int) -> Factors:
 
 
 def tsv(matrices: Sequence[Tensor], rank: int) -> Factors:
-    """Task singular vectors: the SVD of every update, and the polar factors of the stacked vectors."""
+    """Task singular vectors: the SVD of every update,
+    and the polar factors of the stacked vectors.
+    """
     pieces = [_svd(matrix) for matrix in matrices]
-    keep = [min(min(matrices[0].shape) // len(matrices), int((s > 1e-5 * s[0]).sum())) for _, s, _ in pieces]
+    keep = [
+        min(min(matrices[0].shape) // len(matrices), int((s > 1e-5 * s[0]).sum()))
+        for _, s, _ in pieces
+    ]
     left = _polar(torch.cat([U[:, :k] for (U, _, _), k in zip(pieces, keep, strict=True)], 1))
     right = _polar(torch.cat([Vh[:k] for (_, _, Vh), k in zip(pieces, keep, strict=True)]))
     return left * torch.cat([s[:k] for (_, s, _), k in zip(pieces, keep, strict=True)]), right
 
 
 def iso_c(matrices: Sequence[Tensor], rank: int) -> Factors:
-    """The sum with all singular values equal; its vectors are the factors, so it is not decomposed again."""
+    """The sum with all singular values equal; its vectors are the factors,
+    so it is not decomposed again.
+    """
     U, s, Vh = _svd(torch.stack(list(matrices)).sum(0))
     keep = int((s > 1e-5 * s[0]).sum())
     return U[:, :keep] * s[:keep].mean(), Vh[:keep]
 
 
 def knots(matrices: Sequence[Tensor], rank: int) -> Factors:
-    """TIES on S V_k of the SVD of all updates side by side; U and the merged coordinates are the factors."""
+    """TIES on S V_k of the SVD of all updates side by side;
+    U and the merged coordinates are the factors.
+    """
     U, s, Vh = _svd(torch.cat(list(matrices), 1))
     keep = int((s > 1e-5 * s[0]).sum())
     return U[:, :keep], ties_sum((s[:keep, None] * Vh[:keep]).chunk(len(matrices), 1))

@@ -1,4 +1,6 @@
-"""What is measured: one merge, files to file, in a process of its own; several of them take turns."""
+"""What is measured: one merge, files to file, in a process of its own;
+several of them take turns.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +32,8 @@ class Job:
         adapters: folders.
         out: folder to write.
         rank: of what is stored; None: whatever the method gives, exactly.
-        samples: module -> {"times": how many layers it stands for, "adapters": folders with this module alone}. Empty:
-            all layers are merged, and nothing is scaled.
+        samples: module -> {"times": how many layers it stands for, "adapters": folders with this
+            module alone}. Empty: all layers are merged, and nothing is scaled.
         options: what else the peer wants to know.
         threads: of torch; 0: as many as there are cores.
     """
@@ -53,7 +55,8 @@ class Outcome:
     Args:
         seconds: reading, merging and writing; scaled where the job has samples.
         parts: seconds of each part.
-        peak: memory in MB beyond what the process had before (the interpreter with torch; see each peer).
+        peak: memory in MB beyond what the process had before (the interpreter with torch; see each
+            peer).
         failed: the last line of the error, where the peer could not do it.
         wall: seconds that the process really took, imports included.
     """
@@ -66,12 +69,17 @@ class Outcome:
 
 
 def measure(jobs: Sequence[Job], repeats: int) -> list[Outcome]:
-    """Run every job `repeats` times, the jobs taking turns, each in a fresh process; once if it takes over a minute."""
+    """Run every job `repeats` times, the jobs taking turns, each in a fresh process;
+    once if it takes over a minute.
+    """
     found: list[list[Outcome]] = [[] for _ in jobs]
     for turn in range(repeats):
         for place, job in enumerate(jobs):
             if turn == 0 or not (found[place][0].failed or found[place][0].wall > _LONG):
-                print(f"  {turn + 1}/{repeats} {job.peer} {job.method} {Path(job.out).name}", file=sys.stderr)
+                print(
+                    f"  {turn + 1}/{repeats} {job.peer} {job.method} {Path(job.out).name}",
+                    file=sys.stderr,
+                )
                 found[place].append(_run(job))
     return [_median(runs) for runs in found]
 
@@ -80,7 +88,9 @@ def _run(job: Job) -> Outcome:
     shutil.rmtree(job.out, ignore_errors=True)
     Path(job.out).parent.mkdir(parents=True, exist_ok=True)
     environment = dict(os.environ)
-    environment["PYTHONPATH"] = os.pathsep.join([str(_HERE), str(_HERE.parent), environment.get("PYTHONPATH", "")])
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [str(_HERE), str(_HERE.parent), environment.get("PYTHONPATH", "")]
+    )
     if job.threads:
         environment["OMP_NUM_THREADS"] = str(job.threads)
     command = [sys.executable, "-m", "speed.child", json.dumps(asdict(job))]

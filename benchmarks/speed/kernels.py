@@ -1,4 +1,6 @@
-"""The pure kernels that a mean, cut to a lower rank, cannot do without; and, apart, what sapmerge does besides."""
+"""The pure kernels that a mean, cut to a lower rank, cannot do without;
+and, apart, what sapmerge does besides.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ BESIDES = ("three SHA-256 of the inputs", "inner products and norms for the repo
 def run(job: dict[str, Any], clock: Clock) -> None:
     files = [safe_open(f"{folder}/adapter_model.safetensors", "pt") for folder in job["adapters"]]
     merged: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-    names = [key.removesuffix(".lora_A.weight") for key in files[0].keys() if key.endswith("lora_A.weight")]  # noqa: SIM118
+    keys = files[0].keys()
+    names = [key.removesuffix(".lora_A.weight") for key in keys if key.endswith("lora_A.weight")]
     for name in names:
         with clock.part("reading"):
             A = torch.cat([file.get_tensor(f"{name}.lora_A.weight") for file in files]).double()
@@ -31,7 +34,10 @@ def run(job: dict[str, Any], clock: Clock) -> None:
             U, s, Vh = torch.linalg.svd(Rb @ Ra.T, full_matrices=False)
         keep = job["rank"]
         left, right = Qb @ (U[:, :keep] * s[:keep]), Vh[:keep] @ Qa.T
-        merged[name.removeprefix("base_model.model.")] = left.to(torch.float32), right.to(torch.float32)
+        merged[name.removeprefix("base_model.model.")] = (
+            left.to(torch.float32),
+            right.to(torch.float32),
+        )
         with clock.part(BESIDES[1]):
             ((A @ A.T) * (B.T @ B)).sum()
             ((A @ A.T) * (B.T @ B)).sum()

@@ -1,4 +1,6 @@
-"""PEFT's `add_weighted_adapter`, on a model that has nothing but the linear layers. Memory is counted from there."""
+"""PEFT's `add_weighted_adapter`, on a model that has nothing but the linear layers.
+Memory is counted from there.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ __all__ = ["run"]
 
 
 def run(job: dict[str, Any], clock: Clock) -> None:
-    """Load, merge, save. With samples, all layers are loaded and saved, and the merge of a few is scaled."""
+    """Load, merge, save. With samples, all layers are loaded and saved,
+    and the merge of a few is scaled.
+    """
     import peft  # noqa: F401 - before memory is counted
 
     warnings.simplefilter("ignore")
@@ -34,7 +38,9 @@ def run(job: dict[str, Any], clock: Clock) -> None:
         one.save_pretrained(f"{job['out']}/{module}", selected_adapters=["merged"])
     with clock.part("save"):
         # Where only samples were merged, an input stands for the result: it has the same size.
-        peft_model.save_pretrained(job["out"], selected_adapters=[names[0] if job["samples"] else "merged"])
+        peft_model.save_pretrained(
+            job["out"], selected_adapters=[names[0] if job["samples"] else "merged"]
+        )
 
 
 def _load(model: nn.Module, adapters: list[str], names: list[str]) -> Any:
@@ -72,7 +78,9 @@ def _shapes(folder: str) -> dict[str, tuple[int, int]]:
 
 
 def _skeleton(shapes: dict[str, tuple[int, int]]) -> nn.Module:
-    """Nested modules with a linear layer under every name; its weights are never touched, so they take no memory."""
+    """Nested modules with a linear layer under every name;
+    its weights are never touched, so they take no memory.
+    """
     root = nn.Module()
     for name, (m, n) in shapes.items():
         at, *path = root, *name.split(".")

@@ -1,4 +1,6 @@
-"""The linear layers of the models that the benchmark pretends to have adapters of: names and shapes, no weights."""
+"""The linear layers of the models that the benchmark pretends to have adapters of:
+names and shapes, no weights.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,13 @@ def _clip_tower(name: str, layers: int, hidden: int) -> Shapes:
     found: Shapes = {}
     for layer in range(layers):
         where = f"{name}.encoder.layers.{layer}"
-        found |= {f"{where}.self_attn.{part}_proj": (hidden, hidden) for part in ("q", "k", "v", "out")}
-        found |= {f"{where}.mlp.fc1": (4 * hidden, hidden), f"{where}.mlp.fc2": (hidden, 4 * hidden)}
+        found |= {
+            f"{where}.self_attn.{part}_proj": (hidden, hidden) for part in ("q", "k", "v", "out")
+        }
+        found |= {
+            f"{where}.mlp.fc1": (4 * hidden, hidden),
+            f"{where}.mlp.fc2": (hidden, 4 * hidden),
+        }
     return found
 
 
@@ -58,4 +65,8 @@ def sample(shapes: Shapes) -> dict[str, int]:
 
 def shallow(shapes: Shapes, layers: int) -> Shapes:
     """The first layers of every tower."""
-    return {name: shape for name, shape in shapes.items() if all(int(n) < layers for n in re.findall(r"\d+", name))}
+    return {
+        name: shape
+        for name, shape in shapes.items()
+        if all(int(n) < layers for n in re.findall(r"\d+", name))
+    }

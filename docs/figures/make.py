@@ -1,7 +1,9 @@
-"""Draws docs/figures/sap.png, the three stages of SAP, from real numbers: python docs/figures/make.py
+"""Draws docs/figures/sap.png, the three stages of SAP, from real numbers:
+python docs/figures/make.py
 
-Three small random adapters of one layer (B 8 x 3, A 3 x 10) and one gradient of the anchors' loss per adapter; scores,
-masks, norms and the mean are those of `sap_original(density=0.5)`, and the script checks it.
+Three small random adapters of one layer (B 8 x 3, A 3 x 10) and one gradient of the anchors' loss
+per adapter; scores, masks, norms and the mean are those of `sap_original(density=0.5)`,
+and the script checks it.
 """
 
 from __future__ import annotations
@@ -31,32 +33,62 @@ def normal(generator: torch.Generator, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=generator)
 
 
-def cells(axes: Any, matrix: Tensor, x: float, y: float, colours: Any, top: float, kept: Tensor | None = None) -> None:
-    """A matrix as coloured cells, (x, y) being its upper left corner; what is not kept is an empty cell with a dot."""
+def cells(
+    axes: Any,
+    matrix: Tensor,
+    x: float,
+    y: float,
+    colours: Any,
+    top: float,
+    kept: Tensor | None = None,
+) -> None:
+    """A matrix as coloured cells, (x, y) being its upper left corner;
+    what is not kept is an empty cell with a dot.
+    """
     for i, row in enumerate(matrix.tolist()):
         for j, value in enumerate(row):
             there = kept is None or bool(kept[i, j])
             face = colours(value / top) if there else "white"
             corner = (x + j * CELL, y - (i + 1) * CELL)
-            axes.add_patch(Rectangle(corner, CELL, CELL, facecolor=face, edgecolor=GRID, linewidth=0.6))
+            axes.add_patch(
+                Rectangle(corner, CELL, CELL, facecolor=face, edgecolor=GRID, linewidth=0.6)
+            )
             if not there:
-                axes.plot(corner[0] + CELL / 2, corner[1] + CELL / 2, ".", color=GRID, markersize=2.4)
+                axes.plot(
+                    corner[0] + CELL / 2, corner[1] + CELL / 2, ".", color=GRID, markersize=2.4
+                )
 
 
 def factors(
-    axes: Any, parts: dict[str, Tensor], x: float, y: float, colours: Any, top: float, kept: Any = None
+    axes: Any,
+    parts: dict[str, Tensor],
+    x: float,
+    y: float,
+    colours: Any,
+    top: float,
+    kept: Any = None,
 ) -> None:
     """B, and A to the right of it, around the centre line y."""
     kept = kept or {}
     cells(axes, parts["B"], x, y + ROWS * CELL / 2, colours, top, kept.get("B"))
-    cells(axes, parts["A"], x + (RANK + 0.8) * CELL, y + RANK * CELL / 2, colours, top, kept.get("A"))
+    cells(
+        axes, parts["A"], x + (RANK + 0.8) * CELL, y + RANK * CELL / 2, colours, top, kept.get("A")
+    )
 
 
-def arrow(axes: Any, start: tuple[float, float], end: tuple[float, float], bend: float = 0.0) -> None:
+def arrow(
+    axes: Any, start: tuple[float, float], end: tuple[float, float], bend: float = 0.0
+) -> None:
     style = f"arc3,rad={bend}"
     axes.add_patch(
         FancyArrowPatch(
-            start, end, arrowstyle="-|>", mutation_scale=11, color=SOFT, linewidth=1.3, connectionstyle=style
+            start,
+            end,
+            arrowstyle="-|>",
+            mutation_scale=11,
+            color=SOFT,
+            linewidth=1.3,
+            connectionstyle=style,
         )
     )
 
@@ -67,7 +99,10 @@ def signed(value: float) -> Any:
 
 def draw() -> Figure:
     generator = torch.Generator().manual_seed(5)
-    updates = [sm.LowRank(normal(generator, ROWS, RANK), normal(generator, RANK, COLUMNS)) for _ in ADAPTERS]
+    updates = [
+        sm.LowRank(normal(generator, ROWS, RANK), normal(generator, RANK, COLUMNS))
+        for _ in ADAPTERS
+    ]
     gradients = [normal(generator, ROWS, COLUMNS) for _ in ADAPTERS]
     keep, give_back = sm.TopFraction(0.5), sm.MatchNorm()
 
@@ -98,16 +133,27 @@ def draw() -> Figure:
         factors(axes, {"B": B * ratio, "A": A * ratio}, x["pruned"], y[name], signed, 1.8, kept)
         arrow(axes, (x["adapter"] + width + 0.08, y[name]), (x["scores"] - 0.1, y[name]))
         arrow(axes, (x["scores"] + width + 0.08, y[name]), (x["pruned"] - 0.1, y[name]))
-        arrow(axes, (x["pruned"] + width + 0.08, y[name]), (x["merged"] - 0.12, 2.45 + 0.35 * (y[name] - 2.45)))
+        arrow(
+            axes,
+            (x["pruned"] + width + 0.08, y[name]),
+            (x["merged"] - 0.12, 2.45 + 0.35 * (y[name] - 2.45)),
+        )
 
     merged = sum((update.dense() for update in pruned), torch.zeros(ROWS, COLUMNS)) / len(pruned)
     check(updates, gradients, merged)
-    cells(axes, merged, x["merged"], 2.45 + ROWS * CELL / 2, signed, float(merged.abs().max()) * 0.8)
+    cells(
+        axes, merged, x["merged"], 2.45 + ROWS * CELL / 2, signed, float(merged.abs().max()) * 0.8
+    )
 
     first = y["art"] + ROWS * CELL / 2
     axes.text(x["adapter"] + 1.5 * CELL, first + 0.08, "B", ha="center", fontsize=10, color=SOFT)
     axes.text(
-        x["adapter"] + (RANK + 0.8 + COLUMNS / 2) * CELL, y["art"] + 0.33, "A", ha="center", fontsize=10, color=SOFT
+        x["adapter"] + (RANK + 0.8 + COLUMNS / 2) * CELL,
+        y["art"] + 0.33,
+        "A",
+        ha="center",
+        fontsize=10,
+        color=SOFT,
     )
     titles = {
         "adapter": ("One adapter per client", "LoRA factors, balanced"),
@@ -123,18 +169,43 @@ def draw() -> Figure:
     box = (x["scores"] - 0.45, 5.72, width + 0.9, 0.6)
     axes.add_patch(
         FancyBboxPatch(
-            box[:2], *box[2:], boxstyle="round,pad=0.02,rounding_size=0.1", facecolor="#fdf6e3", edgecolor="#d9a441"
+            box[:2],
+            *box[2:],
+            boxstyle="round,pad=0.02,rounding_size=0.1",
+            facecolor="#fdf6e3",
+            edgecolor="#d9a441",
         )
     )
     centre = box[0] + box[2] / 2
     axes.text(
-        centre, 6.12, "Anchors: 16 to 32 public image-text pairs", ha="center", va="center", fontsize=10, color=INK
+        centre,
+        6.12,
+        "Anchors: 16 to 32 public image-text pairs",
+        ha="center",
+        va="center",
+        fontsize=10,
+        color=INK,
     )
-    axes.text(centre, 5.87, r"$L$ = mean of $1 - \cos(V, T)$", ha="center", va="center", fontsize=10, color=INK)
+    axes.text(
+        centre,
+        5.87,
+        r"$L$ = mean of $1 - \cos(V, T)$",
+        ha="center",
+        va="center",
+        fontsize=10,
+        color=INK,
+    )
     arrow(axes, (centre, 5.7), (centre, 5.44))
 
     below = 2.45 - ROWS * CELL / 2 - 0.22
-    axes.text(x["merged"] + COLUMNS * CELL / 2, below, "one adapter, rank ≤ Σ r", ha="center", fontsize=9.5, color=SOFT)
+    axes.text(
+        x["merged"] + COLUMNS * CELL / 2,
+        below,
+        "one adapter, rank ≤ Σ r",
+        ha="center",
+        fontsize=9.5,
+        color=SOFT,
+    )
     legend(axes)
     return figure
 
@@ -147,12 +218,30 @@ def legend(axes: Any) -> None:
         axes.text(place, 0.2, low, ha="left", va="center", fontsize=8.5, color=SOFT)
         start = place + 0.072 * len(low) + 0.08 - 0.008 * max(0, len(low) - 8)
         for k in range(20):
-            axes.add_patch(Rectangle((start + k * 0.03, 0.15), 0.031, 0.1, facecolor=colours(k / 19), edgecolor="none"))
+            axes.add_patch(
+                Rectangle(
+                    (start + k * 0.03, 0.15),
+                    0.031,
+                    0.1,
+                    facecolor=colours(k / 19),
+                    edgecolor="none",
+                )
+            )
         axes.text(start + 0.68, 0.2, high, ha="left", va="center", fontsize=8.5, color=SOFT)
-    axes.add_patch(Rectangle((6.25, 0.14), CELL * 0.8, CELL * 0.8, facecolor="white", edgecolor=GRID, linewidth=0.8))
+    axes.add_patch(
+        Rectangle(
+            (6.25, 0.14), CELL * 0.8, CELL * 0.8, facecolor="white", edgecolor=GRID, linewidth=0.8
+        )
+    )
     axes.plot(6.25 + CELL * 0.4, 0.14 + CELL * 0.4, ".", color=GRID, markersize=2.4)
     axes.text(
-        6.45, 0.2, "dropped (density 0.5: half of A, half of B)", ha="left", va="center", fontsize=8.5, color=SOFT
+        6.45,
+        0.2,
+        "dropped (density 0.5: half of A, half of B)",
+        ha="left",
+        va="center",
+        fontsize=8.5,
+        color=SOFT,
     )
 
 
@@ -160,9 +249,14 @@ def check(updates: list[sm.LowRank], gradients: list[Tensor], merged: Tensor) ->
     """What was drawn is what the library does."""
 
     class Seen:
-        def moment(self, layer: str, k: int, part: str, statistic: str, at: str) -> tuple[Tensor, Tensor]:
+        def moment(
+            self, layer: str, k: int, part: str, statistic: str, at: str
+        ) -> tuple[Tensor, Tensor]:
             coordinates = sm.Factors()(updates[k])
-            found = {"A": coordinates.values["B"].T @ gradients[k], "B": gradients[k] @ coordinates.values["A"].T}[part]
+            found = {
+                "A": coordinates.values["B"].T @ gradients[k],
+                "B": gradients[k] @ coordinates.values["A"].T,
+            }[part]
             return found, found
 
     class Anchors:

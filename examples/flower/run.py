@@ -6,7 +6,11 @@ import os
 import sys
 from pathlib import Path
 
-os.environ |= {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+os.environ |= {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 os.environ["PYTHONPATH"] = f"{HERE}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
@@ -24,7 +28,11 @@ def main(folder: Path) -> None:
 if __name__ == "__main__":
     target = Path(sys.argv[1]).resolve()
     target.mkdir(parents=True, exist_ok=True)
-    os.environ |= {"ONE_SHOT_FOLDER": str(target), "ONE_SHOT_LEFT_OUT": "outline", "ONE_SHOT_NODES": "8"}
+    os.environ |= {
+        "ONE_SHOT_FOLDER": str(target),
+        "ONE_SHOT_LEFT_OUT": "outline",
+        "ONE_SHOT_NODES": "8",
+    }
     if not (target / "base").exists():
         task.make_base(target)
     if "--base-only" not in sys.argv:

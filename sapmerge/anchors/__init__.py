@@ -10,9 +10,11 @@ This package is the only place with autograd.
     statistics.py  statistics of gradients over the anchors, within a budget of memory
     inputs.py      inputs of the layers: their sizes and Gram matrices
     anchors.py     what a part may ask: gradients, losses, Gram matrices
-    cache.py, digest.py   what is kept on disk for a later run, under a key of everything it depends on
+    cache.py, digest.py   what is kept on disk for a later run, under a key of everything it depends
+    on
     towers.py      embeddings of a tower that no adapter touches
-    prefix.py, calls.py   outputs of what runs before the first adapted layer, kept for the next adapter
+    prefix.py, calls.py   outputs of what runs before the first adapted layer,
+    kept for the next adapter
 """
 
 from sapmerge.anchors.anchors import Anchors

@@ -21,15 +21,18 @@ __all__ = ["Anchors"]
 
 
 class Anchors(Runner):
-    """An `AnchorPass` over real anchors: the runner's passes, asked for gradients, losses and Gram matrices.
+    """An `AnchorPass` over real anchors: the runner's passes, asked for gradients,
+    losses and Gram matrices.
 
     Args:
-        model: the base model (or a PeftModel of it, whose own adapters are disabled). It comes back as it was.
+        model: the base model (or a PeftModel of it, whose own adapters are disabled). It comes back
+            as it was.
         loader: re-iterable batches; dict batches go to `model(**batch)`.
         modules: layer -> Module, of all adapters.
         adapters: per adapter its label and a function that gives its updates, layer -> update.
         loss: (model, batch) -> scalar; None: by what the model is.
-        budget: bytes of gradient statistics that may be held at once; more is computed a group of layers at a time.
+        budget: bytes of gradient statistics that may be held at once;
+            more is computed a group of layers at a time.
 
     Raises:
         AnchorError: no batches, batches that change, no loss for this model.
@@ -38,10 +41,14 @@ class Anchors(Runner):
     """
 
     def observe(self, layers: LayerStream, units: Units) -> GradientStatistics:
-        """Gradients in the coordinates of `units`; nothing runs before the first one is asked for."""
+        """Gradients in the coordinates of `units`; nothing runs before the first
+        one is asked for.
+        """
         return GradientStatistics(self, layers, units)
 
-    def in_turn(self, layers: LayerStream, units: Units) -> Iterator[tuple[Sequence[int], GradientStatistics]]:
+    def in_turn(
+        self, layers: LayerStream, units: Units
+    ) -> Iterator[tuple[Sequence[int], GradientStatistics]]:
         """See `AnchorPass`."""
         return in_turn(self, layers, units)
 
@@ -52,7 +59,10 @@ class Anchors(Runner):
             return False
         sizes = [batch_size(batch) for batch in self.batches]
         if min(sizes) < 2 <= max(sizes):
-            message = f"batch {sizes.index(1)} of the anchors holds one pair, so none are compared; deal them evenly"
+            message = (
+                f"batch {sizes.index(1)} of the anchors holds one pair, so none are "
+                "compared; deal them evenly"
+            )
             warnings.warn(message, SapmergeWarning, stacklevel=2)
         return min(sizes) > 1
 
@@ -70,7 +80,9 @@ class Anchors(Runner):
         directions: Mapping[str, Sequence[Update]],
         loss: Loss | None = None,
     ) -> tuple[float, dict[str, Tensor]]:
-        """The mean loss at base + updates, and its derivatives <G, D> along directions: layer -> (K,), float64."""
+        """The mean loss at base + updates, and its derivatives <G, D> along directions:
+        layer -> (K,), float64.
+        """
         return slopes_along(self.at(updates, loss), directions)
 
     def grams(self, layers: LayerStream, fold: Callable[[Layer, int, Tensor], None]) -> None:
@@ -78,5 +90,7 @@ class Anchors(Runner):
         stream_grams(self, layers, fold)
 
     def halves(self) -> tuple[Anchors, Anchors]:
-        """The same with every other batch, and with the rest; of a single batch, with every other sample."""
+        """The same with every other batch, and with the rest;
+        of a single batch, with every other sample.
+        """
         return self.half(0), self.half(1)

@@ -1,4 +1,6 @@
-"""Resuming: what a pass over the anchors found for an adapter, kept under a key of everything it depends on."""
+"""Resuming: what a pass over the anchors found for an adapter,
+kept under a key of everything it depends on.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,9 @@ Found = Mapping[str, Mapping[str, tuple[Tensor, Tensor]]]
 class Resume:
     """The cache of one merge.
 
-    A result is used again only if the adapter, the update that is scored, the base model, the anchors, the loss, the
-    statistic, the units, the coordinate systems and the version of the library are the same, by content (`identity`).
+    A result is used again only if the adapter, the update that is scored, the base model, the
+    anchors, the loss, the statistic, the units, the coordinate systems and the version of the
+    library are the same, by content (`identity`).
 
     Args:
         folder: of the cache.
@@ -47,28 +50,50 @@ class Resume:
     ) -> None:
         self._cache, self._digests = Cache(folder), digests
         self._losses = Cache(os.path.join(folder, "losses"))
-        self._common = [__version__, torch.__version__, digest_of_model(base), anchors, digest(loss)]
+        self._common = [
+            __version__,
+            torch.__version__,
+            digest_of_model(base),
+            anchors,
+            digest(loss),
+        ]
 
     def scaled(self, factors: Mapping[str, Sequence[float]], changed: Collection[int]) -> Resume:
-        """The cache of a merge of the same adapters, some of them multiplied: layer -> one factor per adapter."""
+        """The cache of a merge of the same adapters, some of them multiplied:
+        layer -> one factor per adapter.
+        """
         other = copy.copy(self)
         other._digests = [
-            f"{known} {digest(sorted((name, row[k]) for name, row in factors.items()))}" if k in changed else known
+            f"{known} {digest(sorted((name, row[k]) for name, row in factors.items()))}"
+            if k in changed
+            else known
             for k, known in enumerate(self._digests)
         ]
         return other
 
-    def key(self, adapter: int, statistic: str, units: Callable[..., Any], contents: Mapping[str, str]) -> str:
+    def key(
+        self, adapter: int, statistic: str, units: Callable[..., Any], contents: Mapping[str, str]
+    ) -> str:
         """Everything that the statistics of one adapter in these layers depend on, as text.
 
         Args:
             contents: layer -> its `content`.
         """
-        return json.dumps([*self._common, self._digests[adapter], statistic, digest(units), sorted(contents.items())])
+        return json.dumps(
+            [
+                *self._common,
+                self._digests[adapter],
+                statistic,
+                digest(units),
+                sorted(contents.items()),
+            ]
+        )
 
     def loss_key(self, updates: Mapping[str, Update], loss: Callable[..., Any]) -> str:
         """Everything that the loss at base + updates depends on, as text."""
-        contents = {name: self.content(update, ()) for name, update in updates.items() if not update.absent}
+        contents = {
+            name: self.content(update, ()) for name, update in updates.items() if not update.absent
+        }
         return json.dumps([*self._common[:-1], "loss", digest(loss), sorted(contents.items())])
 
     def loss(self, key: str) -> float | None:
@@ -101,5 +126,6 @@ class Resume:
         places = [(layer, part) for layer, parts in found.items() for part in parts]
         halves = [found[layer][part] for layer, part in places]
         tensors = {f"{number}.0": one for number, (one, _) in enumerate(halves)}
-        tensors |= {f"{number}.1": other.clone() for number, (_, other) in enumerate(halves)}  # it may be the same one
+        # it may be the same one
+        tensors |= {f"{number}.1": other.clone() for number, (_, other) in enumerate(halves)}
         self._cache.put(key, tensors, {**notes, "places": places})

@@ -72,13 +72,21 @@ class Call:
         inputs = _inputs(args, kwargs)
         return None if inputs is None else Call(inputs)
 
-    def returning(self, output: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call | None:
-        """The call at its end; None if it changed its arguments, or returns more than plain data."""
+    def returning(
+        self, output: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Call | None:
+        """The call at its end; None if it changed its arguments,
+        or returns more than plain data.
+        """
         result = Plain.of(output)
-        return Call(self.inputs, result) if result is not None and self._begins(args, kwargs) else None
+        return (
+            Call(self.inputs, result) if result is not None and self._begins(args, kwargs) else None
+        )
 
     def equals(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-        """Whether these are the same arguments, and neither the old ones nor the result were changed in place."""
+        """Whether these are the same arguments, and neither the old ones nor the result were
+        changed in place.
+        """
         return self.result is not None and self.result.unchanged() and self._begins(args, kwargs)
 
     def output(self) -> Any:
@@ -107,11 +115,12 @@ def _inputs(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Plain | None:
 
 @dataclass(frozen=True, eq=False)
 class Traces:
-    """All that a module could leave a trace in: attributes, what is in their containers and objects, and the random
-    state. Not what it finds by a global name.
+    """All that a module could leave a trace in: attributes, what is in their containers and
+    objects, and the random state. Not what it finds by a global name.
 
     Args:
-        values: attributes and what they hold, of the module and all its parts; kept, so that no id is used again.
+        values: attributes and what they hold, of the module and all its parts; kept, so that no id
+            is used again.
         versions: of the tensors among them.
         random: the states of the generators.
     """
@@ -153,7 +162,9 @@ def _held(value: Any) -> list[Any]:
         return list(cast("dict[Any, Any]", value).values())
     if isinstance(value, (list, tuple, set, deque)):
         return list(cast("list[Any]", value))
-    if isinstance(value, (nn.Module, Tensor, type, FunctionType, ModuleType)) or not hasattr(value, "__dict__"):
+    if isinstance(value, (nn.Module, Tensor, type, FunctionType, ModuleType)) or not hasattr(
+        value, "__dict__"
+    ):
         return []
     return list(cast("dict[str, Any]", vars(value)).values())
 
@@ -173,7 +184,9 @@ def _versions(values: Sequence[Any]) -> list[int]:
 
 
 def version_of(tensor: Tensor) -> int:
-    """A number that grows when a tensor is changed in place; those of inference mode do not have it."""
+    """A number that grows when a tensor is changed in place;
+    those of inference mode do not have it.
+    """
     return -1 if tensor.is_inference() else tensor._version  # pyright: ignore[reportPrivateUsage]
 
 
@@ -181,6 +194,10 @@ def _equal(one: Any, other: Any) -> bool:
     if one is other:
         return True
     if isinstance(one, Tensor) and isinstance(other, Tensor):
-        same = one.dtype == other.dtype and one.device == other.device and one.stride() == other.stride()
+        same = (
+            one.dtype == other.dtype
+            and one.device == other.device
+            and one.stride() == other.stride()
+        )
         return same and torch.equal(one, other)
     return type(one) is type(other) and one == other

@@ -1,4 +1,6 @@
-"""What something is, by content: a digest of tensors, of nested data, and of functions with all that they hold."""
+"""What something is, by content: a digest of tensors, of nested data,
+and of functions with all that they hold.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +18,24 @@ from sapmerge.errors import AnchorError
 
 __all__ = ["digest", "digest_of_model"]
 
-_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, type(Ellipsis))
+_PLAIN = (
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    type(None),
+    torch.dtype,
+    torch.device,
+    torch.Size,
+    type(Ellipsis),
+)
 
 
 def digest(value: Any, everything: bool = True) -> str:
-    """sha256 of data, or of a function: its bytecode, its defaults, what it encloses, and the state of its object.
+    """sha256 of data, or of a function: its bytecode, its defaults, what it encloses,
+    and the state of its object.
 
     What a function finds by a global name (other functions, modules) is not looked into.
 
@@ -40,7 +55,11 @@ def digest(value: Any, everything: bool = True) -> str:
 def digest_of_model(base: nn.Module) -> str:
     """Of a model's weights, buffers, modules and configuration; LoRA parameters left out."""
     named = cast("Iterator[tuple[str, nn.Module]]", base.named_modules())
-    parts = [(name, type(module).__qualname__, module.extra_repr()) for name, module in named if "lora_" not in name]
+    parts = [
+        (name, type(module).__qualname__, module.extra_repr())
+        for name, module in named
+        if "lora_" not in name
+    ]
     tensors = {name: tensor for name, tensor in base.named_parameters() if "lora_" not in name}
     tensors |= {name: tensor for name, tensor in base.named_buffers() if "lora_" not in name}
     config: Any = getattr(base, "config", None)
@@ -103,6 +122,7 @@ def _held(value: Any) -> list[Any]:
 
 def _unknown(value: Any) -> AnchorError:
     return AnchorError(
-        f"cache=: whether a {type(value).__qualname__} is the same as in an earlier run cannot be told by its content; "
+        f"cache=: whether a {type(value).__qualname__} is the same as in an earlier run cannot be "
+        "told by its content; "
         "merge without a cache, or let the loss and the batches hold plain data, tensors and arrays"
     )

@@ -1,4 +1,6 @@
-"""The base model while anchors run through it: frozen, for one thread, and what it was afterwards."""
+"""The base model while anchors run through it:
+frozen, for one thread, and what it was afterwards.
+"""
 
 from __future__ import annotations
 
@@ -20,31 +22,43 @@ __all__ = ["BaseWeights", "frozen"]
 
 @contextmanager
 def frozen(model: Any) -> Generator[nn.Module]:
-    """The base model in eval mode, its own adapters off, no parameter asking for a gradient; all is put back after.
+    """The base model in eval mode, its own adapters off, no parameter asking for a gradient;
+    all is put back after.
 
     Other threads wait: see `sapmerge.models.exclusive`.
 
     Raises:
-        AnchorError: an adapter of the model is merged into its weights: they are not the base's; or the model was made
-            in inference mode.
+        AnchorError: an adapter of the model is merged into its weights: they are not the base's; or
+            the model was made in inference mode.
     """
     with exclusive(model) as base:
         if any(parameter.is_inference() for parameter in base.parameters()):
             raise AnchorError(
-                "the base model was made inside torch.inference_mode(), where nothing has a gradient: load it outside"
+                "the base model was made inside torch.inference_mode(), where nothing has a "
+                "gradient: load it outside"
             )
-        tuners = [module for module in base.modules() if isinstance(getattr(module, "disable_adapters", None), bool)]
+        tuners = [
+            module
+            for module in base.modules()
+            if isinstance(getattr(module, "disable_adapters", None), bool)
+        ]
         active = [module for module in tuners if not module.disable_adapters]
         if any(getattr(module, "merged", False) is True for module in tuners):
             raise AnchorError(
-                "an adapter of the model is merged into its weights, so these are not the base's: unmerge_adapter() "
+                "an adapter of the model is merged into its weights, so these are not the base's: "
+                "unmerge_adapter() "
                 "first"
             )
         undo = Undo()
         try:
             try:
                 undo.add(partial(_put_back, _changed_by_running(base)))
-                undo.add(partial(_ask, {parameter: parameter.requires_grad for parameter in base.parameters()}))
+                undo.add(
+                    partial(
+                        _ask,
+                        {parameter: parameter.requires_grad for parameter in base.parameters()},
+                    )
+                )
                 undo.add(partial(_train, {module: module.training for module in base.modules()}))
                 for module in active:
                     undo.add(partial(_switch, module, True))
@@ -72,7 +86,8 @@ def _train(training: Mapping[nn.Module, bool]) -> None:
 def _changed_by_running(base: nn.Module) -> list[tuple[Tensor, int, Tensor]]:
     """Tensors that a forward pass may write to also in eval mode, their versions and values.
 
-    Those are the buffers, and the weights of an embedding with `max_norm`, which shortens the rows that it looks up.
+    Those are the buffers, and the weights of an embedding with `max_norm`,
+    which shortens the rows that it looks up.
     """
     return [
         (tensor, tensor._version, tensor.detach().clone())  # pyright: ignore[reportPrivateUsage]
@@ -105,8 +120,8 @@ def _switch(tuner: nn.Module, on: bool) -> None:
 class BaseWeights:
     """Whether the parameters of the base model are those that a merge began with.
 
-    Another thread, or a training in between, may change them from one pass to the next: gradients and losses would be
-    of several models, and nobody would see it.
+    Another thread, or a training in between, may change them from one pass to the next: gradients
+    and losses would be of several models, and nobody would see it.
     """
 
     def __init__(self) -> None:
@@ -124,8 +139,10 @@ class BaseWeights:
         """
         if self._of(base) != self._seen:
             raise AnchorError(
-                "the base model's weights were changed since the merge began (by a training, or by another thread), so "
-                "losses and gradients would be of two models: merge again, with a model that nobody changes"
+                "the base model's weights were changed since the merge began (by a training, or by "
+                "another thread), so "
+                "losses and gradients would be of two models: merge again, with a model that "
+                "nobody changes"
             )
 
     @staticmethod

@@ -1,7 +1,9 @@
-"""The gradient of one layer, seen through products with its two sides: G = dL/dW = sum over tokens of g x^T.
+"""The gradient of one layer, seen through products with its two sides:
+G = dL/dW = sum over tokens of g x^T.
 
-A layer y = W x sees inputs x and, going back, gradients g = dL/dy. Every unit and every basis needs only products of
-G with something thin, and those are products of x and g: no (m, n) matrix is formed unless a unit asks for it.
+A layer y = W x sees inputs x and, going back, gradients g = dL/dy. Every unit and every basis needs
+only products of G with something thin, and those are products of x and g:
+no (m, n) matrix is formed unless a unit asks for it.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ class TokenGradient:
     """G of every sample: G[s] = sum_t g[s, t] x[s, t]^T. A `GradientView`.
 
     Args:
-        x: (samples, tokens, n) inputs; for an embedding (samples, tokens) row numbers, which stand for one-hot inputs.
+        x: (samples, tokens, n) inputs; for an embedding (samples, tokens) row numbers, which stand
+            for one-hot inputs.
         g: (samples, tokens, m) gradients of the loss with respect to the outputs.
         rows: for an embedding: how many rows it has (n).
     """
@@ -66,11 +69,17 @@ class TokenGradient:
         return torch.stack(found).cpu()
 
     def inside(self, frames: Sequence[Frames]) -> TokenGradient:
-        """The gradient in the coordinates of nested frames: D = U diag(s) C V^T has dL/dC = diag(s) U^T G V."""
+        """The gradient in the coordinates of nested frames:
+        D = U diag(s) C V^T has dL/dC = diag(s) U^T G V.
+        """
         seen = self
         for frame in frames:
             if frame.U is not None:
-                seen = replace(seen, g=seen.g @ (frame.U if frame.scale is None else frame.U * frame.scale).to(seen.g))
+                seen = replace(
+                    seen,
+                    g=seen.g
+                    @ (frame.U if frame.scale is None else frame.U * frame.scale).to(seen.g),
+                )
             if frame.V is not None:
                 seen = TokenGradient(seen._through(frame.V.T), seen.g)
         return seen
@@ -97,22 +106,31 @@ class TokenGradient:
         return sums.index_put_((sample, self.x), h, accumulate=True).mT
 
 
-def token_gradient(module: nn.Module, calls: Sequence[Call], samples: int, loss_scale: float = 1.0) -> TokenGradient:
-    """The gradient of a module's weight from the (input, gradient of the output) of all its calls in one batch.
+def token_gradient(
+    module: nn.Module, calls: Sequence[Call], samples: int, loss_scale: float = 1.0
+) -> TokenGradient:
+    """The gradient of a module's weight from the (input, gradient of the output) of all its
+    calls in one batch.
 
     Args:
         module: linear, Conv1D, embedding, or convolution in one or two dimensions.
         calls: one pair per call; a module that is used twice has two.
-        samples: the number of samples in the batch. If the first dimension of the input is another number (tokens
-            without padding, say), all of them count as one sample.
+        samples: the number of samples in the batch. If the first dimension of the input is another
+            number (tokens without padding, say), all of them count as one sample.
         loss_scale: what the loss was multiplied by.
     """
     embeds = isinstance(module, nn.Embedding)
     shape = _looked_up if embeds else _rows
-    shaped = [shape(module, x, wide(g) if loss_scale == 1 else wide(g) / loss_scale) for x, g in calls]
+    shaped = [
+        shape(module, x, wide(g) if loss_scale == 1 else wide(g) / loss_scale) for x, g in calls
+    ]
     if not all(len(x) == samples for x, _ in shaped):
         shaped = [(x.flatten(0, 1)[None], g.flatten(0, 1)[None]) for x, g in shaped]
-    x, g = shaped[0] if len(shaped) == 1 else (torch.cat(side, 1) for side in zip(*shaped, strict=True))
+    x, g = (
+        shaped[0]
+        if len(shaped) == 1
+        else (torch.cat(side, 1) for side in zip(*shaped, strict=True))
+    )
     return TokenGradient(x, g, module.num_embeddings if embeds else None)
 
 
@@ -131,7 +149,8 @@ def _rows(module: nn.Module, x: Tensor, g: Tensor) -> Call:
         return _patches(module, x), g.flatten(2).mT
     if isinstance(module, nn.Conv3d):
         raise AnchorError(
-            f"gradients of {type(module).__name__} layers are not supported; leave them out of the adapter"
+            f"gradients of {type(module).__name__} layers are not supported; leave them out of the "
+            "adapter"
         )
     return x.reshape(len(x) if x.ndim > 1 else 1, -1, x.shape[-1]), g.reshape(
         len(g) if g.ndim > 1 else 1, -1, g.shape[-1]
@@ -142,7 +161,9 @@ def _patches(module: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
     """im2col: (samples, positions, channels * kernel)."""
     padding = cast("Callable[[], list[int]] | list[int]", module._reversed_padding_repeated_twice)  # pyright: ignore[reportPrivateUsage, reportUnknownMemberType]
     x = functional.pad(
-        x, cast("list[int]", padding), "constant" if module.padding_mode == "zeros" else module.padding_mode
+        x,
+        cast("list[int]", padding),
+        "constant" if module.padding_mode == "zeros" else module.padding_mode,
     )
     kernel, stride, dilation = module.kernel_size, module.stride, module.dilation
     if isinstance(module, nn.Conv1d):

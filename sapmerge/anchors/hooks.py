@@ -1,4 +1,6 @@
-"""Adapters in a model without changing a weight of it: a forward hook adds the update's output to the module's."""
+"""Adapters in a model without changing a weight of it:
+a forward hook adds the update's output to the module's.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ from sapmerge.models import Site, weight_view
 __all__ = ["Seen", "Watch", "attached", "check_base", "seeing"]
 
 Sink: TypeAlias = Callable[[str, list[Call]], None]
-"""(layer, all its calls that had a gradient): called once per backward pass, as soon as the last of them is there."""
+"""(layer, all its calls that had a gradient): called once per backward pass,
+as soon as the last of them is there.
+"""
 
 
 def check_base(base: nn.Module, sites: Mapping[str, Site]) -> None:
@@ -38,13 +42,20 @@ def check_base(base: nn.Module, sites: Mapping[str, Site]) -> None:
     for name, site in sites.items():
         if site.parameter.is_meta and not hasattr(site.module, "_hf_hook"):
             raise AnchorError(
-                f"the base model's weight of {name!r} is on the meta device, without data: load the model with its "
+                f"the base model's weight of {name!r} is on the meta device, without data: load "
+                "the model with its "
                 "weights (accelerate's offloaded layers work, their hooks bring the weights in)"
             )
     for name, parameter in base.named_parameters():
-        if not (parameter.is_meta or not parameter.is_floating_point() or "lora_" in name or finite(parameter)):
+        if not (
+            parameter.is_meta
+            or not parameter.is_floating_point()
+            or "lora_" in name
+            or finite(parameter)
+        ):
             raise NonFiniteError(
-                f"the base model's weight of {names.get(id(parameter), name)!r} has NaN or infinite entries"
+                f"the base model's weight of {names.get(id(parameter), name)!r} has NaN or "
+                "infinite entries"
             )
 
 
@@ -52,8 +63,9 @@ def check_base(base: nn.Module, sites: Mapping[str, Site]) -> None:
 class Watch:
     """What passes through the watched layers in one forward and one backward pass.
 
-    A zero is added in every watched layer. It asks for a gradient, so a graph is built from the first watched layer
-    on and not below it; and by differentiating with respect to it, nothing else receives a `.grad`.
+    A zero is added in every watched layer. It asks for a gradient, so a graph is built from the
+    first watched layer on and not below it; and by differentiating with respect to it,
+    nothing else receives a `.grad`.
 
     Args:
         sinks: layer -> what to do with its calls.
@@ -70,7 +82,9 @@ class Watch:
     _closed: bool = False
 
     def zero(self, name: str, device: torch.device) -> Tensor | None:
-        """What is to be added in a layer, wherever the output depends on it; None if the layer is not watched."""
+        """What is to be added in a layer, wherever the output depends on it;
+        None if the layer is not watched.
+        """
         if name not in self.sinks or not torch.is_grad_enabled():
             return None
         if device not in self._zeros:
@@ -79,18 +93,22 @@ class Watch:
 
     def see(self, name: str, x: Tensor, output: Tensor) -> None:
         """The output of a layer to which the zero was added."""
-        if not self._closed:  # what checkpointing runs again during the backward pass was seen before
+        # what checkpointing runs again during the backward pass was seen before
+        if not self._closed:
             self._expected[name] = self._expected.get(name, 0) + 1
             x, version = x.detach(), x._version  # pyright: ignore[reportPrivateUsage]
 
             def received(g: Tensor) -> None:
                 if not self._closed:
                     raise AnchorError(
-                        f"the loss takes gradients itself, through layer {name!r}: what it returns has to depend on "
+                        f"the loss takes gradients itself, through layer {name!r}: what it returns "
+                        "has to depend on "
                         "the model's outputs, not on their derivatives"
                     )
                 if x._version != version:  # pyright: ignore[reportPrivateUsage]
-                    raise AnchorError(f"the input of layer {name!r} is changed in place after it was used")
+                    raise AnchorError(
+                        f"the input of layer {name!r} is changed in place after it was used"
+                    )
                 self._calls.setdefault(name, []).append((x, g.detach()))
                 if not self.hold and len(self._calls[name]) == self._expected[name]:
                     self.sinks[name](name, self._calls.pop(name))
@@ -126,7 +144,8 @@ class Watch:
 def attached(
     sites: Mapping[str, Site], updates: Mapping[str, Update], who: str, watch: Watch | None = None
 ) -> Generator[None]:
-    """Add updates to the outputs of modules, and watch gradients; the hooks are gone on the way out.
+    """Add updates to the outputs of modules, and watch gradients;
+    the hooks are gone on the way out.
 
     Args:
         sites: layer -> where its weight is.
@@ -135,14 +154,17 @@ def attached(
         watch: sees inputs and gradients of the outputs.
 
     Raises:
-        NonFiniteError: the output of one of the layers is not finite. Later ones may hide it: attention can.
+        NonFiniteError: the output of one of the layers is not finite.
+            Later ones may hide it: attention can.
     """
     sinks: Mapping[str, Sink] = {} if watch is None else watch.sinks
     hidden = {name: site for name, site in sites.items() if not site.hooked}
     names = [name for name in {**updates, **sinks} if name not in hidden]
     watched = {name for name in sinks if name in hidden} if torch.is_grad_enabled() else set[str]()
     hooks = {name: _hook(name, updates.get(name), who, watch) for name in names}
-    register = (partial(sites[name].module.register_forward_hook, hook) for name, hook in hooks.items())
+    register = (
+        partial(sites[name].module.register_forward_hook, hook) for name, hook in hooks.items()
+    )
     with removed(register), substituted(hidden, updates, watched, who) as leaves:
         if watch is not None:
             watch.leaves = leaves
@@ -166,7 +188,9 @@ def removed(register: Iterable[Callable[[], RemovableHandle]]) -> Generator[None
         undo.run()
 
 
-def looked_at(name: str, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> tuple[Tensor, Tensor]:
+def looked_at(
+    name: str, module: nn.Module, inputs: tuple[Any, ...], output: Any
+) -> tuple[Tensor, Tensor]:
     """The input and the output of a layer, both tensors.
 
     Raises:
@@ -174,17 +198,24 @@ def looked_at(name: str, module: nn.Module, inputs: tuple[Any, ...], output: Any
     """
     if not inputs or not isinstance(inputs[0], Tensor) or not isinstance(output, Tensor):
         raise AnchorError(
-            f"anchors cannot look at layer {name!r} ({type(module).__name__}): its first argument and its output "
+            f"anchors cannot look at layer {name!r} ({type(module).__name__}): its first argument "
+            "and its output "
             "must be tensors"
         )
     return inputs[0], output
 
 
-def _hook(name: str, update: Update | None, who: str, watch: Watch | None) -> Callable[[nn.Module, Any, Any], Any]:
+def _hook(
+    name: str, update: Update | None, who: str, watch: Watch | None
+) -> Callable[[nn.Module, Any, Any], Any]:
     def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
         x, output = looked_at(name, module, inputs, output)
         zero = None if watch is None else watch.zero(name, output.device)
-        if isinstance(update, LowRank) and type(module) is nn.Linear and x.dtype == output.dtype == update.dtype:
+        if (
+            isinstance(update, LowRank)
+            and type(module) is nn.Linear
+            and x.dtype == output.dtype == update.dtype
+        ):
             output = _with_factors(x, output, update, zero)
         else:
             if update is not None:
@@ -192,7 +223,9 @@ def _hook(name: str, update: Update | None, who: str, watch: Watch | None) -> Ca
             if zero is not None:
                 output = output + zero
         if not finite(output):
-            raise NonFiniteError(f"the output of layer {name!r} on the anchors is NaN or infinite in {who}")
+            raise NonFiniteError(
+                f"the output of layer {name!r} on the anchors is NaN or infinite in {who}"
+            )
         if watch is not None and zero is not None:
             watch.see(name, x, output)
         return output
@@ -201,7 +234,9 @@ def _hook(name: str, update: Update | None, who: str, watch: Watch | None) -> Ca
 
 
 def _with_factors(x: Tensor, output: Tensor, update: LowRank, zero: Tensor | None) -> Tensor:
-    """output + B (A x + zero) in one step: large outputs are written once, and the zero meets thin ones."""
+    """output + B (A x + zero) in one step: large outputs are written once,
+    and the zero meets thin ones.
+    """
     thin = x.reshape(-1, x.shape[-1]) @ update.A.T
     if zero is not None:
         thin = thin + zero
@@ -227,24 +262,37 @@ def _output_of(module: nn.Module, x: Tensor, update: Update) -> Tensor:
 
 
 Seen = Callable[[TokenGradient, int, int], None]
-"""(inputs x of one call, with the outputs in the place of g; samples in the batch; samples before it)"""
+"""(inputs x of one call, with the outputs in the place of g; samples in the batch;
+samples before it)
+"""
 
 
 @contextmanager
-def seeing(sites: Mapping[str, Site], watched: Mapping[str, Seen], size: int, before: int) -> Generator[None]:
+def seeing(
+    sites: Mapping[str, Site], watched: Mapping[str, Seen], size: int, before: int
+) -> Generator[None]:
     """Show the inputs of layers while a batch runs."""
 
     def hook(name: str, see: Seen) -> Callable[[nn.Module, Any, Any], None]:
         def look(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            see(token_gradient(module, [looked_at(name, module, inputs, output)], size), size, before)
+            see(
+                token_gradient(module, [looked_at(name, module, inputs, output)], size),
+                size,
+                before,
+            )
 
         return look
 
     hidden = next((name for name in watched if not sites[name].hooked), None)
     if hidden is not None:
         raise AnchorError(
-            f"the inputs of layer {hidden!r} cannot be seen: {type(sites[hidden].module).__name__} uses its weight "
-            "inside of its own forward pass. Take a method that does not look at inputs, or ByModule for the others"
+            f"the inputs of layer {hidden!r} cannot be seen: {type(sites[hidden].module).__name__} "
+            "uses its weight "
+            "inside of its own forward pass. Take a method that does not look at inputs, or "
+            "ByModule for the others"
         )
-    with removed(partial(sites[name].module.register_forward_hook, hook(name, see)) for name, see in watched.items()):
+    with removed(
+        partial(sites[name].module.register_forward_hook, hook(name, see))
+        for name, see in watched.items()
+    ):
         yield

@@ -1,4 +1,6 @@
-"""What the layers see on the anchors: Gram matrices and sizes of their inputs, by forward passes without gradients."""
+"""What the layers see on the anchors: Gram matrices and sizes of their inputs,
+by forward passes without gradients.
+"""
 
 from __future__ import annotations
 
@@ -20,25 +22,36 @@ __all__ = ["InputSizes", "stream_grams"]
 
 
 class InputSizes:
-    """Per coordinate of a unit, the mean over the anchors of |x_j|^2, x_j the inputs that the coordinate multiplies."""
+    """Per coordinate of a unit, the mean over the anchors of |x_j|^2,
+    x_j the inputs that the coordinate multiplies.
+    """
 
     def __init__(self, anchors: Runner, layers: LayerStream, units: Units) -> None:
         if isinstance(units, Layers):
             raise MethodError(
-                "activations belong to single inputs of a layer: use Entries(), Factors() or Directions()"
+                "activations belong to single inputs of a layer: use Entries(), Factors() or "
+                "Directions()"
             )
         self._anchors, self._layers, self._units = anchors, layers, units
         self._found: dict[int, dict[str, dict[str, tuple[Tensor, Tensor]]]] = {}
 
     def halves(self, layer: str, adapter: int, part: str) -> tuple[Tensor, Tensor]:
-        """The mean square over every other sample, and over the rest, at base + adapter; broadcasts to the values."""
+        """The mean square over every other sample, and over the rest, at base + adapter;
+        broadcasts to the values.
+        """
         if adapter not in self._found:
             sums = {
-                one.name: _Squares(self._units(one.updates[adapter]), one.frames, self._anchors.modules[one.name].shape)
+                one.name: _Squares(
+                    self._units(one.updates[adapter]),
+                    one.frames,
+                    self._anchors.modules[one.name].shape,
+                )
                 for one in self._layers
                 if not one.updates[adapter].absent
             }
-            count = self._anchors.forward(adapter, {name: found.add for name, found in sums.items()})
+            count = self._anchors.forward(
+                adapter, {name: found.add for name, found in sums.items()}
+            )
             self._found[adapter] = {name: found.halves(count) for name, found in sums.items()}
         return self._found[adapter][layer][part]
 
@@ -46,7 +59,9 @@ class InputSizes:
 class _Squares:
     """Sums of squared inputs over the samples of even and of odd number."""
 
-    def __init__(self, coordinates: Coordinates, frames: tuple[Frames, ...], shape: tuple[int, int]) -> None:
+    def __init__(
+        self, coordinates: Coordinates, frames: tuple[Frames, ...], shape: tuple[int, int]
+    ) -> None:
         self._pull, self._frames, self._shape = coordinates.pull, frames, shape
         self._device = next(iter(coordinates.values.values())).device
         self._sums: list[dict[str, Tensor]] = [{}, {}]
@@ -65,11 +80,15 @@ class _Squares:
             sums[name] = sums.get(name, 0.0) + value[0] * factor
 
     def halves(self, count: int) -> dict[str, tuple[Tensor, Tensor]]:
-        nothing = TokenGradient(torch.zeros(1, 0, self._shape[1]), torch.zeros(1, 0, self._shape[0]))
+        nothing = TokenGradient(
+            torch.zeros(1, 0, self._shape[1]), torch.zeros(1, 0, self._shape[0])
+        )
         for half in (0, 1):
             if not self._sums[half]:
                 self._accumulate(half, nothing.inside(self._frames), 0.0)
-        one, other = ({name: value.to(self._device) for name, value in sums.items()} for sums in self._sums)
+        one, other = (
+            {name: value.to(self._device) for name, value in sums.items()} for sums in self._sums
+        )
         if count == 1:  # one sample has no halves
             return {name: (one[name] + other[name], one[name] + other[name]) for name in one}
         return {name: (one[name] * (2 / count), other[name] * (2 / count)) for name in one}
@@ -77,7 +96,9 @@ class _Squares:
 
 @dataclass(frozen=True)
 class _InputView:
-    """A `GradientView` without the side of the outputs: the sums of squares of the inputs on each coordinate."""
+    """A `GradientView` without the side of the outputs:
+    the sums of squares of the inputs on each coordinate.
+    """
 
     inputs: TokenGradient
 
@@ -100,8 +121,12 @@ class _InputView:
         return self.inputs.inside((Frames(V=A.T),)).x.double().square().sum((0, 1))
 
 
-def stream_grams(anchors: Runner, layers: LayerStream, fold: Callable[[Layer, int, Tensor], None]) -> None:
-    """See `sapmerge.core.protocols.AnchorPass.grams`: one pass per adapter and group of layers that fits the budget."""
+def stream_grams(
+    anchors: Runner, layers: LayerStream, fold: Callable[[Layer, int, Tensor], None]
+) -> None:
+    """See `sapmerge.core.protocols.AnchorPass.grams`:
+    one pass per adapter and group of layers that fits the budget.
+    """
     for group in _groups(layers, anchors.budget):
         for k in range(len(group[0])):
             sums = {layer.name: _Gram(layer.frames) for layer in group}
@@ -125,7 +150,9 @@ def _groups(layers: LayerStream, budget: int) -> Generator[Sequence[Layer]]:
 
 
 class _Gram:
-    """sum x x^T over all tokens, float64; of an embedding, whose inputs are one-hot, only the diagonal."""
+    """sum x x^T over all tokens, float64; of an embedding, whose inputs are one-hot,
+    only the diagonal.
+    """
 
     def __init__(self, frames: tuple[Frames, ...]) -> None:
         self._frames, self._tokens = frames, 0
@@ -146,5 +173,7 @@ class _Gram:
         if self._sum is None:
             return torch.zeros(n, dtype=torch.float64, device=device)
         if not bool(torch.isfinite(self._sum).all()):
-            raise NonFiniteError(f"the inputs of layer {layer.name!r} on the anchors are NaN or infinite")
+            raise NonFiniteError(
+                f"the inputs of layer {layer.name!r} on the anchors are NaN or infinite"
+            )
         return (self._sum / max(self._tokens, 1)).to(device)

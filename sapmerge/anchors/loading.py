@@ -1,4 +1,6 @@
-"""Anchor batches: made from pairs, moved to the model's device, and checked to be the same on every pass."""
+"""Anchor batches: made from pairs, moved to the model's device,
+and checked to be the same on every pass.
+"""
 
 from __future__ import annotations
 
@@ -46,12 +48,16 @@ def _every_other(batch: Any, start: int, size: int) -> Any:
     if isinstance(batch, Tensor):
         if batch.ndim == 0 or len(batch) != size:
             raise AnchorError(
-                f"the samples of the only batch cannot be told apart: a tensor {tuple(batch.shape)} in a batch of "
+                "the samples of the only batch cannot be told apart: a tensor "
+                f"{tuple(batch.shape)} in a batch of "
                 f"{size}; pass two batches or more"
             )
         return batch[start::2]
     if isinstance(batch, Mapping):
-        return {key: _every_other(value, start, size) for key, value in cast("Mapping[str, Any]", batch).items()}
+        return {
+            key: _every_other(value, start, size)
+            for key, value in cast("Mapping[str, Any]", batch).items()
+        }
     if isinstance(batch, (tuple, list)):
         items = cast("Sequence[Any]", batch)
         if len(items) == size and not any(isinstance(item, Tensor) for item in items):
@@ -69,9 +75,10 @@ def from_pairs(
     Args:
         images: PIL images or paths, one per text.
         texts: captions; for LLaVA, prompts with the image token.
-        processor: a transformers processor: called with `images=`, `text=`, `return_tensors="pt"`, `padding=True`
-            (SigLIP's with "max_length", as it was trained).
-        batch_size: pairs per batch at most, dealt out evenly; contrastive losses take their negatives from the batch.
+        processor: a transformers processor: called with `images=`, `text=`, `return_tensors="pt"`,
+            `padding=True` (SigLIP's with "max_length", as it was trained).
+        batch_size: pairs per batch at most, dealt out evenly;
+            contrastive losses take their negatives from the batch.
 
     Returns:
         A list of dict batches: an `anchor_loader` for `merge`.
@@ -111,7 +118,9 @@ def _image(image: Any) -> Any:
             with cast("Any", Image.open(cast("str | os.PathLike[str]", image))) as opened:
                 return opened.convert("RGB")
         except OSError as error:
-            raise AnchorError(f"the image {str(cast('object', image))!r} cannot be read: {error}") from None
+            raise AnchorError(
+                f"the image {str(cast('object', image))!r} cannot be read: {error}"
+            ) from None
     return image.convert("RGB") if hasattr(image, "convert") else image
 
 
@@ -119,14 +128,15 @@ class Batches:
     """The batches of a re-iterable loader, on the model's device.
 
     Raises:
-        AnchorError: it is empty, can be iterated only once, or yields other data the second time; a batch holds no
-            sample, or tensors that are sparse, quantised or without data.
+        AnchorError: it is empty, can be iterated only once, or yields other data the second time; a
+            batch holds no sample, or tensors that are sparse, quantised or without data.
     """
 
     def __init__(self, loader: Any, device: torch.device) -> None:
         if not hasattr(loader, "__iter__") or hasattr(loader, "__next__"):
             raise AnchorError(
-                f"the anchors must be re-iterable: they are read once per adapter, and {type(loader).__name__} can be "
+                "the anchors must be re-iterable: they are read once per adapter, and "
+                f"{type(loader).__name__} can be "
                 "read once; pass a list of batches or a DataLoader"
             )
         self._loader, self._device = loader, device
@@ -140,25 +150,42 @@ class Batches:
     def _checked(batch: Any, number: int) -> str:
         """The digest of a batch that holds samples, all of them in plain tensors."""
         for leaf in _leaves(batch):
-            if isinstance(leaf, Tensor) and (leaf.is_meta or leaf.is_quantized or leaf.layout != torch.strided):
-                kind = "a meta tensor, without data" if leaf.is_meta else "a sparse, nested or quantised tensor"
-                raise AnchorError(f"batch {number} of the anchors holds {kind}; expected plain tensors")
+            if isinstance(leaf, Tensor) and (
+                leaf.is_meta or leaf.is_quantized or leaf.layout != torch.strided
+            ):
+                kind = (
+                    "a meta tensor, without data"
+                    if leaf.is_meta
+                    else "a sparse, nested or quantised tensor"
+                )
+                raise AnchorError(
+                    f"batch {number} of the anchors holds {kind}; expected plain tensors"
+                )
         if batch_size(batch) == 0:
-            raise AnchorError(f"batch {number} of the anchors is empty: it holds no sample; leave it out")
+            raise AnchorError(
+                f"batch {number} of the anchors is empty: it holds no sample; leave it out"
+            )
         return digest(batch, everything=False)
 
     def __iter__(self) -> Iterator[Any]:
         count = 0
         for number, batch in enumerate(self._loader):
-            if number >= len(self._digests) or digest(batch, everything=False) != self._digests[number]:
+            if (
+                number >= len(self._digests)
+                or digest(batch, everything=False) != self._digests[number]
+            ):
                 raise AnchorError(
-                    f"the anchors are not the same on every pass: batch {number} changed. Switch shuffling and random "
+                    f"the anchors are not the same on every pass: batch {number} changed. Switch "
+                    "shuffling and random "
                     "augmentation off (DataLoader(..., shuffle=False))"
                 )
             count += 1
             yield _moved(batch, self._device)
         if count != len(self._digests):
-            raise AnchorError(f"the anchors are not the same on every pass: {len(self._digests)} batches, then {count}")
+            raise AnchorError(
+                f"the anchors are not the same on every pass: {len(self._digests)} batches, then "
+                f"{count}"
+            )
 
     @property
     def digest(self) -> str:
@@ -167,7 +194,9 @@ class Batches:
 
 
 def batch_size(batch: Any) -> int:
-    """The length of the first dimension of the input ids, or else of a batch's first tensor; 1 if there is none."""
+    """The length of the first dimension of the input ids, or else of a batch's first tensor;
+    1 if there is none.
+    """
     ids = cast("Mapping[str, Any]", batch).get("input_ids") if isinstance(batch, Mapping) else None
     if isinstance(ids, Tensor) and ids.ndim:  # there may be more images than texts, or fewer
         return len(ids)
@@ -190,7 +219,9 @@ def _moved(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, Tensor):
         return batch.clone().to(device) if batch.is_inference() else batch.to(device)
     if isinstance(batch, Mapping):
-        return {key: _moved(value, device) for key, value in cast("Mapping[str, Any]", batch).items()}
+        return {
+            key: _moved(value, device) for key, value in cast("Mapping[str, Any]", batch).items()
+        }
     if isinstance(batch, (tuple, list)):
         moved = [_moved(value, device) for value in cast("Sequence[Any]", batch)]
         if hasattr(cast("Any", batch), "_fields"):  # a namedtuple

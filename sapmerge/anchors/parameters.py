@@ -1,8 +1,10 @@
-"""Adapters in weights that no module's output shows: experts, and the projections of an nn.MultiheadAttention.
+"""Adapters in weights that no module's output shows:
+experts, and the projections of an nn.MultiheadAttention.
 
-There the update cannot be added to an output, so for the length of a pass the weight itself is another tensor, W + D.
-The parameter stays where it is: a tensor of the same name in the module's `__dict__` is found first. Its gradient is
-the whole dL/dW, which is handed on as the tokens of an identity: G = sum_t (G e_t) e_t^T.
+There the update cannot be added to an output, so for the length of a pass the weight itself is
+another tensor, W + D. The parameter stays where it is: a tensor of the same name in the module's
+`__dict__` is found first. Its gradient is the whole dL/dW,
+which is handed on as the tokens of an identity: G = sum_t (G e_t) e_t^T.
 """
 
 from __future__ import annotations
@@ -74,9 +76,14 @@ def substituted(
                 value = first.parameter.detach().clone()
                 for name, site in layers.items():
                     if name in updates:
-                        (value[site.part] if site.part else value).add_(site.view(updates[name].dense()).to(value))
+                        (value[site.part] if site.part else value).add_(
+                            site.view(updates[name].dense()).to(value)
+                        )
                 if not bool(torch.isfinite(value).all()):
-                    raise NonFiniteError(f"the weight of {next(iter(layers))!r} plus its update is not finite in {who}")
+                    raise NonFiniteError(
+                        f"the weight of {next(iter(layers))!r} plus its update is not finite in "
+                        f"{who}"
+                    )
                 wanted = {name: site for name, site in layers.items() if name in watched}
                 if wanted:
                     leaf = Leaf(torch.zeros_like(value, requires_grad=True), wanted)

@@ -1,4 +1,6 @@
-"""The prefix of a network: what runs before the first adapted layer is the same for every adapter, and runs once."""
+"""The prefix of a network: what runs before the first adapted layer is the same for every adapter,
+and runs once.
+"""
 
 from __future__ import annotations
 
@@ -18,15 +20,18 @@ __all__ = ["Prefix"]
 
 
 class Prefix:
-    """Outputs of modules that run before the first adapted one, kept from one pass over the anchors for the next.
+    """Outputs of modules that run before the first adapted one,
+    kept from one pass over the anchors for the next.
 
-    The modules are the largest in which nothing is adapted: whole blocks, whole towers. A kept output stands in only
-    for the same call on the same batch with inputs that are equal, bit for bit; so nothing is assumed about the order
-    in which a model or a loss runs its parts, and a loss that draws random numbers is computed anew each time.
+    The modules are the largest in which nothing is adapted: whole blocks, whole towers. A kept
+    output stands in only for the same call on the same batch with inputs that are equal, bit for
+    bit; so nothing is assumed about the order in which a model or a loss runs its parts,
+    and a loss that draws random numbers is computed anew each time.
 
-    A module runs each time if its output may depend on more than its inputs, or someone may notice that it did not
-    run: it or a part of it changes an attribute, a buffer, an argument or the random state; an argument is more than
-    plain data (a cache of keys and values); an input asks for a gradient; a part of it has hooks.
+    A module runs each time if its output may depend on more than its inputs, or someone may notice
+    that it did not run: it or a part of it changes an attribute, a buffer, an argument or the
+    random state; an argument is more than plain data (a cache of keys and values);
+    an input asks for a gradient; a part of it has hooks.
 
     Args:
         targets: the adapted modules.
@@ -42,7 +47,9 @@ class Prefix:
         self._batch: int | None = None
         self._reached = self._inside = False
         self.embedded: dict[str, list[Tensor]] | None = None
-        """What stands in for the inputs of a tower that no adapter touches: its embeddings, batch by batch."""
+        """What stands in for the inputs of a tower that no adapter touches:
+        its embeddings, batch by batch.
+        """
 
     @property
     def kept(self) -> int:
@@ -59,9 +66,15 @@ class Prefix:
     def reused(self, base: nn.Module) -> Generator[None]:
         """Modules of `base` hand out what is kept of them; they are as they were on the way out."""
         with ExitStack() as stack:
-            if not any(isinstance(module, (torch.jit.ScriptModule, nn.DataParallel)) for module in base.modules()):
+            if not any(
+                isinstance(module, (torch.jit.ScriptModule, nn.DataParallel))
+                for module in base.modules()
+            ):
                 stack.enter_context(
-                    removed(functools.partial(t.register_forward_pre_hook, self._reach) for t in self._targets)
+                    removed(
+                        functools.partial(t.register_forward_pre_hook, self._reach)
+                        for t in self._targets
+                    )
                 )
                 for module in _largest(base, set(self._targets)):
                     stack.enter_context(_replaced(module, self._reusing(module, module.forward)))
@@ -107,7 +120,11 @@ class Prefix:
         return run
 
     def _run(
-        self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        module: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> tuple[Any, Call | None]:
         """The output of a module, and the call if it can stand in for the next one."""
         call, before = Call.of(args, kwargs), Traces.of(module)
@@ -170,13 +187,17 @@ def _looked_into(module: nn.Module) -> bool:
     if everywhere["_global_forward_hooks"] or everywhere["_global_forward_pre_hooks"]:
         return True
     return any(
-        bool(own["_forward_pre_hooks"]) or "forward" in own or not all(map(_idle, own["_forward_hooks"].values()))
+        bool(own["_forward_pre_hooks"])
+        or "forward" in own
+        or not all(map(_idle, own["_forward_hooks"].values()))
         for own in (vars(part) for part in module.modules() if part is not module)
     )
 
 
 def _idle(hook: Any) -> bool:
-    """Whether it is a hook of transformers, which stays in a model for good and collects outputs when asked to."""
+    """Whether it is a hook of transformers, which stays in a model for good and collects
+    outputs when asked to.
+    """
     if getattr(hook, "__module__", None) != "transformers.utils.output_capturing":
         return False
     collector = hook.__globals__.get("_active_collector")

@@ -1,4 +1,6 @@
-"""Running the anchors through a model with an adapter in it: forward and backward passes, and the mean loss."""
+"""Running the anchors through a model with an adapter in it:
+forward and backward passes, and the mean loss.
+"""
 
 from __future__ import annotations
 
@@ -35,11 +37,15 @@ Load: TypeAlias = Callable[[], Mapping[str, Update]]
 
 _BUDGET = 2 << 30
 _HALF_SCALES = (2.0**14, 2.0**8, 2.0**3, 1.0)
-"""What the loss is multiplied by in a float16 model, where gradients below 6e-8 are 0 and above 65504 infinite."""
+"""What the loss is multiplied by in a float16 model,
+where gradients below 6e-8 are 0 and above 65504 infinite.
+"""
 
 
 class ShardDone(Exception):
-    """All that a process with a share of the adapters can do is done: what comes next needs all of them."""
+    """All that a process with a share of the adapters can do is done:
+    what comes next needs all of them.
+    """
 
 
 @dataclass
@@ -59,13 +65,15 @@ class Runner:
     """A model, batches, a loss, and the adapters that are put into the model.
 
     Args:
-        model: the base model (or a PeftModel of it, whose own adapters are disabled). It comes back as it was.
+        model: the base model (or a PeftModel of it, whose own adapters are disabled). It comes back
+            as it was.
         loader: re-iterable batches; dict batches go to `model(**batch)`.
         modules: layer -> Module, of all adapters.
         adapters: per adapter its label and a function that gives its updates, layer -> update.
         loss: (model, batch) -> scalar; None: by what the model is.
-        budget: bytes of gradient statistics that may be held at once; more is computed a group of layers at a time.
-            Half as much may be held of outputs that are the same for every adapter (`Prefix`).
+        budget: bytes of gradient statistics that may be held at once; more is computed a group of
+            layers at a time. Half as much may be held of outputs that are the same for every
+            adapter (`Prefix`).
 
     Raises:
         AnchorError: no batches, batches that change, no loss for this model.
@@ -99,7 +107,8 @@ class Runner:
         self._prefix = Prefix(self.targets.values(), budget // 2)
 
     def resume_in(self, folder: str | os.PathLike[str], digests: Sequence[str]) -> None:
-        """Keep the statistics of every adapter in a folder, and take from there what an earlier run has left.
+        """Keep the statistics of every adapter in a folder,
+        and take from there what an earlier run has left.
 
         Args:
             folder: of the cache.
@@ -124,7 +133,10 @@ class Runner:
         return self._used.is_set()
 
     def loss_of(
-        self, updates: Mapping[str, Update], loss: Loss | None = None, who: str = "the merged adapter"
+        self,
+        updates: Mapping[str, Update],
+        loss: Loss | None = None,
+        who: str = "the merged adapter",
     ) -> float:
         """The mean loss on the anchors at base + updates."""
         self._used.set()
@@ -136,9 +148,16 @@ class Runner:
         self._allow(f"the loss {loss_name(loss)!r} at {who}")
         if self.shard.skipped and who == "the merged adapter":
             raise ShardDone
-        with self._running(loss) as base, torch.no_grad(), attached(self.sites, self._moved(updates), who):
+        with (
+            self._running(loss) as base,
+            torch.no_grad(),
+            attached(self.sites, self._moved(updates), who),
+        ):
             for batch, size in self._batches(base, loss):
-                total, count = total + float(self._value(loss, base, batch, who)) * size, count + size
+                total, count = (
+                    total + float(self._value(loss, base, batch, who)) * size,
+                    count + size,
+                )
         if self.resume is not None:
             self.resume.put_loss(key, total / count)
         return total / count
@@ -153,29 +172,37 @@ class Runner:
     def _allow(self, what: str) -> None:
         if self.cache_only:
             raise AnchorError(
-                f"cache_only: the cache lacks {what}; run sapmerge.federated.score on all adapters with the same "
+                f"cache_only: the cache lacks {what}; run sapmerge.federated.score on all adapters "
+                "with the same "
                 "anchors, model, loss and method, or merge without cache_only"
             )
 
     def scaled(self, factors: Mapping[str, Sequence[float]]) -> Self:
-        """The same at base + multiplied adapters: layer -> one factor per adapter; other layers stay as they are."""
+        """The same at base + multiplied adapters: layer -> one factor per adapter;
+        other layers stay as they are.
+        """
 
         def times(load: Load, k: int) -> Load:
             return lambda: {
-                name: update.scaled(factors[name][k]) if name in factors and factors[name][k] != 1 else update
+                name: update.scaled(factors[name][k])
+                if name in factors and factors[name][k] != 1
+                else update
                 for name, update in load().items()
             }
 
         other = copy.copy(self)
         changed = {k for row in factors.values() for k, factor in enumerate(row) if factor != 1}
         other.adapters = [
-            (label, times(load, k) if k in changed else load) for k, (label, load) in enumerate(self.adapters)
+            (label, times(load, k) if k in changed else load)
+            for k, (label, load) in enumerate(self.adapters)
         ]
         other.resume = None if self.resume is None else self.resume.scaled(factors, changed)
         return other
 
     def half(self, number: int) -> Self:
-        """The same with every other batch, from that number (0 or 1) on; of a single batch, with every other sample."""
+        """The same with every other batch, from that number (0 or 1) on;
+        of a single batch, with every other sample.
+        """
         self._used.set()
         half = copy.copy(self)
         half.batches = Batches(Half(self.batches, number), device_of(self.model))
@@ -190,12 +217,15 @@ class Runner:
         here._known, here.resume = {}, None
         return here
 
-    def backward(self, adapter: int | None, watched: Mapping[str, Callable[[TokenGradient, int], None]]) -> int:
+    def backward(
+        self, adapter: int | None, watched: Mapping[str, Callable[[TokenGradient, int], None]]
+    ) -> int:
         """One pass over the anchors, at base + one adapter or at the base.
 
         Args:
             adapter: its index; None for the base.
-            watched: layer -> what to do with its gradient in each batch and with the size of that batch.
+            watched: layer -> what to do with its gradient in each batch and with the
+                size of that batch.
 
         Returns:
             The number of samples.
@@ -208,20 +238,31 @@ class Runner:
         self._allow(f"gradients at {who}")
         moved, total, count = self._moved(updates), 0.0, 0
         with self._running(self.loss) as base, torch.enable_grad():
-            scales = _HALF_SCALES if any(p.dtype == torch.float16 for p in base.parameters()) else (1.0,)
+            scales = (
+                _HALF_SCALES if any(p.dtype == torch.float16 for p in base.parameters()) else (1.0,)
+            )
             for batch, size in self._batches(base, self.loss):
 
                 def run(
-                    scale: float, hold: bool, base: nn.Module = base, batch: Any = batch, size: int = size
+                    scale: float,
+                    hold: bool,
+                    base: nn.Module = base,
+                    batch: Any = batch,
+                    size: int = size,
                 ) -> tuple[float, Watch]:
-                    watch = Watch(dict.fromkeys(watched, self._sink(watched, size, scale, who)), hold)
+                    watch = Watch(
+                        dict.fromkeys(watched, self._sink(watched, size, scale, who)), hold
+                    )
                     with attached(self.sites, moved, who, watch):
                         value = self._value(self.loss, base, batch, who)
                         if value.requires_grad:
                             watch.backward(wide(value) * scale)
-                        elif len(watched) == len(updates or self.targets):  # of some layers it need not depend on any
+                        elif len(watched) == len(
+                            updates or self.targets
+                        ):  # of some layers it need not depend on any
                             raise AnchorError(
-                                f"the loss {loss_name(self.loss)!r} depends on no layer that the adapters change (or "
+                                f"the loss {loss_name(self.loss)!r} depends on no layer that the "
+                                "adapters change (or "
                                 "the model uses reentrant checkpointing: use_reentrant=False)"
                             )
                     return float(value.detach()), watch
@@ -236,11 +277,17 @@ class Runner:
         return count
 
     def forward(self, adapter: int, watched: Mapping[str, Seen]) -> int:
-        """One pass without gradients, at base + adapter: layer -> what to do with its inputs. The number of samples."""
+        """One pass without gradients, at base + adapter: layer -> what to do with its inputs.
+        The number of samples.
+        """
         self._used.set()
         (who, updates), count = self._place(adapter), 0
         self._allow(f"the inputs of the layers at {who}")
-        with self._running(self.loss) as base, torch.no_grad(), attached(self.sites, self._moved(updates), who):
+        with (
+            self._running(self.loss) as base,
+            torch.no_grad(),
+            attached(self.sites, self._moved(updates), who),
+        ):
             for batch, size in self._batches(base, self.loss):
                 with seeing(self.sites, watched, size, count):
                     self._value(self.loss, base, batch, who)
@@ -248,11 +295,17 @@ class Runner:
         return count
 
     def _sink(
-        self, watched: Mapping[str, Callable[[TokenGradient, int], None]], size: int, scale: float, who: str
+        self,
+        watched: Mapping[str, Callable[[TokenGradient, int], None]],
+        size: int,
+        scale: float,
+        who: str,
     ) -> Callable[[str, list[Call]], None]:
         def sink(name: str, calls: list[Call]) -> None:
             if not all(finite(g) for _, g in calls):
-                raise NonFiniteError(f"the anchors' gradient of layer {name!r} is NaN or infinite in {who}")
+                raise NonFiniteError(
+                    f"the anchors' gradient of layer {name!r} is NaN or infinite in {who}"
+                )
             watched[name](token_gradient(self.targets[name], calls, size, scale), size)
 
         return sink
@@ -267,12 +320,16 @@ class Runner:
         return None if adapter is None else self.adapters[adapter][1]
 
     def loss_at(self, adapter: int | None, loss: Loss | None = None) -> float:
-        """The mean loss at base + one adapter, or at the base for None; the anchors' own loss is measured once."""
+        """The mean loss at base + one adapter, or at the base for None;
+        the anchors' own loss is measured once.
+        """
         loss, key = loss or self.loss, self._key(adapter)
         if loss is self.loss and key in self._known:
             return self._known[key]
         who, updates = self._place(adapter)
-        kept = None if self.resume is None else self.resume.loss(self.resume.loss_key(updates, loss))
+        kept = (
+            None if self.resume is None else self.resume.loss(self.resume.loss_key(updates, loss))
+        )
         if kept is None and adapter is not None and not self.mine(adapter):
             return 0.0
         found = self.loss_of(updates, loss, who) if kept is None else kept
@@ -292,19 +349,29 @@ class Runner:
         self._prefix.start()
         value = cast("object", loss(base, batch))
         if not isinstance(value, Tensor) or value.numel() != 1:
-            shown = f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-            raise AnchorError(f"the loss {loss_name(loss)!r} must return one number as a tensor; got {shown}")
+            shown = (
+                f"a tensor {tuple(value.shape)}"
+                if isinstance(value, Tensor)
+                else f"a {type(value).__name__}"
+            )
+            raise AnchorError(
+                f"the loss {loss_name(loss)!r} must return one number as a tensor; got {shown}"
+            )
         if not finite(value):
             raise NonFiniteError(f"the anchor loss {loss_name(loss)!r} is {float(value)} in {who}")
         return value.reshape(())
 
     def _moved(self, updates: Mapping[str, Update]) -> dict[str, Update]:
         return {
-            name: update.to(self.sites[name].weight.device) for name, update in updates.items() if not update.absent
+            name: update.to(self.sites[name].weight.device)
+            for name, update in updates.items()
+            if not update.absent
         }
 
     def _batches(self, base: nn.Module, loss: Loss) -> Iterator[tuple[Any, int]]:
-        """Batches and their sizes; the embeddings of a tower that no adapter touches stand in for its inputs."""
+        """Batches and their sizes; the embeddings of a tower that no adapter touches stand in
+        for its inputs.
+        """
         alike = loss in PAIR_LOSSES
         if self._prefix.embedded is None and alike:
             self._prefix.embedded = embedded(base, self.targets.values(), self._tried)
@@ -314,7 +381,9 @@ class Runner:
             yield (stand_in(batch, number, self._prefix.embedded or {}) if alike else batch), size
 
     def _tried(self) -> Iterator[Any]:
-        """The batches. Of the first, outputs are kept: if an adapted layer is reached, it was not run for nothing."""
+        """The batches. Of the first, outputs are kept:
+        if an adapted layer is reached, it was not run for nothing.
+        """
         for number, batch in enumerate(self.batches):
             self._prefix.on(0 if number == 0 else None)
             yield batch

@@ -1,4 +1,6 @@
-"""Statistics of the gradient over the anchors, in the coordinates of a unit, within a budget of memory."""
+"""Statistics of the gradient over the anchors, in the coordinates of a unit,
+within a budget of memory.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +24,18 @@ __all__ = ["GradientStatistics", "in_turn", "slopes_along"]
 Halves = dict[str, tuple[Tensor, Tensor]]
 
 _LEAST, _TURNS = 64 << 20, 4
-"""Bytes that are always held, and how many turns are worth their cost: all layers are read again in each."""
+"""Bytes that are always held, and how many turns are worth their cost:
+all layers are read again in each.
+"""
 
 
-def in_turn(anchors: Runner, layers: LayerStream, units: Units) -> Iterator[tuple[Sequence[int], GradientStatistics]]:
+def in_turn(
+    anchors: Runner, layers: LayerStream, units: Units
+) -> Iterator[tuple[Sequence[int], GradientStatistics]]:
     """Statistics of a quarter of the adapters at a time, or of as many as the budget holds.
 
-    Every adapter runs once, unless its own statistics exceed the budget; and the base once, if those of all do not.
+    Every adapter runs once, unless its own statistics exceed the budget;
+    and the base once, if those of all do not.
     """
     sizes = dict[int, int]()
     for layer in layers:
@@ -52,15 +59,21 @@ def in_turn(anchors: Runner, layers: LayerStream, units: Units) -> Iterator[tupl
 def _bytes_of(update: Update, units: Units) -> int:
     """Of the two halves of a statistic, in float32."""
     m, n = update.shape
-    return 8 * (m * n if isinstance(units, Entries) else update.rank * (m + n)) if not update.absent else 0
+    return (
+        8 * (m * n if isinstance(units, Entries) else update.rank * (m + n))
+        if not update.absent
+        else 0
+    )
 
 
 class GradientStatistics:
-    """An `Observation`: computed a group of layers at a time, when the first of the group is asked for.
+    """An `Observation`: computed a group of layers at a time,
+    when the first of the group is asked for.
 
     Args:
         adapters: that will be asked for; by default all.
-        at_base: whom to ask for gradients at the base, which are the same pass for all adapters; by default it runs.
+        at_base: whom to ask for gradients at the base, which are the same pass for all adapters;
+            by default it runs.
     """
 
     def __init__(
@@ -77,11 +90,17 @@ class GradientStatistics:
         self._held: dict[tuple[int, str, str], dict[tuple[str, int], Halves]] = {}
         self._sizes: InputSizes | None = None
 
-    def moment(self, layer: str, adapter: int, part: str, statistic: str, at: str) -> tuple[Tensor, Tensor]:
+    def moment(
+        self, layer: str, adapter: int, part: str, statistic: str, at: str
+    ) -> tuple[Tensor, Tensor]:
         """See `sapmerge.core.protocols.Observation`."""
-        if statistic not in ("mean", "absolute", "square", "batch square") or at not in ("adapter", "base"):
+        if statistic not in ("mean", "absolute", "square", "batch square") or at not in (
+            "adapter",
+            "base",
+        ):
             raise MethodError(
-                "a gradient statistic is 'mean', 'absolute' or 'square' (or 'batch square'), at the 'adapter' or at "
+                "a gradient statistic is 'mean', 'absolute' or 'square' (or 'batch square'), at "
+                "the 'adapter' or at "
                 f"the 'base'; got {statistic!r} at {at!r}"
             )
         if at == "base" and self._at_base is not None:
@@ -104,7 +123,9 @@ class GradientStatistics:
         """Split the layers into groups whose statistics fit the budget."""
         group, size = 0, 0
         for layer in self._layers:
-            need = sum(_bytes_of(update, self._units) for k, update in enumerate(layer) if self._asked(k))
+            need = sum(
+                _bytes_of(update, self._units) for k, update in enumerate(layer) if self._asked(k)
+            )
             if size and size + need > self._anchors.budget:
                 group, size = group + 1, 0
             self._groups[layer.name], size = group, size + need
@@ -124,7 +145,9 @@ class GradientStatistics:
                         found = _Sums(unit, layer.frames, statistic, shape, update.device)
                         sums.setdefault(k, {})[layer.name] = found
                         if resume is not None:
-                            contents.setdefault(k, {})[layer.name] = resume.content(update, layer.frames)
+                            contents.setdefault(k, {})[layer.name] = resume.content(
+                                update, layer.frames
+                            )
         if at == "base":
             return self._at_the_base(sums)
         return {
@@ -133,20 +156,30 @@ class GradientStatistics:
             for name, halves in self._of_adapter(k, mine, statistic, contents.get(k, {})).items()
         }
 
-    def _at_the_base(self, sums: Mapping[int, Mapping[str, _Sums]]) -> dict[tuple[str, int], Halves]:
+    def _at_the_base(
+        self, sums: Mapping[int, Mapping[str, _Sums]]
+    ) -> dict[tuple[str, int], Halves]:
         """All adapters' statistics from one pass."""
         of_layer: dict[str, list[_Sums]] = {}
         for mine in sums.values():
             for name, found in mine.items():
                 of_layer.setdefault(name, []).append(found)
-        count = self._anchors.backward(None, {name: _all(found) for name, found in of_layer.items()})
+        count = self._anchors.backward(
+            None, {name: _all(found) for name, found in of_layer.items()}
+        )
         self._warn_of_unused({name for name, found in of_layer.items() if not found[0].seen})
-        return {(name, k): found.halves(count) for k, mine in sums.items() for name, found in mine.items()}
+        return {
+            (name, k): found.halves(count)
+            for k, mine in sums.items()
+            for name, found in mine.items()
+        }
 
     def _of_adapter(
         self, k: int, sums: Mapping[str, _Sums], statistic: str, contents: Mapping[str, str]
     ) -> Mapping[str, Halves]:
-        """One adapter's statistics: from an earlier run if a cache holds them, else from a pass over the anchors."""
+        """One adapter's statistics: from an earlier run if a cache holds them,
+        else from a pass over the anchors.
+        """
         resume = self._anchors.resume
         key = "" if resume is None else resume.key(k, statistic, self._units, contents)
         kept = None if resume is None else resume.get(key)
@@ -170,7 +203,10 @@ class GradientStatistics:
         self._anchors.unused.update(new)
         if new:
             warnings.warn(
-                f"{len(new)} layers take no part in the anchor loss, their scores are 0: {', '.join(new[:3])}"
+                (
+                    f"{len(new)} layers take no part in the anchor loss, their scores are 0: "
+                    f"{', '.join(new[:3])}"
+                )
                 + (", ..." if len(new) > 3 else ""),
                 SapmergeWarning,
                 stacklevel=2,
@@ -199,7 +235,9 @@ class _Sums:
         self.seen = 0
 
     def add(self, gradient: TokenGradient, size: int) -> None:
-        """One batch. The loss is a mean over the batch, so a sample's own gradient is `size` times its part."""
+        """One batch. The loss is a mean over the batch,
+        so a sample's own gradient is `size` times its part.
+        """
         gradient = gradient.inside(self._frames)
         if self._statistic == "batch square":
             for half in (0, 1):  # a batch is not divided: both halves are the whole
@@ -212,15 +250,20 @@ class _Sums:
         else:
             raise AnchorError(
                 "the scorer reads gradients per sample, but a layer mixes the samples of a batch "
-                f"({len(gradient.x)} rows for {size} samples); use batches of one sample, or Taylor()"
+                f"({len(gradient.x)} rows for {size} samples); use batches of one sample, or "
+                "Taylor()"
             )
         self.seen += size
 
     def _add_samples(self, gradient: TokenGradient, size: int) -> None:
-        if self._count <= gradient.x[0].numel() + gradient.g[0].numel():  # all samples at once are no larger than x, g
+        # all samples at once are no larger than x, g
+        if self._count <= gradient.x[0].numel() + gradient.g[0].numel():
             parts = [(0, gradient)]
         elif self._statistic == "mean":
-            parts = [(start, gradient.samples(slice(start, None, 2)).together()) for start in range(min(size, 2))]
+            parts = [
+                (start, gradient.samples(slice(start, None, 2)).together())
+                for start in range(min(size, 2))
+            ]
         else:  # one at a time: a whole batch of dense gradients would not fit
             parts = [(start, gradient.samples(slice(start, start + 1))) for start in range(size)]
         for start, part in parts:
@@ -243,11 +286,17 @@ class _Sums:
         return gradients.sum(0) if len(gradients) > 1 else gradients[0]
 
     def halves(self, count: int) -> Halves:
-        """Two estimates whose mean is the statistic over all `count` samples; zero for a layer without a gradient."""
+        """Two estimates whose mean is the statistic over all `count` samples;
+        zero for a layer without a gradient.
+        """
         if not self.seen:
-            nothing = TokenGradient(torch.zeros(1, 1, self._shape[1]), torch.zeros(1, 1, self._shape[0]))
+            nothing = TokenGradient(
+                torch.zeros(1, 1, self._shape[1]), torch.zeros(1, 1, self._shape[0])
+            )
             self._accumulate(0, nothing.inside(self._frames), 0.0)
-        one, other = ({name: value.to(self.device) for name, value in sums.items()} for sums in self._sums)
+        one, other = (
+            {name: value.to(self.device) for name, value in sums.items()} for sums in self._sums
+        )
         if count == 1:  # one sample has no halves
             return {name: (value, value) for name, value in (one | other).items()}
         for sums, opposite in ((one, other), (other, one)):
@@ -264,9 +313,15 @@ def _all(sums: Sequence[_Sums]) -> Callable[[TokenGradient, int], None]:
     return add
 
 
-def slopes_along(anchors: Runner, directions: Mapping[str, Sequence[Update]]) -> tuple[float, dict[str, Tensor]]:
-    """The mean loss at base + the runner's only adapter, and its derivatives <G, D>: layer -> (K,), float64."""
-    sums = {name: torch.zeros(len(along), dtype=torch.float64) for name, along in directions.items()}
+def slopes_along(
+    anchors: Runner, directions: Mapping[str, Sequence[Update]]
+) -> tuple[float, dict[str, Tensor]]:
+    """The mean loss at base + the runner's only adapter, and its derivatives <G, D>:
+    layer -> (K,), float64.
+    """
+    sums = {
+        name: torch.zeros(len(along), dtype=torch.float64) for name, along in directions.items()
+    }
 
     def along(name: str) -> Callable[[TokenGradient, int], None]:
         def add(gradient: TokenGradient, size: int) -> None:

@@ -1,4 +1,6 @@
-"""Towers that no adapter touches: their embeddings are computed once, and stand in for their inputs."""
+"""Towers that no adapter touches: their embeddings are computed once,
+and stand in for their inputs.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,12 @@ def embedded(
     return {side: embeddings for side, embeddings in found.items() if embeddings is not None}
 
 
-def stand_in(batch: Mapping[str, Any], number: int, found: Mapping[str, Sequence[Tensor]]) -> Mapping[str, Any]:
-    """A batch with the embeddings that were found for it, instead of the inputs that they were made of."""
+def stand_in(
+    batch: Mapping[str, Any], number: int, found: Mapping[str, Sequence[Tensor]]
+) -> Mapping[str, Any]:
+    """A batch with the embeddings that were found for it,
+    instead of the inputs that they were made of.
+    """
     for side, embeddings in found.items():
         batch = {key: value for key, value in batch.items() if key not in INPUTS[side]}
         batch[f"{side}_embeds"] = embeddings[number]

@@ -23,11 +23,13 @@ __all__ = ["FitCoefficients", "adamerging"]
 
 @part
 class FitCoefficients:
-    """D_k -> c_k D_k in every layer, c by steps of Adam on the anchor loss at base + sum_k c_k w_k D_k.
+    """D_k -> c_k D_k in every layer, c by steps of Adam on the anchor loss at base +
+    sum_k c_k w_k D_k.
 
-    The derivative of the loss in c_k is w_k <G, D_k>: one forward and one backward pass per step, over all anchors.
-    After every step c is clamped to [0, 1]. Float64, no randomness. Follow it with `Sum()`, which is what is learnt
-    for. The report has "coefficients" per layer and adapter, and "fit_loss", the loss before every step.
+    The derivative of the loss in c_k is w_k <G, D_k>: one forward and one backward pass per step,
+    over all anchors. After every step c is clamped to [0, 1]. Float64, no randomness. Follow it
+    with `Sum()`, which is what is learnt for. The report has "coefficients" per layer and adapter,
+    and "fit_loss", the loss before every step.
 
     Args:
         scope: "layer", a coefficient for every layer and adapter; "adapter", one for every adapter.
@@ -51,7 +53,8 @@ class FitCoefficients:
     def __post_init__(self) -> None:
         if not 0 <= self.init <= 1 or not self.lr > 0 or self.steps < 0:
             raise MethodError(
-                f"FitCoefficients takes init in [0, 1], lr > 0 and steps >= 0; got init={self.init!r}, lr={self.lr!r}, "
+                "FitCoefficients takes init in [0, 1], lr > 0 and steps >= 0; got "
+                f"init={self.init!r}, lr={self.lr!r}, "
                 f"steps={self.steps!r}"
             )
 
@@ -66,7 +69,10 @@ class FitCoefficients:
         state, losses = _Adam(start, self.lr), list[float]()
         for _ in range(self.steps):
             given = dict(zip(names, state.rows(), strict=True))
-            updates = {x.name: outermost(x, weighted_sum(x, _products(x.weights, given[x.name]))) for x in layers}
+            updates = {
+                x.name: outermost(x, weighted_sum(x, _products(x.weights, given[x.name])))
+                for x in layers
+            }
             directions = {x.name: [outermost(x, update) for update in x] for x in layers}
             loss, slopes = anchors.slopes(updates, directions, self.loss)
             losses.append(loss)
@@ -74,7 +80,9 @@ class FitCoefficients:
             if self.scope == "adapter":
                 gradient = gradient.sum(0, keepdim=True).expand_as(gradient)
             state = state.step(gradient)
-        return replace(self, coefficients=dict(zip(names, state.rows(), strict=True)), losses=tuple(losses))
+        return replace(
+            self, coefficients=dict(zip(names, state.rows(), strict=True)), losses=tuple(losses)
+        )
 
     def __call__(self, layer: Layer) -> Layer:
         if self.coefficients is None:
@@ -82,7 +90,9 @@ class FitCoefficients:
         found = self.coefficients[layer.name]
         layer.record("coefficients", dict(zip(layer.adapters, found, strict=True)))
         layer.record("fit_loss", self.losses)
-        return layer.with_updates([update.scaled(c) for update, c in zip(layer, found, strict=True)])
+        return layer.with_updates(
+            [update.scaled(c) for update, c in zip(layer, found, strict=True)]
+        )
 
 
 def adamerging(
@@ -92,20 +102,24 @@ def adamerging(
     lr: float = 0.02,
     steps: int = 20,
 ) -> Method:
-    """AdaMerging: sum_k c_k w_k D_k with coefficients per layer and adapter that lower the loss of the merged model.
+    """AdaMerging: sum_k c_k w_k D_k with coefficients per layer and adapter that lower the loss of
+    the merged model.
 
     Args:
         scope: "layer" (layer-wise AdaMerging) or "adapter" (task-wise).
-        loss: what is lowered: the anchors' loss, any (model, batch) -> scalar, or `entropy` as in the paper.
+        loss: what is lowered: the anchors' loss, any (model, batch) -> scalar, or `entropy` as in
+            the paper.
         init: of all coefficients.
         lr: of Adam.
         steps: of Adam, each with all anchors.
 
-    The authors take 500 steps with lr 1e-3 on unlabelled test batches of every task, the gradient of their sum, in
-    [0, 1], from 0.3: adamerging(loss=entropy, lr=1e-3, steps=500). A few longer steps go as far on a few anchors. One
-    adapter does not come back whole: it is given a coefficient too.
+    The authors take 500 steps with lr 1e-3 on unlabelled test batches of every task, the gradient
+    of their sum, in [0, 1], from 0.3: adamerging(loss=entropy, lr=1e-3, steps=500). A few longer
+    steps go as far on a few anchors. One adapter does not come back whole:
+    it is given a coefficient too.
 
-    Source: Yang et al., "AdaMerging: adaptive model merging for multi-task learning", https://arxiv.org/abs/2310.02575
+    Source: Yang et al., "AdaMerging: adaptive model merging for multi-task learning",
+    https://arxiv.org/abs/2310.02575
     """
     return Chain(FitCoefficients(scope, loss, init, lr, steps), Sum())
 

@@ -16,7 +16,8 @@ def clair(
     form: Literal["leave-one-out", "convex"] = "leave-one-out",
     price: float | None = None,
 ) -> FlagContaminated:
-    """CLAIR: find the subspace that most adapters share, leave out who is outside of it, and average the rest.
+    """CLAIR: find the subspace that most adapters share, leave out who is outside of it,
+    and average the rest.
 
     Args:
         rank: of the shared subspace of a layer.
@@ -24,8 +25,9 @@ def clair(
         form: "leave-one-out", a calibrated test of ours, or "convex", the paper's program.
         price: of the convex form; None chooses it.
 
-    Its refinement, which leaves the mean as it is, is a result per client: `sapmerge.federated.refine`. Flipped signs
-    and backdoors inside the shared subspace are invisible to it; `FlagContaminated` has more tests.
+    Its refinement, which leaves the mean as it is, is a result per client:
+    `sapmerge.federated.refine`. Flipped signs and backdoors inside the shared subspace are
+    invisible to it; `FlagContaminated` has more tests.
 
     Source: He et al., "Federated LoRA fine-tuning for LLMs via collaborative alignment",
     https://arxiv.org/abs/2605.21217. Penalty, tuning and numbers of the paper are not public.

@@ -1,4 +1,6 @@
-"""EMR: one unified update for all adapters, with a mask and a scalar that turn it back into each of them."""
+"""EMR: one unified update for all adapters, with a mask and a scalar that turn it back
+into each of them.
+"""
 
 from __future__ import annotations
 
@@ -20,17 +22,21 @@ __all__ = ["Unify", "emr"]
 
 @part
 class Unify:
-    """EMR's unified update: in every entry the elected sign times the largest magnitude of the adapters that agree.
+    """EMR's unified update: in every entry the elected sign times the largest magnitude of the
+    adapters that agree.
 
-    The update for one task is `restore(unified, D_k, scalar)` = scalar_k * (D_k * unified > 0) * unified with
+    The update for one task is `restore(unified, D_k, scalar)` = scalar_k * (D_k * unified >
+    0) * unified with
 
         scalar_k = sum over layers of mean|D_k| / sum over layers of mean|unified * mask_k|.
 
-    The pre-pass finds the scalars. The report has, for every layer, "emr_scalar" and "emr_mask" (the share of the
-    entries in the mask) per adapter; the masks themselves follow from the adapters by the formula.
+    The pre-pass finds the scalars. The report has, for every layer, "emr_scalar" and "emr_mask"
+    (the share of the entries in the mask) per adapter;
+    the masks themselves follow from the adapters by the formula.
 
-    Source: Huang et al., "EMR-Merging", https://arxiv.org/abs/2405.17461. The text divides sums over all entries, the
-    code sums of means per tensor, as here. An entry whose weighted sum is 0 takes the majority sign (theirs: -).
+    Source: Huang et al., "EMR-Merging", https://arxiv.org/abs/2405.17461. The text divides sums
+    over all entries, the code sums of means per tensor, as here.
+    An entry whose weighted sum is 0 takes the majority sign (theirs: -).
     """
 
     scalars: Mapping[str, float] | None = field(default=None, repr=False)
@@ -40,17 +46,27 @@ class Unify:
         for layer in layers:
             unified = _unified(layer)
             for label, update in zip(layer.adapters, layer.updates, strict=True):
-                size, kept = (float(x.dense().double().abs().mean()) for x in (update, _masked(unified, update)))
+                size, kept = (
+                    float(x.dense().double().abs().mean())
+                    for x in (update, _masked(unified, update))
+                )
                 sizes[label] = sizes.get(label, 0.0) + size
                 unified_sizes[label] = unified_sizes.get(label, 0.0) + kept
-        return replace(self, scalars={k: sizes[k] / unified_sizes[k] if unified_sizes[k] else 1.0 for k in sizes})
+        return replace(
+            self,
+            scalars={k: sizes[k] / unified_sizes[k] if unified_sizes[k] else 1.0 for k in sizes},
+        )
 
     def __call__(self, layer: Layer) -> Update:
         unified = _unified(layer)
-        shares = [float((_masked(unified, update).dense() != 0).double().mean()) for update in layer]
+        shares = [
+            float((_masked(unified, update).dense() != 0).double().mean()) for update in layer
+        ]
         layer.record("emr_mask", dict(zip(layer.adapters, shares, strict=True)))
         if self.scalars is not None:
-            layer.record("emr_scalar", {adapter: self.scalars[adapter] for adapter in layer.adapters})
+            layer.record(
+                "emr_scalar", {adapter: self.scalars[adapter] for adapter in layer.adapters}
+            )
         return unified
 
     @staticmethod
@@ -62,10 +78,11 @@ class Unify:
 def emr() -> Method:
     """EMR-Merging: elect a sign per entry, and take the largest magnitude that agrees with it.
 
-    unified = sign(sum_k w_k D_k) max{|D_k|: D_k agrees}. The masks and scalars with which it stands in for every single
-    adapter: see `Unify`. Weights vote; a magnitude is that of an adapter.
+    unified = sign(sum_k w_k D_k) max{|D_k|: D_k agrees}. The masks and scalars with which it stands
+    in for every single adapter: see `Unify`. Weights vote; a magnitude is that of an adapter.
 
-    Source: Huang et al., "EMR-Merging: tuning-free high-performance model merging", https://arxiv.org/abs/2405.17461
+    Source: Huang et al., "EMR-Merging: tuning-free high-performance model merging",
+    https://arxiv.org/abs/2405.17461
     """
     return Chain(Unify())
 

@@ -14,7 +14,14 @@ from sapmerge.core.part import part, unprepared
 from sapmerge.core.protocols import LayerStream, Method
 from sapmerge.core.updates import LowRank, Update, zero_of
 from sapmerge.errors import MethodError
-from sapmerge.parts.mergers.regmean import NormalEquations, check_reduction, each_gram, inverse, reduced, times
+from sapmerge.parts.mergers.regmean import (
+    NormalEquations,
+    check_reduction,
+    each_gram,
+    inverse,
+    reduced,
+    times,
+)
 from sapmerge.parts.wrappers import Chain
 
 __all__ = ["LoRMA", "LoRMB", "lorm"]
@@ -24,10 +31,11 @@ Grams = Mapping[str, Mapping[str, Tensor]]
 
 @part
 class LoRMA:
-    """A = (sum_k w_k A_k G_k) (sum_k |w_k| G_k)^+ with the B that all adapters share; the result is B A.
+    """A = (sum_k w_k A_k G_k) (sum_k |w_k| G_k)^+ with the B that all adapters share;
+    the result is B A.
 
-    It does not depend on B, and is `RegMean` on the updates. G_k = E[x x^T] at base + adapter k, off-diagonals times
-    `reduction`. An adapter without the layer counts with a factor of zero.
+    It does not depend on B, and is `RegMean` on the updates. G_k = E[x x^T] at base + adapter k,
+    off-diagonals times `reduction`. An adapter without the layer counts with a factor of zero.
 
     Args:
         reduction: of the off-diagonals of the Gram matrices, in [0, 1].
@@ -67,9 +75,11 @@ class LoRMA:
 
 @part
 class LoRMB:
-    """B = (sum_k w_k B_k A G_k A^T) (sum_k |w_k| A G_k A^T)^+ with the A that all adapters share; the result is B A.
+    """B = (sum_k w_k B_k A G_k A^T) (sum_k |w_k| A G_k A^T)^+ with the A that all adapters share;
+    the result is B A.
 
-    min_B sum_k |w_k| E|(B - B_k) A x_k|^2. G_k = E[x x^T] at base + adapter k, off-diagonals times `reduction`.
+    min_B sum_k |w_k| E|(B - B_k) A x_k|^2. G_k = E[x x^T] at base + adapter k,
+    off-diagonals times `reduction`.
 
     Args:
         reduction: of the off-diagonals of the Gram matrices, in [0, 1].
@@ -115,22 +125,25 @@ class LoRMB:
 
 
 def lorm(merge: str = "A", reduction: float = 0.0, grams: Grams | None = None) -> Method:
-    """LoRM: merge one LoRA factor in closed form while all adapters share the other, as clients of one round do.
+    """LoRM: merge one LoRA factor in closed form while all adapters share the other,
+    as clients of one round do.
 
         merge="A":  A = (sum w A_k G_k) (sum w G_k)^+
         merge="B":  B = (sum w B_k A G_k A^T) (A (sum w G_k) A^T)^+
 
     Args:
-        merge: the factor that differs, "A" (`LoRMA`) or "B" (`LoRMB`); the other one must be the same in all adapters.
-            Adapters that were trained apart share none: `regmean()` is the same regression on whole updates.
-        reduction: off-diagonals of the Gram matrices times this; the published runs keep the diagonal alone (0).
+        merge: the factor that differs, "A" (`LoRMA`) or "B" (`LoRMB`); the other one must be the
+            same in all adapters. Adapters that were trained apart share none: `regmean()` is the
+            same regression on whole updates.
+        reduction: off-diagonals of the Gram matrices times this; the published runs keep the
+            diagonal alone (0).
         grams: label -> layer -> G, measured elsewhere; without it anchors and a model are needed.
 
-    The authors' G is a sum over the rows of each client, which weighs clients by their rows; with `grams` so does ours,
-    and on anchors all adapters see the same rows.
+    The authors' G is a sum over the rows of each client, which weighs clients by their rows; with
+    `grams` so does ours, and on anchors all adapters see the same rows.
 
-    Source: Salami et al., "Closed-form merging of parameter-efficient modules for federated continual learning",
-    https://arxiv.org/abs/2410.17961
+    Source: Salami et al., "Closed-form merging of parameter-efficient modules for federated
+    continual learning", https://arxiv.org/abs/2410.17961
     """
     if merge not in ("A", "B"):
         raise MethodError(f"lorm merges 'A' or 'B'; got {merge!r}")
@@ -138,7 +151,8 @@ def lorm(merge: str = "A", reduction: float = 0.0, grams: Grams | None = None) -
 
 
 def shared(layer: Layer, factor: str) -> Tensor | None:
-    """The factor ("A" or "B") that all adapters of a layer have in common, float64; None if none has the layer.
+    """The factor ("A" or "B") that all adapters of a layer have in common, float64;
+    None if none has the layer.
 
     Raises:
         MethodError: they differ, or an update is dense.
@@ -150,14 +164,16 @@ def shared(layer: Layer, factor: str) -> Tensor | None:
             continue
         if not isinstance(update, LowRank):
             raise MethodError(
-                f"layer {layer.name!r}: the update of {label!r} is dense and has no factors; use regmean()"
+                f"layer {layer.name!r}: the update of {label!r} is dense and has no factors; use "
+                "regmean()"
             )
         own = (update.B if factor == "B" else update.A).double()
         if found is None:
             found, first = own, label
         elif own.shape != found.shape or norm(own - found) > RTOL * norm(found):
             raise MethodError(
-                f"layer {layer.name!r}: {first!r} and {label!r} do not share {factor}, so the other factor cannot be "
+                f"layer {layer.name!r}: {first!r} and {label!r} do not share {factor}, so the "
+                "other factor cannot be "
                 "merged alone; regmean() merges whole updates"
             )
     return found
@@ -168,11 +184,15 @@ def _with_shared_B(layer: Layer, problem: NormalEquations) -> Update:
     if B is None or problem.total is None or not problem.low:
         return zero_of(like)
     weights = [member.weight for member in layer.members if member.counts]
-    rows = torch.stack([w * product for w, (_, product, _) in zip(weights, problem.low, strict=True)]).sum(0)
+    rows = torch.stack(
+        [w * product for w, (_, product, _) in zip(weights, problem.low, strict=True)]
+    ).sum(0)
     return LowRank(B.to(like.dtype), inverse(problem.total)[0](rows).to(like.dtype))
 
 
-def _with_shared_A(layer: Layer, A: Tensor | None, left: Tensor | float, right: Tensor | float) -> Update:
+def _with_shared_A(
+    layer: Layer, A: Tensor | None, left: Tensor | float, right: Tensor | float
+) -> Update:
     like = layer.updates[0]
     if A is None or not isinstance(left, Tensor) or not isinstance(right, Tensor):
         return zero_of(like)

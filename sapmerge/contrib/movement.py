@@ -25,15 +25,18 @@ from sapmerge.parts.wrappers import Chain
 __all__ = ["Displacement", "LossDecrease", "PruneRuns", "movement"]
 
 RunScore: TypeAlias = Callable[[Layer, Sequence[int], "Observation | None"], Tensor]
-"""(layer, the checkpoints of a run from the first to the last, gradients) -> scores of the entries."""
+"""(layer, the checkpoints of a run from the first to the last, gradients) -> scores
+of the entries.
+"""
 
 
 @part
 class Displacement:
-    """sum_t D_t (D_t - D_{t-1}), D_0 = 0: high where checkpoints move away from zero, negative where they come back.
+    """sum_t D_t (D_t - D_{t-1}), D_0 = 0: high where checkpoints move away from zero,
+    negative where they come back.
 
-    Movement pruning's -sum w dL/dw with lr times the gradient read off the difference of two checkpoints. Without data.
-    Of a single checkpoint it is D^2: magnitude pruning.
+    Movement pruning's -sum w dL/dw with lr times the gradient read off the difference of two
+    checkpoints. Without data. Of a single checkpoint it is D^2: magnitude pruning.
     """
 
     def __call__(self, layer: Layer, run: Sequence[int], seen: Observation | None) -> Tensor:
@@ -48,10 +51,11 @@ class Displacement:
 
 @part
 class LossDecrease:
-    """-sum_t (D_t - D_{t-1}) (g_{t-1} + g_t) / 2, D_0 = 0: how much each entry's way has lowered the anchor loss.
+    """-sum_t (D_t - D_{t-1}) (g_{t-1} + g_t) / 2, D_0 = 0:
+    how much each entry's way has lowered the anchor loss.
 
-    g_t is the gradient at base + checkpoint t, g_0 at the base; the sum over all entries is the trapezoidal rule for
-    the loss that the run has won. Needs anchors and a model.
+    g_t is the gradient at base + checkpoint t, g_0 at the base; the sum over all entries is the
+    trapezoidal rule for the loss that the run has won. Needs anchors and a model.
     """
 
     def __call__(self, layer: Layer, run: Sequence[int], seen: Observation | None) -> Tensor:
@@ -62,7 +66,10 @@ class LossDecrease:
         before = torch.zeros_like(total)
         gradient = stats_of(layer, there[0], "entries", seen).moment("mean", "base").double()
         for k in there:
-            now, here = layer.updates[k].dense().double(), stats_of(layer, k, "entries", seen).gradient.double()
+            now, here = (
+                layer.updates[k].dense().double(),
+                stats_of(layer, k, "entries", seen).gradient.double(),
+            )
             total -= (now - before) * (gradient + here) / 2
             before, gradient = now, here
         return total
@@ -73,7 +80,8 @@ class PruneRuns:
     """Of each run keep the last checkpoint, and of that the entries with the highest scores.
 
     Args:
-        runs: per run the labels of its checkpoints, from the first to the last; an adapter in none is a run by itself.
+        runs: per run the labels of its checkpoints, from the first to the last; an adapter in none
+            is a run by itself.
         score: `Displacement()` or `LossDecrease()`.
         mask: (scores) -> what to keep, per layer.
         rescaler: (pruned, original) -> update.
@@ -96,14 +104,20 @@ class PruneRuns:
             return self
         chains = self._chains(first)
         anchors = layers.anchors
-        seen = None if anchors is None else anchors.observe(Mapped(layers, _filled, anchors), Entries())
+        seen = (
+            None
+            if anchors is None
+            else anchors.observe(Mapped(layers, _filled, anchors), Entries())
+        )
         kept: dict[tuple[str, str], PackedMask] = {}
         for layer in layers:
             for run in chains:
                 if not layer.updates[run[-1]].absent:
                     scores = self.score(layer, run, seen)
                     if not bool(torch.isfinite(scores).all()):
-                        raise NonFiniteError(f"{self.score!r} gives NaN or infinite scores in layer {layer.name!r}")
+                        raise NonFiniteError(
+                            f"{self.score!r} gives NaN or infinite scores in layer {layer.name!r}"
+                        )
                     kept[layer.name, layer.adapters[run[-1]]] = PackedMask.packed(self.mask(scores))
         return replace(self, kept=kept)
 
@@ -121,19 +135,28 @@ class PruneRuns:
             density[layer.adapters[k]] = float((keep != 0).double().mean())
             updates.append(self.rescaler(Dense(update.dense() * keep), update))
         layer.record("density", density)
-        return layer.with_members(replace(layer.members[k], update=u) for k, u in zip(last, updates, strict=True))
+        return layer.with_members(
+            replace(layer.members[k], update=u) for k, u in zip(last, updates, strict=True)
+        )
 
     def _chains(self, layer: Layer) -> list[tuple[int, ...]]:
         """Per run the numbers of its checkpoints."""
         named = [label for run in self.runs for label in run]
-        if len(set(named)) < len(named) or not set(named) <= set(layer.adapters) or not all(self.runs):
+        if (
+            len(set(named)) < len(named)
+            or not set(named) <= set(layer.adapters)
+            or not all(self.runs)
+        ):
             raise MethodError(
-                f"runs names every checkpoint once, by the label of an adapter; the adapters are {layer.adapters}, "
+                "runs names every checkpoint once, by the label of an adapter; the adapters are "
+                f"{layer.adapters}, "
                 f"runs is {self.runs!r}"
             )
         chains = {run[-1]: tuple(layer.adapters.index(label) for label in run) for run in self.runs}
         alone = {label: (k,) for k, label in enumerate(layer.adapters) if label not in named}
-        return [(chains | alone)[label] for label in layer.adapters if label in chains or label in alone]
+        return [
+            (chains | alone)[label] for label in layer.adapters if label in chains or label in alone
+        ]
 
 
 _SCORE, _RESCALER = Displacement(), Keep()
@@ -146,26 +169,31 @@ def movement(
     rescaler: Rescaler = _RESCALER,
     merger: Merger = Mean(),
 ) -> Method:
-    """Movement pruning of adapters whose earlier checkpoints are given too; the last ones are pruned and averaged.
+    """Movement pruning of adapters whose earlier checkpoints are given too;
+    the last ones are pruned and averaged.
 
-        S = sum_t D_t (D_t - D_{t-1})   or, on anchors,   S = -sum_t (D_t - D_{t-1}) (g_{t-1} + g_t) / 2
+        S = sum_t D_t (D_t - D_{t-1})   or, on anchors,
+          S = -sum_t (D_t - D_{t-1}) (g_{t-1} + g_t) / 2
 
     Args:
-        runs: per run the labels of its checkpoints, from the first to the last, all of them among the adapters of the
-            merge: merge({"a-100": ..., "a-200": ..., "b": ...}, method=movement([("a-100", "a-200")])). Others are runs
-            of one checkpoint.
+        runs: per run the labels of its checkpoints, from the first to the last, all of them among
+            the adapters of the merge: merge({"a-100": ..., "a-200": ..., "b": ...},
+            method=movement([("a-100", "a-200")])). Others are runs of one checkpoint.
         density: the fraction of entries kept per layer.
         score: `Displacement()`, without data, or `LossDecrease()`, which needs anchors and a model.
         rescaler: what is given back after pruning.
         merger: how the pruned adapters are combined.
 
-    The authors sum -w dL/dw over all steps of a training that learns the scores; no training happens here, and what
-    lies between two checkpoints is unknown. The more checkpoints, the nearer `Displacement` is to magnitude pruning
-    (sum w dw -> w^2 / 2, since an update begins at zero).
+    The authors sum -w dL/dw over all steps of a training that learns the scores; no training
+    happens here, and what lies between two checkpoints is unknown. The more checkpoints, the nearer
+    `Displacement` is to magnitude pruning (sum w dw -> w^2 / 2, since an update begins at zero).
 
-    Source: Sanh et al., "Movement pruning: adaptive sparsity by fine-tuning", https://arxiv.org/abs/2005.07683
+    Source: Sanh et al., "Movement pruning: adaptive sparsity by fine-tuning",
+    https://arxiv.org/abs/2005.07683
     """
-    return Chain(PruneRuns(tuple(tuple(run) for run in runs), score, TopFraction(density), rescaler), merger)
+    return Chain(
+        PruneRuns(tuple(tuple(run) for run in runs), score, TopFraction(density), rescaler), merger
+    )
 
 
 def _filled(layer: Layer) -> Layer:

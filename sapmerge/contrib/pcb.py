@@ -23,12 +23,16 @@ __all__ = ["Compete", "ExpSquare", "TanhMixed", "TanhNormalised", "TanhRaw", "pc
 Intra: TypeAlias = Callable[[Tensor], Tensor]
 """(normalised magnitudes of the adapters (K, m, n), in [0, 1]) -> positive scores."""
 Inter: TypeAlias = Callable[[Tensor, Tensor], Tensor]
-"""(updates (K, m, n), signed normalised magnitudes (K, m, n)) -> scores; negative where an adapter disagrees."""
+"""(updates (K, m, n), signed normalised magnitudes (K, m, n)) -> scores;
+negative where an adapter disagrees.
+"""
 
 
 @part
 class ExpSquare:
-    """exp(K n^2): what is large in its own adapter, the more sharply the more adapters there are."""
+    """exp(K n^2): what is large in its own adapter,
+    the more sharply the more adapters there are.
+    """
 
     def __call__(self, normalised: Tensor) -> Tensor:
         return torch.exp(len(normalised) * normalised.square())
@@ -36,7 +40,9 @@ class ExpSquare:
 
 @part
 class TanhNormalised:
-    """sum_j tanh(n_i n_j): agreement in normalised values (`pcb_ES.py`). The scale of updates is immaterial."""
+    """sum_j tanh(n_i n_j): agreement in normalised values (`pcb_ES.py`).
+    The scale of updates is immaterial.
+    """
 
     def __call__(self, values: Tensor, normalised: Tensor) -> Tensor:
         return torch.stack([torch.tanh(one * normalised).sum(0) for one in normalised])
@@ -44,7 +50,9 @@ class TanhNormalised:
 
 @part
 class TanhRaw:
-    """tanh(D_i sum_j D_j): agreement in raw values (`pcb-merging.py`). For small updates tanh(x) is x, and near 0."""
+    """tanh(D_i sum_j D_j): agreement in raw values (`pcb-merging.py`).
+    For small updates tanh(x) is x, and near 0.
+    """
 
     def __call__(self, values: Tensor, normalised: Tensor) -> Tensor:
         return torch.tanh(values * values.sum(0))
@@ -60,7 +68,9 @@ class TanhMixed:
 
 @dataclass(frozen=True)
 class _Adapter:
-    """What the pre-pass learns of one adapter: magnitudes are clipped to [low, high], scores scaled from [cut, top]."""
+    """What the pre-pass learns of one adapter: magnitudes are clipped to [low, high],
+    scores scaled from [cut, top].
+    """
 
     low: float
     high: float
@@ -70,13 +80,17 @@ class _Adapter:
 
 @part
 class Compete:
-    """Score every entry by intra * inter, keep the top share of each adapter, and average with the scores as weights.
+    """Score every entry by intra * inter, keep the top share of each adapter,
+    and average with the scores as weights.
 
-        t = sign(D) clip(|D|)    n = sign(D) (clip|D| - min)/(max - min)    score = intra(|n|) * inter(D, n)
-        s = (score - cut)/(top - cut) where positive, else 0      result = sum_k w_k s_k t_k / sum_k |w_k| s_k
+        t = sign(D) clip(|D|)    n = sign(D) (clip|D| - min)/(max - min)    score = intra(|n|) *
+        inter(D, n)
+        s = (score - cut)/(top - cut) where positive, else 0      result = sum_k w_k s_k t_k /
+        sum_k |w_k| s_k
 
-    Clipping, minimum, maximum and cut are over the whole adapter, found in a pre-pass. K counts the adapters that have
-    a weight and are not zero. With density 1 nothing is cut, and the lowest score keeps a share of 1e-12.
+    Clipping, minimum, maximum and cut are over the whole adapter, found in a pre-pass. K counts the
+    adapters that have a weight and are not zero. With density 1 nothing is cut,
+    and the lowest score keeps a share of 1e-12.
 
     Args:
         density: the fraction of each adapter's entries kept: floor(density n + 1e-9).
@@ -94,7 +108,9 @@ class Compete:
     def __post_init__(self) -> None:
         check_density(self.density)
         if not 0 <= self.clip < 0.5:
-            raise MethodError(f"Compete's clip is the share clipped at either end, in [0, 0.5); got {self.clip!r}")
+            raise MethodError(
+                f"Compete's clip is the share clipped at either end, in [0, 0.5); got {self.clip!r}"
+            )
 
     def prepare(self, layers: LayerStream) -> Compete:
         voters = _voters(layers)
@@ -116,7 +132,9 @@ class Compete:
 
         cuts = kth_largest(scores, lambda n: min(n, count_kept(self.density, n) + 1))
         tops = kth_largest(scores, lambda n: 1)
-        return replace(self, fitted={a: replace(fitted[a], cut=cuts[a], top=tops[a]) for a in voters})
+        return replace(
+            self, fitted={a: replace(fitted[a], cut=cuts[a], top=tops[a]) for a in voters}
+        )
 
     def __call__(self, layer: Layer) -> Update:
         if self.fitted is None:
@@ -133,32 +151,52 @@ class Compete:
         merged = torch.where(mass > 0, total / torch.where(mass > 0, mass, 1.0), 0.0)
         return Dense(merged.to(layer.updates[0].dtype))
 
-    def _scored(self, layer: Layer, fitted: Mapping[str, _Adapter]) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """(adapter, clipped update, scores), in float64, of the adapters that compete in the layer."""
-        members = [k for k, update in enumerate(layer) if not update.absent and layer.adapters[k] in fitted]
+    def _scored(
+        self, layer: Layer, fitted: Mapping[str, _Adapter]
+    ) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """(adapter, clipped update, scores), in float64,
+        of the adapters that compete in the layer.
+        """
+        members = [
+            k for k, update in enumerate(layer) if not update.absent and layer.adapters[k] in fitted
+        ]
         if not members:
             return
-        values = torch.stack([layer.updates[k].dense().double() * _sign(layer.weights[k]) for k in members])
+        values = torch.stack(
+            [layer.updates[k].dense().double() * _sign(layer.weights[k]) for k in members]
+        )
         ranges = [fitted[layer.adapters[k]] for k in members]
-        low = torch.tensor([r.low for r in ranges], dtype=torch.float64, device=values.device)[:, None, None]
-        high = torch.tensor([r.high for r in ranges], dtype=torch.float64, device=values.device)[:, None, None]
+        low = torch.tensor([r.low for r in ranges], dtype=torch.float64, device=values.device)[
+            :, None, None
+        ]
+        high = torch.tensor([r.high for r in ranges], dtype=torch.float64, device=values.device)[
+            :, None, None
+        ]
         sizes = torch.minimum(torch.maximum(values.abs(), low), high)
         span = high - low
         normalised = torch.where(span > 0, (sizes - low) / torch.where(span > 0, span, 1.0), 1.0)
         score = self.intra(normalised) * self.inter(values, values.sign() * normalised)
         for position, k in enumerate(members):
-            yield k, values[position].sign() * sizes[position] * _sign(layer.weights[k]), score[position]
+            yield (
+                k,
+                values[position].sign() * sizes[position] * _sign(layer.weights[k]),
+                score[position],
+            )
 
 
 _INTRA, _INTER = ExpSquare(), TanhNormalised()
 
 
-def pcb(density: float = 0.05, clip: float = 0.01, intra: Intra = _INTRA, inter: Inter = _INTER) -> Method:
-    """PCB-Merging: parameters compete within their adapter by size and between adapters by agreement; winners average.
+def pcb(
+    density: float = 0.05, clip: float = 0.01, intra: Intra = _INTRA, inter: Inter = _INTER
+) -> Method:
+    """PCB-Merging: parameters compete within their adapter by size and between adapters by
+    agreement; winners average.
 
-    See `Compete` for the formula. The defaults are those of `pcb_ES.py`, which made the numbers with evolved weights;
-    `pcb-merging.py` is pcb(0.1, clip=1e-4, inter=TanhRaw()), which depends on the scale of the updates. The paper
-    writes softmax for intra and inter; the authors' three scripts use exp and tanh, as here.
+    See `Compete` for the formula. The defaults are those of `pcb_ES.py`, which made the numbers
+    with evolved weights; `pcb-merging.py` is pcb(0.1, clip=1e-4, inter=TanhRaw()), which depends on
+    the scale of the updates. The paper writes softmax for intra and inter;
+    the authors' three scripts use exp and tanh, as here.
 
     Args:
         density: the fraction of entries kept per adapter ("ratio": 0.05, or 0.1).
@@ -166,8 +204,9 @@ def pcb(density: float = 0.05, clip: float = 0.01, intra: Intra = _INTRA, inter:
         intra: competition within an adapter.
         inter: competition between adapters.
 
-    Source: Du et al., "Parameter competition balancing for model merging", https://arxiv.org/abs/2410.02396. Their
-    lambda (1.2) is `scale=` of `merge`; their code keeps n - int((1 - ratio) n) - 1 entries.
+    Source: Du et al., "Parameter competition balancing for model merging",
+    https://arxiv.org/abs/2410.02396. Their lambda (1.2) is `scale=` of `merge`;
+    their code keeps n - int((1 - ratio) n) - 1 entries.
     """
     return Chain(Compete(density, clip, intra, inter))
 
@@ -178,7 +217,9 @@ def _voters(layers: LayerStream) -> list[str]:
     for layer in layers:
         for member in layer.members:
             if member.counts:
-                found[member.label] = found.get(member.label, False) or bool(member.update.dense().any())
+                found[member.label] = found.get(member.label, False) or bool(
+                    member.update.dense().any()
+                )
     return [label for label, counts in found.items() if counts]
 
 

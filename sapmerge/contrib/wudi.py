@@ -24,45 +24,52 @@ def wudi() -> Method:
 
         X = (sum_t D_t G_t) (sum_t G_t)^+,    G_t = D_t^T D_t / |D_t|^2
 
-    RegMean with Gram matrices made of the updates instead of data. Exact, of rank at most the sum of the ranks; the
-    cost is that of the core space. Like a mean it has the size of one update, not of their sum.
+    RegMean with Gram matrices made of the updates instead of data. Exact, of rank at most the sum
+    of the ranks; the cost is that of the core space.
+    Like a mean it has the size of one update, not of their sum.
 
-    The authors do not solve it: they take 300 steps of Adam with lr 1e-5 from the sum of the updates, which moves no
-    entry by more than about 3e-3. `WUDISteps()` does that, and made the published numbers; there the sum is what
-    decides for updates with larger entries, and the closed form is far away.
+    The authors do not solve it: they take 300 steps of Adam with lr 1e-5 from the sum of the
+    updates, which moves no entry by more than about 3e-3. `WUDISteps()` does that, and made the
+    published numbers; there the sum is what decides for updates with larger entries,
+    and the closed form is far away.
 
-    Source: Cheng et al., "Whoever started the interference should end it: Guiding data-free model merging via task
-    vectors", https://arxiv.org/abs/2503.08099
+    Source: Cheng et al., "Whoever started the interference should end it: Guiding data-free model
+    merging via task vectors", https://arxiv.org/abs/2503.08099
     """
     return Chain(WUDI())
 
 
 @part
 class WUDI:
-    """X = (sum_t D_t G_t) (sum_t G_t)^+ with G_t = D_t^T D_t / |D_t|^2, in the row space of the updates.
+    """X = (sum_t D_t G_t) (sum_t G_t)^+ with G_t = D_t^T D_t / |D_t|^2,
+    in the row space of the updates.
 
-    With N_t = D_t / |D_t| stacked to N, sum G_t = N^T N, so X = [|D_t| N_t N_t^T]_t (N^+)^T: nothing is squared, and
-    directions of N below `rtol` are dropped.
+    With N_t = D_t / |D_t| stacked to N, sum G_t = N^T N, so X = [|D_t| N_t N_t^T]_t (N^+)^T:
+    nothing is squared, and directions of N below `rtol` are dropped.
 
     Args:
         rtol: singular values of N below this share of the largest are noise.
 
-    A weight multiplies its term of the loss, and its sign the update: X = (sum w D G) (sum |w| G)^+. Zero updates have
-    no term.
+    A weight multiplies its term of the loss, and its sign the update: X = (sum w D G) (sum |w|
+    G)^+. Zero updates have no term.
     """
 
     rtol: float = RTOL
 
     def __post_init__(self) -> None:
         if not 0 < self.rtol < 1:
-            raise MethodError(f"rtol is a share of the largest singular value, in (0, 1); got {self.rtol!r}")
+            raise MethodError(
+                f"rtol is a share of the largest singular value, in (0, 1); got {self.rtol!r}"
+            )
 
     def __call__(self, layer: Layer) -> Update:
         problem = _Problem.of(layer)
         if problem is None:
             return zero_of(layer.updates[0])
         roots = [abs(term.weight) ** 0.5 for term in problem.terms]
-        stacked = torch.cat([root * term.unit for root, term in zip(roots, problem.terms, strict=True)])
+        stacked = torch.cat(
+            [root * term.unit for root, term in zip(roots, problem.terms, strict=True)]
+        )
         left = [
             term.frame @ (term.unit @ term.unit.T) * (root * term.sign * term.norm)
             for root, term in zip(roots, problem.terms, strict=True)
@@ -76,11 +83,13 @@ class WUDI:
 
 @part
 class WUDISteps:
-    """The authors' solver: steps of Adam on sum_t |(X - D_t) D_t^T|^2 / |D_t|^2 from X = sum_t w_t D_t.
+    """The authors' solver: steps of Adam on sum_t |(X - D_t) D_t^T|^2 / |D_t|^2 from X
+    = sum_t w_t D_t.
 
-    A step moves an entry by at most about `lr`, whatever its size: the result depends on the scale of the updates, and
-    on the coordinates, so it is dense, and one (m, n) matrix per state of Adam is made. The gradient is written out:
-    2 (X G - H), G = sum |w_t| G_t and H = sum w_t D_t G_t. Float64, no randomness.
+    A step moves an entry by at most about `lr`, whatever its size: the result depends on the scale
+    of the updates, and on the coordinates, so it is dense, and one (m, n) matrix per state of Adam
+    is made. The gradient is written out: 2 (X G - H), G = sum |w_t| G_t and H = sum w_t D_t G_t.
+    Float64, no randomness.
 
     Args:
         lr: the length of a step.
@@ -92,14 +101,18 @@ class WUDISteps:
 
     def __post_init__(self) -> None:
         if not self.lr > 0 or self.steps < 1:
-            raise MethodError(f"WUDISteps takes lr > 0 and steps >= 1; got lr={self.lr!r}, steps={self.steps!r}")
+            raise MethodError(
+                f"WUDISteps takes lr > 0 and steps >= 1; got lr={self.lr!r}, steps={self.steps!r}"
+            )
 
     def __call__(self, layer: Layer) -> Update:
         problem = _Problem.of(layer)
         if problem is None:
             return zero_of(layer.updates[0])
         G = torch.stack([abs(t.weight) * t.unit.T @ t.unit for t in problem.terms]).sum(0)
-        H = torch.stack([t.frame @ (t.unit @ t.unit.T @ t.unit) * (t.weight * t.norm) for t in problem.terms]).sum(0)
+        H = torch.stack(
+            [t.frame @ (t.unit @ t.unit.T @ t.unit) * (t.weight * t.norm) for t in problem.terms]
+        ).sum(0)
         X = weighted_sum(layer, layer.weights).dense().double().clone()
         mean, square = torch.zeros_like(X), torch.zeros_like(X)
         for step in range(1, self.steps + 1):
@@ -113,7 +126,9 @@ class WUDISteps:
 
 @dataclass(frozen=True)
 class _Term:
-    """D = norm * frame @ unit @ rows^T: `frame` (m, p) and `rows` (n, q) orthonormal, `unit` (p, q) of norm 1."""
+    """D = norm * frame @ unit @ rows^T: `frame` (m, p) and `rows` (n, q) orthonormal, `unit`
+    (p, q) of norm 1.
+    """
 
     frame: Tensor
     unit: Tensor
@@ -127,7 +142,9 @@ class _Term:
 
 @dataclass(frozen=True)
 class _Problem:
-    """The updates that are not zero, in an orthonormal basis `rows` (n, q) of all their rows; float64."""
+    """The updates that are not zero, in an orthonormal basis `rows` (n, q) of all
+    their rows; float64.
+    """
 
     rows: Tensor
     terms: tuple[_Term, ...]

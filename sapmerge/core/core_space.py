@@ -1,8 +1,10 @@
-"""All updates of a layer in common orthonormal frames: D_k = U M_k V^T, with small cores M_k in float64.
+"""All updates of a layer in common orthonormal frames:
+D_k = U M_k V^T, with small cores M_k in float64.
 
-From QR decompositions of the stacked factors, so exact and without an (m, n) matrix; a core has the sum of the ranks on
-a side. Rules made of singular values commute with orthogonal changes of basis and are run on the cores (`spectral`,
-`subspaces`). What they share is here, the rank cut above all: a direction of the null space is arbitrary.
+From QR decompositions of the stacked factors, so exact and without an (m, n) matrix; a core has the
+sum of the ranks on a side. Rules made of singular values commute with orthogonal changes of basis
+and are run on the cores (`spectral`, `subspaces`).
+What they share is here, the rank cut above all: a direction of the null space is arbitrary.
 """
 
 from __future__ import annotations
@@ -34,19 +36,25 @@ __all__ = [
 ]
 
 POLAR_RTOL = 1e-5
-"""Stacked singular vectors that are closer than this are the same direction. Wider than RTOL: a direction of relative
-size s carries the noise of float32 factors divided by s."""
+"""Stacked singular vectors that are closer than this are the same direction. Wider than RTOL: a
+direction of relative size s carries the noise of float32 factors divided by s."""
 
 TIED = 1e-5
-"""Singular values this close, relatively, are equal: float32 factors do not tell their vectors apart."""
+"""Singular values this close, relatively, are equal:
+float32 factors do not tell their vectors apart.
+"""
 
 CANCELLED = 1e-13
-"""A singular value this small beside the rank-one terms that it is a sum of is their rounding error."""
+"""A singular value this small beside the rank-one terms that it is a sum of is their
+rounding error.
+"""
 
 
 @dataclass(frozen=True)
 class Cores:
-    """All updates in common orthonormal frames: D_k = U M_k V^T; no frames where one of them is dense."""
+    """All updates in common orthonormal frames: D_k = U M_k V^T;
+    no frames where one of them is dense.
+    """
 
     U: Tensor | None
     V: Tensor | None
@@ -55,11 +63,17 @@ class Cores:
     updates: Sequence[Update]
 
     def outside(self, left: Tensor, right: Tensor, adapter: int | None = None) -> Update:
-        """U left right V^T, in the form and dtype of an adapter's update (default: dense if any of them is)."""
+        """U left right V^T, in the form and dtype of an adapter's update (default: dense if
+        any of them is).
+        """
         if adapter is None:
-            adapter = next((k for k, update in enumerate(self.updates) if isinstance(update, Dense)), 0)
+            adapter = next(
+                (k for k, update in enumerate(self.updates) if isinstance(update, Dense)), 0
+            )
         left = left if self.U is None else self.U @ left
-        return in_form_of(left, right if self.V is None else right @ self.V.T, self.updates[adapter])
+        return in_form_of(
+            left, right if self.V is None else right @ self.V.T, self.updates[adapter]
+        )
 
 
 @dataclass(frozen=True)
@@ -73,11 +87,15 @@ class Piece:
 
 
 def cores_of(layer: Layer) -> Cores:
-    """The cores of all updates of a layer, without the weights; of dense ones, if any is dense, the matrices."""
+    """The cores of all updates of a layer, without the weights;
+    of dense ones, if any is dense, the matrices.
+    """
     sizes = [size_of(update) for update in layer]
     low = [update for update in layer if isinstance(update, LowRank)]
     if len(low) < len(layer):
-        return Cores(None, None, [update.dense().double() for update in layer], sizes, layer.updates)
+        return Cores(
+            None, None, [update.dense().double() for update in layer], sizes, layer.updates
+        )
     ranks = [update.rank for update in low]
     Qb, Rb = qr(torch.cat([update.B for update in low], dim=1))
     Qa, Ra = qr(torch.cat([update.A for update in low]).T)
@@ -87,9 +105,11 @@ def cores_of(layer: Layer) -> Cores:
 
 
 def components(core: Cores, layer: Layer, rank: int | None) -> list[Piece]:
-    """What every adapter that counts may bring: `rank` of its components, or its share of min(m, n).
+    """What every adapter that counts may bring: `rank` of its components, or its
+    share of min(m, n).
 
-    Components whose singular values equal the last of these within TIED come too: to choose among them is arbitrary.
+    Components whose singular values equal the last of these within TIED come too:
+    to choose among them is arbitrary.
     """
     pieces: list[Piece] = []
     for k, M in enumerate(core.cores):
@@ -108,7 +128,8 @@ def components(core: Cores, layer: Layer, rank: int | None) -> list[Piece]:
 
 
 def polar(matrix: Tensor, strength: float = 1.0) -> Tensor:
-    """The nearest matrix with orthonormal columns; on the span of the columns where they are dependent.
+    """The nearest matrix with orthonormal columns;
+    on the span of the columns where they are dependent.
 
     A strength below 1 goes only that far: X (X^T X)^(-strength / 2).
     """

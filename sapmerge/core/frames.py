@@ -13,7 +13,8 @@ __all__ = ["Frames"]
 
 @dataclass(frozen=True)
 class Frames:
-    """Orthonormal frames U (m, p) and V (n, q) of a coordinate system; None stands for the identity.
+    """Orthonormal frames U (m, p) and V (n, q) of a coordinate system;
+    None stands for the identity.
 
     Args:
         U: left frame.
@@ -26,7 +27,9 @@ class Frames:
     scale: Tensor | None = None
 
     def inside(self, update: Update) -> Update:
-        """The coordinates of an update. A low-rank update has low-rank coordinates; an absent one stays absent."""
+        """The coordinates of an update. A low-rank update has low-rank coordinates;
+        an absent one stays absent.
+        """
         left = self.U if self.scale is None or self.U is None else self.U / self.scale
         if isinstance(update, LowRank):
             B = update.B if left is None else left.T @ update.B

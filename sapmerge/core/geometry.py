@@ -11,7 +11,14 @@ from torch import Tensor
 from sapmerge.core.lowrank import gram
 from sapmerge.core.updates import Update
 
-__all__ = ["Geometry", "SAMPLED_ROWS", "geometry", "off_diagonal_mean", "share_opposed", "sign_counts"]
+__all__ = [
+    "Geometry",
+    "SAMPLED_ROWS",
+    "geometry",
+    "off_diagonal_mean",
+    "share_opposed",
+    "sign_counts",
+]
 
 SAMPLED_ROWS = 64
 
@@ -49,7 +56,9 @@ class Geometry:
 
 
 def geometry(updates: Sequence[Update]) -> Geometry:
-    """Of the updates of one layer: inner products by Gram matrices of the factors, and sign conflicts of all rows."""
+    """Of the updates of one layer: inner products by Gram matrices of the factors,
+    and sign conflicts of all rows.
+    """
     return Geometry(gram(updates), *sign_counts(updates))
 
 
@@ -62,7 +71,10 @@ def sign_counts(updates: Sequence[Update], rows: int | None = None) -> tuple[Ten
     block = max(1, min(SAMPLED_ROWS, 4_000_000 // max(1, count * n)))
     looked_at = m if rows is None else min(m, rows, block)
     index = torch.tensor([row * m // looked_at for row in range(looked_at)])
-    both, opposed = torch.zeros(count, count, dtype=torch.float64), torch.zeros(count, count, dtype=torch.float64)
+    both, opposed = (
+        torch.zeros(count, count, dtype=torch.float64),
+        torch.zeros(count, count, dtype=torch.float64),
+    )
     for start in range(0, looked_at, block):
         chunk = index[start : start + block].to(updates[0].device)
         signs = torch.stack([update.rows(chunk).flatten() for update in updates]).float().sign_()
@@ -82,4 +94,8 @@ def share_opposed(both: Tensor, opposed: Tensor) -> Tensor:
 def off_diagonal_mean(matrix: Tensor) -> float | None:
     """The mean over all pairs i != j; None for a single adapter."""
     count = len(matrix)
-    return None if count < 2 else float((matrix.sum() - matrix.diagonal().sum()) / (count * (count - 1)))
+    return (
+        None
+        if count < 2
+        else float((matrix.sum() - matrix.diagonal().sum()) / (count * (count - 1)))
+    )

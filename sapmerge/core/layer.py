@@ -1,6 +1,7 @@
 """A `Layer`: one weight matrix of the base, and its update from every adapter.
 
-A transform maps a Layer to a Layer, a merger maps a Layer to one update, a method is a chain of them.
+A transform maps a Layer to a Layer, a merger maps a Layer to one update,
+a method is a chain of them.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ class Member:
         update: of the weight matrix, (m, n); absent (of rank 0) if the adapter lacks the layer.
         label: the adapter's, for messages and reports.
         weight: of the adapter in the merge. Pruning never sees it.
-        digest: of the adapter's content, for randomness that does not depend on order or paths; the label by default.
+        digest: of the adapter's content, for randomness that does not depend on order or paths;
+            the label by default.
     """
 
     update: Update
@@ -54,21 +56,25 @@ def _no_record(key: str, value: object) -> None:
 
 @dataclass(frozen=True, eq=False, init=False)
 class Layer:
-    """One weight matrix, and its update from every adapter. Pure data: a part may change nothing in it.
+    """One weight matrix, and its update from every adapter.
+    Pure data: a part may change nothing in it.
 
     Args:
         name: the module's name, e.g. "vision_model.encoder.layers.0.self_attn.q_proj".
-        updates: one per adapter, all of one shape (m, n), absent (of rank 0) where an adapter lacks the layer; or whole
-            `Member`s, which say the rest too.
+        updates: one per adapter, all of one shape (m, n), absent (of rank 0) where an adapter lacks
+            the layer; or whole `Member`s, which say the rest too.
         adapters: their labels; "adapter0", ... by default.
         weights: one number per adapter, 1.0 by default.
         digests: their content digests; the labels by default.
-        frames: the coordinate systems that the updates are written in, outermost first (see `In`); usually none.
+        frames: the coordinate systems that the updates are written in, outermost first (see `In`);
+            usually none.
         record: receives notes for the report (`record(key, value)`); does nothing by default.
-        members: where what is not given comes from, so that `dataclasses.replace(layer, weights=...)` works.
+        members: where what is not given comes from, so that `dataclasses.replace(layer,
+            weights=...)` works.
 
     Raises:
-        MethodError: no updates, updates of different shapes, or labels, weights or digests of another number.
+        MethodError: no updates, updates of different shapes, or labels,
+            weights or digests of another number.
     """
 
     name: str
@@ -87,7 +93,8 @@ class Layer:
         record: Callable[[str, object], None] = _no_record,
         members: Iterable[Member] = (),
     ) -> None:
-        if known := tuple(members):  # what is not given is theirs: dataclasses.replace(layer, updates=...)
+        # what is not given is theirs: dataclasses.replace(layer, updates=...)
+        if known := tuple(members):
             updates = tuple(updates) or [member.update for member in known]
             adapters = adapters or [member.label for member in known]
             weights = weights or [member.weight for member in known]
@@ -95,7 +102,9 @@ class Layer:
         given = tuple(updates)
         for what, values in (("adapters", adapters), ("weights", weights), ("digests", digests)):
             if values and len(values) != len(given):
-                raise MethodError(f"layer {name!r} has {len(given)} updates but {len(values)} {what}")
+                raise MethodError(
+                    f"layer {name!r} has {len(given)} updates but {len(values)} {what}"
+                )
         made = tuple(
             update
             if isinstance(update, Member)
@@ -112,7 +121,12 @@ class Layer:
         if len({member.update.shape for member in made}) > 1:
             shapes = ", ".join(f"{member.label}: {member.update.shape}" for member in made)
             raise MethodError(f"layer {name!r} needs updates of one shape; got {shapes}")
-        for key, value in (("name", name), ("members", made), ("frames", frames), ("record", record)):
+        for key, value in (
+            ("name", name),
+            ("members", made),
+            ("frames", frames),
+            ("record", record),
+        ):
             object.__setattr__(self, key, value)
 
     def __iter__(self) -> Iterator[Update]:
@@ -157,11 +171,15 @@ class Layer:
 
     def with_updates(self, updates: Sequence[Update]) -> Layer:
         """The same layer with other updates, one per adapter."""
-        return self.with_members(replace(m, update=u) for m, u in zip(self.members, updates, strict=True))
+        return self.with_members(
+            replace(m, update=u) for m, u in zip(self.members, updates, strict=True)
+        )
 
     def with_weights(self, weights: Sequence[float]) -> Layer:
         """The same layer with other weights, one per adapter."""
-        return self.with_members(replace(m, weight=w) for m, w in zip(self.members, weights, strict=True))
+        return self.with_members(
+            replace(m, weight=w) for m, w in zip(self.members, weights, strict=True)
+        )
 
     def inside(self, frames: Frames, updates: Sequence[Update] | None = None) -> Layer:
         """The same layer in the coordinates of frames.

@@ -25,7 +25,9 @@ __all__ = [
 ]
 
 RTOL = 1e-6
-"""Singular values below RTOL times the largest one are noise of float32 factors: no direction to build on."""
+"""Singular values below RTOL times the largest one are noise of float32 factors:
+no direction to build on.
+"""
 
 _BLOCK = 1 << 18  # entries of which a float64 copy fits into a cache
 
@@ -48,17 +50,22 @@ def qr(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _cholesky_qr(gram: Tensor) -> tuple[Tensor, Tensor] | None:
-    """From X^T X the upper triangular T and R with X = (X T) R and orthonormal columns in X T: half the time of a QR.
+    """From X^T X the upper triangular T and R with X = (X T) R and orthonormal columns in X T:
+    half the time of a QR.
 
-    None where that would not be accurate. With the columns of X scaled to norm 1, X T is orthonormal within some 1e-16
+    None where that would not be accurate. With the columns of X scaled to norm 1, X T is
+    orthonormal within some 1e-16
     ||R^-1||^2, and a norm (Frobenius's) above 1e3 is refused: below 1e-8 even for 200,000 rows.
 
-    Source: the first pass of Yamamoto et al., "Roundoff error analysis of the CholeskyQR2 algorithm", ETNA 44 (2015)
+    Source: the first pass of Yamamoto et al., "Roundoff error analysis of the CholeskyQR2
+    algorithm", ETNA 44 (2015)
     """
     norms = gram.diagonal().sqrt()
     if not bool((norms > 1e-140).all()):  # zero, NaN, or squares that underflow
         return None
-    lower, failed = cast("tuple[Tensor, Tensor]", torch.linalg.cholesky_ex(gram / norms / norms[:, None]))  # pyright: ignore[reportUnknownMemberType]
+    correlations = gram / norms / norms[:, None]
+    factored = torch.linalg.cholesky_ex(correlations)  # pyright: ignore
+    lower, failed = cast("tuple[Tensor, Tensor]", factored)
     eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     inverse = cast("Tensor", torch.linalg.solve_triangular(lower, eye, upper=False))  # pyright: ignore[reportUnknownMemberType]
     if int(failed) or not norm(inverse) < 1e3:  # or NaN
@@ -67,10 +74,14 @@ def _cholesky_qr(gram: Tensor) -> tuple[Tensor, Tensor] | None:
 
 
 def norm(values: Tensor, p: int = 2) -> float:
-    """The p-norm of all entries, accumulated in float64; in blocks, so that no float64 copy of a matrix is made."""
+    """The p-norm of all entries, accumulated in float64;
+    in blocks, so that no float64 copy of a matrix is made.
+    """
     flat = values.flatten()
     starts = range(0, max(flat.numel(), 1), _BLOCK)
-    return float(_norm(torch.stack([_norm(flat[start : start + _BLOCK], p) for start in starts]), p))
+    return float(
+        _norm(torch.stack([_norm(flat[start : start + _BLOCK], p) for start in starts]), p)
+    )
 
 
 def _norm(values: Tensor, p: int) -> Tensor:
@@ -81,7 +92,9 @@ def _norm(values: Tensor, p: int) -> Tensor:
 
 
 def finite(values: Tensor) -> bool:
-    """Whether no entry is NaN or infinite: a finite sum tells, and where the sum overflows, the extrema do."""
+    """Whether no entry is NaN or infinite: a finite sum tells, and where the sum overflows,
+    the extrema do.
+    """
     values = values.detach()
     if values.numel() == 0 or math.isfinite(float(values.sum())):
         return True
@@ -115,7 +128,9 @@ def factor_svd(
 
 
 def _lazy_qr(matrix: Tensor, gram: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
-    """A QR decomposition whose Q is not formed: X -> Q X, and R. Half the time where X has few columns."""
+    """A QR decomposition whose Q is not formed: X -> Q X, and R.
+    Half the time where X has few columns.
+    """
     found = _cholesky_qr(gram)
     if found is not None:
         return (lambda coordinates: matrix @ (found[0] @ coordinates)), found[1]
@@ -130,16 +145,20 @@ def _lazy_qr(matrix: Tensor, gram: Tensor) -> tuple[Callable[[Tensor], Tensor], 
 
 
 def split_evenly(U: Tensor, sigma: Tensor, Vh: Tensor, keep: int) -> tuple[Tensor, Tensor]:
-    """B = U sqrt(sigma) and A = sqrt(sigma) V^T of the first `keep` triplets: factors of equal weight."""
+    """B = U sqrt(sigma) and A = sqrt(sigma) V^T of the first `keep` triplets:
+    factors of equal weight.
+    """
     root = sigma[:keep].sqrt()
     return U[:, :keep] * root, root[:, None] * Vh[:keep]
 
 
 def top_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The `rank` largest singular triplets of a dense matrix, by block Krylov iteration with a check of its error.
+    """The `rank` largest singular triplets of a dense matrix,
+    by block Krylov iteration with a check of its error.
 
-    The iteration stops when the residual ||M v - sigma u|| of the triplets together is below 1e-5 of their norm, so the
-    share of energy that is missed is below 1e-10. A spectrum too flat for that is decomposed in full.
+    The iteration stops when the residual ||M v - sigma u|| of the triplets together is below 1e-5
+    of their norm, so the share of energy that is missed is below 1e-10.
+    A spectrum too flat for that is decomposed in full.
 
     Args:
         matrix: (m, n).
@@ -159,7 +178,9 @@ def top_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     if peak > 1e15:  # squares would overflow
         left, sigma, right = top_svd(matrix / peak, rank)
         return left, sigma * peak, right
-    start = torch.randn(matrix.shape[1], block, generator=torch.Generator().manual_seed(0)).to(matrix)
+    start = torch.randn(matrix.shape[1], block, generator=torch.Generator().manual_seed(0)).to(
+        matrix
+    )
     basis = _orthonormal(matrix @ start)
     images = (basis.T @ matrix).T
     while basis.shape[1] + block <= small // 3:
@@ -182,9 +203,11 @@ def top_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 def _best_within(
     matrix: Tensor, basis: Tensor, images: Tensor, rank: int, outside: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """The largest triplets with U inside a basis, from images = M^T basis; None if they are not those of the matrix.
+    """The largest triplets with U inside a basis, from images = M^T basis;
+    None if they are not those of the matrix.
 
-    `outside` is what M M^T takes of the last block out of the basis: it tells at little cost that they cannot be.
+    `outside` is what M M^T takes of the last block out of the basis:
+    it tells at little cost that they cannot be.
     """
     seen = images.double()
     squares, vectors = _eigh(seen.T @ seen)
@@ -195,8 +218,14 @@ def _best_within(
             return None
     left, sigma, Vh = svd((seen @ top).T)
     U = basis.double() @ (top @ left)
-    residual = (matrix @ Vh.T.to(matrix.dtype)).double() - U * sigma  # its rounding is far below the bound
-    return (U, sigma, Vh) if float(residual.square().sum()) <= 1e-10 * float(sigma.square().sum()) else None
+    residual = (
+        matrix @ Vh.T.to(matrix.dtype)
+    ).double() - U * sigma  # its rounding is far below the bound
+    return (
+        (U, sigma, Vh)
+        if float(residual.square().sum()) <= 1e-10 * float(sigma.square().sum())
+        else None
+    )
 
 
 def _orthonormal(matrix: Tensor) -> Tensor:
@@ -204,7 +233,9 @@ def _orthonormal(matrix: Tensor) -> Tensor:
 
 
 def _gram_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The largest triplets from the smaller Gram matrix: four times as fast as an SVD, exact down to 1e-8 sigma_1."""
+    """The largest triplets from the smaller Gram matrix:
+    four times as fast as an SVD, exact down to 1e-8 sigma_1.
+    """
     if matrix.shape[0] < matrix.shape[1]:
         right, sigma, left = _gram_svd(matrix.T, rank)
         return left.T, sigma, right.T
@@ -220,7 +251,9 @@ def _eigh(symmetric: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def factor_inner(Bx: Tensor, Ax: Tensor, By: Tensor, Ay: Tensor) -> float:
-    """<Bx Ax, By Ay> in float64: by Gram matrices of the factors, or by the products where those are smaller."""
+    """<Bx Ax, By Ay> in float64: by Gram matrices of the factors,
+    or by the products where those are smaller.
+    """
     wide_a, wide_b = Ax.double(), Bx.double()
     other_a = wide_a if Ay is Ax else Ay.double()
     other_b = wide_b if By is Bx else By.double()
@@ -230,12 +263,16 @@ def factor_inner(Bx: Tensor, Ax: Tensor, By: Tensor, Ay: Tensor) -> float:
 
 
 def numerical_rank(sigma: Tensor, rtol: float = RTOL) -> int:
-    """How many of the descending singular values exceed rtol times the largest; 0 for a zero matrix."""
+    """How many of the descending singular values exceed rtol times the largest;
+    0 for a zero matrix.
+    """
     if sigma.numel() == 0 or float(sigma[0]) == 0.0:
         return 0
     return int((sigma > rtol * sigma[0]).sum())
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """float32, or float64 where it is that already: half-precision gradients are never summed as they are."""
+    """float32, or float64 where it is that already:
+    half-precision gradients are never summed as they are.
+    """
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -26,7 +26,9 @@ __all__ = [
 ]
 
 _ROUNDING = 1e-7
-"""A norm this small beside the factors is their rounding error: it comes from a difference of squares in float64."""
+"""A norm this small beside the factors is their rounding error:
+it comes from a difference of squares in float64.
+"""
 
 _ROWS = 512  # of a matrix with the sum of all ranks on a side
 
@@ -55,7 +57,9 @@ def gram(updates: Sequence[Update]) -> Tensor:
 
 
 def whole_gram(layers: Iterable[Layer]) -> tuple[Tensor, Layer | None]:
-    """The inner products of whole adapters, summed over their layers; and one of the layers, None if there is none."""
+    """The inner products of whole adapters, summed over their layers;
+    and one of the layers, None if there is none.
+    """
     total, last = torch.zeros(0, dtype=torch.float64), None
     for layer in layers:
         products = gram(layer.updates)
@@ -64,20 +68,28 @@ def whole_gram(layers: Iterable[Layer]) -> tuple[Tensor, Layer | None]:
 
 
 def mean_cosine(updates: Sequence[Update]) -> float | None:
-    """The mean cosine of all pairs, in float64; 0 with an update of zero, None for fewer than two updates.
+    """The mean cosine of all pairs, in float64; 0 with an update of zero,
+    None for fewer than two updates.
 
-    From the norm of the sum of the updates, each scaled to norm 1: the pairs are never formed. An update is zero where
-    nothing but rounding is left of its factors. Large ranks make the sum a matrix, no larger than the factors.
+    From the norm of the sum of the updates, each scaled to norm 1: the pairs are never formed. An
+    update is zero where nothing but rounding is left of its factors.
+    Large ranks make the sum a matrix, no larger than the factors.
     """
     count = len(updates)
     if count < 2:
         return None
-    units = [(update, 1 / update.norm()) for update in updates if update.norm() > _ROUNDING * size_of(update)]
+    units = [
+        (update, 1 / update.norm())
+        for update in updates
+        if update.norm() > _ROUNDING * size_of(update)
+    ]
     if not units:
         return 0.0
     low = [(update, scale) for update, scale in units if isinstance(update, LowRank)]
     if len(low) == len(units) and sum(update.rank for update, _ in low) < min(low[0][0].shape):
-        size = concatenate([update.to(dtype=torch.float64) for update, _ in low], [scale for _, scale in low]).norm()
+        size = concatenate(
+            [update.to(dtype=torch.float64) for update, _ in low], [scale for _, scale in low]
+        ).norm()
     else:
         total = torch.zeros(updates[0].shape, dtype=torch.float64, device=updates[0].device)
         for update, scale in units:
@@ -90,10 +102,14 @@ def mean_cosine(updates: Sequence[Update]) -> float | None:
 
 
 def _factor_gram(updates: Sequence[LowRank]) -> Tensor:
-    """All inner products at once: block sums of (A A^T) * (B^T B) over the stacked factors, some rows at a time."""
+    """All inner products at once: block sums of (A A^T) * (B^T B) over the stacked factors,
+    some rows at a time.
+    """
     A = torch.cat([update.A for update in updates]).double()
     B = torch.cat([update.B for update in updates], dim=1).double()
-    owner = torch.repeat_interleave(torch.arange(len(updates)), torch.tensor([update.rank for update in updates]))
+    owner = torch.repeat_interleave(
+        torch.arange(len(updates)), torch.tensor([update.rank for update in updates])
+    )
     select = torch.zeros(len(updates), len(owner), dtype=torch.float64)
     select[owner, torch.arange(len(owner))] = 1.0
     out = torch.zeros(len(updates), len(updates), dtype=torch.float64)
@@ -108,19 +124,23 @@ def _factor_gram(updates: Sequence[LowRank]) -> Tensor:
 def concatenate(updates: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
     """sum_k weights[k] * updates[k], exactly, as one low-rank update of rank sum_k r_k."""
     return LowRank(
-        torch.cat([update.B * weight for update, weight in zip(updates, weights, strict=True)], dim=1),
+        torch.cat(
+            [update.B * weight for update, weight in zip(updates, weights, strict=True)], dim=1
+        ),
         torch.cat([update.A for update in updates]),
     )
 
 
 def truncate(update: Update, rank: int | float | str | None, default: int) -> tuple[LowRank, float]:
-    """The best low-rank approximation of `update` and the share of its energy (sum of squares) kept.
+    """The best low-rank approximation of `update` and the share of its energy (sum
+    of squares) kept.
 
     Args:
         update: what to store.
-        rank: None: a low-rank update stays as it is (its factors are only recompressed, without loss, when they
-            have more columns than min(m, n)) and a dense one is cut to `default`; an int caps the rank; a float in
-            (0, 1) is the share of energy to keep; "exact" keeps the numerical rank.
+        rank: None: a low-rank update stays as it is (its factors are only recompressed, without
+            loss, when they have more columns than min(m, n)) and a dense one is cut to `default`;
+            an int caps the rank; a float in (0, 1) is the share of energy to keep; "exact" keeps
+            the numerical rank.
         default: the rank of a dense update when `rank` is None.
 
     Returns:
@@ -128,7 +148,9 @@ def truncate(update: Update, rank: int | float | str | None, default: int) -> tu
     """
     if isinstance(update, LowRank):
         fits = update.rank <= min(update.shape)
-        if (rank is None and fits) or (isinstance(rank, int) and update.rank <= min(rank, *update.shape)):
+        if (rank is None and fits) or (
+            isinstance(rank, int) and update.rank <= min(rank, *update.shape)
+        ):
             return update, 1.0
     wanted = default if rank is None else rank
     only_top = isinstance(update, Dense) and isinstance(wanted, int)
@@ -149,13 +171,17 @@ def truncate(update: Update, rank: int | float | str | None, default: int) -> tu
     else:
         keep = full
     B, A = split_evenly(U, sigma, Vh, keep)
-    return LowRank(B.to(update.dtype), A.to(update.dtype)), min(1.0, float(energy[:keep].sum()) / total)
+    return LowRank(B.to(update.dtype), A.to(update.dtype)), min(
+        1.0, float(energy[:keep].sum()) / total
+    )
 
 
 def rounded_share(update: LowRank, dtype: torch.dtype) -> float:
-    """The share of an update's energy that is left when its factors are rounded to a dtype, in [0, 1].
+    """The share of an update's energy that is left when its factors are rounded to a
+    dtype, in [0, 1].
 
-    1 - ||D - D'||^2 / ||D||^2. float16 loses what is below 6e-8; what it cannot hold at all is not judged here (1).
+    1 - ||D - D'||^2 / ||D||^2. float16 loses what is below 6e-8;
+    what it cannot hold at all is not judged here (1).
     """
     size = update.norm()
     if dtype == update.dtype or size == 0.0:
@@ -168,15 +194,27 @@ def rounded_share(update: LowRank, dtype: torch.dtype) -> float:
 
 
 def size_of(update: Update) -> float:
-    """An upper bound of the largest singular value that knows nothing of cancellation: sum_i ||b_i|| ||a_i||."""
+    """An upper bound of the largest singular value that knows nothing of cancellation:
+    sum_i ||b_i|| ||a_i||.
+    """
     if isinstance(update, Dense):
         return norm(update.matrix)
-    return float((update.B.double().square().sum(0) * update.A.double().square().sum(1)).sqrt().sum())
+    return float(
+        (update.B.double().square().sum(0) * update.A.double().square().sum(1)).sqrt().sum()
+    )
 
 
 def weighted_sum(layer: Layer, weights: tuple[float, ...]) -> Update:
-    """sum_k weights[k] D_k; low-rank updates are concatenated, exactly; those that share A (FFA-LoRA) keep its rank."""
-    low = _shared([(u, w) for u, w in zip(layer, weights, strict=True) if isinstance(u, LowRank) and not u.absent])
+    """sum_k weights[k] D_k; low-rank updates are concatenated, exactly;
+    those that share A (FFA-LoRA) keep its rank.
+    """
+    low = _shared(
+        [
+            (u, w)
+            for u, w in zip(layer, weights, strict=True)
+            if isinstance(u, LowRank) and not u.absent
+        ]
+    )
     dense = [(u, w) for u, w in zip(layer, weights, strict=True) if isinstance(u, Dense)]
     factors = concatenate([u for u, _ in low], [w for _, w in low]) if low else None
     if not dense:
@@ -197,11 +235,17 @@ def _shared(terms: list[tuple[LowRank, float]]) -> list[tuple[LowRank, float]]:
         else:
             group.append((update, weight))
     return [
-        group[0] if len(group) == 1 else (LowRank(torch.stack([w * u.B for u, w in group]).sum(0), group[0][0].A), 1.0)
+        group[0]
+        if len(group) == 1
+        else (LowRank(torch.stack([w * u.B for u, w in group]).sum(0), group[0][0].A), 1.0)
         for group in groups
     ]
 
 
 def _same(first: Tensor, second: Tensor) -> bool:
     """Equal; the first row tells most that are not."""
-    return first.shape == second.shape and torch.equal(first[:1], second[:1]) and torch.equal(first, second)
+    return (
+        first.shape == second.shape
+        and torch.equal(first[:1], second[:1])
+        and torch.equal(first, second)
+    )

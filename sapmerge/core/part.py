@@ -1,7 +1,9 @@
-"""What all primitives have in common: they are frozen data, print as their recipe, and may have a pre-pass.
+"""What all primitives have in common: they are frozen data, print as their recipe,
+and may have a pre-pass.
 
-`part` is the decorator of every primitive: a frozen dataclass whose repr is Python source over public names (`parsing`
-reads it back). `prepare` runs the pre-pass of a part that needs whole adapters.
+`part` is the decorator of every primitive: a frozen dataclass whose repr is Python source over
+public names (`parsing` reads it back). `prepare` runs the pre-pass of a part that needs
+whole adapters.
 """
 
 from __future__ import annotations
@@ -37,24 +39,33 @@ def prepare(part_or_function: P, layers: LayerStream | Iterable[Layer]) -> P:
     return part_or_function if pre_pass is None else pre_pass(stream_of(layers))
 
 
-def on_one_layer(part_or_function: Callable[[Layer], R], layer: Layer, anchors: AnchorPass | None = None) -> R:
+def on_one_layer(
+    part_or_function: Callable[[Layer], R], layer: Layer, anchors: AnchorPass | None = None
+) -> R:
     """Run a transform, a merger or a method on one layer alone, as if it were the whole adapter.
 
     Example:
         >>> import torch, sapmerge as sm
-        >>> layer = sm.Layer("l", [sm.Dense(torch.tensor([[3.0, 1.0]])), sm.Dense(torch.tensor([[1.0, 3.0]]))])
-        >>> round(sm.on_one_layer(sm.MatchEnergy(sm.mean()), layer).norm() / layer.updates[0].norm(), 6)
+        >>> rows = torch.tensor([[3.0, 1.0]]), torch.tensor([[1.0, 3.0]])
+        >>> layer = sm.Layer("l", [sm.Dense(row) for row in rows])
+        >>> merged = sm.on_one_layer(sm.MatchEnergy(sm.mean()), layer)
+        >>> round(merged.norm() / layer.updates[0].norm(), 6)
         1.0
     """
     return prepare(part_or_function, Stream((layer,), anchors))(layer)
 
 
 def unprepared(owner: object) -> MethodError:
-    """The error of a part that needs the whole adapter, and is called on a layer before it has seen it."""
+    """The error of a part that needs the whole adapter,
+    and is called on a layer before it has seen it.
+    """
     return MethodError(
-        f"{type(owner).__name__} looks at whole adapters, and has not seen them: a part that is called inside a "
-        "function of your own cannot prepare itself. Give the part itself to merge, Chain or a wrapper; prepare it "
-        "yourself, sm.prepare(part, layers); or run it on a single layer with sm.on_one_layer(part, layer)"
+        f"{type(owner).__name__} looks at whole adapters, and has not seen them: a part that is "
+        "called inside a "
+        "function of your own cannot prepare itself. Give the part itself to merge, Chain or a "
+        "wrapper; prepare it "
+        "yourself, sm.prepare(part, layers); or run it on a single layer with "
+        "sm.on_one_layer(part, layer)"
     )
 
 
@@ -83,12 +94,15 @@ def _check_arguments(made: Any) -> None:
     for f in fields(made):
         if f.repr:
             hint, value = _hints(made.__class__)[f.name], getattr(made, f.name)
-            if get_origin(hint) is Literal and not (isinstance(value, Hashable) and value in get_args(hint)):
+            if get_origin(hint) is Literal and not (
+                isinstance(value, Hashable) and value in get_args(hint)
+            ):
                 choices = " or ".join(map(repr, get_args(hint)))
                 raise MethodError(f"{type(made).__name__}'s {f.name} is {choices}; got {value!r}")
             if _wants_function(hint) and (isinstance(value, type) or not callable(value)):
                 raise MethodError(
-                    f"{type(made).__name__}'s {f.name} is a part or a function, e.g. Magnitude(); got {value!r:.80}"
+                    f"{type(made).__name__}'s {f.name} is a part or a function, e.g. Magnitude(); "
+                    f"got {value!r:.80}"
                 )
 
 
@@ -103,17 +117,26 @@ def _wants_function(hint: Any) -> bool:
 
 
 def recipe(value: object) -> str:
-    """The source text of a part. A public loss prints as its name, a user's function as the text 'module:qualname'."""
+    """The source text of a part. A public loss prints as its name,
+    a user's function as the text 'module:qualname'.
+    """
     if is_dataclass(value) and not isinstance(value, type):
         if isinstance(steps := getattr(value, "steps", None), tuple):
-            return f"{type(value).__name__}({', '.join(recipe(step) for step in cast('tuple[object, ...]', steps))})"
+            texts = (recipe(step) for step in cast("tuple[object, ...]", steps))
+            return f"{type(value).__name__}({', '.join(texts)})"
         shown = [f"{f.name}={recipe(getattr(value, f.name))}" for f in fields(value) if f.repr]
         return f"{type(value).__name__}({', '.join(shown)})"
     if isinstance(value, Mapping):
         items = cast("Mapping[object, object]", value).items()
         return "{" + ", ".join(f"{recipe(key)}: {recipe(entry)}" for key, entry in items) + "}"
     if isinstance(value, tuple):
-        return "(" + "".join(f"{recipe(entry)}, " for entry in cast("tuple[object, ...]", value)).rstrip(" ") + ")"
+        return (
+            "("
+            + "".join(f"{recipe(entry)}, " for entry in cast("tuple[object, ...]", value)).rstrip(
+                " "
+            )
+            + ")"
+        )
     if callable(value):
         module = getattr(value, "__module__", type(value).__module__)
         name = getattr(value, "__qualname__", type(value).__qualname__)

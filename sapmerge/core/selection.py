@@ -1,4 +1,6 @@
-"""Exact selection: the k-th value of a large tensor, and of all tensors of an adapter, without sorting them."""
+"""Exact selection: the k-th value of a large tensor, and of all tensors of an adapter,
+without sorting them.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ _BINS = 1 << 16
 
 
 def at_least_kth(flat: Tensor, place: int) -> tuple[Tensor, Tensor]:
-    """The value at a place of the sorted values, and which values reach it. On the CPU numpy is ten times as fast."""
+    """The value at a place of the sorted values, and which values reach it.
+    On the CPU numpy is ten times as fast.
+    """
     if flat.device.type == "cpu" and flat.dtype in (torch.float32, torch.float64):
         values = flat.detach().numpy()
         cut = _kth(values, place)
@@ -39,17 +43,23 @@ def count_true(mask: Tensor) -> int:
 
 
 def _kth(values: npt.NDArray[np.float64], place: int) -> float:
-    """`np.partition(values, place)[place]`, four times as fast: a sample brackets it, and only what lies between the
-    brackets is partitioned. A sample that is not like the rest costs time, not exactness.
+    """`np.partition(values, place)[place]`, four times as fast: a sample brackets it, and only what
+    lies between the brackets is partitioned. A sample that is not like the rest costs time,
+    not exactness.
 
-    Source: Floyd and Rivest, "Expected time bounds for selection", https://doi.org/10.1145/360680.360691
+    Source: Floyd and Rivest, "Expected time bounds for selection",
+    https://doi.org/10.1145/360680.360691
     """
     step = values.size // _SAMPLE
     if step > 1:
-        sample = np.sort(values[:: step | 1])  # an odd step: it goes through all columns of most matrices
+        # an odd step: it goes through all columns of most matrices
+        sample = np.sort(values[:: step | 1])
         share = place / values.size
         middle, slack = share * sample.size, 4 * math.sqrt(share * (1 - share) * sample.size) + 2
-        low, high = sample[max(int(middle - slack), 0)], sample[min(int(middle + slack), sample.size - 1)]
+        low, high = (
+            sample[max(int(middle - slack), 0)],
+            sample[min(int(middle + slack), sample.size - 1)],
+        )
         rest, found = place, list[npt.NDArray[np.float64]]()
         for start in range(0, values.size, _BLOCK):
             block = values[start : start + _BLOCK]
@@ -84,9 +94,11 @@ class Cut:
 
 
 def streamed_kth(values: Stream, position: Callable[[int], int]) -> dict[str, Cut]:
-    """The `position(n)`-th largest (1: the largest) of the n values of each adapter over all its layers, in float32.
+    """The `position(n)`-th largest (1: the largest) of the n values of each adapter over all its
+    layers, in float32.
 
-    Two passes: one counts the values by their upper 16 bits, the other those in the bin that matters by their lower.
+    Two passes: one counts the values by their upper 16 bits,
+    the other those in the bin that matters by their lower.
 
     Args:
         values: call it to iterate over (adapter, values of one tensor).
@@ -96,11 +108,15 @@ def streamed_kth(values: Stream, position: Callable[[int], int]) -> dict[str, Cu
     for adapter, tensor in values():
         more = torch.bincount(_ordered_bits(tensor) >> 16, minlength=_BINS)
         high[adapter] = high[adapter] + more if adapter in high else more
-    tops = {adapter: _bin_of(counts, position(int(counts.sum()))) for adapter, counts in high.items()}
+    tops = {
+        adapter: _bin_of(counts, position(int(counts.sum()))) for adapter, counts in high.items()
+    }
     low = {adapter: torch.zeros(_BINS, dtype=torch.int64) for adapter in tops}
     for adapter, tensor in values():
         bits = _ordered_bits(tensor)
-        low[adapter] += torch.bincount(bits[(bits >> 16) == tops[adapter][0]] & 0xFFFF, minlength=_BINS)
+        low[adapter] += torch.bincount(
+            bits[(bits >> 16) == tops[adapter][0]] & 0xFFFF, minlength=_BINS
+        )
     found: dict[str, Cut] = {}
     for adapter, (top, among) in tops.items():
         bottom, rest = _bin_of(low[adapter], among)
@@ -109,7 +125,9 @@ def streamed_kth(values: Stream, position: Callable[[int], int]) -> dict[str, Cu
 
 
 def kth_largest(values: Stream, position: Callable[[int], int]) -> dict[str, float]:
-    """As `streamed_kth`, in the dtype of the values: a third pass looks at the few that round to that float32."""
+    """As `streamed_kth`, in the dtype of the values:
+    a third pass looks at the few that round to that float32.
+    """
     cuts = streamed_kth(values, position)
     same: dict[str, list[Tensor]] = {adapter: [] for adapter in cuts}
     for adapter, tensor in values():
@@ -122,13 +140,26 @@ def kth_largest(values: Stream, position: Callable[[int], int]) -> dict[str, flo
 
 
 def _ordered_bits(values: Tensor) -> Tensor:
-    """float32 -> integers in [0, 2^32) in the same order: the bit pattern, with negative numbers reversed."""
-    bits = values.detach().flatten().float().cpu().add(0.0).contiguous().view(torch.int32).to(torch.int64)
+    """float32 -> integers in [0, 2^32) in
+    the same order: the bit pattern, with negative numbers reversed.
+    """
+    bits = (
+        values.detach()
+        .flatten()
+        .float()
+        .cpu()
+        .add(0.0)
+        .contiguous()
+        .view(torch.int32)
+        .to(torch.int64)
+    )
     return torch.where(bits >= 0, bits + (1 << 31), -1 - bits)
 
 
 def _bin_of(counts: Tensor, kept: int) -> tuple[int, int]:
-    """The highest bin at or above which at least `kept` values lie, and how many of them must come from that bin."""
+    """The highest bin at or above which at least `kept` values lie,
+    and how many of them must come from that bin.
+    """
     from_top = torch.cumsum(counts.flip(0), 0)
     position = int(torch.searchsorted(from_top, torch.tensor(kept)))
     above = int(from_top[position - 1]) if position else 0

@@ -1,6 +1,7 @@
 """The subspace that most adapters share, and how much of each adapter lies in it.
 
-Blocks are updates of norm 1, seen through one side: F (m, r) with F F^T = X X^T, X = D / ||D|| (left) or its transpose.
+Blocks are updates of norm 1, seen through one side:
+F (m, r) with F F^T = X X^T, X = D / ||D|| (left) or its transpose.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ class Shared:
 
     Args:
         bases: layer -> U (m, r), orthonormal.
-        score: adapter -> z of the leave-one-out test, or the share of its norm outside (convex form).
+        score: adapter -> z of the leave-one-out test, or the share of its norm outside (convex
+            form).
         energy: layer -> the mean share of the blocks' energy in the subspace.
     """
 
@@ -48,11 +50,13 @@ def block(update: Update, left: bool) -> Tensor | None:
 
 
 def leave_one_out(blocks: Blocks, rank: int) -> Shared:
-    """Robust subspaces by iteratively reweighted least squares, then every adapter against the subspace of the others.
+    """Robust subspaces by iteratively reweighted least squares,
+    then every adapter against the subspace of the others.
 
-    min_U sum_k ||X_k - U U^T X_k||, one distance per adapter over all of its layers. z_k compares the energy of X_k in
-    the subspace that the others span, with their final weights, to that of random updates: mean sum_l r / m_l, variance
-    sum_l 2 r (m_l - r) / (m_l^2 (m_l + 2) q_l), q_l the mean effective rank of the blocks.
+    min_U sum_k ||X_k - U U^T X_k||, one distance per adapter over all of its layers. z_k compares
+    the energy of X_k in the subspace that the others span, with their final weights, to that of
+    random updates: mean sum_l r / m_l, variance sum_l 2 r (m_l - r) / (m_l^2 (m_l + 2) q_l),
+    q_l the mean effective rank of the blocks.
     """
     adapters = sorted({k for own in blocks.values() for k in own})
     weights = dict.fromkeys(adapters, 1.0)
@@ -75,7 +79,9 @@ def leave_one_out(blocks: Blocks, rank: int) -> Shared:
     return Shared(bases, score, _energies(blocks, bases))
 
 
-def sum_of(grams: Mapping[int, Tensor], weights: Mapping[int, float], without: int | None = None) -> Tensor:
+def sum_of(
+    grams: Mapping[int, Tensor], weights: Mapping[int, float], without: int | None = None
+) -> Tensor:
     """sum_k w_k G_k."""
     total = torch.zeros_like(next(iter(grams.values())))
     for k, gram in grams.items():
@@ -104,7 +110,9 @@ def _z(k: int, blocks: Blocks, grams: Blocks, weights: Mapping[int, float], rank
 
 def _energies(blocks: Blocks, bases: Mapping[str, Tensor]) -> dict[str, float]:
     return {
-        name: sum(norm(bases[name].T @ F) ** 2 for F in own.values()) / len(own) for name, own in blocks.items() if own
+        name: sum(norm(bases[name].T @ F) ** 2 for F in own.values()) / len(own)
+        for name, own in blocks.items()
+        if own
     }
 
 
@@ -120,7 +128,8 @@ def bounds(blocks: Blocks) -> tuple[float, float]:
 
 
 def convex(blocks: Blocks, price: float, iterations: int = 2000, tolerance: float = 1e-9) -> Shared:
-    """Low rank + whole blocks, by ADMM: min sum_l ||L_l||_* + price sum_k sqrt(sum_l ||S_lk||^2), X = L + S.
+    """Low rank + whole blocks, by ADMM: min sum_l ||L_l||_* + price sum_k sqrt(sum_l
+    ||S_lk||^2), X = L + S.
 
     Score: sqrt(sum_l ||S_lk||^2 / sum_l ||X_lk||^2), the share of an adapter that is its own.
     """
@@ -129,7 +138,11 @@ def convex(blocks: Blocks, price: float, iterations: int = 2000, tolerance: floa
     X: dict[str, Tensor] = {}
     for name, own in blocks.items():
         stacked, start = torch.cat(list(own.values()), 1), 0
-        Q = qr(stacked)[0] if stacked.shape[1] < stacked.shape[0] else torch.eye(len(stacked), dtype=torch.float64)
+        Q = (
+            qr(stacked)[0]
+            if stacked.shape[1] < stacked.shape[0]
+            else torch.eye(len(stacked), dtype=torch.float64)
+        )
         frames[name], X[name], places[name] = Q, Q.T @ stacked, {}
         for k, F in own.items():
             places[name][k] = slice(start, start + F.shape[1])
@@ -163,12 +176,16 @@ def convex(blocks: Blocks, price: float, iterations: int = 2000, tolerance: floa
     bases: dict[str, Tensor] = {}
     for name in X:
         left, sigma, _ = svd(L[name])
-        bases[name] = frames[name] @ left[:, : int((sigma > 1e-6 * max(float(sigma[0]), 1e-300)).sum())]
+        bases[name] = (
+            frames[name] @ left[:, : int((sigma > 1e-6 * max(float(sigma[0]), 1e-300)).sum())]
+        )
     score = {k: own_norms[k] / all_norms[k] for k in sorted(all_norms)}
     return Shared(bases, score, _energies(blocks, bases))
 
 
-def _norms(parts: Mapping[str, Tensor], places: Mapping[str, Mapping[int, slice]]) -> dict[int, float]:
+def _norms(
+    parts: Mapping[str, Tensor], places: Mapping[str, Mapping[int, slice]]
+) -> dict[int, float]:
     """Of every adapter, over its layers."""
     squares: dict[int, float] = {}
     for name, own in places.items():
@@ -178,10 +195,17 @@ def _norms(parts: Mapping[str, Tensor], places: Mapping[str, Mapping[int, slice]
 
 
 def plateau(blocks: Blocks, count: int = 12, share: float = 0.5) -> Shared:
-    """The convex form at the middle of the longest run of prices that flag the same adapters (some, not all)."""
+    """The convex form at the middle of the longest run of prices that flag the same adapters
+    (some, not all).
+    """
     low, high = bounds(blocks)
-    found = [convex(blocks, low * (high / low) ** ((i + 0.5) / count), tolerance=1e-6) for i in range(count)]
-    flagged: Sequence[frozenset[int]] = [frozenset(k for k, s in one.score.items() if s > share) for one in found]
+    found = [
+        convex(blocks, low * (high / low) ** ((i + 0.5) / count), tolerance=1e-6)
+        for i in range(count)
+    ]
+    flagged: Sequence[frozenset[int]] = [
+        frozenset(k for k, s in one.score.items() if s > share) for one in found
+    ]
     best = (0, count - 1)
     for start in range(count):
         end = start

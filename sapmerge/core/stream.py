@@ -1,7 +1,8 @@
 """Streams of layers: what a pre-pass iterates over, as often as it needs.
 
-Anchors belong to the stream, not to a layer: they speak of the adapters whose updates the stream gives. Whoever changes
-updates on the way hands on a stream without anchors, or, where the change is a factor, one whose anchors see it.
+Anchors belong to the stream, not to a layer: they speak of the adapters whose updates the stream
+gives. Whoever changes updates on the way hands on a stream without anchors, or,
+where the change is a factor, one whose anchors see it.
 """
 
 from __future__ import annotations
@@ -39,8 +40,9 @@ class Mapped:
     Args:
         layers: the stream.
         function: Layer -> Layer; None leaves the layer out.
-        anchors: those of `layers`, if the function leaves the updates as they are: if it changes weights or
-            coordinates, or leaves layers out. By default none, because they would speak of other updates.
+        anchors: those of `layers`, if the function leaves the updates as they are: if it changes
+            weights or coordinates, or leaves layers out. By default none,
+            because they would speak of other updates.
     """
 
     layers: LayerStream
@@ -81,11 +83,15 @@ def scaled(layer: Layer, factors: Sequence[float] | None) -> Layer:
     """The layer with its updates multiplied by one factor per adapter."""
     if factors is None or all(factor == 1 for factor in factors):
         return layer
-    return layer.with_updates([u if f == 1 else u.scaled(f) for u, f in zip(layer, factors, strict=True)])
+    return layer.with_updates(
+        [u if f == 1 else u.scaled(f) for u, f in zip(layer, factors, strict=True)]
+    )
 
 
 def filled_with_zeros(layer: Layer) -> Layer:
-    """Updates of zero, of rank 1, for the adapters that lack the layer: gradients are taken there too."""
+    """Updates of zero, of rank 1, for the adapters that lack the layer:
+    gradients are taken there too.
+    """
     like = layer.updates[0]
     nothing = torch.zeros(1, dtype=like.dtype, device=like.device)
     zero = LowRank(nothing.expand(layer.shape[0], 1), nothing.expand(1, layer.shape[1]))
@@ -105,7 +111,8 @@ def anchors_of(layers: LayerStream, owner: str, advice: str = "") -> AnchorPass:
     """
     if layers.anchors is None:
         raise MethodError(
-            f"{owner} needs anchors and a model: merge(adapters, anchor_loader, model, ...); in a Chain only the first "
+            f"{owner} needs anchors and a model: merge(adapters, anchor_loader, model, ...); in a "
+            "Chain only the first "
             f"step sees them, because the updates are others after it{advice}"
         )
     return layers.anchors

@@ -1,8 +1,9 @@
 """The state of torch that everything is read, merged and written in: set here, and nowhere else.
 
-A caller's autocast, default device, default dtype, grad mode, number of threads and precision of matrix products must
-not decide on a bit of the result, and are what they were afterwards. Some belong to a thread and some to the process;
-those of the process are set by the first thread that comes and put back by the last one that leaves.
+A caller's autocast, default device, default dtype, grad mode, number of threads and precision of
+matrix products must not decide on a bit of the result, and are what they were afterwards. Some
+belong to a thread and some to the process; those of the process are set by the first thread that
+comes and put back by the last one that leaves.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ _SHARED: tuple[_Setting, ...] = (
     (torch.get_default_dtype, torch.set_default_dtype, torch.float32),
     # "medium" multiplies in bfloat16, on a CPU too.
     (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest"),
-    # cuDNN would choose its algorithms by a stopwatch. `use_deterministic_algorithms` stays as the caller has it.
+    # cuDNN would choose its algorithms by a stopwatch. `use_deterministic_algorithms` stays as the
+    # caller has it.
     (lambda: torch.backends.cudnn.deterministic, _deterministic, True),
     (lambda: torch.backends.cudnn.benchmark, _benchmark, False),
 )
@@ -69,7 +71,9 @@ class _Process:
 
 
 def _read(setting: _Setting) -> Any:
-    """None for a setting that cannot be told: a program that sets precisions in torch's newer way, for one."""
+    """None for a setting that cannot be told: a program that sets precisions in torch's
+    newer way, for one.
+    """
     try:
         return setting[0]()
     except RuntimeError:
@@ -78,12 +82,15 @@ def _read(setting: _Setting) -> Any:
 
 _process, _threads_lock = _Process(), threading.Lock()
 _own = threading.local()
-"""Of each thread: how many threads torch used outside of `pinned_state`, and on which device it made tensors."""
+"""Of each thread: how many threads torch used outside of `pinned_state`,
+and on which device it made tensors.
+"""
 
 
 @contextmanager
 def pinned_state() -> Generator[None]:
-    """float32 and the CPU by default, no autocast, no gradients, one thread: nothing of the caller's decides on a bit.
+    """float32 and the CPU by default, no autocast, no gradients, one thread:
+    nothing of the caller's decides on a bit.
 
     On one thread sums are taken in one order. It may be entered again inside.
     """
@@ -109,9 +116,11 @@ def pinned_state() -> Generator[None]:
 
 @contextmanager
 def model_state(device: torch.device) -> Generator[None]:
-    """For passes through a model on a device: `pinned_state`, but with as many threads as there are outside of it.
+    """For passes through a model on a device: `pinned_state`,
+    but with as many threads as there are outside of it.
 
-    A model may make tensors where the caller has put it, so a default device of its kind holds inside.
+    A model may make tensors where the caller has put it,
+    so a default device of its kind holds inside.
     """
     with pinned_state():
         undo = Undo()  # inside: the threads are put back while it is known how many there were
@@ -143,7 +152,8 @@ def _set_threads(count: int, undo: Undo) -> None:
 
 
 def _switch(count: int) -> None:
-    """`set_num_threads` sets also what threads made later begin with. That is put back at once, by one of them.
+    """`set_num_threads` sets also what threads made later begin with.
+    That is put back at once, by one of them.
 
     A thread that met torch for the first time during a merge would keep a single thread for good.
     """
@@ -151,7 +161,9 @@ def _switch(count: int) -> None:
     with _threads_lock:
         torch.set_num_threads(count)
         if count != outside:
-            helper = threading.Thread(target=torch.set_num_threads, args=(outside,), name="sapmerge-threads")
+            helper = threading.Thread(
+                target=torch.set_num_threads, args=(outside,), name="sapmerge-threads"
+            )
             helper.start()
             helper.join()
 

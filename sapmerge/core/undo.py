@@ -1,4 +1,6 @@
-"""Putting back what was changed, whatever happens on the way: errors, Ctrl-C, and Ctrl-C in the middle of that."""
+"""Putting back what was changed, whatever happens on the way:
+errors, Ctrl-C, and Ctrl-C in the middle of that.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ __all__ = ["Undo", "without_interrupts"]
 
 
 class Undo:
-    """Steps that put something back, to be run last first: each may run twice, and runs again if it was cut short.
+    """Steps that put something back, to be run last first:
+    each may run twice, and runs again if it was cut short.
 
     One call is not enough: it can be interrupted itself. So whoever changes something writes
 

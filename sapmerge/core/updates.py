@@ -35,7 +35,8 @@ class LowRank:
     def __post_init__(self) -> None:
         if self.A.ndim != 2 or self.B.ndim != 2 or self.B.shape[1] != self.A.shape[0]:
             raise MethodError(
-                f"LowRank takes B (m, r) and A (r, n); got B {tuple(self.B.shape)} and A {tuple(self.A.shape)}"
+                f"LowRank takes B (m, r) and A (r, n); got B {tuple(self.B.shape)} and A "
+                f"{tuple(self.A.shape)}"
             )
 
     @property
@@ -75,7 +76,8 @@ class LowRank:
         return LowRank(self.B * factor, self.A)
 
     def svd(self, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """U (m, k), sigma (k), Vh (k, n) with k = min(r, m, n), in float64; no (m, n) matrix for r < min(m, n).
+        """U (m, k), sigma (k), Vh (k, n) with k = min(r, m, n), in float64;
+        no (m, n) matrix for r < min(m, n).
 
         With `rank` U and Vh have the first `rank` singular vectors only, which is faster.
         """
@@ -85,7 +87,9 @@ class LowRank:
         return U[:, :rank], sigma, Vh[:rank]
 
     def norm(self) -> float:
-        """The Frobenius norm, in float64; from the Gram matrices of the factors for r < min(m, n)."""
+        """The Frobenius norm, in float64; from the Gram matrices of the factors
+        for r < min(m, n).
+        """
         return self._norm
 
     @cached_property
@@ -96,7 +100,9 @@ class LowRank:
         return max(float(torch.dot(left.flatten(), right.flatten())), 0.0) ** 0.5
 
     def _product(self) -> Tensor:
-        """B @ A in float64, for r >= min(m, n): no larger than the factors, which are converted piece by piece."""
+        """B @ A in float64, for r >= min(m, n): no larger than the factors,
+        which are converted piece by piece.
+        """
         total = torch.zeros(self.shape, dtype=torch.float64, device=self.device)
         for start in range(0, self.rank, _COLUMNS):
             some = slice(start, start + _COLUMNS)
@@ -111,12 +117,15 @@ class LowRank:
     def balanced(self) -> LowRank:
         """The same update with factors of equal weight: B = U sqrt(sigma), A = sqrt(sigma) V^T.
 
-        LoRA training prefers no factorisation (B R^-1, R A) over another; this one depends on the update alone.
-        Singular values below `linalg.RTOL` are dropped: their directions are arbitrary.
+        LoRA training prefers no factorisation (B R^-1, R A) over another; this one depends on the
+        update alone. Singular values below `linalg.RTOL` are dropped:
+        their directions are arbitrary.
         """
         return _even(self)
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LowRank:
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> LowRank:
         return LowRank(self.B.to(device=device, dtype=dtype), self.A.to(device=device, dtype=dtype))
 
 
@@ -164,7 +173,9 @@ class Dense:
         return Dense(self.matrix * factor)
 
     def svd(self, rank: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """U (m, k), sigma (k), Vh (k, n) with k = min(m, n), in float64; with `rank` the first singular vectors."""
+        """U (m, k), sigma (k), Vh (k, n) with k = min(m, n), in float64;
+        with `rank` the first singular vectors.
+        """
         U, sigma, Vh = svd(self.matrix)
         return U[:, :rank], sigma, Vh[:rank]
 
@@ -179,7 +190,9 @@ class Dense:
     def _norm(self) -> float:
         return norm(self.matrix)
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Dense:
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Dense:
         return Dense(self.matrix.to(device=device, dtype=dtype))
 
 

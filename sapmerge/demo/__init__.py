@@ -1,8 +1,9 @@
-"""The mission in small: `sapmerge demo` trains a tiny CLIP and four adapters, and merges three of them for the fourth.
+"""The mission in small: `sapmerge demo` trains a tiny CLIP and four adapters,
+and merges three of them for the fourth.
 
-Real handwritten digits in four visual domains, one LoRA per domain, saved by PEFT; then each domain in turn is left
-out, the other three adapters are merged from their files, and the accuracy is measured on the domain left out. Nothing
-is downloaded.
+Real handwritten digits in four visual domains, one LoRA per domain, saved by PEFT; then each domain
+in turn is left out, the other three adapters are merged from their files, and the accuracy is
+measured on the domain left out. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ def run(
     """Train, merge, measure; about two minutes on two CPU cores.
 
     Args:
-        output: a new or empty folder. It receives `base/`, `adapters/`, `merged/` and `accuracy.png`.
+        output: a new or empty folder. It receives `base/`, `adapters/`, `merged/` and
+            `accuracy.png`.
         seed: of everything that is random. One seed gives one result on one machine.
         quick: train for a few steps only; the numbers mean nothing then.
         anchors: image-text pairs of the generic style for the methods that read anchors, 1 to 100.
@@ -92,12 +94,26 @@ class _Demo:
     tests: dict[str, Tensor]
 
     @staticmethod
-    def prepare(output: Path, seed: int, quick: bool, anchors: int, say: Callable[[str], None]) -> _Demo:
+    def prepare(
+        output: Path, seed: int, quick: bool, anchors: int, say: Callable[[str], None]
+    ) -> _Demo:
         digits = load_digits()
         splits = split(digits.labels, anchors, seed)
         unseen = digits.take(splits.test).images
-        tests = {name: render(unseen, style, generator(seed, "test", name)) for name, style in _styles().items()}
-        return _Demo(output, seed, quick, say, digits, splits, anchor_batches(digits.take(splits.anchors), seed), tests)
+        tests = {
+            name: render(unseen, style, generator(seed, "test", name))
+            for name, style in _styles().items()
+        }
+        return _Demo(
+            output,
+            seed,
+            quick,
+            say,
+            digits,
+            splits,
+            anchor_batches(digits.take(splits.anchors), seed),
+            tests,
+        )
 
     def accuracy(self, model: Any, style: str) -> float:
         return accuracy(model, self.tests[style], self.digits.labels[self.splits.test])
@@ -106,14 +122,21 @@ class _Demo:
         plan = QUICK if self.quick else Plan()
         clock = [time.perf_counter()]
         self.say(f"training a tiny CLIP on {len(self.splits.train)} digits in a generic style")
-        base = train_base(self.digits.take(self.splits.train), plan, self.seed, self.output / "base")
+        base = train_base(
+            self.digits.take(self.splits.train), plan, self.seed, self.output / "base"
+        )
         zero_shot = {domain: self.accuracy(base, domain) for domain in DOMAINS}
         clock.append(time.perf_counter())
 
         across: dict[str, dict[str, float]] = {}
         for domain, style in DOMAINS.items():
-            source, path = self.digits.take(self.splits.sources[domain]), self.output / "adapters" / domain
-            self.say(f"training the adapter of the domain {domain!r} on {len(source)} of them, its own")
+            source, path = (
+                self.digits.take(self.splits.sources[domain]),
+                self.output / "adapters" / domain,
+            )
+            self.say(
+                f"training the adapter of the domain {domain!r} on {len(source)} of them, its own"
+            )
             adapted = train_adapter(base, source, style, domain, plan, self.seed, path)
             across[domain] = {other: self.accuracy(adapted, other) for other in DOMAINS}
         clock.append(time.perf_counter())
@@ -129,12 +152,18 @@ class _Demo:
             generic=self.accuracy(base, "generic"),
             zero_shot=zero_shot,
             own={domain: across[domain][domain] for domain in DOMAINS},
-            single={d: sum(across[o][d] for o in DOMAINS if o != d) / (len(DOMAINS) - 1) for d in DOMAINS},
+            single={
+                d: sum(across[o][d] for o in DOMAINS if o != d) / (len(DOMAINS) - 1)
+                for d in DOMAINS
+            },
             merged=merged,
             anchors=len(self.splits.anchors),
             tested=len(self.splits.test),
             seconds={
-                phase: end - start for phase, start, end in zip(("base model", "adapters", "merging"), clock, clock[1:])
+                phase: end - start
+                for phase, start, end in zip(
+                    ("base model", "adapters", "merging"), clock, clock[1:]
+                )
             },
             quick=self.quick,
         )
@@ -142,7 +171,9 @@ class _Demo:
         return result
 
     def _left_out(self, base: Any, name: str, domain: str) -> float:
-        """Merge the other domains' adapters from their files; save the result; its accuracy on the domain left out."""
+        """Merge the other domains' adapters from their files; save the result;
+        its accuracy on the domain left out.
+        """
         sources = {other: self.output / "adapters" / other for other in DOMAINS if other != domain}
         method = getattr(library, name)()
         given = (self.anchors, base) if name in READ_ANCHORS else ()
@@ -164,14 +195,20 @@ def _check(output: Path, anchors: int, methods: Sequence[str]) -> None:
         raise MethodError(f"anchors must be 1 to 100; got {anchors!r}")
     for name in methods:
         if name not in library.__all__:
-            raise MethodError(f"there is no method {name!r}; there are: {', '.join(library.__all__)}")
+            raise MethodError(
+                f"there is no method {name!r}; there are: {', '.join(library.__all__)}"
+            )
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise OutputExistsError(f"{output} already exists and is not an empty folder; give another one")
+        raise OutputExistsError(
+            f"{output} already exists and is not an empty folder; give another one"
+        )
 
 
 @contextmanager
 def _reproducible() -> Generator[None]:
-    """One thread and a forked random state, so that a result depends on the seed alone; both are put back."""
+    """One thread and a forked random state, so that a result depends on the seed alone;
+    both are put back.
+    """
     threads = torch.get_num_threads()
     with torch.random.fork_rng(devices=[]):  # pyright: ignore[reportUnknownMemberType]
         torch.set_num_threads(1)

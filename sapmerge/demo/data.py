@@ -30,7 +30,9 @@ CLASSES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight
 TEMPLATES = ("a photo of the digit {}", "an image of a {}", "a handwritten {}", "the number {}")
 WORDS = {word for text in (*TEMPLATES, *CLASSES) for word in text.split()} - {"{}"}
 VOCABULARY = ("<pad>", "<start>", "<unknown>", "<end>", *sorted(WORDS))
-"""The words of the tokenizer, by id. The end is not 2: `CLIPTextModel` treats that id in a way of its own."""
+"""The words of the tokenizer, by id. The end is not 2:
+`CLIPTextModel` treats that id in a way of its own.
+"""
 LENGTH = 8
 """Of every caption, in words."""
 TEST = 400
@@ -58,7 +60,8 @@ class Digits:
 
 @dataclass(frozen=True, eq=False)
 class Splits:
-    """Which digit is used for what, as indices; anchors, test and train share no digit, nor do two sources.
+    """Which digit is used for what, as indices; anchors, test and train share no digit,
+    nor do two sources.
 
     Args:
         anchors: of the anchors.
@@ -81,7 +84,10 @@ def generator(seed: int, *purpose: str) -> Generator:
 def load_digits() -> Digits:
     """The 1797 digits that scikit-learn carries (UCI optical recognition of handwritten digits)."""
     bunch = extra("sklearn.datasets").load_digits()
-    return Digits(torch.tensor(bunch.images, dtype=torch.float32) / 16, torch.tensor(bunch.target, dtype=torch.long))
+    return Digits(
+        torch.tensor(bunch.images, dtype=torch.float32) / 16,
+        torch.tensor(bunch.target, dtype=torch.long),
+    )
 
 
 def split(labels: Tensor, anchors: int, seed: int) -> Splits:
@@ -94,7 +100,8 @@ def split(labels: Tensor, anchors: int, seed: int) -> Splits:
     """
     order = torch.randperm(len(labels), generator=generator(seed, "split"))
     one_hot = torch.nn.functional.one_hot(labels[order], len(CLASSES))
-    turn = (one_hot.cumsum(0) * one_hot).sum(1)  # the first of every class, then the second of every class, ...
+    # the first of every class, then the second of every class, ...
+    turn = (one_hot.cumsum(0) * one_hot).sum(1)
     order = order[torch.argsort(turn, stable=True)]
     train = order[anchors + TEST :]
     cuts = [len(train) * k // len(DOMAINS) for k in range(len(DOMAINS) + 1)]
@@ -113,7 +120,10 @@ def captions(labels: Sequence[int], templates: Sequence[int]) -> dict[str, Tenso
         `input_ids` and `attention_mask`, (n, LENGTH).
     """
     words = {word: k for k, word in enumerate(VOCABULARY)}
-    texts = [TEMPLATES[template].format(CLASSES[label]) for label, template in zip(labels, templates, strict=True)]
+    texts = [
+        TEMPLATES[template].format(CLASSES[label])
+        for label, template in zip(labels, templates, strict=True)
+    ]
     rows = [["<start>", *text.split(), "<end>"] for text in texts]
     ids = torch.tensor([[words[word] for word in row] + [0] * (LENGTH - len(row)) for row in rows])
     return {"input_ids": ids, "attention_mask": (ids != 0).long()}
@@ -123,11 +133,17 @@ def pairs(digits: Digits, style: Style, rng: Generator) -> dict[str, Tensor]:
     """One image-text pair per digit: the keyword arguments of a `CLIPModel`."""
     templates = torch.randint(len(TEMPLATES), (len(digits),), generator=rng)
     images = render(digits.images, style, rng)
-    return {"pixel_values": images, **captions([int(k) for k in digits.labels], [int(k) for k in templates])}
+    return {
+        "pixel_values": images,
+        **captions([int(k) for k in digits.labels], [int(k) for k in templates]),
+    }
 
 
 def anchor_batches(digits: Digits, seed: int, batch_size: int = 16) -> list[dict[str, Tensor]]:
     """The anchors: generic image-text pairs, as a list of batches."""
     rng = generator(seed, "anchors")
     rows = torch.arange(len(digits))
-    return [pairs(digits.take(rows[k : k + batch_size]), generic, rng) for k in range(0, len(rows), batch_size)]
+    return [
+        pairs(digits.take(rows[k : k + batch_size]), generic, rng)
+        for k in range(0, len(rows), batch_size)
+    ]

@@ -1,8 +1,9 @@
-"""Visual domains made from grey 8 x 8 digits: one generic style, and four that the base model never sees.
+"""Visual domains made from grey 8 x 8 digits: one generic style,
+and four that the base model never sees.
 
-A style is a function (strokes, generator) -> images in [0, 1]. Every two of the four share a factor, so that three
-sources hold something of use for the fourth: a cloudy ground (ink, chalk, colour), grain (chalk, colour, outline), and
-a marked contour (ink, outline).
+A style is a function (strokes, generator) -> images in [0, 1]. Every two of the four share a
+factor, so that three sources hold something of use for the fourth: a cloudy ground (ink, chalk,
+colour), grain (chalk, colour, outline), and a marked contour (ink, outline).
 """
 
 from __future__ import annotations
@@ -49,13 +50,19 @@ def generic(strokes: Tensor, generator: Generator) -> Tensor:
 
 
 def _ink(strokes: Tensor, generator: Generator) -> Tensor:
-    """Black ink on stained paper, or white ink on stained black paper: full along its edge and thin inside."""
+    """Black ink on stained paper, or white ink on stained black paper:
+    full along its edge and thin inside.
+    """
     n = len(strokes)
     white = _uniform(n, 0.0, 1.0, generator) < 0.5
     tint = torch.tensor([1.0, 0.93, 0.78]).view(1, 3, 1, 1)
     clouds, ink = _clouds(n, generator), _uniform(n, 0.0, 0.2, generator)
     paper = torch.where(white, 0.5 * clouds, 1.0 - 0.5 * clouds) * tint
-    return _over(_hollow(strokes, _uniform(n, 0.3, 0.8, generator)), torch.where(white, 1.0 - ink, ink), paper)
+    return _over(
+        _hollow(strokes, _uniform(n, 0.3, 0.8, generator)),
+        torch.where(white, 1.0 - ink, ink),
+        paper,
+    )
 
 
 def _chalk(strokes: Tensor, generator: Generator) -> Tensor:
@@ -73,8 +80,13 @@ def _colour(strokes: Tensor, generator: Generator) -> Tensor:
     hue, lighter = _uniform(n, 0.0, 1.0, generator), _uniform(n, 0.0, 1.0, generator) < 0.5
     clouds = _clouds(n, generator)
     ground = clouds * _paint(hue + 0.35) + (1 - clouds) * _paint(hue + 0.65)
-    ink, ground = torch.where(lighter, 1.0, 0.5) * _paint(hue), torch.where(lighter, 0.6, 1.0) * ground
-    return _over(strokes * _grain(strokes, 0.3, generator), ink, ground, _noise(strokes, 0.06, generator))
+    ink, ground = (
+        torch.where(lighter, 1.0, 0.5) * _paint(hue),
+        torch.where(lighter, 0.6, 1.0) * ground,
+    )
+    return _over(
+        strokes * _grain(strokes, 0.3, generator), ink, ground, _noise(strokes, 0.06, generator)
+    )
 
 
 def _outline(strokes: Tensor, generator: Generator) -> Tensor:
@@ -85,7 +97,9 @@ def _outline(strokes: Tensor, generator: Generator) -> Tensor:
     return _over(_hollow(strokes, 0.0) * _grain(strokes, 0.3, generator), ink, paper)
 
 
-DOMAINS: Mapping[str, Style] = MappingProxyType({"ink": _ink, "chalk": _chalk, "colour": _colour, "outline": _outline})
+DOMAINS: Mapping[str, Style] = MappingProxyType(
+    {"ink": _ink, "chalk": _chalk, "colour": _colour, "outline": _outline}
+)
 """The four domains, by name."""
 
 
@@ -97,10 +111,15 @@ def _over(alpha: Tensor, front: Tensor, back: Tensor, noise: Tensor | float = 0.
 def _strokes(digits: Tensor, generator: Generator) -> Tensor:
     """Enlarge to SIZE x SIZE under a small random similarity, with clean edges."""
     n = len(digits)
-    angle, zoom = _uniform(n, -0.2, 0.2, generator).view(n), _uniform(n, 0.9, 1.15, generator).view(n)
+    angle, zoom = (
+        _uniform(n, -0.2, 0.2, generator).view(n),
+        _uniform(n, 0.9, 1.15, generator).view(n),
+    )
     shift = torch.rand(2, n, generator=generator) * 0.2 - 0.1
     cos, sin = angle.cos() * zoom, angle.sin() * zoom
-    theta = torch.stack((torch.stack((cos, -sin, shift[0]), 1), torch.stack((sin, cos, shift[1]), 1)), 1)
+    theta = torch.stack(
+        (torch.stack((cos, -sin, shift[0]), 1), torch.stack((sin, cos, shift[1]), 1)), 1
+    )
     grid = F.affine_grid(theta, [n, 1, SIZE, SIZE], align_corners=False)
     large = F.interpolate(digits[:, None], scale_factor=4.0, mode="bicubic", align_corners=False)
     return torch.sigmoid(10 * (F.grid_sample(large, grid, align_corners=False) - 0.5))
@@ -115,7 +134,9 @@ def _hollow(strokes: Tensor, inside: Tensor | float) -> Tensor:
 def _clouds(n: int, generator: Generator) -> Tensor:
     """Smooth noise in [0, 1]: (n, 1, SIZE, SIZE)."""
     coarse = torch.randn(n, 1, 5, 5, generator=generator)
-    return torch.sigmoid(1.5 * F.interpolate(coarse, size=(SIZE, SIZE), mode="bicubic", align_corners=True))
+    return torch.sigmoid(
+        1.5 * F.interpolate(coarse, size=(SIZE, SIZE), mode="bicubic", align_corners=True)
+    )
 
 
 def _grain(like: Tensor, share: float, generator: Generator) -> Tensor:

@@ -77,7 +77,8 @@ class DemoResult:
         error = 196 * math.sqrt(0.25 / self.tested)
         return "\n".join(
             [
-                f"Accuracy in % on {self.tested} unseen handwritten digits; base model, generic style: "
+                f"Accuracy in % on {self.tested} unseen handwritten digits; base model, generic "
+                "style: "
                 f"{100 * self.generic:.1f}",
                 "",
                 f"  {'':<{wide}}" + "".join(f"{name:>10}" for name in (*domains, "average")),
@@ -87,12 +88,15 @@ class DemoResult:
                 "merged from the three other domains:",
                 *(row(name, accuracies) for name, accuracies in self.merged.items()),
                 "",
-                f"Every method runs with its defaults; {self.anchors} generic image-text pairs are the anchors.",
-                "This demonstrates the pipeline. It is no evidence for or against any method: one tiny model, four",
+                f"Every method runs with its defaults; {self.anchors} generic image-text pairs are "
+                "the anchors.",
+                "This demonstrates the pipeline. It is no evidence for or against any method: one "
+                "tiny model, four",
                 f"made-up domains, and every number is good to about {error:.0f} points.",
                 *(["Quick mode: nothing here is trained to the end."] if self.quick else []),
                 "",
-                f"{self.output}: chart in {self.chart.name}, adapters in adapters/ and merged/, base model in base/",
+                f"{self.output}: chart in {self.chart.name}, adapters in adapters/ and merged/, "
+                "base model in base/",
                 f"{sum(self.seconds.values()):.0f} seconds ({phases})",
             ]
         )
@@ -104,7 +108,8 @@ def average(accuracies: Accuracies) -> float:
 
 
 def draw(result: DemoResult, examples: Mapping[str, Tensor]) -> None:
-    """Draw examples of the styles above a bar chart of the averages, with a mark per domain left out.
+    """Draw examples of the styles above a bar chart of the averages,
+    with a mark per domain left out.
 
     Args:
         result: what to draw; the chart goes to `result.chart`.
@@ -126,7 +131,11 @@ def _tiles(images: Tensor, side: int = 3) -> Tensor:
     padded = ((images[: side * side] + 1) / 2).permute(0, 2, 3, 1)
     padded = F.pad(padded, (0, 0, 1, 1, 1, 1), value=1.0)
     _, height, width, _ = padded.shape
-    return padded.view(side, side, height, width, 3).transpose(1, 2).reshape(side * height, side * width, 3)
+    return (
+        padded.view(side, side, height, width, 3)
+        .transpose(1, 2)
+        .reshape(side * height, side * width, 3)
+    )
 
 
 def _bars(plot: Any, result: DemoResult) -> None:
@@ -142,7 +151,9 @@ def _bars(plot: Any, result: DemoResult) -> None:
     plot.bar(range(len(rows)), heights, width=0.7, color=colours, zorder=2)
     for k, height in enumerate(heights):
         ink = "white" if colours[k] == merged else "#222222"
-        plot.text(k, 1.5, f"{height:.0f}", ha="center", va="bottom", color=ink, fontsize=11, zorder=4)
+        plot.text(
+            k, 1.5, f"{height:.0f}", ha="center", va="bottom", color=ink, fontsize=11, zorder=4
+        )
     for domain, marker in zip(result.zero_shot, "osD^"):
         values = [100 * accuracies[domain] for accuracies in rows.values()]
         look = {"s": 42, "marker": marker, "color": "#222222", "edgecolor": "white", "zorder": 3}
@@ -151,7 +162,10 @@ def _bars(plot: Any, result: DemoResult) -> None:
     plot.set_xticks(range(len(rows)), rows)
     plot.set_ylim(0, 100)
     plot.set_ylabel("accuracy, %")
-    plot.set_title("Accuracy by domain, and the mean as a bar. Blue: merged from the other three adapters", fontsize=11)
+    plot.set_title(
+        "Accuracy by domain, and the mean as a bar. Blue: merged from the other three adapters",
+        fontsize=11,
+    )
     plot.grid(axis="y", color="#e6e6e6", zorder=0)
     plot.spines[["top", "right"]].set_visible(False)
     plot.legend(ncols=4, loc="upper left", frameon=False, fontsize=10)

@@ -53,14 +53,24 @@ def train_base(digits: Digits, plan: Plan, seed: int, path: Path) -> Any:
     """
     torch.manual_seed(seed)  # pyright: ignore[reportUnknownMemberType]
     model = _untrained()
-    _train(model, digits, generic, plan.base_steps, plan.batch_size, plan.base_rate, generator(seed, "base"))
+    _train(
+        model,
+        digits,
+        generic,
+        plan.base_steps,
+        plan.batch_size,
+        plan.base_rate,
+        generator(seed, "base"),
+    )
     with _no_progress_bar():
         model.save_pretrained(str(path))
     model.name_or_path = str(path)  # PEFT writes it into the adapters' config
     return model
 
 
-def train_adapter(model: Any, digits: Digits, style: Style, domain: str, plan: Plan, seed: int, path: Path) -> Any:
+def train_adapter(
+    model: Any, digits: Digits, style: Style, domain: str, plan: Plan, seed: int, path: Path
+) -> Any:
     """Train a LoRA of the vision tower on one domain, and save it with PEFT.
 
     Args:
@@ -83,7 +93,8 @@ def train_adapter(model: Any, digits: Digits, style: Style, domain: str, plan: P
         target_modules=r".*vision_model\..*\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2)",
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # PEFT reads a name that transformers 5 deprecates
+        # PEFT reads a name that transformers 5 deprecates
+        warnings.simplefilter("ignore", FutureWarning)
         adapted = peft.get_peft_model(copy.deepcopy(model), config)
     batches = generator(seed, "adapter", domain)
     _train(adapted, digits, style, plan.adapter_steps, plan.batch_size, plan.adapter_rate, batches)
@@ -123,7 +134,12 @@ def _no_progress_bar() -> Generator[None]:
 def _untrained() -> Any:
     """A CLIP of 160 thousand random parameters: 3 vision layers and 1 text layer of width 64."""
     transformers = extra("transformers")
-    tower = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "projection_dim": 64}
+    tower = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_attention_heads": 4,
+        "projection_dim": 64,
+    }
     text = {
         **tower,
         "num_hidden_layers": 1,
@@ -134,11 +150,19 @@ def _untrained() -> Any:
         "eos_token_id": VOCABULARY.index("<end>"),
     }
     vision = {**tower, "num_hidden_layers": 3, "image_size": SIZE, "patch_size": SIZE // 4}
-    return transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=64))
+    return transformers.CLIPModel(
+        transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=64)
+    )
 
 
 def _train(
-    model: Any, digits: Digits, style: Style, steps: int, batch_size: int, rate: float, batches: torch.Generator
+    model: Any,
+    digits: Digits,
+    style: Style,
+    steps: int,
+    batch_size: int,
+    rate: float,
+    batches: torch.Generator,
 ) -> None:
     weights: list[Tensor] = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=0.05, fused=True)
@@ -146,7 +170,9 @@ def _train(
     model.train()
     for _ in range(steps):
         batch = digits.take(torch.randint(len(digits), (batch_size,), generator=batches))
-        loss = _soft_contrastive(model(**pairs(batch, style, batches)).logits_per_text, batch.labels)
+        loss = _soft_contrastive(
+            model(**pairs(batch, style, batches)).logits_per_text, batch.labels
+        )
         optimizer.zero_grad()
         loss.backward()  # pyright: ignore[reportUnknownMemberType]
         optimizer.step()  # pyright: ignore[reportUnknownMemberType]
@@ -155,7 +181,9 @@ def _train(
 
 
 def _soft_contrastive(logits: Tensor, labels: Tensor) -> Tensor:
-    """InfoNCE in which every pair of one class is a positive: a batch holds each digit several times."""
+    """InfoNCE in which every pair of one class is a positive:
+    a batch holds each digit several times.
+    """
     same = (labels[:, None] == labels[None, :]).float()
     target = same / same.sum(1, keepdim=True)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2

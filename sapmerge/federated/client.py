@@ -1,4 +1,6 @@
-"""What a client can do before it uploads: prune on the public anchors, and write numbers that add up exactly."""
+"""What a client can do before it uploads: prune on the public anchors,
+and write numbers that add up exactly.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,9 @@ def prune_for_upload(
 ) -> Merged:
     """One adapter, pruned as the server's `sap_original` would: its result has `save_pretrained`.
 
-    The mean of such uploads is `sap_original` on the server, to the rounding of a sum; single factors are the same, bit
-    for bit. Weights by anchors, agreement, medians, CLAIR and Pilot need single uploads and cannot follow a secure sum.
+    The mean of such uploads is `sap_original` on the server, to the rounding of a sum; single
+    factors are the same, bit for bit. Weights by anchors, agreement, medians,
+    CLAIR and Pilot need single uploads and cannot follow a secure sum.
 
     Args:
         model: the base model.
@@ -33,7 +36,13 @@ def prune_for_upload(
         loss: (model, batch) -> scalar.
     """
     return merge(
-        [adapter], anchors, model, method=sap_original(density), loss=loss, modules_to_save=None, progress=False
+        [adapter],
+        anchors,
+        model,
+        method=sap_original(density),
+        loss=loss,
+        modules_to_save=None,
+        progress=False,
     )
 
 
@@ -54,7 +63,9 @@ def fixed_point(update: Update, bits: int = 24) -> Tensor:
     if not bool(torch.isfinite(wide).all()):
         raise NonFiniteError("an entry of the update is NaN or infinite")
     if float(wide.abs().max()) * 2.0**bits >= 2.0**42:
-        raise MethodError(f"an entry of {float(wide.abs().max()):.3g} leaves no room for sums at {bits} bits")
+        raise MethodError(
+            f"an entry of {float(wide.abs().max()):.3g} leaves no room for sums at {bits} bits"
+        )
     return (wide * 2.0**bits).round().to(torch.int64)
 
 

@@ -20,7 +20,9 @@ __all__ = ["add_commands"]
 
 
 def add_commands(
-    commands: Any, method: Callable[[str, dict[str, Any]], Method], rank: Callable[[str], int | float | str]
+    commands: Any,
+    method: Callable[[str, dict[str, Any]], Method],
+    rank: Callable[[str], int | float | str],
 ) -> list[argparse.ArgumentParser]:
     """Add `round` to the commands of the command line.
 
@@ -32,50 +34,86 @@ def add_commands(
     Returns:
         The parsers of the single actions.
     """
-    parser = commands.add_parser("round", help="a one-shot federated round", description="A one-shot federated round.")
+    parser = commands.add_parser(
+        "round", help="a one-shot federated round", description="A one-shot federated round."
+    )
     actions = parser.add_subparsers(required=True, metavar="ACTION")
 
-    new = actions.add_parser("new", help="make a round", description="Make a round: what its uploads must be.")
+    new = actions.add_parser(
+        "new", help="make a round", description="Make a round: what its uploads must be."
+    )
     new.add_argument("round", metavar="ROUND", help="folder to make")
     source = new.add_mutually_exclusive_group(required=True)
-    source.add_argument("--model", help="the base model, a folder or a name: only its configuration is read")
-    source.add_argument("--manifest", help="JSON file module -> [outputs, inputs], or the folder of an adapter")
+    source.add_argument(
+        "--model", help="the base model, a folder or a name: only its configuration is read"
+    )
+    source.add_argument(
+        "--manifest", help="JSON file module -> [outputs, inputs], or the folder of an adapter"
+    )
     new.add_argument("--base-model", help="name of the base model; that of --model by default")
-    new.add_argument("--modules", help="those that may be adapted: q_proj,v_proj or patterns; all by default")
-    new.add_argument("--max-rank", type=int, default=64, help="of any module (default: %(default)s)")
+    new.add_argument(
+        "--modules", help="those that may be adapted: q_proj,v_proj or patterns; all by default"
+    )
+    new.add_argument(
+        "--max-rank", type=int, default=64, help="of any module (default: %(default)s)"
+    )
     new.add_argument("--max-bytes", type=int, help="of an upload; by default what the rank needs")
-    new.add_argument("--max-share", type=float, default=0.5, help="of the samples, for one client (%(default)s)")
-    new.add_argument("--quorum", type=int, default=1, help="clients that a merge needs (default: %(default)s)")
+    new.add_argument(
+        "--max-share", type=float, default=0.5, help="of the samples, for one client (%(default)s)"
+    )
+    new.add_argument(
+        "--quorum", type=int, default=1, help="clients that a merge needs (default: %(default)s)"
+    )
     new.set_defaults(run=_new)
 
-    add = actions.add_parser("add", help="check an upload and keep it", description="Check an upload and keep it.")
+    add = actions.add_parser(
+        "add", help="check an upload and keep it", description="Check an upload and keep it."
+    )
     add.add_argument("round", metavar="ROUND")
-    add.add_argument("upload", metavar="UPLOAD", help="folder of an adapter, or a zip file of its two files")
+    add.add_argument(
+        "upload", metavar="UPLOAD", help="folder of an adapter, or a zip file of its two files"
+    )
     add.add_argument("--client", required=True, help="who sends it")
-    add.add_argument("--samples", type=int, default=1, help="training samples behind it (default: %(default)s)")
+    add.add_argument(
+        "--samples", type=int, default=1, help="training samples behind it (default: %(default)s)"
+    )
     add.set_defaults(run=_add)
 
-    look = actions.add_parser("list", help="who is there", description="Who is there, and with how many samples.")
+    look = actions.add_parser(
+        "list", help="who is there", description="Who is there, and with how many samples."
+    )
     look.add_argument("round", metavar="ROUND")
-    look.add_argument("--expected", nargs="+", default=[], metavar="CLIENT", help="say who of these is missing")
+    look.add_argument(
+        "--expected", nargs="+", default=[], metavar="CLIENT", help="say who of these is missing"
+    )
     look.set_defaults(run=_list)
 
-    remove = actions.add_parser("remove", help="take a client out", description="Remove a client and its upload.")
+    remove = actions.add_parser(
+        "remove", help="take a client out", description="Remove a client and its upload."
+    )
     remove.add_argument("round", metavar="ROUND")
     remove.add_argument("client", metavar="CLIENT")
     remove.set_defaults(run=_remove)
 
-    merge = actions.add_parser("merge", help="merge what is kept", description="Merge what is kept, by samples.")
+    merge = actions.add_parser(
+        "merge", help="merge what is kept", description="Merge what is kept, by samples."
+    )
     merge.add_argument("round", metavar="ROUND")
     merge.add_argument("-o", "--output", required=True, help="folder to write")
-    merge.add_argument("--method", default="mean", help="as in `sapmerge merge` (default: %(default)s)")
+    merge.add_argument(
+        "--method", default="mean", help="as in `sapmerge merge` (default: %(default)s)"
+    )
     merge.add_argument("--density", type=float, help="fraction kept, in (0, 1]")
-    merge.add_argument("--rank", type=rank, help="cap on the rank, share of energy in (0, 1), or 'exact'")
+    merge.add_argument(
+        "--rank", type=rank, help="cap on the rank, share of energy in (0, 1), or 'exact'"
+    )
     merge.add_argument("--modules-to-save", help="heads: mean or drop")
     merge.add_argument("--overwrite", action="store_true", help="replace an existing output")
     merge.set_defaults(run=partial(_merge, method=method))
 
-    report = actions.add_parser("report", help="every client and every refusal", description="Describe a round.")
+    report = actions.add_parser(
+        "report", help="every client and every refusal", description="Describe a round."
+    )
     report.add_argument("round", metavar="ROUND")
     report.add_argument("--json", action="store_true", help="data instead of a page")
     report.set_defaults(run=_report)
@@ -107,7 +145,10 @@ def _new(options: argparse.Namespace) -> None:
         max_share=options.max_share,
     )
     contract = inbox.contract
-    print(f"{inbox.path}: {len(contract.modules)} modules, rank at most {contract.max_rank}, quorum {contract.quorum}")
+    print(
+        f"{inbox.path}: {len(contract.modules)} modules, rank at most {contract.max_rank}, quorum "
+        f"{contract.quorum}"
+    )
 
 
 def _skeleton(name: str) -> torch.nn.Module:
@@ -118,11 +159,15 @@ def _skeleton(name: str) -> torch.nn.Module:
     try:
         config = library.AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise ModelMismatchError(f"--model {shown(name)}: no configuration can be read ({error})") from None
+        raise ModelMismatchError(
+            f"--model {shown(name)}: no configuration can be read ({error})"
+        ) from None
     architecture: str = (config.architectures or ["AutoModel"])[0]
     kind: Any = getattr(library, architecture, None)
     if kind is None:
-        raise ModelMismatchError(f"--model {shown(name)}: transformers has no {architecture}; use --manifest")
+        raise ModelMismatchError(
+            f"--model {shown(name)}: transformers has no {architecture}; use --manifest"
+        )
     with torch.device("meta"):
         return kind.from_config(config) if hasattr(kind, "from_config") else kind(config)
 

@@ -1,4 +1,6 @@
-"""What a round accepts: modules and shapes from the round's own model or manifest, never from an upload."""
+"""What a round accepts: modules and shapes from the round's own model or manifest,
+never from an upload.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,8 @@ class Slot:
 
     Args:
         kind: "linear", "conv" or "embedding".
-        shape: (m, n) of the update; conv: n = inputs * kernel; embedding: m = its dimension, n = its rows.
+        shape: (m, n) of the update; conv: n = inputs * kernel; embedding: m = its dimension, n =
+            its rows.
         kernel: of a convolution, (inputs, *kernel); else empty.
     """
 
@@ -53,15 +56,18 @@ class Slot:
 
 @dataclass(frozen=True)
 class Contract:
-    """What the uploads of one round must be. It is written into `round.json` when the round is made.
+    """What the uploads of one round must be. It is written into `round.json` when
+    the round is made.
 
     Args:
-        base_model: the name that an upload's config may give its base; one without a name is taken, too.
+        base_model: the name that an upload's config may give its base; one without a name is taken,
+            too.
         modules: canonical name -> Slot.
         saved: canonical tensor name -> shape, of modules that may be saved whole.
         max_rank: of any module.
         max_bytes: of both files of an upload together.
-        max_norm_ratio: an adapter longer than so many times the median of all is left out of the merge.
+        max_norm_ratio: an adapter longer than so many times the median of all is left out of the
+            merge.
         quorum: how many clients a merge needs.
         max_share: of the samples, for one client, where there are enough others.
     """
@@ -93,32 +99,42 @@ class Contract:
         """What was checked of an upload that keeps the contract, as data.
 
         Raises:
-            SapmergeError: the upload does not keep it; the message names module, field and what was expected.
+            SapmergeError: the upload does not keep it; the message names module,
+                field and what was expected.
         """
         if self.base_model and adapter.base_model and adapter.base_model != self.base_model:
             raise IncompatibleAdaptersError(
-                f"the config names the base model {shown(adapter.base_model)}; the round is for {self.base_model!r}"
+                f"the config names the base model {shown(adapter.base_model)}; the round is for "
+                f"{self.base_model!r}"
             )
         for name, module in adapter.modules.items():
             self._check_module(name, module)
         for name, tensor in adapter.saved.items():
             if name not in self.saved:
                 raise AdapterConfigError(
-                    f"the upload saves {shown(name)} whole, which the round does not take; train without "
+                    f"the upload saves {shown(name)} whole, which the round does not take; train "
+                    "without "
                     "modules_to_save, or make the round with modules_to_save=[...]"
                 )
             if tuple(tensor.shape) != self.saved[name]:
                 raise IncompatibleAdaptersError(
-                    f"the saved tensor {shown(name)} is {tuple(tensor.shape)}; the round expects {self.saved[name]}"
+                    f"the saved tensor {shown(name)} is {tuple(tensor.shape)}; the round expects "
+                    f"{self.saved[name]}"
                 )
         for vector in adapter.vectors.values():
             raise AdapterConfigError(
-                f"the upload changes {shown(vector.name)} of the base, which the round does not take; train without "
+                f"the upload changes {shown(vector.name)} of the base, which the round does not "
+                "take; train without "
                 "lora_bias, with bias='none' and without trainable_token_indices"
             )
         ranks = [module.rank for module in adapter.modules.values()]
         norm = math.sqrt(sum(adapter.update(name).norm() ** 2 for name in adapter.modules))
-        return {"modules": len(ranks), "rank": [min(ranks), max(ranks)], "saved": len(adapter.saved), "norm": norm}
+        return {
+            "modules": len(ranks),
+            "rank": [min(ranks), max(ranks)],
+            "saved": len(adapter.saved),
+            "norm": norm,
+        }
 
     def _check_module(self, name: str, module: Module) -> None:
         slot = self.modules.get(name)
@@ -130,13 +146,18 @@ class Contract:
         kernel = tuple(module.a_shape[1:]) if module.kind == "conv" else ()
         if (module.kind, module.shape, kernel) != (slot.kind, slot.shape, slot.kernel):
             raise IncompatibleAdaptersError(
-                f"module {shown(name)} is {module.kind} {module.shape} in the upload; the round expects {slot.kind} "
+                f"module {shown(name)} is {module.kind} {module.shape} in the upload; the round "
+                f"expects {slot.kind} "
                 f"{slot.shape}"
             )
         if module.needs_base is not None:
-            raise AdapterConfigError(f"module {shown(name)}: {module.needs_base}; the round takes plain LoRA only")
+            raise AdapterConfigError(
+                f"module {shown(name)}: {module.needs_base}; the round takes plain LoRA only"
+            )
         if module.rank > self.max_rank:
-            raise LimitExceededError(f"module {shown(name)} has rank {module.rank}; at most {self.max_rank} is allowed")
+            raise LimitExceededError(
+                f"module {shown(name)} has rank {module.rank}; at most {self.max_rank} is allowed"
+            )
 
     def check_same(self, wanted: Contract, path: str) -> None:
         """Whether a round is opened again with what it was made with.
@@ -148,7 +169,8 @@ class Contract:
         for name in one:
             if one[name] != other[name]:
                 raise RoundError(
-                    f"{path}: the round was made with another {name}; open it with Inbox(folder) alone, or make a new "
+                    f"{path}: the round was made with another {name}; open it with Inbox(folder) "
+                    "alone, or make a new "
                     "round"
                 )
 
@@ -168,7 +190,9 @@ class Contract:
         """
         try:
             if data["format"] != _FORMAT:
-                raise RoundError(f"{where}: format {data['format']!r}; this version of sapmerge reads {_FORMAT}")
+                raise RoundError(
+                    f"{where}: format {data['format']!r}; this version of sapmerge reads {_FORMAT}"
+                )
             ratio = data["max_norm_ratio"]
             return Contract(
                 base_model=data["base_model"],
@@ -181,7 +205,9 @@ class Contract:
                 max_share=data["max_share"],
             )
         except (KeyError, TypeError, AttributeError, ValueError, MethodError) as error:
-            raise RoundError(f"{where}: is no contract of a round ({shown(str(error))}); restore it") from error
+            raise RoundError(
+                f"{where}: is no contract of a round ({shown(str(error))}); restore it"
+            ) from error
 
 
 def contract(
@@ -199,8 +225,8 @@ def contract(
     """A contract from a model or a manifest.
 
     Args:
-        modules: names, last parts of names ("q_proj") or patterns ("*vision*"); None: every module that has a weight
-            matrix.
+        modules: names, last parts of names ("q_proj") or patterns ("*vision*"); None: every module
+            that has a weight matrix.
         modules_to_save: modules of the model that uploads may save whole.
         max_bytes: None: what the largest upload of `max_rank` needs.
 
@@ -209,16 +235,23 @@ def contract(
     """
     if (model is None) == (manifest is None):
         raise MethodError(
-            "a round needs to know names and shapes of the modules: give model=..., or manifest=... (a JSON file "
+            "a round needs to know names and shapes of the modules: give model=..., or "
+            "manifest=... (a JSON file "
             "module -> [outputs, inputs], or a folder with an adapter of your own)"
         )
-    slots = dict(_of_model(model)) if model is not None else _of_manifest(cast("Manifest", manifest))
+    slots = (
+        dict(_of_model(model)) if model is not None else _of_manifest(cast("Manifest", manifest))
+    )
     chosen = _chosen(slots, modules)
     saved = _saved(model, modules_to_save)
     if max_bytes is None:
-        numbers = sum(max_rank * sum(slot.shape) for slot in chosen.values()) if _whole(max_rank) else 0
+        numbers = (
+            sum(max_rank * sum(slot.shape) for slot in chosen.values()) if _whole(max_rank) else 0
+        )
         max_bytes = _HEADER + 8 * (numbers + sum(math.prod(shape) for shape in saved.values()))
-    return Contract(base_model, chosen, saved, max_rank, max_bytes, max_norm_ratio, quorum, max_share)
+    return Contract(
+        base_model, chosen, saved, max_rank, max_bytes, max_norm_ratio, quorum, max_share
+    )
 
 
 def _whole(number: object) -> bool:
@@ -242,7 +275,9 @@ def _of_model(model: Any) -> Iterable[tuple[str, Slot]]:
             shape = matrix_shape(module, weight)
         except ModelMismatchError:  # grouped convolutions, which no adapter of ours has
             continue
-        kind = "conv" if convolution else "embedding" if isinstance(module, nn.Embedding) else "linear"
+        kind = (
+            "conv" if convolution else "embedding" if isinstance(module, nn.Embedding) else "linear"
+        )
         yield name, Slot(kind, shape, tuple(weight.shape[1:]) if convolution else ())
 
 
@@ -258,14 +293,20 @@ def _of_manifest(manifest: Manifest) -> dict[str, Slot]:
             manifest = data
     if isinstance(manifest, Adapter):
         return {
-            name: Slot(module.kind, module.shape, tuple(module.a_shape[1:]) if module.kind == "conv" else ())
+            name: Slot(
+                module.kind,
+                module.shape,
+                tuple(module.a_shape[1:]) if module.kind == "conv" else (),
+            )
             for name, module in manifest.modules.items()
         }
     named = cast("Mapping[str, Any]", manifest.get("modules", manifest))
     try:
         return {name: _slot(name, entry) for name, entry in sorted(named.items())}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise MethodError(f"a manifest maps modules to [outputs, inputs]; got {shown(str(error))}") from None
+        raise MethodError(
+            f"a manifest maps modules to [outputs, inputs]; got {shown(str(error))}"
+        ) from None
 
 
 def _slot(name: str, entry: Any) -> Slot:
@@ -290,15 +331,21 @@ def _chosen(slots: Mapping[str, Slot], wanted: Sequence[str] | None) -> dict[str
 
     for pattern in wanted:
         if not any(fits(name, pattern) for name in slots):
-            raise MethodError(f"modules: {pattern!r} fits no module of the model, e.g. {sorted(slots)[:3]}")
-    return {name: slot for name, slot in slots.items() if any(fits(name, pattern) for pattern in wanted)}
+            raise MethodError(
+                f"modules: {pattern!r} fits no module of the model, e.g. {sorted(slots)[:3]}"
+            )
+    return {
+        name: slot for name, slot in slots.items() if any(fits(name, pattern) for pattern in wanted)
+    }
 
 
 def _saved(model: Any, wanted: Sequence[str]) -> dict[str, tuple[int, ...]]:
     if not wanted:
         return {}
     if model is None:
-        raise MethodError("modules_to_save needs model=...: a manifest does not know the shapes of whole modules")
+        raise MethodError(
+            "modules_to_save needs model=...: a manifest does not know the shapes of whole modules"
+        )
     base = base_of(model)
     found: dict[str, tuple[int, ...]] = {}
     for module in wanted:
@@ -309,5 +356,8 @@ def _saved(model: Any, wanted: Sequence[str]) -> dict[str, tuple[int, ...]]:
         }
         if not own:
             raise SapmergeError(f"modules_to_save: {type(base).__name__} has no module {module!r}")
-        found |= {canonical(name.rpartition(".")[0]) + f".{name.rpartition('.')[2]}": s for name, s in own.items()}
+        found |= {
+            canonical(name.rpartition(".")[0]) + f".{name.rpartition('.')[2]}": s
+            for name, s in own.items()
+        }
     return found

@@ -13,7 +13,16 @@ from sapmerge.errors import MethodError, RoundError
 from sapmerge.io.files import shown
 from sapmerge.io.records import Records
 
-__all__ = ["Entry", "capped", "client_name", "entries_of", "moment", "sample_count", "scaled_to_mean_1", "votes"]
+__all__ = [
+    "Entry",
+    "capped",
+    "client_name",
+    "entries_of",
+    "moment",
+    "sample_count",
+    "scaled_to_mean_1",
+    "votes",
+]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _MOST = 10**12
@@ -42,7 +51,9 @@ def client_name(client: object) -> str:
         MethodError: it cannot.
     """
     if not isinstance(client, str) or not _NAME.fullmatch(client):
-        raise MethodError(f"client {shown(client)}: 1 to 64 of A-Z a-z 0-9 . _ - and a letter or digit first")
+        raise MethodError(
+            f"client {shown(client)}: 1 to 64 of A-Z a-z 0-9 . _ - and a letter or digit first"
+        )
     return client
 
 
@@ -69,9 +80,15 @@ def entries_of(records: Records) -> list[Entry]:
         if record is None:  # removed meanwhile
             continue
         try:
-            found.append(Entry(*(record[field] for field in ("client", "samples", "key", "digest", "checks"))))
+            found.append(
+                Entry(
+                    *(record[field] for field in ("client", "samples", "key", "digest", "checks"))
+                )
+            )
         except KeyError as error:
-            raise RoundError(f"the record of client {name!r} lacks {error}; restore or remove it") from None
+            raise RoundError(
+                f"the record of client {name!r} lacks {error}; restore or remove it"
+            ) from None
     return found
 
 
@@ -80,7 +97,8 @@ def votes(
 ) -> tuple[list[tuple[Entry, float]], dict[str, str]]:
     """Who is merged, with which weight (samples, capped), and who is not, with the reason.
 
-    Clients with one content have one vote, of the first by name, with the largest of their sample counts.
+    Clients with one content have one vote, of the first by name,
+    with the largest of their sample counts.
     """
     first: dict[str, Entry] = {}
     samples: dict[str, int] = {}
@@ -96,14 +114,20 @@ def votes(
     for entry in first.values():
         norm = entry.checks["norm"]
         if middle > 0 and norm > max_norm_ratio * middle:
-            aside[entry.client] = f"its norm {norm:.3g} is {norm / middle:.3g} times the median of all"
+            aside[entry.client] = (
+                f"its norm {norm:.3g} is {norm / middle:.3g} times the median of all"
+            )
         else:
             used.append(entry)
-    return list(zip(used, capped([samples[entry.digest] for entry in used], max_share), strict=True)), aside
+    return list(
+        zip(used, capped([samples[entry.digest] for entry in used], max_share), strict=True)
+    ), aside
 
 
 def capped(samples: Sequence[int], share: float) -> list[float]:
-    """min(n, c), with the largest c of which no number has more than `share` of the sum (at least 1 / K of it)."""
+    """min(n, c), with the largest c of which no number has more than `share` of the sum (at
+    least 1 / K of it).
+    """
     if not samples:
         return []
     share, ordered = max(share, 1 / len(samples)), sorted(samples, reverse=True)
@@ -128,4 +152,8 @@ def scaled_to_mean_1(weights: Sequence[float]) -> list[float]:
 
 def moment(digest: str, samples: int) -> dict[str, Any]:
     """An entry of a client's history: what came, and when."""
-    return {"digest": digest, "samples": samples, "time": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+    return {
+        "digest": digest,
+        "samples": samples,
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }

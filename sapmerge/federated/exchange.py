@@ -1,4 +1,6 @@
-"""Asking every node once, and taking what comes: requests, replies in small chunks, a deadline. Needs no package."""
+"""Asking every node once, and taking what comes: requests, replies in small chunks, a deadline.
+Needs no package.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from sapmerge.federated.outcome import Refused
 __all__ = ["Collected", "Patience", "collect"]
 
 _CHUNK = 8
-"""Replies pulled at a time: so many are at risk in a kill, because the link deletes what it has handed out."""
+"""Replies pulled at a time: so many are at risk in a kill,
+because the link deletes what it has handed out.
+"""
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,8 @@ def collect(
     patience: Patience,
     say: Callable[[str], None],
 ) -> Collected:
-    """Ask every node, and put replies into the inbox as they come; nodes that fail or are silent are asked once more.
+    """Ask every node, and put replies into the inbox as they come;
+    nodes that fail or are silent are asked once more.
 
     Args:
         grid: has `push_messages(messages) -> ids` and `pull_messages(ids) -> replies`.
@@ -107,8 +112,12 @@ def collect(
         elif not any(node in missing for node in waiting.values()):
             break  # all have answered, and were asked twice
         pulls = [p for p in pulls if p[0].is_alive()]
-        held = {message for _, since, ids in pulls if now - since < patience.pull for message in ids}
-        free = [message for message, node in waiting.items() if node in missing and message not in held][:_CHUNK]
+        held = {
+            message for _, since, ids in pulls if now - since < patience.pull for message in ids
+        }
+        free = [
+            message for message, node in waiting.items() if node in missing and message not in held
+        ][:_CHUNK]
         if free and len(pulls) < _CHUNK:
             thread = threading.Thread(target=_pull, args=(grid, free, arrived, say), daemon=True)
             thread.start()
@@ -122,7 +131,9 @@ def collect(
     return found
 
 
-def _pull(grid: Any, ids: Sequence[str], arrived: queue.Queue[Any], say: Callable[[str], None]) -> None:
+def _pull(
+    grid: Any, ids: Sequence[str], arrived: queue.Queue[Any], say: Callable[[str], None]
+) -> None:
     try:
         for reply in grid.pull_messages(list(ids)):
             arrived.put(reply)
@@ -154,7 +165,9 @@ def _take(
         except (OutputError, RoundError):
             raise
         except Exception as error:
-            outcome = inbox.refuse(who, f"the reply cannot be read: {type(error).__name__}: {error}")
+            outcome = inbox.refuse(
+                who, f"the reply cannot be read: {type(error).__name__}: {error}"
+            )
     if isinstance(outcome, Refused):
         found.failed[node] = outcome.reason
         claims.pop(who, None) if claims.get(who) == node else None

@@ -19,4 +19,6 @@ def package(name: str, extra: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise SapmergeError(f'{name} is not installed ({error}): pip install "sapmerge[{extra}]"') from error
+        raise SapmergeError(
+            f'{name} is not installed ({error}): pip install "sapmerge[{extra}]"'
+        ) from error

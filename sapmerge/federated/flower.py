@@ -1,7 +1,8 @@
-"""One-shot federation over Flower (extra `flower`): `OneShot`, a strategy, and `train_app`, a client.
+"""One-shot federation over Flower (extra `flower`):
+`OneShot`, a strategy, and `train_app`, a client.
 
-This module imports without Flower; using it says what to install. Success is the round's report, never the exit code of
-`flwr run`, which is 0 also where the server was killed.
+This module imports without Flower; using it says what to install. Success is the round's report,
+never the exit code of `flwr run`, which is 0 also where the server was killed.
 """
 
 from __future__ import annotations
@@ -58,7 +59,11 @@ class _Round:
         """See `OneShot`."""
         self.inbox, self.anchors, self.model, self.method = inbox, anchors, model, method
         self.output = os.fspath(output or os.path.join(inbox.path, "merged"))
-        self.nodes, self.patience, self.say = nodes or inbox.contract.quorum, patience or Patience(), say
+        self.nodes, self.patience, self.say = (
+            nodes or inbox.contract.quorum,
+            patience or Patience(),
+            say,
+        )
         self.merged: Merged | None = None
         self.collected = Collected()
 
@@ -69,7 +74,9 @@ class _Round:
             RoundError: fewer clients than the quorum.
         """
         nodes = self._wait_for_nodes(grid)
-        self.collected = collect(grid, nodes, request, self.inbox, _upload_of, self.patience, self.say)
+        self.collected = collect(
+            grid, nodes, request, self.inbox, _upload_of, self.patience, self.say
+        )
         self.merged = self.inbox.merge(self.anchors, self.model, method=self.method, progress=False)
         self.merged.save_pretrained(self.output, overwrite=True)
         self.say(str(self.inbox.report))
@@ -92,10 +99,12 @@ def _one_shot() -> type:
     result: Any = package("flwr.serverapp.strategy", "flower").Result
 
     class OneShot(_Round, base):
-        """A strategy of one round: every node is asked once, what is good goes into the inbox, and is merged.
+        """A strategy of one round: every node is asked once, what is good goes into the inbox,
+        and is merged.
 
-        Replies are kept as they come, so that a server that is killed loses none of them; run it again, and clients
-        made by `train_app` answer from disk. A client that raises, dies or is silent is asked once more.
+        Replies are kept as they come, so that a server that is killed loses none of them; run it
+        again, and clients made by `train_app` answer from disk.
+        A client that raises, dies or is silent is asked once more.
 
         Args:
             inbox: of the round; its quorum and contract hold.
@@ -107,7 +116,8 @@ def _one_shot() -> type:
         """
 
         def start(self, grid: Any, initial_arrays: Any = None, **_: Any) -> Any:
-            """Run the round. Other arguments of Flower's strategies (num_rounds, ...) have no meaning here.
+            """Run the round. Other arguments of Flower's strategies (num_rounds, ...) have
+            no meaning here.
 
             Returns:
                 Flower's `Result`, whose arrays are those of the merged adapter's file.
@@ -121,10 +131,16 @@ def _one_shot() -> type:
             contract = self.inbox.contract
             told: dict[str, Any] = {"round": self.inbox.id, "max-rank": contract.max_rank}
             told |= {"base-model": contract.base_model} if contract.base_model else {}
-            content = {"config": app.ConfigRecord(told)} | ({} if arrays is None else {"arrays": arrays})
-            return app.Message(content=app.RecordDict(content), message_type="train", dst_node_id=node)
+            content = {"config": app.ConfigRecord(told)} | (
+                {} if arrays is None else {"arrays": arrays}
+            )
+            return app.Message(
+                content=app.RecordDict(content), message_type="train", dst_node_id=node
+            )
 
-        def configure_train(self, server_round: int, arrays: Any, config: Any, grid: Any) -> list[Any]:
+        def configure_train(
+            self, server_round: int, arrays: Any, config: Any, grid: Any
+        ) -> list[Any]:
             """The requests to all nodes."""
             return [self._request(node, arrays) for node in sorted(grid.get_node_ids())]
 
@@ -139,9 +155,13 @@ def _one_shot() -> type:
                 self.inbox.add(upload, client or f"node-{node}", samples)
             merged = self.inbox.merge(self.anchors, self.model, method=self.method, progress=False)
             merged.save_pretrained(self.output, overwrite=True)
-            return app.ArrayRecord(tensors_of(self.output)), app.MetricRecord({"clients": len(self.inbox.clients)})
+            return app.ArrayRecord(tensors_of(self.output)), app.MetricRecord(
+                {"clients": len(self.inbox.clients)}
+            )
 
-        def configure_evaluate(self, server_round: int, arrays: Any, config: Any, grid: Any) -> list[Any]:
+        def configure_evaluate(
+            self, server_round: int, arrays: Any, config: Any, grid: Any
+        ) -> list[Any]:
             """Nobody evaluates: the round is over."""
             return []
 
@@ -166,15 +186,19 @@ def _upload_of(content: Any) -> tuple[object, str | None, int]:
 
 
 def train_app(
-    train: Callable[[Any, Mapping[str, Any]], tuple[object, int]], keep: str, client: str | None = None
+    train: Callable[[Any, Mapping[str, Any]], tuple[object, int]],
+    keep: str,
+    client: str | None = None,
 ) -> Any:
-    """A `ClientApp` that trains once per round, and answers a second request of the round from disk.
+    """A `ClientApp` that trains once per round, and answers a second request of the
+    round from disk.
 
     Args:
-        train: (context, config of the server) -> (upload, samples); the upload is a folder of an adapter, or
-            (config, state_dict).
+        train: (context, config of the server) -> (upload, samples); the upload is a folder of an
+            adapter, or (config, state_dict).
         keep: folder of the client's own, where its uploads stay.
-        client: its name in the round; `client` of the node's config, or the node's number, by default.
+        client: its name in the round; `client` of the node's config, or the node's
+            number, by default.
 
     Raises:
         SapmergeError: Flower is not installed.
@@ -186,7 +210,9 @@ def train_app(
         config = dict(message.content["config"])
         name = client or context.node_config.get("client")
         upload, samples = _once(keep, str(config.get("round")), lambda: train(context, config))
-        return app.Message(content=app.RecordDict(_records(app, upload, samples, name)), reply_to=message)
+        return app.Message(
+            content=app.RecordDict(_records(app, upload, samples, name)), reply_to=message
+        )
 
     made.train()(answer)
     return made
@@ -202,7 +228,9 @@ def _once(keep: str, round_id: str, train: Callable[[], tuple[object, int]]) -> 
     if note is None:
         made, samples = train()
         if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise MethodError(f"train gives (upload, samples), samples a whole number from 1 on; got {samples!r}")
+            raise MethodError(
+                f"train gives (upload, samples), samples a whole number from 1 on; got {samples!r}"
+            )
         config, weights = files_of(made, _MOST)
         with StagedFolder(folder, overwrite=True) as staged:
             stage(staged, config, weights)
@@ -215,7 +243,9 @@ def _once(keep: str, round_id: str, train: Callable[[], tuple[object, int]]) -> 
 def _records(app: Any, folder: str, samples: int, client: object) -> dict[str, Any]:
     config, _ = files_of(folder, _MOST)
     state = {
-        name: tensor.float() if tensor.dtype == torch.bfloat16 else tensor  # arrays of Flower know no bfloat16
+        name: tensor.float()
+        if tensor.dtype == torch.bfloat16
+        else tensor  # arrays of Flower know no bfloat16
         for name, tensor in tensors_of(folder).items()
     }
     told = {"config": config.decode()} | ({} if client is None else {"client": str(client)})

@@ -1,4 +1,6 @@
-"""The inbox of a one-shot round: every client sends one adapter, once; what is good is kept, and then merged."""
+"""The inbox of a one-shot round: every client sends one adapter, once;
+what is good is kept, and then merged.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,15 @@ import torch
 from sapmerge.core.protocols import Method
 from sapmerge.errors import OutputError, RoundError, SapmergeError, SapmergeWarning
 from sapmerge.federated.contract import Contract, Manifest, contract
-from sapmerge.federated.entries import Entry, client_name, entries_of, moment, sample_count, scaled_to_mean_1, votes
+from sapmerge.federated.entries import (
+    Entry,
+    client_name,
+    entries_of,
+    moment,
+    sample_count,
+    scaled_to_mean_1,
+    votes,
+)
 from sapmerge.federated.outcome import Kept, Outcome, Refused, refusal
 from sapmerge.federated.report import RoundReport, rows_of
 from sapmerge.federated.state import MergeState
@@ -23,7 +33,14 @@ from sapmerge.io.adapter import Adapter
 from sapmerge.io.atomic import StagedFolder
 from sapmerge.io.cache import Cache
 from sapmerge.io.files import shown
-from sapmerge.io.records import Records, folders, is_folder, read_record, remove_folder, write_record
+from sapmerge.io.records import (
+    Records,
+    folders,
+    is_folder,
+    read_record,
+    remove_folder,
+    write_record,
+)
 from sapmerge.io.uploads import files_of, stage
 from sapmerge.losses import Loss
 from sapmerge.merging.heads import HeadPolicy
@@ -31,29 +48,40 @@ from sapmerge.merging.merge import Merged, merge
 
 __all__ = ["Inbox"]
 
-_ROUND, _KEPT, _CLIENTS, _REFUSED, _STATE, _CACHE = "round.json", "kept", "clients", "refused", "state", "cache"
+_ROUND, _KEPT, _CLIENTS, _REFUSED, _STATE, _CACHE = (
+    "round.json",
+    "kept",
+    "clients",
+    "refused",
+    "state",
+    "cache",
+)
 _PARTS = (_KEPT, _CLIENTS, _REFUSED, _STATE)
 _HISTORY = 100
 
 
 class Inbox:
-    """The folder of one round. It is made by the first `Inbox(...)`; later ones, in any process, go on with it.
+    """The folder of one round. It is made by the first `Inbox(...)`;
+    later ones, in any process, go on with it.
 
-    Names and shapes that an upload must have come from `model` or `manifest`, never from another upload.
+    Names and shapes that an upload must have come from `model` or `manifest`,
+    never from another upload.
 
     Args:
         folder: of the round; its parent must exist.
         base_model: name of the base model; an upload whose config names another is refused.
         model: the base model, for names and shapes of its modules.
-        manifest: instead of a model: a JSON file (or mapping) module -> [outputs, inputs], or an adapter of your own.
+        manifest: instead of a model: a JSON file (or mapping) module -> [outputs, inputs], or an
+            adapter of your own.
         modules: those that may be adapted: names, last parts of names, or patterns; by default all.
         modules_to_save: modules of the model that may be saved whole; by default none.
         max_rank: of any module of an upload.
         max_bytes: of an upload; by default what `max_rank` needs in float64.
-        max_norm_ratio: what is longer than so many times the median of all is left out of the merge.
+        max_norm_ratio: what is longer than so many times the median of all is left out of the
+            merge.
         quorum: a merge needs that many clients.
-        max_share: of the samples that one client may stand for, in (0, 1]; with fewer than 1 / max_share clients, an
-            equal share.
+        max_share: of the samples that one client may stand for, in (0, 1]; with fewer than 1 /
+            max_share clients, an equal share.
 
     Raises:
         RoundError: the folder exists and is no round, or is the round of another contract.
@@ -62,8 +90,10 @@ class Inbox:
     Example:
         >>> import sapmerge as sm
         >>> inbox = sm.federated.Inbox("round-1", base_model="somebody/clip", manifest="art")
-        >>> bool(inbox.add("art", client="gallery", samples=700)), bool(inbox.add("no such folder", client="nobody"))
-        (True, False)
+        >>> bool(inbox.add("art", client="gallery", samples=700))
+        True
+        >>> bool(inbox.add("no such folder", client="nobody"))
+        False
         >>> inbox.clients
         {'gallery': 700}
     """
@@ -91,7 +121,9 @@ class Inbox:
         if found is None:
             if is_folder(self.path) and not set(folders(self.path)) <= set(_PARTS):
                 raise RoundError(f"{self.path!r} exists and is no round; give another folder")
-            self.contract = contract(base_model, model, manifest, modules, modules_to_save, *numbers)
+            self.contract = contract(
+                base_model, model, manifest, modules, modules_to_save, *numbers
+            )
             self._open()
             with self._clients.locked():
                 found = read_record(path)  # another process may have been first
@@ -103,7 +135,9 @@ class Inbox:
                 wanted = contract(base_model, model, manifest, modules, modules_to_save, *numbers)
                 self.contract.check_same(wanted, path)
             elif base_model not in (None, self.contract.base_model):
-                raise RoundError(f"{path}: the round is for {self.contract.base_model!r}, not for {base_model!r}")
+                raise RoundError(
+                    f"{path}: the round is for {self.contract.base_model!r}, not for {base_model!r}"
+                )
             self._open()
         with self._clients.locked():
             self._sweep()
@@ -112,12 +146,16 @@ class Inbox:
 
     def _open(self) -> None:
         Records(self.path)
-        self._clients, self._refused = (Records(os.path.join(self.path, name)) for name in (_CLIENTS, _REFUSED))
+        self._clients, self._refused = (
+            Records(os.path.join(self.path, name)) for name in (_CLIENTS, _REFUSED)
+        )
         Records(os.path.join(self.path, _KEPT))
         self._states = Records(os.path.join(self.path, _STATE))
 
     def _sweep(self) -> None:
-        """Under the lock: remove what killed processes left; nothing that a client's record names."""
+        """Under the lock: remove what killed processes left;
+        nothing that a client's record names.
+        """
         for records in (self._clients, self._refused, Records(self.path)):
             records.sweep()
         used = {entry.key for entry in self._entries()}
@@ -144,11 +182,13 @@ class Inbox:
     def add(self, upload: object, client: str, samples: int = 1) -> Outcome:
         """Check an upload and keep it. A client's later upload takes the place of its earlier one.
 
-        When this returns `Kept`, the upload is on disk and survives a kill at any moment; before that, none of it is
-        part of the round. A bad upload never raises and never changes what was kept.
+        When this returns `Kept`, the upload is on disk and survives a kill at any moment; before
+        that, none of it is part of the round. A bad upload never raises and never
+        changes what was kept.
 
         Args:
-            upload: a folder, a zip file of the two files as bytes, (config, weights) as bytes, or (config, state_dict).
+            upload: a folder, a zip file of the two files as bytes, (config, weights) as bytes, or
+                (config, state_dict).
             client: who sends it: 1 to 64 of A-Z a-z 0-9 . _ - and a letter or digit first.
             samples: how many training samples it stands for.
 
@@ -160,7 +200,9 @@ class Inbox:
             config, weights = files_of(upload, self.contract.max_bytes)
         except Exception as error:
             return self._refuse(client, error)
-        key = hashlib.sha256(hashlib.sha256(config).digest() + hashlib.sha256(weights).digest()).hexdigest()
+        key = hashlib.sha256(
+            hashlib.sha256(config).digest() + hashlib.sha256(weights).digest()
+        ).hexdigest()
         with StagedFolder(self._kept(key), overwrite=True) as folder:
             stage(folder, config, weights)
             try:
@@ -173,7 +215,13 @@ class Inbox:
                 folder.publish()
                 before = self._clients.get(client) or {}
                 history = [*before.get("history", []), moment(adapter.digest, samples)]
-                record = {"client": client, "samples": samples, "key": key, "digest": adapter.digest, "checks": checks}
+                record = {
+                    "client": client,
+                    "samples": samples,
+                    "key": key,
+                    "digest": adapter.digest,
+                    "checks": checks,
+                }
                 self._clients.put(client, {**record, "history": history[-_HISTORY:]})
                 self._drop(before)
         return Kept(client, samples, adapter.digest, checks)
@@ -183,7 +231,11 @@ class Inbox:
             warnings.simplefilter("always", SapmergeWarning)
             adapter = Adapter.load(folder, label="upload")
             checks = self.contract.check(adapter)
-        said = [str(w.message).replace(folder, "upload") for w in caught if issubclass(w.category, SapmergeWarning)]
+        said = [
+            str(w.message).replace(folder, "upload")
+            for w in caught
+            if issubclass(w.category, SapmergeWarning)
+        ]
         return adapter, {**checks, "warnings": said}
 
     @property
@@ -204,7 +256,11 @@ class Inbox:
     def _drop(self, record: Mapping[str, Any]) -> None:
         """Under the lock: remove the files of an upload that no client's record names any more."""
         key = record.get("key")
-        if key is None or not is_folder(self._kept(key)) or any(entry.key == key for entry in self._entries()):
+        if (
+            key is None
+            or not is_folder(self._kept(key))
+            or any(entry.key == key for entry in self._entries())
+        ):
             return
         if all(entry.digest != record["digest"] for entry in self._entries()):
             with suppress(SapmergeError):  # damaged: the state is summed again
@@ -221,7 +277,8 @@ class Inbox:
             record = self._clients.get(client) if client in self.clients else None
             if record is None:
                 raise RoundError(
-                    f"{self.path!r}: there is no client {shown(client)}; the clients are {[*self.clients]}"
+                    f"{self.path!r}: there is no client {shown(client)}; the clients are "
+                    f"{[*self.clients]}"
                 )
             self._clients.remove(client)
             self._drop(record)
@@ -240,11 +297,14 @@ class Inbox:
         progress: bool | None = None,
         cache: str | os.PathLike[str] | None = None,
     ) -> Merged:
-        """Merge what is kept; `sap()` with anchors by default. The arguments are those of `sapmerge.merge`.
+        """Merge what is kept; `sap()` with anchors by default.
+        The arguments are those of `sapmerge.merge`.
 
-        Weights are the clients' samples, capped at `max_share` and scaled to a mean of 1. Clients with the same content
-        have one vote, with the largest of their sample counts. The bytes of the result do not depend on the order of
-        arrival. With anchors, their statistics are kept in the round, so that a late client costs its own passes only.
+        Weights are the clients' samples, capped at `max_share` and scaled to a mean of 1. Clients
+        with the same content have one vote, with the largest of their sample counts. The bytes of
+        the result do not depend on the order of arrival.
+        With anchors, their statistics are kept in the round,
+        so that a late client costs its own passes only.
 
         Raises:
             RoundError: fewer clients than the quorum, or a kept upload was damaged.
@@ -253,12 +313,18 @@ class Inbox:
         entries, aside = self._chosen()
         if len(entries) < self.contract.quorum:
             raise RoundError(
-                f"{self.path!r}: {len(entries)} clients of the quorum of {self.contract.quorum} are here"
+                (
+                    f"{self.path!r}: {len(entries)} clients of the quorum of "
+                    f"{self.contract.quorum} "
+                    "are here"
+                )
                 + (f"; left out: {sorted(aside)}" if aside else "")
             )
         for client, why in aside.items():
             if why.startswith("its norm"):
-                warnings.warn(f"{client!r} is left out of the merge: {why}", SapmergeWarning, stacklevel=2)
+                warnings.warn(
+                    f"{client!r} is left out of the merge: {why}", SapmergeWarning, stacklevel=2
+                )
         self._merged = merge(
             {entry.client: self._load(entry) for entry, _ in entries},
             anchor_loader,
@@ -272,7 +338,9 @@ class Inbox:
             base_model=self.contract.base_model,
             device=device,
             progress=progress,
-            cache=os.path.join(self.path, _CACHE) if cache is None and anchor_loader is not None else cache,
+            cache=os.path.join(self.path, _CACHE)
+            if cache is None and anchor_loader is not None
+            else cache,
         )
         return self._merged
 
@@ -282,13 +350,18 @@ class Inbox:
                 warnings.simplefilter("ignore", SapmergeWarning)  # they stand in the record
                 adapter = Adapter.load(self._kept(entry.key), label=entry.client)
         except SapmergeError as error:
-            raise RoundError(f"the upload of {entry.client!r} was damaged ({error}); remove the client") from error
+            raise RoundError(
+                f"the upload of {entry.client!r} was damaged ({error}); remove the client"
+            ) from error
         if adapter.digest != entry.digest:
-            raise RoundError(f"the upload of {entry.client!r} is not the one that was kept; remove the client")
+            raise RoundError(
+                f"the upload of {entry.client!r} is not the one that was kept; remove the client"
+            )
         return adapter
 
     def state(self) -> MergeState:
-        """The running weighted sum of all clients, kept in the round: only what came or left since is read.
+        """The running weighted sum of all clients, kept in the round:
+        only what came or left since is read.
 
         Its mean is that of `merge(method=mean())` to rounding (1e-6); see `MergeState`.
 
@@ -299,7 +372,8 @@ class Inbox:
             cache, entries = Cache(self._states.path), self._chosen()[0]
             wanted = {entry.digest: (entry, weight) for entry, weight in entries}
             state = before = MergeState.restored(cache.get("sums"))
-            if any(digest not in wanted for digest in state.members):  # its files are gone: sum again
+            # its files are gone: sum again
+            if any(digest not in wanted for digest in state.members):
                 state = MergeState()
             for digest, (entry, weight) in wanted.items():
                 if state.members.get(digest) != weight:
@@ -314,16 +388,26 @@ class Inbox:
             cache = Cache(self._states.path)
             state = MergeState.restored(cache.get("sums"))
             if digest in state.members:
-                cache.put("sums", *state.without(Adapter.load(self._kept(key), label="leaving")).kept())
+                cache.put(
+                    "sums", *state.without(Adapter.load(self._kept(key), label="leaving")).kept()
+                )
 
     def _chosen(self) -> tuple[list[tuple[Entry, float]], dict[str, str]]:
         return votes(self._entries(), self.contract.max_norm_ratio, self.contract.max_share)
 
     @property
     def report(self) -> RoundReport:
-        """Every client and every refused upload; after `merge`, with weights, agreement and losses of the last one."""
+        """Every client and every refused upload; after `merge`, with weights,
+        agreement and losses of the last one.
+        """
         used, aside = self._chosen()
-        rows = rows_of(self._entries(), {entry.client: weight for entry, weight in used}, aside, self._merged)
-        refused = sorted((r["client"], r["reason"]) for r in map(self._refused.get, self._refused.names()) if r)
+        rows = rows_of(
+            self._entries(), {entry.client: weight for entry, weight in used}, aside, self._merged
+        )
+        refused = sorted(
+            (r["client"], r["reason"]) for r in map(self._refused.get, self._refused.names()) if r
+        )
         method = None if self._merged is None else str(self._merged.recipe["method"])
-        return RoundReport(self.contract.base_model, self.contract.quorum, method, rows, tuple(refused))
+        return RoundReport(
+            self.contract.base_model, self.contract.quorum, method, rows, tuple(refused)
+        )

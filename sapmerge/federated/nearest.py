@@ -29,18 +29,20 @@ def neighbours(
 ) -> Tensor:
     """Weights of every client for itself and for the clients nearest to it; rows sum to 1.
 
-        W[k, k] = s_k,   W[k, i] = (1 - s_k) (1 / d_ki) / sum_{j near k} 1 / d_kj   for the `count` nearest i
+        W[k, k] = s_k,   W[k, i] = (1 - s_k) (1 / d_ki) / sum_{j near k} 1 / d_kj   for the
+        `count` nearest i
 
-    with d the distance between whole updates, and s_k = n_k / (n_k + sum_{i near k} n_i) unless `self_weight` is given.
-    A distance of 0 takes all of 1 - s_k, copies in equal parts. Ties go to the lower content digest.
+    with d the distance between whole updates, and s_k = n_k / (n_k + sum_{i near k} n_i) unless
+    `self_weight` is given. A distance of 0 takes all of 1 - s_k, copies in equal parts.
+    Ties go to the lower content digest.
 
     Args:
         adapters: as for `merge`, K of them.
         count: of neighbours; K - 1 or more take all.
         samples: per client, 1 by default.
         self_weight: s_k for everybody, in [0, 1]; how the paper mixes is not unambiguous.
-        distance: "euclidean" as in the paper. Updates of different clients are nearly orthogonal, so the nearest are
-            the shortest; "cosine" (sqrt(2 - 2 cos)) asks for direction alone.
+        distance: "euclidean" as in the paper. Updates of different clients are nearly orthogonal,
+            so the nearest are the shortest; "cosine" (sqrt(2 - 2 cos)) asks for direction alone.
 
     Returns:
         (K, K), float64, in the order of the adapters; one pass over the layers.
@@ -52,7 +54,9 @@ def neighbours(
         SapmergeWarning: with "euclidean", norms differ by more than 1.5, or an adapter is zero.
     """
     if distance not in ("euclidean", "cosine") or count < 1:
-        raise MethodError(f"distance is 'euclidean' or 'cosine', count from 1 on; got {distance!r} and {count!r}")
+        raise MethodError(
+            f"distance is 'euclidean' or 'cosine', count from 1 on; got {distance!r} and {count!r}"
+        )
     if self_weight is not None and not 0 <= self_weight <= 1:
         raise MethodError(f"self_weight is a share in [0, 1]; got {self_weight!r}")
     opened = load_adapters(adapters)
@@ -68,10 +72,15 @@ def neighbours(
     W = torch.zeros(len(opened), len(opened), dtype=torch.float64)
     for k in range(len(opened)):
         others = sorted(
-            (i for i in range(len(opened)) if i != k), key=lambda i: (float(squares[k, i]), opened[i].digest)
+            (i for i in range(len(opened)) if i != k),
+            key=lambda i: (float(squares[k, i]), opened[i].digest),
         )
         near = others[:count]
-        share = numbers[k] / (numbers[k] + sum(numbers[i] for i in near)) if self_weight is None else self_weight
+        share = (
+            numbers[k] / (numbers[k] + sum(numbers[i] for i in near))
+            if self_weight is None
+            else self_weight
+        )
         W[k, k] = share if near else 1.0
         copies = [i for i in near if squares[k, i] == 0]
         parts = dict.fromkeys(copies, 1.0) or {i: float(squares[k, i]) ** -0.5 for i in near}
@@ -86,13 +95,16 @@ def _squares(gram: Tensor, distance: str, labels: Sequence[str]) -> Tensor:
     zero = [label for label, norm in zip(labels, norms) if norm == 0]
     if distance == "cosine":
         if zero:
-            raise MethodError(f"the update of {zero[0]!r} is zero and has no direction; use distance='euclidean'")
+            raise MethodError(
+                f"the update of {zero[0]!r} is zero and has no direction; use distance='euclidean'"
+            )
         gram = gram / torch.outer(norms, norms)
     elif zero and len(labels) > 1:
         warnings.warn(f"{zero}: a zero adapter is near to everybody", SapmergeWarning, stacklevel=3)
     elif float(norms.max()) > 1.5 * float(norms.min()):
         warnings.warn(
-            "norms differ by more than 1.5, and the nearest by euclidean distance are the shortest; "
+            "norms differ by more than 1.5, and the nearest by euclidean distance are the "
+            "shortest; "
             "distance='cosine' asks for direction",
             SapmergeWarning,
             stacklevel=3,

@@ -1,4 +1,6 @@
-"""Results for single clients: a weight matrix W, and for every row of it a merge; all rows from one pass."""
+"""Results for single clients: a weight matrix W, and for every row of it a merge;
+all rows from one pass.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ _TOGETHER = 200
 
 
 class Personal(Mapping[str, Merged]):
-    """Label -> merge. `save_pretrained(parent)` writes all of them, reading every layer of every adapter once."""
+    """Label -> merge. `save_pretrained(parent)` writes all of them,
+    reading every layer of every adapter once.
+    """
 
     def __init__(self, rows: Mapping[str, Merged]) -> None:
         self._rows = {
@@ -42,9 +46,12 @@ class Personal(Mapping[str, Merged]):
 
     @staticmethod
     def sharing(adapters: Sequence[Adapter]) -> list[Adapter]:
-        """The adapters, for several merges that go through the layers side by side: each update is read once."""
+        """The adapters, for several merges that go through the layers side by side:
+        each update is read once.
+        """
         return [
-            _ReadOnce(**{f.name: getattr(adapter, f.name) for f in fields(Adapter)}, last={}) for adapter in adapters
+            _ReadOnce(**{f.name: getattr(adapter, f.name) for f in fields(Adapter)}, last={})
+            for adapter in adapters
         ]
 
     def __getitem__(self, label: str) -> Merged:
@@ -65,7 +72,8 @@ class Personal(Mapping[str, Merged]):
         return {label: merged.report for label, merged in self._rows.items()}
 
     def save_pretrained(self, parent: str | os.PathLike[str]) -> None:
-        """Write a PEFT checkpoint per row, `parent/<label>`. The parent appears whole or not at all.
+        """Write a PEFT checkpoint per row, `parent/<label>`.
+        The parent appears whole or not at all.
 
         Raises:
             OutputExistsError: the parent exists.
@@ -75,7 +83,9 @@ class Personal(Mapping[str, Merged]):
             labels = list(self._rows)
             for start in range(0, len(labels), _TOGETHER):
                 some = labels[start : start + _TOGETHER]
-                sinks.save_together({os.path.join(folder.staged, label): self._rows[label].run for label in some})
+                sinks.save_together(
+                    {os.path.join(folder.staged, label): self._rows[label].run for label in some}
+                )
             folder.publish()
 
 
@@ -115,9 +125,9 @@ def personalize(
 ) -> Personal:
     """One result per row of W: for the mean, result k = sum_i W[k, i] D_i.
 
-    Adapters of weight 0 take no part in a row, so its rank is at most that of those who do. Every update is read once
-    for all rows of a rule that needs no pre-pass; another method is prepared once per row, which costs as much as so
-    many merges.
+    Adapters of weight 0 take no part in a row, so its rank is at most that of those who do. Every
+    update is read once for all rows of a rule that needs no pre-pass; another method is prepared
+    once per row, which costs as much as so many merges.
 
     Args:
         adapters: as for `merge`, K of them.
@@ -128,7 +138,8 @@ def personalize(
         modules_to_save: as for `merge`.
 
     Raises:
-        MethodError: W has another shape, a row does not sum to 1, or labels are missing or there twice.
+        MethodError: W has another shape, a row does not sum to 1,
+            or labels are missing or there twice.
     """
     opened = load_adapters(adapters)
     table = torch.as_tensor(W, dtype=torch.float64)
@@ -164,7 +175,8 @@ def by_task(
     samples: Sequence[float] | Mapping[str, float] | None = None,
     rank: int | float | str | None = None,
 ) -> Personal:
-    """Task -> the mean of the clients with this task, modules saved whole (a connector, say) included.
+    """Task -> the mean of the clients with this task, modules saved whole (a
+    connector, say) included.
 
     Args:
         adapters: as for `merge`.
@@ -203,7 +215,8 @@ def pilot(
     connector: str = "multi_modal_projector",
     rank: int | float | str | None = None,
 ) -> Personal:
-    """Pilot's server: per client, the language model's LoRA from its neighbours and the connector from its task.
+    """Pilot's server: per client, the language model's LoRA from its neighbours and the
+    connector from its task.
 
     Args:
         adapters: as for `merge`.
@@ -215,10 +228,12 @@ def pilot(
 
     Raises:
         MethodError: a client without a task, or W of another shape.
-        IncompatibleAdaptersError: a client lacks a part of the connector that others of its task have.
+        IncompatibleAdaptersError: a client lacks a part of the connector that others
+            of its task have.
 
-    Source: Xiong et al., "Pilot: building the federated multimodal instruction tuning framework" (AAAI 2025),
-    https://arxiv.org/abs/2501.13985. The public code has no server; this is the paper's text.
+    Source: Xiong et al., "Pilot: building the federated multimodal instruction tuning framework"
+    (AAAI 2025), https://arxiv.org/abs/2501.13985. The public code has no server;
+    this is the paper's text.
     """
     opened = load_adapters(adapters)
     of, numbers = _tasks(opened, tasks), resolve_weights(samples, opened)
@@ -287,6 +302,7 @@ def _check_complete(task: str, adapters: Sequence[Adapter], part: str = "") -> N
             lacking = sorted(names - set(getattr(adapter, what)))
             if lacking:
                 raise IncompatibleAdaptersError(
-                    f"task {task!r}: client {adapter.label!r} lacks {lacking[0]!r}, which others of the task have; it "
+                    f"task {task!r}: client {adapter.label!r} lacks {lacking[0]!r}, which others "
+                    "of the task have; it "
                     "would count as zero"
                 )

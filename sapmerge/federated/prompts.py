@@ -35,8 +35,8 @@ class Prompts:
     Args:
         config: of PEFT, as the clients had it; None for context vectors.
         tensors: `prompt_embeddings` (virtual tokens, width), or `ctx`; and modules saved whole.
-        report: per client its share and the distance of its prompt from the mean, and the share of the norm that is
-            left: 1 if all agree, 1 / sqrt(K) for unrelated prompts.
+        report: per client its share and the distance of its prompt from the mean, and the share of
+            the norm that is left: 1 if all agree, 1 / sqrt(K) for unrelated prompts.
     """
 
     config: Mapping[str, Any] | None
@@ -44,7 +44,8 @@ class Prompts:
     report: Mapping[str, Any] = field(repr=False)
 
     def save_pretrained(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-        """Write a folder that PEFT reads; for context vectors one whose `adapter_model.safetensors` holds `ctx`.
+        """Write a folder that PEFT reads; for context vectors one whose
+        `adapter_model.safetensors` holds `ctx`.
 
         Raises:
             OutputExistsError: `path` exists.
@@ -63,25 +64,33 @@ def average_prompts(
 ) -> Prompts:
     """The mean of soft prompts by samples, in float64, rounded once to the clients' dtype.
 
-    What is averaged are the prompts that the model sees: PEFT saves them after their encoder. A prompt has an order:
-    clients must have started from one prompt, and their virtual tokens are averaged place by place.
+    What is averaged are the prompts that the model sees: PEFT saves them after their encoder. A
+    prompt has an order: clients must have started from one prompt,
+    and their virtual tokens are averaged place by place.
 
     Args:
-        checkpoints: folders of PEFT (prompt, p-, prefix or CPT tuning) or (config, state_dict); or CoOp's `ctx`, as a
-            state dict or a safetensors file. CoOp's `token_prefix` and `token_suffix` belong to class names and are
-            left out. Or a mapping label -> any of these.
+        checkpoints: folders of PEFT (prompt, p-, prefix or CPT tuning) or (config, state_dict); or
+            CoOp's `ctx`, as a state dict or a safetensors file. CoOp's `token_prefix` and
+            `token_suffix` belong to class names and are left out. Or a mapping label -> any of
+            these.
         samples: per client, 1 by default.
         modules_to_save: heads saved beside PEFT's prompts: "mean" or "drop".
 
     Raises:
-        IncompatibleAdaptersError: prompts of different kinds, bases or shapes, or contexts of different class lists.
+        IncompatibleAdaptersError: prompts of different kinds, bases or shapes, or contexts of
+            different class lists.
         MethodError: no checkpoints, wrong samples, or heads and no policy.
 
-    Source: Guo et al., "PromptFL: let federated participants cooperatively learn prompts instead of models",
-    https://arxiv.org/abs/2208.11625. The official loop keeps references to one state dict, so that its average is the
-    last client's prompt; and it does not weigh by samples. pFedPrompt's global part is this mean, too.
+    Source: Guo et al., "PromptFL: let federated participants cooperatively learn prompts instead of
+    models", https://arxiv.org/abs/2208.11625. The official loop keeps references to one state dict,
+    so that its average is the last client's prompt; and it does not weigh by samples.
+    pFedPrompt's global part is this mean, too.
     """
-    named = checkpoints if isinstance(checkpoints, Mapping) else {f"client{k}": c for k, c in enumerate(checkpoints)}
+    named = (
+        checkpoints
+        if isinstance(checkpoints, Mapping)
+        else {f"client{k}": c for k, c in enumerate(checkpoints)}
+    )
     prompts = [read_prompt(checkpoint, label) for label, checkpoint in named.items()]
     if not prompts:
         raise MethodError("there are no prompts to average: the list is empty")
@@ -89,11 +98,17 @@ def average_prompts(
     _check(prompts)
     heads = sorted({name for prompt in prompts for name in prompt.tensors if name != prompt.name})
     if heads and modules_to_save not in ("mean", "drop"):
-        raise MethodError(f"the checkpoints hold whole modules ({heads[:3]}); say modules_to_save='mean' or 'drop'")
+        raise MethodError(
+            f"the checkpoints hold whole modules ({heads[:3]}); say modules_to_save='mean' or "
+            "'drop'"
+        )
     names = [prompts[0].name, *(heads if modules_to_save == "mean" else ())]
     # In the order of content, so that no bit of the result depends on that of the clients.
     order = sorted(range(len(prompts)), key=lambda k: (prompts[k].digest, weights[k]))
-    tensors = {name: _mean([prompts[k] for k in order], [weights[k] for k in order], name) for name in names}
+    tensors = {
+        name: _mean([prompts[k] for k in order], [weights[k] for k in order], name)
+        for name in names
+    }
     first = prompts[0].config
     config = None if first is None else {**first, "inference_mode": True}
     if config is not None and modules_to_save == "drop":
@@ -101,7 +116,9 @@ def average_prompts(
     return Prompts(config, tensors, _report(prompts, weights, tensors[names[0]]))
 
 
-def _weights(labels: Sequence[str], samples: Sequence[float] | Mapping[str, float] | None) -> list[float]:
+def _weights(
+    labels: Sequence[str], samples: Sequence[float] | Mapping[str, float] | None
+) -> list[float]:
     if samples is None:
         numbers = [1.0] * len(labels)
     elif isinstance(samples, Mapping):
@@ -111,7 +128,9 @@ def _weights(labels: Sequence[str], samples: Sequence[float] | Mapping[str, floa
     else:
         numbers = [float(number) for number in samples]
     if len(numbers) != len(labels) or not all(0 < number < float("inf") for number in numbers):
-        raise MethodError(f"{len(labels)} clients need as many positive numbers of samples; got {samples!r}")
+        raise MethodError(
+            f"{len(labels)} clients need as many positive numbers of samples; got {samples!r}"
+        )
     total = sum(numbers)
     return [number / total for number in numbers]
 
@@ -120,29 +139,41 @@ def _check(prompts: Sequence[SoftPrompt]) -> None:
     first = prompts[0]
     for prompt in prompts[1:]:
         if (prompt.config is None) != (first.config is None):
-            raise IncompatibleAdaptersError(f"{first.label!r} and {prompt.label!r}: one is PEFT's, one context vectors")
+            raise IncompatibleAdaptersError(
+                f"{first.label!r} and {prompt.label!r}: one is PEFT's, one context vectors"
+            )
         for field_name in _AGREE if first.config is not None else ():
             one, other = (
-                p.config[field_name] if p.config and field_name in p.config else None for p in (first, prompt)
+                p.config[field_name] if p.config and field_name in p.config else None
+                for p in (first, prompt)
             )
             if one != other:
                 raise IncompatibleAdaptersError(
-                    f"{first.label!r} and {prompt.label!r} differ in {field_name}: {one!r} and {other!r}"
+                    f"{first.label!r} and {prompt.label!r} differ in {field_name}: {one!r} and "
+                    f"{other!r}"
                 )
         one, other = (tuple(p.tensors[p.name].shape) for p in (first, prompt))
         if one != other:
             classes = len(one) == 3 or len(other) == 3
             raise IncompatibleAdaptersError(
                 f"{first.label!r} and {prompt.label!r}: prompts of shape {one} and {other}"
-                + ("; contexts of single classes can be averaged for one list of classes only" if classes else "")
+                + (
+                    "; contexts of single classes can be averaged for one list of classes only"
+                    if classes
+                    else ""
+                )
             )
 
 
 def _mean(prompts: Sequence[SoftPrompt], weights: Sequence[float], name: str) -> Tensor:
-    having = [(prompt, weight) for prompt, weight in zip(prompts, weights) if name in prompt.tensors]
+    having = [
+        (prompt, weight) for prompt, weight in zip(prompts, weights) if name in prompt.tensors
+    ]
     shapes = {tuple(prompt.tensors[name].shape) for prompt, _ in having}
     if len(having) < len(prompts) or len(shapes) > 1:
-        raise IncompatibleAdaptersError(f"{name!r} is not in all checkpoints, or of shapes {sorted(shapes)}")
+        raise IncompatibleAdaptersError(
+            f"{name!r} is not in all checkpoints, or of shapes {sorted(shapes)}"
+        )
     dtype = having[0][0].tensors[name].dtype
     out = torch.zeros(having[0][0].tensors[name].shape, dtype=torch.float64)
     for prompt, weight in having:
@@ -151,7 +182,9 @@ def _mean(prompts: Sequence[SoftPrompt], weights: Sequence[float], name: str) ->
     return out.to(dtype)
 
 
-def _report(prompts: Sequence[SoftPrompt], weights: Sequence[float], mean: Tensor) -> dict[str, Any]:
+def _report(
+    prompts: Sequence[SoftPrompt], weights: Sequence[float], mean: Tensor
+) -> dict[str, Any]:
     wide = mean.double()
     own = [prompt.tensors[prompt.name].double() for prompt in prompts]
     norms = sum(weight * norm(value) for weight, value in zip(weights, own))

@@ -31,12 +31,14 @@ def refine(
     rank: int | float | str | None = None,
     modules_to_save: HeadPolicy = None,
 ) -> Personal:
-    """CLAIR's refinement: what a client shares with the others from itself, what it does not from their mean.
+    """CLAIR's refinement: what a client shares with the others from itself,
+    what it does not from their mean.
 
         D_k' = P D_k + (I - P) mean_benign(D)
 
-    with P the projection on the shared subspace of a layer's outputs (or inputs, from the right). The mean over the
-    benign clients stays what it was: the refined results are for the clients themselves.
+    with P the projection on the shared subspace of a layer's outputs (or inputs, from the right).
+    The mean over the benign clients stays what it was:
+    the refined results are for the clients themselves.
 
     Args:
         adapters: as for `merge`.
@@ -54,7 +56,9 @@ def refine(
     asked = FlagContaminated(mean(), ("shared",)) if method is None else method
     if "shared" not in asked.tests:
         raise MethodError(f"refine needs shared subspaces; {asked!r} does not look for any")
-    prepared = prepare(asked, AdapterLayers.of(opened, resolve_weights(samples, opened), torch.device("cpu")))
+    prepared = prepare(
+        asked, AdapterLayers.of(opened, resolve_weights(samples, opened), torch.device("cpu"))
+    )
     bad = set(prepared.findings["contaminated"])
     good = [adapter for adapter in opened if adapter.label not in bad]
     weights = dict(zip((a.label for a in opened), resolve_weights(samples, opened)))

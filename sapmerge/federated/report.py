@@ -1,4 +1,6 @@
-"""What happened in a round: every client and every refused upload, as a page to read and as data."""
+"""What happened in a round: every client and every refused upload,
+as a page to read and as data.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,8 @@ class ClientReport:
 
 @dataclass(frozen=True)
 class RoundReport:
-    """A round as it stands. `print` gives a page; equal rounds give equal bytes, whatever came first.
+    """A round as it stands. `print` gives a page; equal rounds give equal bytes,
+    whatever came first.
 
     Args:
         method: recipe of the last merge; None before it.
@@ -56,7 +59,9 @@ class RoundReport:
     def to_dict(self) -> dict[str, Any]:
         """Plain data: dicts, lists, numbers and strings."""
         data = asdict(self)
-        return data | {"refused": [{"client": client, "reason": reason} for client, reason in self.refused]}
+        return data | {
+            "refused": [{"client": client, "reason": reason} for client, reason in self.refused]
+        }
 
     def to_json(self) -> bytes:
         """`to_dict` as JSON."""
@@ -66,7 +71,8 @@ class RoundReport:
         merged = sum(client.left_out is None for client in self.clients)
         lines = [
             f"base       {self.base_model or 'not named'}",
-            f"clients    {len(self.clients)} kept, {merged} merged, {len(self.refused)} refused (quorum {self.quorum})",
+            f"clients    {len(self.clients)} kept, {merged} merged, {len(self.refused)} refused "
+            f"(quorum {self.quorum})",
         ]
         if self.method:
             lines.append(f"method     {self.method}")
@@ -80,14 +86,22 @@ class RoundReport:
             ]
             for c in self.clients
         ]
-        lines += ["", table(["client", "samples", "weight", "agreement", "anchor loss", "kept", "digest"], rows)]
+        lines += [
+            "",
+            table(
+                ["client", "samples", "weight", "agreement", "anchor loss", "kept", "digest"], rows
+            ),
+        ]
         lines += [f"{c.client}: left out, {c.left_out}" for c in self.clients if c.left_out]
         lines += [f"{client}: refused, {reason}" for client, reason in self.refused]
         return "\n".join(lines)
 
 
 def rows_of(
-    entries: Sequence[Entry], weights: Mapping[str, float], aside: Mapping[str, str], merged: Merged | None
+    entries: Sequence[Entry],
+    weights: Mapping[str, float],
+    aside: Mapping[str, str],
+    merged: Merged | None,
 ) -> tuple[ClientReport, ...]:
     """A row per kept client.
 
@@ -97,8 +111,12 @@ def rows_of(
     """
     total = sum(weights.values()) or 1.0
     layers = merged.report.layers if merged is not None else ()
-    losses: Mapping[str, Any] = merged.report.notes.get("anchor loss", {}) if merged is not None else {}
-    agreements: list[Mapping[str, Any]] = [r.notes["agreement"] for r in layers if "agreement" in r.notes]
+    losses: Mapping[str, Any] = (
+        merged.report.notes.get("anchor loss", {}) if merged is not None else {}
+    )
+    agreements: list[Mapping[str, Any]] = [
+        r.notes["agreement"] for r in layers if "agreement" in r.notes
+    ]
     agreement: Mapping[str, Any] = agreements[0] if agreements else {}
     return tuple(
         ClientReport(

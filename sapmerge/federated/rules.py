@@ -1,7 +1,8 @@
-"""How federated learning aggregates LoRA. Rules with one result are methods; those with more are functions.
+"""How federated learning aggregates LoRA. Rules with one result are methods;
+those with more are functions.
 
-`fedit`, `ffa`, `flora`, `hetlora`, `yoco` and `fedrpca` go into `merge(..., method=...)` or `Inbox.merge`, whose
-weights are the clients' samples.
+`fedit`, `ffa`, `flora`, `hetlora`, `yoco` and `fedrpca` go into `merge(..., method=...)` or
+`Inbox.merge`, whose weights are the clients' samples.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ Samples = Sequence[float] | Mapping[str, float] | None
 
 
 def fedit() -> Method:
-    """FedAvg on the factors, (sum p B)(sum p A): `factor_average` under the name that federated papers use."""
+    """FedAvg on the factors, (sum p B)(sum p A): `factor_average` under the name that
+    federated papers use.
+    """
     return factor_average()
 
 
@@ -40,12 +43,13 @@ def flora() -> Method:
 
 @dataclass(frozen=True)
 class FedEx:
-    """FedEx-LoRA's two adapters: what FedIT would send, and what it would miss. Together they are the mean, exactly.
+    """FedEx-LoRA's two adapters: what FedIT would send, and what it would miss.
+    Together they are the mean, exactly.
 
     Args:
         adapter: (sum p B)(sum p A), of the clients' rank.
-        residual: sum p B A - (sum p B)(sum p A), of rank at most (K + 1) r: add it to the base weights
-            (`residual.apply_to(model)`) or load it beside the adapter.
+        residual: sum p B A - (sum p B)(sum p A), of rank at most (K + 1) r: add it to the base
+            weights (`residual.apply_to(model)`) or load it beside the adapter.
     """
 
     adapter: Merged
@@ -53,7 +57,8 @@ class FedEx:
 
 
 def fedex(adapters: Adapters, samples: Samples = None, modules_to_save: HeadPolicy = None) -> FedEx:
-    """FedEx-LoRA: the FedIT adapter, and its residual to the mean as a second adapter; exact together.
+    """FedEx-LoRA: the FedIT adapter, and its residual to the mean as a second adapter;
+    exact together.
 
     Args:
         adapters: as for `merge`; of one rank.
@@ -63,13 +68,18 @@ def fedex(adapters: Adapters, samples: Samples = None, modules_to_save: HeadPoli
     Raises:
         MethodError: unequal ranks.
 
-    Source: Singhal et al., "FedEx-LoRA: exact aggregation for federated and efficient fine-tuning of foundation
-    models", https://arxiv.org/abs/2410.09432. The official code adds the residual transposed to `nn.Linear` weights;
-    an update here is (outputs, inputs) for every kind of layer.
+    Source: Singhal et al., "FedEx-LoRA: exact aggregation for federated and efficient fine-tuning
+    of foundation models", https://arxiv.org/abs/2410.09432. The official code adds the residual
+    transposed to `nn.Linear` weights; an update here is (outputs, inputs) for every kind of layer.
     """
     opened = load_adapters(adapters)
-    residual = merge(opened, method=_residual, weights=samples, modules_to_save=_left_out(opened), rank="exact")
-    return FedEx(merge(opened, method=_factor_mean, weights=samples, modules_to_save=modules_to_save), residual)
+    residual = merge(
+        opened, method=_residual, weights=samples, modules_to_save=_left_out(opened), rank="exact"
+    )
+    return FedEx(
+        merge(opened, method=_factor_mean, weights=samples, modules_to_save=modules_to_save),
+        residual,
+    )
 
 
 def flex(
@@ -78,7 +88,8 @@ def flex(
     samples: Samples = None,
     modules_to_save: HeadPolicy = None,
 ) -> Personal:
-    """FlexLoRA: the mean of the updates, and of it for every client the best approximation of the client's own rank.
+    """FlexLoRA: the mean of the updates, and of it for every client the best approximation of the
+    client's own rank.
 
     Args:
         adapters: as for `merge`.
@@ -87,13 +98,15 @@ def flex(
         modules_to_save: as for `merge`.
 
     Returns:
-        Label -> a merge whose rank is the client's; `save_pretrained` writes all from one pass over the layers.
+        Label -> a merge whose rank is the client's; `save_pretrained` writes all from one pass
+        over the layers.
 
     Raises:
         MethodError: `ranks` names others than the clients, or no rank.
 
-    Source: Bai et al., "Federated fine-tuning of large language models under heterogeneous tasks and client
-    resources", https://arxiv.org/abs/2402.11505. The official code writes alpha = 16 whatever the clients had.
+    Source: Bai et al., "Federated fine-tuning of large language models under heterogeneous tasks
+    and client resources", https://arxiv.org/abs/2402.11505.
+    The official code writes alpha = 16 whatever the clients had.
     """
     opened = load_adapters(adapters)
     labels = [adapter.label for adapter in opened]
@@ -104,7 +117,9 @@ def flex(
     policy = modules_to_save
     shared = Personal.sharing(opened)
     rows = {
-        label: merge(shared, method=mean(), weights=samples, rank=ranks[label], modules_to_save=policy)
+        label: merge(
+            shared, method=mean(), weights=samples, rank=ranks[label], modules_to_save=policy
+        )
         for label in labels
     }
     return Personal(rows)
@@ -123,5 +138,7 @@ def _residual(layer: Layer) -> Update:
     """sum p B A - (sum p B)(sum p A), as factors."""
     exact, apart = Mean()(layer), FactorMean()(layer)
     if not isinstance(exact, LowRank) or not isinstance(apart, LowRank):
-        raise MethodError(f"layer {layer.name!r}: an update is dense and has no factors to average; use mean()")
+        raise MethodError(
+            f"layer {layer.name!r}: an update is dense and has no factors to average; use mean()"
+        )
     return concatenate([exact, apart], [1.0, -1.0])

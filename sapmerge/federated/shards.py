@@ -1,7 +1,10 @@
-"""Scoring on several machines: what belongs to one adapter runs anywhere, and the cache is where it meets.
+"""Scoring on several machines: what belongs to one adapter runs anywhere,
+and the cache is where it meets.
 
-score(..., shard=(0, 4)) ... score(..., shard=(3, 4))      each runs its own adapters, in any order, on any machine
-score(...)                                                 what needs all of them: losses of merged models
+score(..., shard=(0, 4)) ... score(..., shard=(3, 4))      each runs its own adapters, in any order,
+on any machine
+score(...)                                                 what needs all of them: losses of merged
+models
 merge(..., cache=DIR, cache_only=True)                     runs no model
 """
 
@@ -26,7 +29,13 @@ from sapmerge.core.torch_state import pinned_state
 from sapmerge.core.updates import LowRank, Update
 from sapmerge.errors import MethodError, NonFiniteError, SapmergeWarning
 from sapmerge.losses import Loss
-from sapmerge.merging.inputs import Adapters, check_device, check_mergeable, load_adapters, resolve_weights
+from sapmerge.merging.inputs import (
+    Adapters,
+    check_device,
+    check_mergeable,
+    load_adapters,
+    resolve_weights,
+)
 from sapmerge.merging.stream import AdapterLayers
 from sapmerge.methods.anchored import sap
 
@@ -47,15 +56,17 @@ def score(
 ) -> bool:
     """Fill the cache of a merge with the passes of some of its adapters.
 
-    Every shard is given *all* adapters: norms and inner products, which need no model, decide what is scored (clipping
-    multiplies an adapter). Adapters are dealt out in the order of their contents. A pass that is in the cache already
-    is not run again, so a shard that died is simply started once more.
+    Every shard is given *all* adapters: norms and inner products, which need no model, decide what
+    is scored (clipping multiplies an adapter). Adapters are dealt out in the order of their
+    contents. A pass that is in the cache already is not run again,
+    so a shard that died is simply started once more.
 
     Args:
         adapters, anchors, model, loss, weights, device: those of the merge.
         method: that of the merge; `sap()` by default.
         cache: a folder that all shards write to, or whose files are brought together afterwards.
-        shard: (i, n): this one's number from 0 on, and how many there are. (0, 1) runs whatever is missing.
+        shard: (i, n): this one's number from 0 on, and how many there are.
+            (0, 1) runs whatever is missing.
 
     Returns:
         Whether everything that the merge needs is in the cache now.
@@ -70,12 +81,15 @@ def score(
     opened = load_adapters(adapters, model)
     numbers = resolve_weights(weights, opened)
     check_mergeable(opened)
-    stream = AdapterLayers.of(opened, numbers, check_device(device)).with_anchors(anchors, model, loss, cache)
+    stream = AdapterLayers.of(opened, numbers, check_device(device)).with_anchors(
+        anchors, model, loss, cache
+    )
     seen: Any = stream.anchors
     seen.shard = mine = Shard(number, count)
     with pinned_state(), warnings.catch_warnings():
         if count > 1:
-            warnings.simplefilter("ignore", SapmergeWarning)  # of placeholders: the merge says what is so
+            # of placeholders: the merge says what is so
+            warnings.simplefilter("ignore", SapmergeWarning)
         with suppress(ShardDone):
             prepared = prepare(sap() if method is None else method, stream)
             for layer in stream:  # what a method asks only when it merges
@@ -94,8 +108,8 @@ class Stage:
     """What a method asks of the anchors, in the order in which it asks.
 
     Args:
-        what: "losses of single adapters", "gradients of single adapters", "inputs at single adapters", "losses of
-            merged models", or "gradients of merged models".
+        what: "losses of single adapters", "gradients of single adapters", "inputs at single
+            adapters", "losses of merged models", or "gradients of merged models".
         shards: whether every adapter's part is a task of its own, keyed by its content.
         cached: whether the cache keeps it.
     """
@@ -106,10 +120,11 @@ class Stage:
 
 
 def plan(method: Method | None = None) -> list[Stage]:
-    """The stages of a method: found by preparing it on two small made-up adapters, with anchors that only take notes.
+    """The stages of a method: found by preparing it on two small made-up adapters,
+    with anchors that only take notes.
 
-    Stages that shard run anywhere (`score`), all that follow the first that does not run on one machine. A method
-    without stages reads no anchors.
+    Stages that shard run anywhere (`score`), all that follow the first that does not run on one
+    machine. A method without stages reads no anchors.
 
     Example:
         >>> import sapmerge as sm
@@ -119,7 +134,9 @@ def plan(method: Method | None = None) -> list[Stage]:
     generator = torch.Generator().manual_seed(0)
 
     def made() -> LowRank:
-        return LowRank(torch.randn(6, 2, generator=generator), torch.randn(2, 5, generator=generator))
+        return LowRank(
+            torch.randn(6, 2, generator=generator), torch.randn(2, 5, generator=generator)
+        )
 
     layers = [Layer(f"model.layers.{n}.q_proj", (made(), made())) for n in range(2)]
     notes = _Notes(layers)
@@ -154,7 +171,9 @@ class _Notes:
         self._note("losses of single adapters", True)
         return [0.0, 0.0]
 
-    def loss_of(self, updates: Mapping[str, Update], loss: Callable[..., Tensor] | None = None) -> float:
+    def loss_of(
+        self, updates: Mapping[str, Update], loss: Callable[..., Tensor] | None = None
+    ) -> float:
         if updates:  # the base's own loss is one pass
             self._note("losses of merged models", False)
         return 1.0
@@ -166,7 +185,9 @@ class _Notes:
         loss: Callable[..., Tensor] | None = None,
     ) -> tuple[float, dict[str, Tensor]]:
         self._note("gradients of merged models", False, cached=False)
-        return 1.0, {name: torch.zeros(len(along), dtype=torch.float64) for name, along in directions.items()}
+        return 1.0, {
+            name: torch.zeros(len(along), dtype=torch.float64) for name, along in directions.items()
+        }
 
     def grams(self, layers: LayerStream, fold: Callable[[Layer, int, Tensor], None]) -> None:
         self._note("inputs at single adapters", False, cached=False)
@@ -190,7 +211,9 @@ class _Zeros:
     layers: LayerStream
     units: Units
 
-    def moment(self, layer: str, adapter: int, part: str, statistic: str, at: str) -> tuple[Tensor, Tensor]:
+    def moment(
+        self, layer: str, adapter: int, part: str, statistic: str, at: str
+    ) -> tuple[Tensor, Tensor]:
         self.notes.stages.append(
             Stage(
                 "gradients of single adapters" if at == "adapter" else "gradients at the base",

@@ -1,4 +1,6 @@
-"""`MergeState`: the running weighted sum of adapters. It adds, subtracts and combines; no adapter is read twice."""
+"""`MergeState`: the running weighted sum of adapters.
+It adds, subtracts and combines; no adapter is read twice.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +25,11 @@ __all__ = ["MergeState"]
 class MergeState:
     """sum_k w_k D_k per layer, and who is in it. Immutable: every operation returns another state.
 
-    A layer's sum is kept as factors while they are smaller than the matrix (sum r < m n / (m + n)), then as a matrix.
-    It serves the rules that are sums: `mean`, task arithmetic, uploads pruned by their clients. A float32 state agrees
-    with a fresh merge to about 1e-6 of its norm, a float64 one to 1e-12; its bits depend on the order of operations, so
-    a result that must not depend on the order of arrival is merged afresh (`Inbox.merge`).
+    A layer's sum is kept as factors while they are smaller than the matrix (sum r < m n / (m + n)),
+    then as a matrix. It serves the rules that are sums: `mean`, task arithmetic, uploads pruned by
+    their clients. A float32 state agrees with a fresh merge to about 1e-6 of its norm, a float64
+    one to 1e-12; its bits depend on the order of operations,
+    so a result that must not depend on the order of arrival is merged afresh (`Inbox.merge`).
 
     Args:
         dtype: of the sums.
@@ -53,7 +56,9 @@ class MergeState:
             IncompatibleAdaptersError: a module has another shape.
         """
         if adapter.digest in self.members:
-            raise MethodError(f"adapter {adapter.label!r} is in the state already; take it out first (without)")
+            raise MethodError(
+                f"adapter {adapter.label!r} is in the state already; take it out first (without)"
+            )
         return self._moved(adapter, weight, {**self.members, adapter.digest: float(weight)})
 
     def without(self, adapter: Adapter) -> MergeState:
@@ -64,7 +69,9 @@ class MergeState:
         """
         if adapter.digest not in self.members:
             raise MethodError(f"adapter {adapter.label!r} is not in the state")
-        rest = {digest: weight for digest, weight in self.members.items() if digest != adapter.digest}
+        rest = {
+            digest: weight for digest, weight in self.members.items() if digest != adapter.digest
+        }
         if not rest:
             return MergeState(self.dtype)
         return self._moved(adapter, -self.members[adapter.digest], rest)
@@ -88,16 +95,31 @@ class MergeState:
         for name, update in other.sums.items():
             self._check(name, other.slots[name], "the other state")
             sums[name] = _sum(sums.get(name), update.to(dtype=self.dtype), 1.0)
-        return MergeState(self.dtype, {**self.members, **other.members}, sums, {**self.slots, **other.slots})
+        return MergeState(
+            self.dtype, {**self.members, **other.members}, sums, {**self.slots, **other.slots}
+        )
 
     def _moved(self, adapter: Adapter, weight: float, members: Mapping[str, float]) -> MergeState:
         sums, slots = dict(self.sums), dict(self.slots)
-        odd = next((m.name for m in adapter.modules.values() if m.kind not in ("linear", "conv", "embedding")), None)
+        odd = next(
+            (
+                m.name
+                for m in adapter.modules.values()
+                if m.kind not in ("linear", "conv", "embedding")
+            ),
+            None,
+        )
         if adapter.vectors or odd is not None:
             what = odd or next(iter(adapter.vectors.values())).name
-            raise MethodError(f"a state sums plain LoRA; adapter {adapter.label!r} changes {what!r}: use merge")
+            raise MethodError(
+                f"a state sums plain LoRA; adapter {adapter.label!r} changes {what!r}: use merge"
+            )
         for name, module in adapter.modules.items():
-            slot = Slot(module.kind, module.shape, tuple(module.a_shape[1:]) if module.kind == "conv" else ())
+            slot = Slot(
+                module.kind,
+                module.shape,
+                tuple(module.a_shape[1:]) if module.kind == "conv" else (),
+            )
             self._check(name, slot, repr(adapter.label))
             slots[name] = slot
             if weight:
@@ -108,7 +130,8 @@ class MergeState:
         known = self.slots.get(name, slot)
         if known != slot:
             raise IncompatibleAdaptersError(
-                f"module {name!r} is {known.kind} {known.shape} in the state, {slot.kind} {slot.shape} in {who}"
+                f"module {name!r} is {known.kind} {known.shape} in the state, {slot.kind} "
+                f"{slot.shape} in {who}"
             )
 
     def sum(self) -> dict[str, Update]:
@@ -126,8 +149,11 @@ class MergeState:
             raise MethodError("the state has no mean: it is empty, or its weights sum to zero")
         return {name: update.scaled(1 / total) for name, update in self.sum().items()}
 
-    def adapter(self, rank: int | float | str = 16, label: str = "mean", base_model: str | None = None) -> Adapter:
-        """The mean as one adapter in memory, which `merge([adapter], method=mean())` writes to disk.
+    def adapter(
+        self, rank: int | float | str = 16, label: str = "mean", base_model: str | None = None
+    ) -> Adapter:
+        """The mean as one adapter in memory, which `merge([adapter], method=mean())`
+        writes to disk.
 
         Args:
             rank: a cap, a share of energy in (0, 1), or "exact".
@@ -146,7 +172,9 @@ class MergeState:
                 tensors[f"{name}.lora_embedding_A"], tensors[f"{name}.lora_embedding_B"] = A, B
                 continue
             ones = (1,) * max(0, len(slot.kernel) - 1)
-            tensors[f"{name}.lora_A.weight"] = A.reshape(A.shape[0], *slot.kernel) if slot.kernel else A
+            tensors[f"{name}.lora_A.weight"] = (
+                A.reshape(A.shape[0], *slot.kernel) if slot.kernel else A
+            )
             tensors[f"{name}.lora_B.weight"] = B.reshape(*B.shape, *ones)
         pattern = {"^" + re.escape(name): found for name, found in ranks.items()}
         config = {
@@ -158,7 +186,10 @@ class MergeState:
             "alpha_pattern": pattern,
             "target_modules": sorted(ranks),
         }
-        named = {f"base_model.model.{name}": tensor.float().contiguous() for name, tensor in tensors.items()}
+        named = {
+            f"base_model.model.{name}": tensor.float().contiguous()
+            for name, tensor in tensors.items()
+        }
         return Adapter.from_state_dict(config, named, label=label)
 
     def kept(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -178,7 +209,10 @@ class MergeState:
         if found is None:
             return MergeState()
         tensors, notes = found
-        slots = {name: Slot(kind, (m, n), tuple(kernel)) for name, (kind, (m, n), kernel) in notes["slots"].items()}
+        slots = {
+            name: Slot(kind, (m, n), tuple(kernel))
+            for name, (kind, (m, n), kernel) in notes["slots"].items()
+        }
         sums: dict[str, Update] = {
             name: Dense(tensors[f"{name}:D"])
             if f"{name}:D" in tensors
@@ -186,7 +220,9 @@ class MergeState:
             for name in slots
             if f"{name}:D" in tensors or f"{name}:B" in tensors
         }
-        return MergeState(getattr(torch, notes["dtype"].removeprefix("torch.")), notes["members"], sums, slots)
+        return MergeState(
+            getattr(torch, notes["dtype"].removeprefix("torch.")), notes["members"], sums, slots
+        )
 
 
 def _sum(total: Update | None, update: Update, weight: float) -> Update:

@@ -1,6 +1,8 @@
-"""One adapter: what it changes and by how much, checked when it is loaded and read again when a layer is needed.
+"""One adapter: what it changes and by how much,
+checked when it is loaded and read again when a layer is needed.
 
-Nothing in the files is believed, executed or downloaded: see `sapmerge.io`. PEFT is not used to read them.
+Nothing in the files is believed, executed or downloaded: see `sapmerge.io`.
+PEFT is not used to read them.
 """
 
 from __future__ import annotations
@@ -45,8 +47,10 @@ class Adapter:
         config: the JSON as it came.
         modules: canonical name -> Module, sorted.
         saved: canonical tensor name -> SavedTensor, sorted.
-        vectors: biases and rows of embeddings that the adapter moves or replaces, sorted (see `Vector`).
-        digest: sha256 of all that decides about the update: values, scalings, names. Not of path, label or order.
+        vectors: biases and rows of embeddings that the adapter moves or replaces, sorted (see
+            `Vector`).
+        digest: sha256 of all that decides about the update: values, scalings, names. Not of path,
+            label or order.
         files: file name -> sha256 of the bytes used; empty for adapters in memory.
         folder: where the files are, absolute, links resolved; None for adapters in memory.
 
@@ -71,7 +75,9 @@ class Adapter:
 
     def __reduce__(self) -> tuple[object, ...]:
         values = {one.name: getattr(self, one.name) for one in fields(self)}
-        return _unpickled, ({name: dict(value) if name in _VIEWS else value for name, value in values.items()},)
+        return _unpickled, (
+            {name: dict(value) if name in _VIEWS else value for name, value in values.items()},
+        )
 
     @classmethod
     @pinned_state()
@@ -83,17 +89,20 @@ class Adapter:
         allow_pickle_weights: bool = False,
         limits: Limits = DEFAULT_LIMITS,
     ) -> Adapter:
-        """Read a folder written by `save_pretrained`: its own files, nothing else, and never the network.
+        """Read a folder written by `save_pretrained`: its own files, nothing else,
+        and never the network.
 
         Args:
             path: a local folder.
             label: by default the folder's name.
             allow_pickle_weights: read `adapter_model.bin` where there is no safetensors file, and
-                `non_lora_trainables.bin`, the projector of the original code of LLaVA (torch >= 2.10).
+                `non_lora_trainables.bin`, the projector of the original code of LLaVA (torch >=
+                2.10).
             limits: sizes above which an adapter is refused.
 
         Raises:
-            AdapterFormatError, AdapterConfigError, AdapterSecurityError, LimitExceededError, NonFiniteError: the
+            AdapterFormatError, AdapterConfigError, AdapterSecurityError, LimitExceededError,
+            NonFiniteError: the
                 message names folder, file and tensor or key.
         """
         source = os.fsdecode(path)
@@ -105,9 +114,13 @@ class Adapter:
         label = label or label_from(os.path.basename(folder))
         config, chosen, contents, files = read_folder(folder, weights_name, where, limits)
         if beside:
-            contents, more = with_beside(contents, os.path.join(folder, BESIDE), f"{where}, {BESIDE}", limits)
+            contents, more = with_beside(
+                contents, os.path.join(folder, BESIDE), f"{where}, {BESIDE}", limits
+            )
             files = {**files, **more}
-        return _finished(label, source, config, chosen, contents, files, folder=os.path.realpath(folder))
+        return _finished(
+            label, source, config, chosen, contents, files, folder=os.path.realpath(folder)
+        )
 
     @classmethod
     def from_hub(
@@ -121,11 +134,13 @@ class Adapter:
         cache_dir: str | os.PathLike[str] | None = None,
         limits: Limits = DEFAULT_LIMITS,
     ) -> Adapter:
-        """Download the two files of an adapter from the Hugging Face Hub (safetensors only) and load them.
+        """Download the two files of an adapter from the Hugging Face Hub (safetensors
+        only) and load them.
 
         Args:
             repo_id: "user/name".
-            revision: a commit, tag or branch; a commit is the only one that cannot change under you.
+            revision: a commit, tag or branch; a commit is the only one that cannot change under
+                you.
             label: by default the part of `repo_id` after the slash.
         """
         from huggingface_hub import hf_hub_download  # pyright: ignore[reportUnknownVariableType]
@@ -136,17 +151,27 @@ class Adapter:
         for name in (CONFIG, WEIGHTS):
             try:
                 found = hf_hub_download(
-                    repo_id, name, revision=revision, subfolder=subfolder, token=token, cache_dir=cache
+                    repo_id,
+                    name,
+                    revision=revision,
+                    subfolder=subfolder,
+                    token=token,
+                    cache_dir=cache,
                 )
             except EntryNotFoundError:
                 raise AdapterFormatError(
-                    f"the Hub repository {shown(repo_id)} has no {name}; only adapters saved as safetensors are read"
+                    f"the Hub repository {shown(repo_id)} has no {name}; only adapters saved as "
+                    "safetensors are read"
                 ) from None
             paths.append(found)
         folder = os.path.dirname(paths[0])
         if os.path.dirname(paths[1]) != folder:
-            raise AdapterFormatError(f"the Hub repository {shown(repo_id)} changed between two downloads; try again")
-        return cls.load(folder, label=label or label_from(repo_id.rpartition("/")[2]), limits=limits)
+            raise AdapterFormatError(
+                f"the Hub repository {shown(repo_id)} changed between two downloads; try again"
+            )
+        return cls.load(
+            folder, label=label or label_from(repo_id.rpartition("/")[2]), limits=limits
+        )
 
     @classmethod
     @pinned_state()
@@ -158,7 +183,8 @@ class Adapter:
         label: str | None = None,
         limits: Limits = DEFAULT_LIMITS,
     ) -> Adapter:
-        """An adapter from a config and the tensors of `peft.get_peft_model_state_dict`; the tensors are copied.
+        """An adapter from a config and the tensors of `peft.get_peft_model_state_dict`;
+        the tensors are copied.
 
         Args:
             config: a dict as in `adapter_config.json`, or a `peft.LoraConfig`.
@@ -170,9 +196,15 @@ class Adapter:
     @classmethod
     @pinned_state()
     def from_peft_model(
-        cls, model: nn.Module, adapter_name: str, *, label: str | None = None, limits: Limits = DEFAULT_LIMITS
+        cls,
+        model: nn.Module,
+        adapter_name: str,
+        *,
+        label: str | None = None,
+        limits: Limits = DEFAULT_LIMITS,
     ) -> Adapter:
-        """A copy of one adapter of a live `PeftModel`; training it further does not change the copy.
+        """A copy of one adapter of a live `PeftModel`;
+        training it further does not change the copy.
 
         Args:
             adapter_name: a key of `model.peft_config`.
@@ -188,7 +220,9 @@ class Adapter:
         """The same adapter under another label."""
         return replace(self, label=_checked_label(label))
 
-    def respelled(self, names: Mapping[str, str], cut: Mapping[str, Sequence[Piece]] | None = None) -> Adapter:
+    def respelled(
+        self, names: Mapping[str, str], cut: Mapping[str, Sequence[Piece]] | None = None
+    ) -> Adapter:
         """The same adapter under other keys; the digest stays.
 
         Args:
@@ -196,11 +230,20 @@ class Adapter:
             cut: new key -> the pieces of other modules that its update is made of.
         """
         contents = rearranged(self._contents, names, cut or {})
-        tables = {name: dict(sorted(getattr(contents, name).items())) for name in ("modules", "saved", "vectors")}
-        return replace(self, **{name: MappingProxyType(table) for name, table in tables.items()}, _contents=contents)
+        tables = {
+            name: dict(sorted(getattr(contents, name).items()))
+            for name in ("modules", "saved", "vectors")
+        }
+        return replace(
+            self,
+            **{name: MappingProxyType(table) for name, table in tables.items()},
+            _contents=contents,
+        )
 
     def with_base(self, base: BaseWeights) -> Adapter:
-        """The same adapter, with the weights of its base at hand: some kinds of updates depend on them."""
+        """The same adapter, with the weights of its base at hand:
+        some kinds of updates depend on them.
+        """
         return replace(self, _base=base)
 
     @pinned_state()
@@ -211,17 +254,21 @@ class Adapter:
             name: a key of `modules`.
 
         Returns:
-            B (m, r), A (r, n) as a `LowRank`; a `Dense` for DoRA. Convolutions and embeddings are brought to that form.
+            B (m, r), A (r, n) as a `LowRank`; a `Dense` for DoRA.
+            Convolutions and embeddings are brought to that form.
 
         Raises:
-            MethodError: there is no such module, or its kind needs the base's weight (`Module.needs_base`).
+            MethodError: there is no such module, or its kind needs the base's weight
+                (`Module.needs_base`).
             InputChangedError: the file is not the one that was loaded.
             NonFiniteError: a factor or the product is not finite in float32.
         """
         if name not in self.modules:
             raise MethodError(f"adapter {shown(self.source)} has no module {shown(name)}")
         module, base = self.modules[name], self._base
-        return self._contents.update(name, self.source, None if base is None else lambda: base.matrix(module))
+        return self._contents.update(
+            name, self.source, None if base is None else lambda: base.matrix(module)
+        )
 
     @pinned_state()
     def saved_tensor(self, name: str) -> Tensor:
@@ -246,9 +293,14 @@ class Adapter:
         return self._contents.weights.read(self.vectors[key].tensor).float()
 
     def copies(self) -> Mapping[str, tuple[str, ...]]:
-        """Module -> sha256 of the copies of its weight in the base that the file has, and does not need."""
+        """Module -> sha256 of the copies of its weight in the base that the file has,
+        and does not need.
+        """
         facts = self._contents.weights.facts
-        return {name: tuple(facts[t].digest for t in tensors) for name, tensors in self._contents.copies.items()}
+        return {
+            name: tuple(facts[t].digest for t in tensors)
+            for name, tensors in self._contents.copies.items()
+        }
 
     @pinned_state()
     def copied(self, name: str) -> Tensor:
@@ -256,7 +308,9 @@ class Adapter:
         return self._contents.weights.read(self._contents.copies[name][0]).float()
 
 
-def _in_memory(config: object, tensors: Mapping[str, Tensor], label: str, source: str, limits: Limits) -> Adapter:
+def _in_memory(
+    config: object, tensors: Mapping[str, Tensor], label: str, source: str, limits: Limits
+) -> Adapter:
     where = f"adapter {shown(label)}, {source}"
     parsed = parse(config_bytes(config, f"{where}, config"), f"{where}, config", limits)
     chosen = settings(parsed, f"{where}, config")
@@ -307,5 +361,7 @@ def label_from(name: str) -> str:
 
 def _checked_label(label: str) -> str:
     if not _LABEL.fullmatch(label):
-        raise MethodError(f"label {shown(label)}: expected 1 to 64 of the characters A-Z a-z 0-9 . _ -")
+        raise MethodError(
+            f"label {shown(label)}: expected 1 to 64 of the characters A-Z a-z 0-9 . _ -"
+        )
     return label

@@ -1,4 +1,6 @@
-"""A folder that appears whole or not at all: filled beside its target, synced, then renamed into place."""
+"""A folder that appears whole or not at all: filled beside its target, synced,
+then renamed into place.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ __all__ = ["CARD_NAME", "CONFIG_NAME", "TENSORS_NAME", "StagedFolder", "explaine
 CONFIG_NAME = "adapter_config.json"  # what makes a folder a checkpoint, and safe to replace
 TENSORS_NAME, CARD_NAME = "adapter_model.safetensors", "README.md"
 _REPLACED = {CONFIG_NAME, TENSORS_NAME, CARD_NAME, "adapter_model.bin"}
-"""The files of an adapter. Whatever else lies in a folder is somebody's, and is not deleted with it."""
+"""The files of an adapter. Whatever else lies in a folder is somebody's,
+and is not deleted with it.
+"""
 _DIRECTORY = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_NOFOLLOW", 0)
 _NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
 _NOREPLACE, _EXCHANGE = 1, 2  # flags of renameat2(2)
@@ -39,7 +43,9 @@ def explained(path: str | os.PathLike[str], operation: str) -> Generator[None, N
         yield
     except OSError as error:
         code = errno.errorcode.get(error.errno or 0, "unknown error")
-        raise OutputError(f"{os.fspath(path)!r}: cannot {operation}: {error.strerror or error} ({code})") from error
+        raise OutputError(
+            f"{os.fspath(path)!r}: cannot {operation}: {error.strerror or error} ({code})"
+        ) from error
 
 
 def write_all(file: int, data: bytes | memoryview, offset: int) -> None:
@@ -51,7 +57,8 @@ def write_all(file: int, data: bytes | memoryview, offset: int) -> None:
 
 
 class StagedFolder:
-    """A temporary sibling of `path` that `publish` puts in its place; what is not published is removed.
+    """A temporary sibling of `path` that `publish` puts in its place;
+    what is not published is removed.
 
     Args:
         path: the folder to be; its parent must exist.
@@ -59,7 +66,8 @@ class StagedFolder:
 
     Raises:
         OutputExistsError: `path` exists and `overwrite` is false.
-        OutputError: `path` is a symlink, a file or a folder that holds no checkpoint; its parent is missing.
+        OutputError: `path` is a symlink, a file or a folder that holds no checkpoint;
+            its parent is missing.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, overwrite: bool) -> None:
@@ -71,10 +79,15 @@ class StagedFolder:
         if target.name in ("", ".."):
             target = target.resolve()
         if not target.name:
-            raise OutputError(f"{self.path!r}: the root folder cannot be an output; give a folder below it")
+            raise OutputError(
+                f"{self.path!r}: the root folder cannot be an output; give a folder below it"
+            )
         self._parent_path, self._name = os.path.realpath(target.parent), target.name
         if not os.path.isdir(self._parent_path):
-            raise OutputError(f"{self.path!r}: its parent folder {self._parent_path!r} does not exist; create it first")
+            raise OutputError(
+                f"{self.path!r}: its parent folder {self._parent_path!r} does not exist; create it "
+                "first"
+            )
         self._parent = self._folder = -1
         self._temporary, self._replaced = "", False
         self._identity: os.stat_result | None = None
@@ -125,30 +138,38 @@ class StagedFolder:
         os.unlink(name, dir_fd=self._folder)
 
     def publish(self) -> None:
-        """Puts the folder in its place; from here on it is the output. Readers see the old folder or the new one."""
+        """Puts the folder in its place; from here on it is the output.
+        Readers see the old folder or the new one.
+        """
         with explained(self.path, "put the new folder in place"):
             _sync_folder(self._folder)
             self._identity = os.fstat(self._folder)
             replaced, undo = self._place()
             try:
                 if replaced:
-                    self._require_replaceable(replaced)  # another program may have put a file there meanwhile
+                    # another program may have put a file there meanwhile
+                    self._require_replaceable(replaced)
                 _sync_folder(self._parent)
             except BaseException as error:
                 try:
                     undo()
                 except OSError:
-                    raise OutputError(f"{self.path!r}: in place, but perhaps not on disk yet: {error}") from error
+                    raise OutputError(
+                        f"{self.path!r}: in place, but perhaps not on disk yet: {error}"
+                    ) from error
                 raise
         self._temporary = ""
         if replaced and not remove(leftover := self._sibling(replaced)):
             warn_afterwards(
-                f"{self.path!r} was replaced, but the previous output could not be removed from {leftover!r}; "
+                f"{self.path!r} was replaced, but the previous output could not be removed from "
+                f"{leftover!r}; "
                 "the next write to the same place tries again"
             )
 
     def withdraw(self) -> None:
-        """Remove the folder again after `publish`, if nothing was replaced by it and it is still ours."""
+        """Remove the folder again after `publish`, if nothing was replaced by it and
+        it is still ours.
+        """
         if self._identity is None or self._replaced:
             return
         target = self._sibling(self._name)
@@ -172,14 +193,16 @@ class StagedFolder:
 
     def _rename(self) -> tuple[str, Callable[[], object]]:
         if not self._renameat2(_NOREPLACE):
-            self._move(self._temporary, self._name)  # fails if the target is a folder that holds anything
+            # fails if the target is a folder that holds anything
+            self._move(self._temporary, self._name)
         return "", lambda: self._move(self._name, self._temporary)
 
     def _exchange(self) -> tuple[str, Callable[[], object]]:
         self._replaced = True
         if self._renameat2(_EXCHANGE):
             return self._temporary, lambda: self._renameat2(_EXCHANGE)
-        aside = sibling_name(self._name, "old")  # a kill after the first move: the next `_sweep` puts it back
+        # a kill after the first move: the next `_sweep` puts it back
+        aside = sibling_name(self._name, "old")
 
         def put_back() -> None:
             with suppress(FileNotFoundError):
@@ -201,7 +224,16 @@ class StagedFolder:
         """Renames or exchanges atomically; False where the system cannot."""
         if _renameat2 is None:
             return False
-        if _renameat2(self._parent, os.fsencode(self._temporary), self._parent, os.fsencode(self._name), flag) == 0:
+        if (
+            _renameat2(
+                self._parent,
+                os.fsencode(self._temporary),
+                self._parent,
+                os.fsencode(self._name),
+                flag,
+            )
+            == 0
+        ):
             return True
         code = ctypes.get_errno()
         if code in _NOT_SUPPORTED:
@@ -215,7 +247,8 @@ class StagedFolder:
         return os.path.join(self._parent_path, name)
 
     def _create(self) -> None:
-        # The lock tells a later `_sweep` that this folder is in use. It may be swept before it is locked: try again.
+        # The lock tells a later `_sweep` that this folder is in use. It may be swept before it is
+        # locked: try again.
         for _ in range(_ATTEMPTS):
             self._temporary = name = sibling_name(self._name, "tmp")
             os.mkdir(name, 0o777, dir_fd=self._parent)
@@ -223,14 +256,19 @@ class StagedFolder:
                 self._folder = os.open(name, _DIRECTORY, dir_fd=self._parent)
                 with _tolerating(_NO_LOCKS):
                     lock(self._folder, wait=False)
-                if os.path.samestat(os.fstat(self._folder), os.stat(name, dir_fd=self._parent, follow_symlinks=False)):
+                if os.path.samestat(
+                    os.fstat(self._folder),
+                    os.stat(name, dir_fd=self._parent, follow_symlinks=False),
+                ):
                     return
             except (FileNotFoundError, BlockingIOError):
                 pass
             if self._folder >= 0:
                 os.close(self._folder)
                 self._folder = -1
-        raise OutputError(f"{self.path!r}: other programs keep removing the temporary folder beside it")
+        raise OutputError(
+            f"{self.path!r}: other programs keep removing the temporary folder beside it"
+        )
 
     def _target_exists(self) -> bool:
         """Whether there is an old output; refuses whatever must not be replaced."""
@@ -241,11 +279,16 @@ class StagedFolder:
             except FileNotFoundError:
                 return False
             if stat.S_ISLNK(mode):
-                raise OutputError(f"{self.path!r} is a symbolic link; give the folder it points to, or another path")
+                raise OutputError(
+                    f"{self.path!r} is a symbolic link; give the folder it points to, or another "
+                    "path"
+                )
             if not stat.S_ISDIR(mode):
                 raise OutputError(f"{self.path!r} exists and is not a folder; give another path")
             if not self._overwrite:
-                raise OutputExistsError(f"{self.path!r} exists; give another path, or overwrite=True to replace it")
+                raise OutputExistsError(
+                    f"{self.path!r} exists; give another path, or overwrite=True to replace it"
+                )
             self._require_replaceable(self._name)
         return True
 
@@ -255,14 +298,20 @@ class StagedFolder:
             content = {entry.name: entry.is_dir(follow_symlinks=False) for entry in entries}
         if content and CONFIG_NAME not in content:
             raise OutputError(
-                f"{self.path!r} holds {len(content)} entries but no {CONFIG_NAME}: it is not an adapter checkpoint and "
+                f"{self.path!r} holds {len(content)} entries but no {CONFIG_NAME}: it is not an "
+                "adapter checkpoint and "
                 "is not replaced, even with overwrite=True; give another path"
             )
-        foreign = sorted(entry for entry, folder in content.items() if folder or entry not in _REPLACED)
+        foreign = sorted(
+            entry for entry, folder in content.items() if folder or entry not in _REPLACED
+        )
         if foreign:
-            listed = ", ".join(map(repr, foreign[:5])) + (f" and {len(foreign) - 5} more" if len(foreign) > 5 else "")
+            listed = ", ".join(map(repr, foreign[:5])) + (
+                f" and {len(foreign) - 5} more" if len(foreign) > 5 else ""
+            )
             raise OutputError(
-                f"{self.path!r} holds more than an adapter: {listed}; overwrite=True would delete that, too. Move it "
+                f"{self.path!r} holds more than an adapter: {listed}; overwrite=True would delete "
+                "that, too. Move it "
                 "away, or give another path"
             )
 

@@ -1,4 +1,6 @@
-"""A base model as a folder of safetensors, sharded or not: names, shapes and weights, one tensor at a time."""
+"""A base model as a folder of safetensors, sharded or not:
+names, shapes and weights, one tensor at a time.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,12 @@ __all__ = ["BaseFolder", "Spot"]
 
 _ONE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PLAIN = re.compile(r"[A-Za-z0-9._-]+\.safetensors")
-# One expert of a fused parameter is several modules in a folder: the halves of gate_up_proj, or one matrix.
-_EXPERTS = {"gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")), "down_proj": (("down_proj",), ("w2",))}
+# One expert of a fused parameter is several modules in a folder: the halves of gate_up_proj, or one
+# matrix.
+_EXPERTS = {
+    "gate_up_proj": (("gate_proj", "up_proj"), ("w1", "w3")),
+    "down_proj": (("down_proj",), ("w2",)),
+}
 
 
 @dataclass(frozen=True)
@@ -50,10 +56,12 @@ class BaseFolder:
 
     Args:
         path: a local folder with model.safetensors, or shards and their index.
-        conv1d: whether Linear layers are stored as (inputs, outputs), as GPT-2's are; the adapters say so.
+        conv1d: whether Linear layers are stored as (inputs, outputs), as GPT-2's are;
+            the adapters say so.
 
     Raises:
-        AdapterFormatError, AdapterSecurityError: the folder, an index or a header is not what it should be.
+        AdapterFormatError, AdapterSecurityError: the folder,
+            an index or a header is not what it should be.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, conv1d: bool = False) -> None:
@@ -68,7 +76,9 @@ class BaseFolder:
         for name, weights in self.shards.items():
             for tensor, entry in weights.entries.items():
                 if tensor in self.entries:
-                    raise AdapterFormatError(f"{weights.where}: tensor {shown(tensor)} is in another shard, too")
+                    raise AdapterFormatError(
+                        f"{weights.where}: tensor {shown(tensor)} is in another shard, too"
+                    )
                 self.entries[tensor] = name, entry
         self._names = {self._canonical(tensor): tensor for tensor in self.entries}
 
@@ -79,9 +89,15 @@ class BaseFolder:
         with RegularFile(os.path.join(self.path, _INDEX), where) as file:
             index = parse(bytes(file.read(0, file.size)), where, DEFAULT_LIMITS)
         table = index.get("weight_map")
-        files = set(cast("Mapping[str, object]", table).values()) if isinstance(table, dict) else set[object]()
+        files = (
+            set(cast("Mapping[str, object]", table).values())
+            if isinstance(table, dict)
+            else set[object]()
+        )
         if not files or not all(isinstance(name, str) and _PLAIN.fullmatch(name) for name in files):
-            raise AdapterSecurityError(f"{where}: weight_map must name safetensors files of this folder")
+            raise AdapterSecurityError(
+                f"{where}: weight_map must name safetensors files of this folder"
+            )
         return sorted(cast("set[str]", files))
 
     @staticmethod
@@ -90,13 +106,18 @@ class BaseFolder:
         return f"{canonical(module, {})}{dot}{leaf}"
 
     def find(self, name: str) -> str | None:
-        """The folder's name of a tensor: the same, or the only one of which one is the end of the other.
+        """The folder's name of a tensor: the same, or the only one of which one is the
+        end of the other.
 
         Folders of a model without its head lack its prefix ("h.0..." beside "transformer.h.0...").
         """
         if name in self._names:
             return self._names[name]
-        near = [own for key, own in self._names.items() if f".{name}".endswith(f".{key}") or key.endswith(f".{name}")]
+        near = [
+            own
+            for key, own in self._names.items()
+            if f".{name}".endswith(f".{key}") or key.endswith(f".{name}")
+        ]
         return near[0] if len(near) == 1 else None
 
     def raw(self, tensor: str) -> Tensor:
@@ -115,9 +136,14 @@ class BaseFolder:
         """
         found = self.find(name)
         if found is None and name.endswith("lm_head.weight"):  # tied: folders store it once
-            found = next((own for key, own in self._names.items() if key.endswith("embed_tokens.weight")), None)
+            found = next(
+                (own for key, own in self._names.items() if key.endswith("embed_tokens.weight")),
+                None,
+            )
         if found is None:
-            raise ModelMismatchError(f"{self._where} has no tensor {shown(name)}; is it the adapters' base?")
+            raise ModelMismatchError(
+                f"{self._where} has no tensor {shown(name)}; is it the adapters' base?"
+            )
         return self.raw(found).float()
 
     def spots(self, module: Module) -> list[Spot]:
@@ -128,21 +154,34 @@ class BaseFolder:
         """
         whole = self.find(f"{module.owner}.{module.parameter}")
         if whole is not None:
-            spots = [Spot(whole, module.expert if module.kind == "parameter" and module.experts > 1 else None)]
+            spots = [
+                Spot(
+                    whole,
+                    module.expert if module.kind == "parameter" and module.experts > 1 else None,
+                )
+            ]
         else:
             spots = self._split(module)
-        sizes = [self.entries[spot.tensor][1].shape[(0 if spot.expert is None else 1) :] for spot in spots]
+        sizes = [
+            self.entries[spot.tensor][1].shape[(0 if spot.expert is None else 1) :]
+            for spot in spots
+        ]
         shapes = [(size[0], int(torch.Size(size[1:]).numel())) for size in sizes if size]
         stacked = (sum(shape[0] for shape in shapes), shapes[0][1]) if shapes else None
         turned = module.kind == "embedding" or (
             self.conv1d and module.kind == "linear" and not EMBEDDINGS.fullmatch(module.owner)
         )
-        if len(spots) == 1 and stacked == module.shape[::-1] and (turned or stacked != module.shape):
+        if (
+            len(spots) == 1
+            and stacked == module.shape[::-1]
+            and (turned or stacked != module.shape)
+        ):
             return [Spot(spots[0].tensor, spots[0].expert, None, True)]
         if stacked != module.shape:
             found = "no such tensor" if stacked is None else f"one of shape {stacked}"
             raise ModelMismatchError(
-                f"layer {module.name!r} {module.shape}: {self._where} has {found}; is it the adapters' base?"
+                f"layer {module.name!r} {module.shape}: {self._where} has {found}; is it the "
+                "adapters' base?"
             )
         return spots
 
@@ -154,7 +193,11 @@ class BaseFolder:
                 if all(names):
                     half = module.shape[0] // len(names)
                     return [
-                        Spot(cast("str", name), None, slice(k * half, (k + 1) * half) if len(names) > 1 else None)
+                        Spot(
+                            cast("str", name),
+                            None,
+                            slice(k * half, (k + 1) * half) if len(names) > 1 else None,
+                        )
                         for k, name in enumerate(names)
                     ]
         return []

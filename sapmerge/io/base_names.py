@@ -7,7 +7,8 @@ import re
 __all__ = ["one_base", "unquantised"]
 
 _QUANTISED = re.compile(
-    r"(?:-unsloth)?-bnb-[48]bit|-gptq(?:-int[2-8])?|-awq(?:-int4)?|-fp8(?:-dynamic)?|-gptq-marlin", re.IGNORECASE
+    r"(?:-unsloth)?-bnb-[48]bit|-gptq(?:-int[2-8])?|-awq(?:-int4)?|-fp8(?:-dynamic)?|-gptq-marlin",
+    re.IGNORECASE,
 )
 
 

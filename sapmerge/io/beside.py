@@ -1,6 +1,8 @@
-"""`non_lora_trainables.bin`: what the original code of LLaVA has trained besides the LoRA, as modules saved whole.
+"""`non_lora_trainables.bin`: what the original code of LLaVA has trained besides the LoRA,
+as modules saved whole.
 
-It is a pickle: it is read with leave only, as tensors and nothing else, and every name in it is known or refused.
+It is a pickle: it is read with leave only, as tensors and nothing else,
+and every name in it is known or refused.
 """
 
 from __future__ import annotations
@@ -32,12 +34,18 @@ _TRAINED = re.compile(
 
 
 class JoinedWeights:
-    """The tensors of the adapter's file and of one beside it; those have the file's name in front."""
+    """The tensors of the adapter's file and of one beside it;
+    those have the file's name in front.
+    """
 
     def __init__(self, main: Weights, beside: HeldWeights) -> None:
         self.where, self._main, self._beside = main.where, main, beside
-        self.entries: dict[str, Entry] = main.entries | {_inside(name): one for name, one in beside.entries.items()}
-        self.facts: dict[str, Facts] = main.facts | {_inside(name): one for name, one in beside.facts.items()}
+        self.entries: dict[str, Entry] = main.entries | {
+            _inside(name): one for name, one in beside.entries.items()
+        }
+        self.facts: dict[str, Facts] = main.facts | {
+            _inside(name): one for name, one in beside.facts.items()
+        }
 
     def read(self, name: str) -> Tensor:
         """The tensor, in memory of our own."""
@@ -49,7 +57,9 @@ def _inside(name: str) -> str:
     return f"{BESIDE}/{name}"
 
 
-def with_beside(contents: Contents, path: str, where: str, limits: Limits) -> tuple[Contents, Mapping[str, str]]:
+def with_beside(
+    contents: Contents, path: str, where: str, limits: Limits
+) -> tuple[Contents, Mapping[str, str]]:
     """The contents with the tensors of `non_lora_trainables.bin`, and the sha256 of that file.
 
     Args:
@@ -58,26 +68,36 @@ def with_beside(contents: Contents, path: str, where: str, limits: Limits) -> tu
         where: how messages name it.
 
     Raises:
-        AdapterSecurityError: more than tensors, or a tensor that is no part of what such a recipe trains.
+        AdapterSecurityError: more than tensors, or a tensor that is no part of what such a recipe
+            trains.
         AdapterFormatError: a tensor that is there twice, or whose dtype is none of ours.
     """
     with RegularFile(path, where) as file:
         weights, data = open_pickle(file, limits)
     weights.scan()
     joined = JoinedWeights(contents.weights, weights)
-    found = replace(contents, saved=dict(contents.saved), tensors=dict(contents.tensors), weights=joined)
+    found = replace(
+        contents, saved=dict(contents.saved), tensors=dict(contents.tensors), weights=joined
+    )
     for name, entry in weights.entries.items():
         spelled = _spelled(name)
         module, _, last = spelled.rpartition(".")
         key = f"{canonical(module)}.{last}"
-        if not _TRAINED.fullmatch(spelled) or ".lora_" in spelled or canonical(module) in contents.modules:
+        if (
+            not _TRAINED.fullmatch(spelled)
+            or ".lora_" in spelled
+            or canonical(module) in contents.modules
+        ):
             raise AdapterSecurityError(
-                f"{where}: tensor {shown(name)} would replace a weight of the base model, and is no part of a "
+                f"{where}: tensor {shown(name)} would replace a weight of the base model, and is "
+                "no part of a "
                 "projector, a tower or the embeddings, which recipes for LLaVA train whole"
             )
         if entry.dtype not in FLOATS or 0 in entry.shape:
             dtype = str(entry.dtype).removeprefix("torch.")
-            raise AdapterFormatError(f"{where}: tensor {shown(name)} has dtype {dtype} and shape {entry.shape}")
+            raise AdapterFormatError(
+                f"{where}: tensor {shown(name)} has dtype {dtype} and shape {entry.shape}"
+            )
         if key in found.tensors:
             raise AdapterFormatError(f"{where}: tensor {shown(name)} is there twice")
         found.saved[key] = SavedTensor(spelled, entry.dtype, entry.shape)
@@ -86,6 +106,10 @@ def with_beside(contents: Contents, path: str, where: str, limits: Limits) -> tu
 
 
 def _spelled(name: str) -> str:
-    """The name in the model: the code of LLaVA takes the same prefixes off when it loads the file."""
+    """The name in the model: the code of LLaVA takes the same prefixes off when it
+    loads the file.
+    """
     inner = name.removeprefix("base_model.")
-    return inner.removeprefix("model.") if inner != name or inner.startswith("model.model.") else inner
+    return (
+        inner.removeprefix("model.") if inner != name or inner.startswith("model.model.") else inner
+    )

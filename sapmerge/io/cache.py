@@ -26,7 +26,8 @@ _ATTEMPTS = 100
 
 
 class Cache:
-    """A folder of results; a result is written whole or not at all, and a damaged one is computed again.
+    """A folder of results; a result is written whole or not at all,
+    and a damaged one is computed again.
 
     Args:
         folder: is made if it does not exist. Only your own: what lies there is believed.
@@ -37,7 +38,9 @@ class Cache:
         _sweep(self._folder)
 
     def get(self, key: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """The tensors and notes kept under a key; None if there are none, or if the file is damaged."""
+        """The tensors and notes kept under a key; None if there are none,
+        or if the file is damaged.
+        """
         from safetensors import SafetensorError, safe_open
 
         path = self._path(key)
@@ -72,14 +75,19 @@ class Cache:
                     if attempt == _ATTEMPTS - 1:
                         raise
         except OSError as error:
-            raise OutputError(f"cannot write to the cache {str(self._folder)!r}: {error}") from error
+            raise OutputError(
+                f"cannot write to the cache {str(self._folder)!r}: {error}"
+            ) from error
 
     def _write(self, path: Path, data: bytes) -> None:
-        """One file, whole or not at all; a name of its own for every writer, also for those of one process."""
+        """One file, whole or not at all; a name of its own for every writer,
+        also for those of one process.
+        """
         scratch = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
         try:
             with open(scratch, "xb") as file:
-                with suppress(OSError):  # tells other computers that somebody writes here; not all have locks
+                # tells other computers that somebody writes here; not all have locks
+                with suppress(OSError):
                     lock(file.fileno(), wait=False)
                 file.write(data)
                 file.flush()
@@ -103,7 +111,9 @@ def _digest(key: str, tensors: Mapping[str, Tensor], notes: str) -> str:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what killed writers have left: files of processes that are gone, and that nobody has locked."""
+    """Remove what killed writers have left: files of processes that are gone,
+    and that nobody has locked.
+    """
     with suppress(OSError):
         for entry in os.listdir(folder):
             match = _SCRATCH.fullmatch(entry)

@@ -18,7 +18,9 @@ __all__ = ["Settings", "settings"]
 
 @dataclass(frozen=True)
 class Settings:
-    """What of a config decides about the update. Ranks are only here to be compared with the tensors."""
+    """What of a config decides about the update. Ranks are only here to be compared
+    with the tensors.
+    """
 
     r: int
     alpha: float
@@ -40,13 +42,16 @@ class Settings:
     bias: str = "none"
     parameters: tuple[str, ...] = ()
     tokens: Mapping[str, tuple[int, ...]] | None = None
-    """Rows of the embedding that `trainable_token_indices` names; "" for the model's input embedding."""
+    """Rows of the embedding that `trainable_token_indices` names;
+    "" for the model's input embedding.
+    """
     start: str | None = None
     """An initialisation that was subtracted from the base: "pissa" or "olora"."""
     adalora: bool = False
 
 
-# PEFT adds these to modules_to_save of every adapter for the task, whether the model has them or not.
+# PEFT adds these to modules_to_save of every adapter for the task, whether the model has them or
+# not.
 HEADS = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
@@ -54,19 +59,33 @@ HEADS = {
 }
 TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM", "FEATURE_EXTRACTION", *HEADS)
 
-# Keys that change what the adapter does in a way a sum of B @ A cannot say: the value that means "off", and why.
+# Keys that change what the adapter does in a way a sum of B @ A cannot say: the value that means
+# "off", and why.
 REFUSED: dict[str, tuple[object, str]] = {
-    "layer_replication": (None, "the adapter belongs to a model with repeated layers, not to its base"),
-    "megatron_config": (None, "Megatron layers are not supported; convert the adapter to plain LoRA"),
-    "alora_invocation_tokens": (None, "activated LoRA acts on some tokens only, a merged adapter on all"),
+    "layer_replication": (
+        None,
+        "the adapter belongs to a model with repeated layers, not to its base",
+    ),
+    "megatron_config": (
+        None,
+        "Megatron layers are not supported; convert the adapter to plain LoRA",
+    ),
+    "alora_invocation_tokens": (
+        None,
+        "activated LoRA acts on some tokens only, a merged adapter on all",
+    ),
     "use_qalora": (False, "QALoRA pools its inputs, so its update is not B @ A"),
     "use_bdlora": (None, "block-diagonal LoRA stores blocks, not B and A"),
     "arrow_config": (None, "Arrow routes between adapters and has no update of its own"),
     "kasa_config": (None, "KaSA truncates the base weight, so its update is not B @ A"),
     "monteclora_config": (None, "MonteCLoRA samples its update"),
-    "enable_lora": (None, "the adapter was written by PEFT before 0.3 and fuses several projections; train it again"),
+    "enable_lora": (
+        None,
+        "the adapter was written by PEFT before 0.3 and fuses several projections; train it again",
+    ),
 }
-# Initialisations that leave the base alone. The others (CorDA, LoftQ, LoRA-GA) subtract from it what no file tells.
+# Initialisations that leave the base alone. The others (CorDA, LoftQ, LoRA-GA) subtract from it
+# what no file tells.
 INITS = ("gaussian", "eva", "orthogonal", "mica")
 # What was subtracted from the base can be computed from the base.
 STARTS = ("pissa", "olora")
@@ -115,9 +134,17 @@ READ = frozenset(
         "ensure_weight_tying",
     ]
 )
-# Keys that other trainers add, and that say nothing about the update: learning rates, the dtype of training, versions.
+# Keys that other trainers add, and that say nothing about the update: learning rates, the dtype of
+# training, versions.
 HARMLESS = frozenset(
-    ["lorap_lr_ratio", "lorap_emb_lr", "lora_dtype", "loraplus_lr_ratio", "loraplus_lr_embedding", "swift_version"]
+    [
+        "lorap_lr_ratio",
+        "lorap_emb_lr",
+        "lora_dtype",
+        "loraplus_lr_ratio",
+        "loraplus_lr_embedding",
+        "swift_version",
+    ]
 )
 
 
@@ -133,16 +160,24 @@ def settings(config: Mapping[str, object], where: str, *, adalora: bool = False)
     if peft_type == "ADALORA":
         return settings(as_lora(config, where), where, adalora=True)
     if peft_type != "LORA":
-        known = f"merge {shown(peft_type)} adapters into their bases with PEFT instead" if peft_type else ""
+        known = (
+            f"merge {shown(peft_type)} adapters into their bases with PEFT instead"
+            if peft_type
+            else ""
+        )
         read.fail("peft_type", "'LORA'", known)
     for key in config:
         _check_key(key, read)
     for key in ("r", "lora_alpha"):
         if key not in config:
-            raise AdapterConfigError(f"{where}: {key} is missing; PEFT would silently use 8: write what was trained")
+            raise AdapterConfigError(
+                f"{where}: {key} is missing; PEFT would silently use 8: write what was trained"
+            )
     core = config.get("megatron_core")
     if core not in (None, "megatron.core"):
-        raise AdapterSecurityError(f"{where}: megatron_core {shown(core)} would be imported; expected 'megatron.core'")
+        raise AdapterSecurityError(
+            f"{where}: megatron_core {shown(core)} would be imported; expected 'megatron.core'"
+        )
     start = _start(config.get("init_lora_weights", True), read)
     dropout = read.number("lora_dropout", 0.0)
     if not 0 <= dropout <= 1:
@@ -156,9 +191,15 @@ def settings(config: Mapping[str, object], where: str, *, adalora: bool = False)
     layers, lists = read.layers(), read.names("layers_pattern")
     lists = (lists,) if isinstance(lists, str) and lists else tuple(lists or ())
     if isinstance(targets, str) and (layers is not None or lists):
-        read.fail("layers_to_transform", "null, because target_modules is a pattern: PEFT refuses both together")
+        read.fail(
+            "layers_to_transform",
+            "null, because target_modules is a pattern: PEFT refuses both together",
+        )
     if lists and layers is None:
-        read.fail("layers_pattern", "null, because layers_to_transform is null: PEFT refuses one without the other")
+        read.fail(
+            "layers_pattern",
+            "null, because layers_to_transform is null: PEFT refuses one without the other",
+        )
     task = read.text("task_type")
     if task is not None and task not in TASKS:
         read.fail("task_type", f"one of {', '.join(TASKS)}, or null")
@@ -168,13 +209,19 @@ def settings(config: Mapping[str, object], where: str, *, adalora: bool = False)
     if not all(MODULE.fullmatch(name) for name in saved or ()):
         read.fail("modules_to_save", "plain module names")
     ranks = read.table("rank_pattern")
-    if any(isinstance(rank, bool) or not isinstance(rank, int) or rank < 1 for rank in ranks.values()):
+    if any(
+        isinstance(rank, bool) or not isinstance(rank, int) or rank < 1 for rank in ranks.values()
+    ):
         read.fail("rank_pattern", "positive whole numbers")
     alphas = read.table("alpha_pattern")
     read.flag("ensure_weight_tying")  # PEFT has stored what it tied, too
     dora, lora_bias = read.flag("use_dora"), read.flag("lora_bias")
     if (start is not None) + dora + lora_bias > 1:
-        read.fail("use_dora" if dora else "lora_bias", "false", "PEFT has no use_dora with lora_bias, PiSSA or OLoRA")
+        read.fail(
+            "use_dora" if dora else "lora_bias",
+            "false",
+            "PEFT has no use_dora with lora_bias, PiSSA or OLoRA",
+        )
     bias = config.get("bias") or "none"
     if bias not in ("none", "all", "lora_only"):
         read.fail("bias", "'none', 'all' or 'lora_only'")
@@ -182,15 +229,23 @@ def settings(config: Mapping[str, object], where: str, *, adalora: bool = False)
     if isinstance(parameters, str) or not all(MODULE.fullmatch(name) for name in parameters or ()):
         read.fail("target_parameters", "a list of parameter names")
     if parameters and (dora or lora_bias or start):
-        read.fail("target_parameters", "null", "PEFT has no such layer with use_dora, lora_bias or PiSSA")
+        read.fail(
+            "target_parameters", "null", "PEFT has no such layer with use_dora, lora_bias or PiSSA"
+        )
     if adalora and (dora or lora_bias or start or parameters):
-        read.fail("peft_type", "'LORA'", "PEFT has no AdaLoRA with use_dora, lora_bias, target_parameters or PiSSA")
+        read.fail(
+            "peft_type",
+            "'LORA'",
+            "PEFT has no AdaLoRA with use_dora, lora_bias, target_parameters or PiSSA",
+        )
     return Settings(
         r=r,
         alpha=read.number("lora_alpha", 8.0),
         rslora=read.flag("use_rslora"),
         rank_pattern=cast("dict[str, int]", ranks),
-        alpha_pattern={key: read.as_number(alpha, "alpha_pattern") for key, alpha in alphas.items()},
+        alpha_pattern={
+            key: read.as_number(alpha, "alpha_pattern") for key, alpha in alphas.items()
+        },
         targets=targets,
         excluded=excluded or None,
         layers=layers or None,
@@ -224,14 +279,22 @@ def _check_key(key: str, read: ConfigReader) -> None:
         if key == "auto_mapping" and isinstance(value, dict):
             library = str(cast("dict[str, object]", value).get("parent_library")).split(".")[0]
             if library in sys.stdlib_module_names:
-                read.warn(f"auto_mapping names {shown(library)}, which is no library of models; it is never imported")
+                read.warn(
+                    f"auto_mapping names {shown(library)}, which is no library of models; it is "
+                    "never imported"
+                )
     elif key in HARMLESS and (value is None or isinstance(value, str | int | float)):
         read.warn(f"key {shown(key)} is ignored: it is known to say nothing about the update")
     elif key not in READ and value is not None:
         if value is False or value in ("", [], {}):
-            read.warn(f"unknown key {shown(key)} is ignored: {shown(value)} is taken to mean that it is off")
+            read.warn(
+                f"unknown key {shown(key)} is ignored: {shown(value)} is taken to mean that it is "
+                "off"
+            )
         else:
-            read.fail(key, "only known keys of a LoraConfig", "remove it if it does not change the update")
+            read.fail(
+                key, "only known keys of a LoraConfig", "remove it if it does not change the update"
+            )
 
 
 def _start(init: object, read: ConfigReader) -> str | None:
@@ -240,7 +303,9 @@ def _start(init: object, read: ConfigReader) -> str | None:
         return None
     if isinstance(init, str) and init.lower() in STARTS:
         return init.lower()
-    if isinstance(init, str) and init.lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+    if isinstance(init, str) and init.lower().startswith(
+        ("pissa", "olora", "corda", "loftq", "lora_ga")
+    ):
         read.fail(
             "init_lora_weights",
             "'pissa', 'olora' or an initialisation that leaves the base weights alone",

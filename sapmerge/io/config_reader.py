@@ -18,7 +18,9 @@ _LONGEST = 500
 
 
 class ConfigReader:
-    """Typed access to a config; each mistake names the key, what was found and what was expected."""
+    """Typed access to a config; each mistake names the key,
+    what was found and what was expected.
+    """
 
     def __init__(self, config: Mapping[str, object], where: str) -> None:
         self.config, self.where = config, where
@@ -26,7 +28,9 @@ class ConfigReader:
     def fail(self, key: str, expected: str, advice: str = "") -> NoReturn:
         tail = f"; {advice}" if advice else ""
         found = shown(self.config[key]) if key in self.config else "missing"
-        raise AdapterConfigError(f"{self.where}: {shown(key)} is {found}, expected {expected}{tail}")
+        raise AdapterConfigError(
+            f"{self.where}: {shown(key)} is {found}, expected {expected}{tail}"
+        )
 
     def warn(self, text: str) -> None:
         warnings.warn(f"{self.where}: {text}", SapmergeWarning, stacklevel=2)
@@ -50,7 +54,11 @@ class ConfigReader:
         return self.as_number(self.config.get(key, default), key)
 
     def as_number(self, value: object, key: str) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not math.isfinite(value)
+        ):
             self.fail(key, "a finite number" if key != "alpha_pattern" else "finite numbers")
         return float(value)
 
@@ -79,9 +87,19 @@ class ConfigReader:
         found: dict[str, tuple[int, ...]] = {}
         for module, rows in table.items():
             items = cast("list[object]", rows) if isinstance(rows, list) else [None]
-            fine = all(isinstance(row, int) and not isinstance(row, bool) and row >= 0 for row in items)
-            if not fine or not items or len(set(items)) < len(items) or not (module == "" or MODULE.fullmatch(module)):
-                self.fail("trainable_token_indices", "distinct row numbers, or an object {module: row numbers}")
+            fine = all(
+                isinstance(row, int) and not isinstance(row, bool) and row >= 0 for row in items
+            )
+            if (
+                not fine
+                or not items
+                or len(set(items)) < len(items)
+                or not (module == "" or MODULE.fullmatch(module))
+            ):
+                self.fail(
+                    "trainable_token_indices",
+                    "distinct row numbers, or an object {module: row numbers}",
+                )
             found[module] = tuple(cast("list[int]", items))
         return found
 
@@ -90,6 +108,8 @@ class ConfigReader:
         if value is None:
             return None
         items = cast("list[object]", value) if isinstance(value, list) else [value]
-        if not all(isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in items):
+        if not all(
+            isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in items
+        ):
             self.fail("layers_to_transform", "a layer number, a list of them, or null")
         return tuple(cast("list[int]", items))

@@ -1,4 +1,6 @@
-"""The config against the tensors that are really there: who is adapted, with which rank and which scaling."""
+"""The config against the tensors that are really there:
+who is adapted, with which rank and which scaling.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,12 @@ class Checks:
         targets = () if settings.targets is None and settings.parameters else settings.targets
         saved = (*settings.saved, *settings.heads)
         self._selection = Selection(
-            targets, settings.excluded, settings.layers, settings.layers_pattern, saved, self._budget
+            targets,
+            settings.excluded,
+            settings.layers,
+            settings.layers_pattern,
+            saved,
+            self._budget,
         )
         self._reasons: dict[str, str | None] = {}
 
@@ -61,7 +68,8 @@ class Checks:
         """The scaling of each pair, once config and tensors tell the same story.
 
         Raises:
-            AdapterConfigError: a module that the config hides, a rank it contradicts, a target without tensors.
+            AdapterConfigError: a module that the config hides, a rank it contradicts,
+                a target without tensors.
         """
         settings, where = self._settings, self._where
         ranks = _Table(settings.rank_pattern, "rank_pattern", where, self._budget)
@@ -70,12 +78,15 @@ class Checks:
         for pair in pairs:
             if not pair.parameter and not self.selects(pair.key):
                 raise AdapterConfigError(
-                    f"{where}: the file has tensors for module {shown(pair.spelled)}, but {self._reasons[pair.key]}; "
+                    f"{where}: the file has tensors for module {shown(pair.spelled)}, but "
+                    f"{self._reasons[pair.key]}; "
                     "config and weights do not belong together"
                 )
             rank = int(ranks.get(pair.key, settings.r))
             if pair.rank % rank if pair.parameter else rank != pair.rank:
-                what = f"{pair.rank} rows for all experts" if pair.parameter else f"rank {pair.rank}"
+                what = (
+                    f"{pair.rank} rows for all experts" if pair.parameter else f"rank {pair.rank}"
+                )
                 raise AdapterConfigError(
                     f"{where}: module {shown(pair.key)} has {what} in the tensors, rank {rank} by "
                     "r and rank_pattern; config and weights do not belong together"
@@ -84,7 +95,9 @@ class Checks:
         self._check_seen(pairs)
         ranks.warn()
         alphas.warn()
-        _warn_of_scalings({pair.key: scaling for pair, scaling in zip(pairs, scalings, strict=True)}, where)
+        _warn_of_scalings(
+            {pair.key: scaling for pair, scaling in zip(pairs, scalings, strict=True)}, where
+        )
         return scalings
 
     def _check_seen(self, pairs: Sequence[Pair]) -> None:
@@ -97,7 +110,8 @@ class Checks:
         ]
         for problem in unseen:
             raise AdapterConfigError(
-                f"{self._where}: {problem}, but no tensor of it is in the file; the file may be incomplete. If the "
+                f"{self._where}: {problem}, but no tensor of it is in the file; the file may be "
+                "incomplete. If the "
                 "base model has no such module, remove the name"
             )
 
@@ -109,7 +123,9 @@ def _scaling(alpha: float, rank: int, settings: Settings) -> Scaling:
 
 
 class _Table:
-    """`rank_pattern` or `alpha_pattern`: the first key that matches counts, in the order of the file."""
+    """`rank_pattern` or `alpha_pattern`: the first key that matches counts,
+    in the order of the file.
+    """
 
     def __init__(self, table: Mapping[str, float], field: str, where: str, budget: Budget) -> None:
         self._field, self._where = field, where
@@ -131,15 +147,19 @@ class _Table:
         return self._values[hits[0]]
 
     def warn(self) -> None:
-        """Say what matched nothing, and where the order of keys decides: PEFT sorts them when it saves."""
+        """Say what matched nothing, and where the order of keys decides:
+        PEFT sorts them when it saves.
+        """
         if self._unused:
             names = [self._patterns[position].text for position in sorted(self._unused)]
             _warn(f"{self._where}: {self._field} keys {shown(names)} match no module of the file")
         if self._clash is not None:
             name, keys = self._clash
             _warn(
-                f"{self._where}: {self._field} keys {shown(keys)} all match {shown(name)} and differ; the first of the "
-                "file counts, as in PEFT, but PEFT sorts them when it saves: the training may have used another"
+                f"{self._where}: {self._field} keys {shown(keys)} all match {shown(name)} and "
+                "differ; the first of the "
+                "file counts, as in PEFT, but PEFT sorts them when it saves: the training may have "
+                "used another"
             )
 
 
@@ -151,7 +171,9 @@ def _warn_of_scalings(scalings: Mapping[str, Scaling], where: str) -> None:
             f"more than {USUAL_SCALING:g} is unusual"
         )
     odd = next((name for name, scaling in scalings.items() if scaling.factor <= 0), None)
-    faint = next((name for name, scaling in scalings.items() if 0 < scaling.factor < 1 / FAINT), None)
+    faint = next(
+        (name for name, scaling in scalings.items() if 0 < scaling.factor < 1 / FAINT), None
+    )
     if faint is not None:
         _warn(
             f"{where}: lora_alpha {scalings[faint].alpha:g} scales module {shown(faint)} by "

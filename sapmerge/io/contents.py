@@ -24,14 +24,16 @@ from sapmerge.io.pairs import make_pairs
 __all__ = ["Contents", "sort_contents"]
 
 _LARGEST = torch.finfo(torch.float32).max
-# Factors whose norms differ by more hide their size from methods that look at one factor. Below the floor a factor
+# Factors whose norms differ by more hide their size from methods that look at one factor. Below the
+# floor a factor
 # is zero for all purposes, and the ratio says nothing.
 _BALANCE, _FLOOR = 1e3, 1e-30
 
 
 @dataclass(frozen=True)
 class Contents:
-    """Modules and saved tensors by canonical name, and the tensors of the file that they are made of.
+    """Modules and saved tensors by canonical name,
+    and the tensors of the file that they are made of.
 
     Args:
         readings: module -> how its update is made.
@@ -52,7 +54,9 @@ class Contents:
     weights: Weights
 
     def check_values(self, source: str) -> None:
-        """Nothing is NaN or infinite, products included; what is odd gets a warning. Needs `weights.facts`."""
+        """Nothing is NaN or infinite, products included; what is odd gets a warning.
+        Needs `weights.facts`.
+        """
         self.check_finite(source)
         self._warn_of_oddities()
 
@@ -62,12 +66,14 @@ class Contents:
         for name, facts in weights.facts.items():
             if facts.bad:
                 raise NonFiniteError(
-                    f"{weights.where}: tensor {shown(name)} has {facts.bad} values that are NaN or infinite in float32"
+                    f"{weights.where}: tensor {shown(name)} has {facts.bad} values that are NaN or "
+                    "infinite in float32"
                 )
         for first, second in self.twice:
             if weights.facts[first].digest != weights.facts[second].digest:
                 raise AdapterFormatError(
-                    f"{weights.where}: tensors {shown(first)} and {shown(second)} are one bias, with different values"
+                    f"{weights.where}: tensors {shown(first)} and {shown(second)} are one bias, "
+                    "with different values"
                 )
         for name, module in self.modules.items():
             if self.readings[name].bound(weights.facts) > _LARGEST and module.needs_base is None:
@@ -82,19 +88,27 @@ class Contents:
         if odd:
             ratio, name = odd[0]
             _warn(
-                f"{weights.where}: the factors of {len(odd)} modules differ in norm by more than {_BALANCE:g} (module "
-                f"{shown(name)}: |A| / |B| = {ratio:.3g}); methods that look at single factors balance them first"
+                f"{weights.where}: the factors of {len(odd)} modules differ in norm by more than "
+                f"{_BALANCE:g} (module "
+                f"{shown(name)}: |A| / |B| = {ratio:.3g}); methods that look at single factors "
+                "balance them first"
             )
-        double = next((name for name, entry in weights.entries.items() if entry.dtype == torch.float64), None)
+        double = next(
+            (name for name, entry in weights.entries.items() if entry.dtype == torch.float64), None
+        )
         if double is not None:
-            _warn(f"{weights.where}: tensor {shown(double)} is float64; computations round it to float32")
+            _warn(
+                f"{weights.where}: tensor {shown(double)} is float64; computations round it to "
+                "float32"
+            )
 
     def update(self, name: str, source: str, base: BaseMatrix | None) -> Update:
         """The update of one module in float32, every scaling folded in."""
         module, reading = self.modules[name], self.readings[name]
         if module.needs_base is not None and base is None:
             raise MethodError(
-                f"adapter {shown(source)}, module {shown(name)}: {module.needs_base}, so the base model is needed: "
+                f"adapter {shown(source)}, module {shown(name)}: {module.needs_base}, so the base "
+                "model is needed: "
                 "merge(adapters, model=model)"
             )
         update = reading.update(self.weights, base)
@@ -102,7 +116,8 @@ class Contents:
         fine = reading.bound(self.weights.facts) <= _LARGEST or update.norm() <= _LARGEST
         if not fine:
             raise NonFiniteError(
-                f"adapter {shown(source)}, module {shown(name)}: the update (scaling {module.scaling:g} times "
+                f"adapter {shown(source)}, module {shown(name)}: the update (scaling "
+                f"{module.scaling:g} times "
                 "lora_B lora_A) is not finite in float32"
             )
         return update
@@ -138,7 +153,8 @@ def sort_contents(
     for module, reading in made_of(pairs, scalings, settings, config, where):
         if module.name in contents.modules:
             raise AdapterFormatError(
-                f"{weights.where}: tensors {shown(contents.tensors[module.name][0])} and {shown(reading.tensors[0])} "
+                f"{weights.where}: tensors {shown(contents.tensors[module.name][0])} and "
+                f"{shown(reading.tensors[0])} "
                 "belong to one module"
             )
         contents.modules[module.name], contents.readings[module.name] = module, reading
@@ -147,8 +163,12 @@ def sort_contents(
         module, _, last = spelled.rpartition(".")
         name = f"{canonical(module, config)}.{last}"
         if name in contents.tensors:
-            raise AdapterFormatError(f"{weights.where}: tensor {shown(tensor)} is there in two spellings")
-        contents.saved[name] = SavedTensor(spelled, weights.entries[tensor].dtype, weights.entries[tensor].shape)
+            raise AdapterFormatError(
+                f"{weights.where}: tensor {shown(tensor)} is there in two spellings"
+            )
+        contents.saved[name] = SavedTensor(
+            spelled, weights.entries[tensor].dtype, weights.entries[tensor].shape
+        )
         contents.tensors[name] = (tensor,)
     vectors = [
         *moved_biases(weights, pairs, scalings),
@@ -159,7 +179,9 @@ def sort_contents(
         module, _, leaf = vector.spelled.rpartition(".")
         named = replace(vector, name=f"{canonical(module, config)}.{leaf}")
         if named.key in contents.vectors:
-            raise AdapterFormatError(f"{weights.where}: tensor {shown(vector.tensor)} is there in two spellings")
+            raise AdapterFormatError(
+                f"{weights.where}: tensor {shown(vector.tensor)} is there in two spellings"
+            )
         contents.vectors[named.key] = named
         contents.tensors[named.key] = (vector.tensor,)
     if copies:

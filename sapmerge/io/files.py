@@ -1,7 +1,7 @@
 """Files and the tensors in them, read into memory of our own.
 
-Nothing is mapped: a mapped file that is edited changes tensors already read, and one that is truncated kills the
-process.
+Nothing is mapped: a mapped file that is edited changes tensors already read, and one that is
+truncated kills the process.
 """
 
 from __future__ import annotations
@@ -23,16 +23,37 @@ from sapmerge.io.measuring import CHUNK, Entry, Facts, groups, measure, measure_
 if TYPE_CHECKING:
     from hashlib import _Hash as Hash  # pyright: ignore[reportPrivateUsage]
 
-__all__ = ["DEFAULT_LIMITS", "HeldWeights", "Limits", "RegularFile", "StoredWeights", "Weights", "reason", "shown"]
+__all__ = [
+    "DEFAULT_LIMITS",
+    "HeldWeights",
+    "Limits",
+    "RegularFile",
+    "StoredWeights",
+    "Weights",
+    "reason",
+    "shown",
+]
 
 # Not every flag exists on every system.
-_OPEN = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-_KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFCHR: "a device", stat.S_IFSOCK: "a socket"}
+_OPEN = (
+    os.O_RDONLY
+    | getattr(os, "O_NONBLOCK", 0)
+    | getattr(os, "O_CLOEXEC", 0)
+    | getattr(os, "O_BINARY", 0)
+)
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFCHR: "a device",
+    stat.S_IFSOCK: "a socket",
+}
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How large, deep and slow an adapter may be before it is refused. The defaults fit every adapter we know of."""
+    """How large, deep and slow an adapter may be before it is refused.
+    The defaults fit every adapter we know of.
+    """
 
     config_bytes: int = 1 << 20
     config_depth: int = 32
@@ -49,7 +70,9 @@ DEFAULT_LIMITS = Limits()
 
 
 def shown(value: object, width: int = 200) -> str:
-    """`repr`, without control characters, cut in the middle: safe to print whatever a stranger wrote."""
+    """`repr`, without control characters, cut in the middle:
+    safe to print whatever a stranger wrote.
+    """
     try:
         text = printable(repr(value))
     except Exception:  # an integer of 5000 digits, or an object with a broken repr
@@ -95,7 +118,9 @@ class RegularFile:
         self._raw.close()
 
     def read_into(self, view: memoryview, start: int) -> None:
-        """Fill `view` with the bytes from `start` on, or raise `InputChangedError`: the size was checked before."""
+        """Fill `view` with the bytes from `start` on, or raise `InputChangedError`:
+        the size was checked before.
+        """
         done = 0
         try:
             self._raw.seek(start)
@@ -108,8 +133,10 @@ class RegularFile:
             raise AdapterFormatError(f"{self.where}: cannot be read ({reason(error)})") from None
         if done < len(view):
             raise InputChangedError(
-                f"{self.where}: became shorter while it was read ({start + done} bytes, expected at least "
-                f"{start + len(view)}); leave inputs alone during a merge and load the adapter again"
+                f"{self.where}: became shorter while it was read ({start + done} bytes, expected "
+                "at least "
+                f"{start + len(view)}); leave inputs alone during a merge and load the adapter "
+                "again"
             )
 
     def read(self, start: int, size: int) -> bytearray:
@@ -121,7 +148,9 @@ class RegularFile:
 
 def reason(error: Exception) -> str:
     """The short text of an OSError, without the path."""
-    return error.strerror or type(error).__name__ if isinstance(error, OSError) else shown(str(error))
+    return (
+        error.strerror or type(error).__name__ if isinstance(error, OSError) else shown(str(error))
+    )
 
 
 class Weights(Protocol):
@@ -135,7 +164,8 @@ class Weights(Protocol):
 
 
 class StoredWeights:
-    """The tensors of one safetensors file. Each read opens the file anew and compares with the first pass.
+    """The tensors of one safetensors file. Each read opens the file anew and compares with
+    the first pass.
 
     Args:
         path: absolute path.
@@ -145,14 +175,17 @@ class StoredWeights:
         size: size of the file.
     """
 
-    def __init__(self, path: str, where: str, entries: dict[str, Entry], header: Hash, size: int) -> None:
+    def __init__(
+        self, path: str, where: str, entries: dict[str, Entry], header: Hash, size: int
+    ) -> None:
         self.path, self.where, self.entries = path, where, entries
         self.facts: dict[str, Facts] = {}
         self.sha256 = ""
         self._header, self._size = header, size
 
     def __getstate__(self) -> dict[str, object]:
-        return {name: value for name, value in vars(self).items() if name != "_header"}  # of no use after `scan`
+        # of no use after `scan`
+        return {name: value for name, value in vars(self).items() if name != "_header"}
 
     def scan(self, file: RegularFile) -> None:
         """Read every value once, in file order. Fills `facts`, and `sha256` of the whole file."""
@@ -192,14 +225,17 @@ class StoredWeights:
                     raise self._changed(f"the size ({file.size} bytes, was {self._size})")
                 data = file.read(entry.start, entry.size)
         except (AdapterFormatError, AdapterSecurityError) as error:
-            raise InputChangedError(f"{error}; it could be read when the adapter was loaded") from None
+            raise InputChangedError(
+                f"{error}; it could be read when the adapter was loaded"
+            ) from None
         if hashlib.sha256(data).hexdigest() != self.facts[name].digest:
             raise self._changed(f"tensor {shown(name)}")
         return torch.frombuffer(data, dtype=entry.dtype).reshape(entry.shape)
 
     def _changed(self, what: str) -> InputChangedError:
         return InputChangedError(
-            f"{self.where}: {what} changed since the adapter was loaded; leave inputs alone during a merge, load again"
+            f"{self.where}: {what} changed since the adapter was loaded; leave inputs alone during "
+            "a merge, load again"
         )
 
 
@@ -214,7 +250,8 @@ class HeldWeights:
     def __init__(self, tensors: dict[str, Tensor], where: str) -> None:
         self.where = where
         self.entries = {
-            name: Entry(tensor.dtype, tuple(tensor.shape), 0, tensor.nbytes) for name, tensor in tensors.items()
+            name: Entry(tensor.dtype, tuple(tensor.shape), 0, tensor.nbytes)
+            for name, tensor in tensors.items()
         }
         self.facts: dict[str, Facts] = {}
         self._tensors = tensors

@@ -16,7 +16,15 @@ from sapmerge.io.listing import unread_weights, way_on
 from sapmerge.io.pickles import open_pickle
 from sapmerge.io.strict_json import parse
 
-__all__ = ["BESIDE", "CONFIG", "PICKLE", "WEIGHTS", "check_readable", "read_folder", "which_weights"]
+__all__ = [
+    "BESIDE",
+    "CONFIG",
+    "PICKLE",
+    "WEIGHTS",
+    "check_readable",
+    "read_folder",
+    "which_weights",
+]
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 BESIDE = "non_lora_trainables.bin"
@@ -24,7 +32,8 @@ BESIDE = "non_lora_trainables.bin"
 
 
 def which_weights(folder: str, where: str, allow_pickle_weights: bool) -> tuple[str, bool]:
-    """The name of the file with the weights, and whether there is one of `BESIDE`, from a look at the folder.
+    """The name of the file with the weights, and whether there is one of `BESIDE`,
+    from a look at the folder.
 
     Raises:
         AdapterFormatError: it is no folder of an adapter; the message says what lies there.
@@ -37,12 +46,21 @@ def which_weights(folder: str, where: str, allow_pickle_weights: bool) -> tuple[
         _warn(f"{where}: {PICKLE} is ignored, {WEIGHTS} is used; one of them may be out of date")
     if WEIGHTS not in names and PICKLE not in names:
         raise AdapterFormatError(f"{where}: has no {WEIGHTS}; {way_on(folder, names, CONFIG)}")
-    pickled = [name for name in (BESIDE, PICKLE) if name in names and (name == BESIDE or WEIGHTS not in names)]
+    pickled = [
+        name
+        for name in (BESIDE, PICKLE)
+        if name in names and (name == BESIDE or WEIGHTS not in names)
+    ]
     if pickled and not allow_pickle_weights:
-        held = "what was trained besides the LoRA (a projector)" if pickled[0] == BESIDE else "the weights"
+        held = (
+            "what was trained besides the LoRA (a projector)"
+            if pickled[0] == BESIDE
+            else "the weights"
+        )
         verb = "is" if pickled[0] == BESIDE else "are"
         raise AdapterSecurityError(
-            f"{where}: {held} {verb} in {pickled[0]}, a pickle, which can hold code. If you trust its author, load it "
+            f"{where}: {held} {verb} in {pickled[0]}, a pickle, which can hold code. If you trust "
+            "its author, load it "
             "with sapmerge.Adapter.load(path, allow_pickle_weights=True), or ask for safetensors"
         )
     unread = unread_weights(names, (WEIGHTS, PICKLE, BESIDE))
@@ -54,17 +72,22 @@ def which_weights(folder: str, where: str, allow_pickle_weights: bool) -> tuple[
 def _listed(folder: str, where: str) -> set[str]:
     try:
         if not stat.S_ISDIR(os.stat(folder).st_mode):
-            raise AdapterFormatError(f"{where}: is a file; expected the folder that holds {CONFIG} and {WEIGHTS}")
+            raise AdapterFormatError(
+                f"{where}: is a file; expected the folder that holds {CONFIG} and {WEIGHTS}"
+            )
         return set(os.listdir(folder))
     except (OSError, ValueError) as error:
         raise AdapterFormatError(
-            f"{where}: cannot be opened ({reason(error)}). Paths are local only; use Adapter.from_hub('user/name') "
+            f"{where}: cannot be opened ({reason(error)}). Paths are local only; use "
+            "Adapter.from_hub('user/name') "
             "for the Hub"
         ) from None
 
 
 def check_readable(folder: str) -> None:
-    """Refuse what `Adapter.load` would refuse, without a warning: for a folder that is about to become an output."""
+    """Refuse what `Adapter.load` would refuse, without a warning:
+    for a folder that is about to become an output.
+    """
     contents = read_folder(folder, WEIGHTS, "the output", DEFAULT_LIMITS)[2]
     contents.check_finite("the output")
 
@@ -72,7 +95,9 @@ def check_readable(folder: str) -> None:
 def read_folder(
     folder: str, weights_name: str, where: str, limits: Limits
 ) -> tuple[dict[str, object], Settings, Contents, dict[str, str]]:
-    """Config, what it says, the contents of the weights with every value seen, and file name -> sha256."""
+    """Config, what it says, the contents of the weights with every value seen,
+    and file name -> sha256.
+    """
     config_where, weights_where = f"{where}, {CONFIG}", f"{where}, {weights_name}"
     weights_path = os.path.join(folder, weights_name)
     with (
@@ -88,7 +113,10 @@ def read_folder(
             contents = sort_contents(weights, chosen, config, config_where, limits)
             weights.scan()
             sha256 = hashlib.sha256(data).hexdigest()
-            _warn(f"{weights_where}: read from a pickle; save it as safetensors, which cannot hold code")
+            _warn(
+                f"{weights_where}: read from a pickle; save it as safetensors, which cannot hold "
+                "code"
+            )
         else:
             weights = open_weights(file, weights_path, limits)
             contents = sort_contents(weights, chosen, config, config_where, limits)

@@ -1,4 +1,6 @@
-"""Values of tensors that are about to be overwritten: in memory while they are few, in a temporary file beyond."""
+"""Values of tensors that are about to be overwritten:
+in memory while they are few, in a temporary file beyond.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +21,15 @@ _IN_MEMORY = 32 << 20  # bytes
 class HeldValues:
     """Remembers tensors, and puts their values back.
 
-    The file has no name and is gone with the process. It lies in `tempfile.gettempdir()` (TMPDIR), and is as large as
-    all the tensors together.
+    The file has no name and is gone with the process. It lies in `tempfile.gettempdir()` (TMPDIR),
+    and is as large as all the tensors together.
     """
 
     def __init__(self, in_memory: int = _IN_MEMORY) -> None:
         self._left = in_memory
-        self._held: list[tuple[Tensor, Tensor | int]] = []  # a tensor, and its value or where that is in the file
+        self._held: list[
+            tuple[Tensor, Tensor | int]
+        ] = []  # a tensor, and its value or where that is in the file
         self._file: BinaryIO | None = None
         self._size = 0
 
@@ -45,11 +49,15 @@ class HeldValues:
                 self._file = cast("BinaryIO", tempfile.TemporaryFile(prefix="sapmerge-"))  # noqa: SIM115
             done = 0
             while done < raw.nbytes:
-                done += os.pwrite(self._file.fileno(), raw.data[done : done + (1 << 26)], self._size + done)
+                done += os.pwrite(
+                    self._file.fileno(), raw.data[done : done + (1 << 26)], self._size + done
+                )
         except OSError as error:
             raise OutputError(
-                f"the weights that are to change cannot be kept in a temporary file in {tempfile.gettempdir()!r}: "
-                f"{error.strerror or error}; set TMPDIR to a folder with {raw.nbytes >> 20} MB and more to spare"
+                "the weights that are to change cannot be kept in a temporary file in "
+                f"{tempfile.gettempdir()!r}: "
+                f"{error.strerror or error}; set TMPDIR to a folder with {raw.nbytes >> 20} MB and "
+                "more to spare"
             ) from error
         self._held.append((tensor, self._size))
         self._size += raw.nbytes
@@ -74,7 +82,8 @@ class HeldValues:
             read = os.preadv(self._file.fileno(), [view[done : done + (1 << 26)]], start + done)
             if not read:
                 raise OutputError(
-                    "the temporary file with the weights was truncated: the model is damaged, load it again"
+                    "the temporary file with the weights was truncated: the model is damaged, load "
+                    "it again"
                 )
             done += read
         return torch.frombuffer(raw, dtype=like.dtype).reshape(like.shape)

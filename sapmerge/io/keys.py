@@ -1,6 +1,8 @@
-"""The closed world of tensor names: each is part of a module, or the adapter is refused with its name.
+"""The closed world of tensor names: each is part of a module,
+or the adapter is refused with its name.
 
-PEFT loads a tensor that it does not know into the base model; here there is no name that means nothing.
+PEFT loads a tensor that it does not know into the base model;
+here there is no name that means nothing.
 """
 
 from __future__ import annotations
@@ -32,20 +34,24 @@ FLOATS = (
     torch.float8_e5m2,
 )
 _OUT_PROJ, _TOKENS = ".base_layer.out_proj", ".token_adapter.trainable_tokens_delta"
-# PEFT saves these by itself when the vocabulary was resized, and stores copies of them when they are adapted.
+# PEFT saves these by itself when the vocabulary was resized, and stores copies of them when they
+# are adapted.
 EMBEDDINGS = re.compile(
     r"(?:.*\.)?(?:embed_tokens|lm_head|wte|word_embeddings|shared|embed_in|embed_out|tok_embeddings|predictions\.decoder)"
 )
 # Names of others, and what to do about them.
 _KNOWN = (
-    (r"lora_magnitude_vector|lora_embedding_magnitude", "a magnitude of DoRA, but use_dora is not set"),
+    (r"lora_magnitude_vector|lora_embedding_magnitude", "a magnitude of DoRA, but use_dora is not "
+                                                        "set"),
     (r"lora_B\.bias$", "a bias of lora_B, but lora_bias is not set"),
-    (r"lora_(down|up)|^lora_(unet|te)", "the file is in kohya or diffusers format; convert it to PEFT format"),
+    (r"lora_(down|up)|^lora_(unet|te)", "the file is in kohya or diffusers format; convert it to "
+                                        "PEFT format"),
     (r"lora_E|ranknum", "a tensor of AdaLoRA, but peft_type is LORA"),
     (r"hada_|lokr_|oft_|ia3_|vera_|boft_", "the tensor belongs to another method than LoRA"),
     (r"trainable_tokens", "rows of trained tokens, but trainable_token_indices is not set"),
     (r"\.base_layer\.", "it would replace a weight of the base model"),
-    (r"\.bias$", "it would replace a bias of the base model; modules_to_save does not name its module, bias is 'none'"),
+    (r"\.bias$", "it would replace a bias of the base model; modules_to_save does not name its "
+                 "module, bias is 'none'"),
 )  # fmt: skip
 
 
@@ -55,7 +61,8 @@ class Group:
 
     Args:
         module: the path of the module it wraps.
-        level: how many other wrappers of parameters lie around it (see `sapmerge.io.kinds.experts`).
+        level: how many other wrappers of parameters lie around it (see
+            `sapmerge.io.kinds.experts`).
         out_proj: whether it is the output projection inside an nn.MultiheadAttention.
         embedding: whether the names are those of an embedding.
         parts: "A", "B", "E", "bias" or "magnitude" -> tensor name.
@@ -90,7 +97,9 @@ class Sorted:
 
 
 class _Factor(NamedTuple):
-    """What follows ".lora_" in a name: which factor, and the name of the adapter if it is in there."""
+    """What follows ".lora_" in a name: which factor,
+    and the name of the adapter if it is in there.
+    """
 
     part: str
     embedding: bool
@@ -122,14 +131,26 @@ def sort_tensors(weights: Weights, settings: Settings) -> Sorted:
         if factor.part in ("A", "B"):
             other = group.parts.get("B" if factor.part == "A" else "A")
             if other is not None and factor.embedding != group.embedding:
-                _refuse(weights, name, f"{shown(other)} of the same module is not of an embedding, or the other way")
+                _refuse(
+                    weights,
+                    name,
+                    f"{shown(other)} of the same module is not of an embedding, or the other way",
+                )
             group.embedding = factor.embedding
         if factor.part in group.parts:
-            _refuse(weights, name, f"{shown(group.parts[factor.part])} is the same tensor in another spelling")
+            _refuse(
+                weights,
+                name,
+                f"{shown(group.parts[factor.part])} is the same tensor in another spelling",
+            )
         group.parts[factor.part] = name
     if len(adapters) > 1:
         first, second = list(adapters.values())[:2]
-        _refuse(weights, second, f"it has another adapter's name in it than {shown(first)}: one adapter per file")
+        _refuse(
+            weights,
+            second,
+            f"it has another adapter's name in it than {shown(first)}: one adapter per file",
+        )
     saved, biases, tokens, copies, twice = _sort_rest(
         weights, settings, rest, {group.module for group in groups.values()}
     )
@@ -140,7 +161,9 @@ def sort_tensors(weights: Weights, settings: Settings) -> Sorted:
         )
     _check_declared(weights, settings.saved, saved)
     return Sorted(
-        tuple(sorted(groups.values(), key=lambda group: (group.module, group.level, group.out_proj))),
+        tuple(
+            sorted(groups.values(), key=lambda group: (group.module, group.level, group.out_proj))
+        ),
         dict(sorted(saved.items())),
         dict(sorted(biases.items())),
         dict(sorted(tokens.items())),
@@ -169,8 +192,16 @@ def _factor(tail: str, settings: Settings) -> _Factor | None:
         return _Factor(head, False, names[0] if names else None) if bare else None
     if head in ("A", "B"):
         leaf = names.pop() if names else ""
-        part = head if leaf == "weight" else "bias" if leaf == "bias" and head == "B" and settings.lora_bias else ""
-        return _Factor(part, False, names[0] if names else None) if part and len(names) <= 1 else None
+        part = (
+            head
+            if leaf == "weight"
+            else "bias"
+            if leaf == "bias" and head == "B" and settings.lora_bias
+            else ""
+        )
+        return (
+            _Factor(part, False, names[0] if names else None) if part and len(names) <= 1 else None
+        )
     if head in ("embedding_A", "embedding_B") and len(names) <= 1 and names != ["weight"]:
         return _Factor(head[-1], True, names[0] if names else None)
     if head == "magnitude_vector" and settings.dora and names != ["weight"]:
@@ -181,7 +212,9 @@ def _factor(tail: str, settings: Settings) -> _Factor | None:
 
 
 def _place(module: str) -> tuple[str, int, bool] | None:
-    """(module of the base, levels of wrappers around, output projection); None if no LoRA layer lies there."""
+    """(module of the base, levels of wrappers around, output projection);
+    None if no LoRA layer lies there.
+    """
     plain, out_proj = module, module.endswith(_OUT_PROJ)
     if out_proj:
         plain = module[: -len(_OUT_PROJ)] + ".out_proj"
@@ -193,23 +226,42 @@ def _place(module: str) -> tuple[str, int, bool] | None:
 
 def _sort_rest(
     weights: Weights, settings: Settings, rest: Mapping[str, str], adapted: set[str]
-) -> tuple[dict[str, str], dict[str, str], dict[str, str], dict[str, tuple[str, ...]], list[tuple[str, str]]]:
+) -> tuple[
+    dict[str, str],
+    dict[str, str],
+    dict[str, str],
+    dict[str, tuple[str, ...]],
+    list[tuple[str, str]],
+]:
     """Everything but factors: modules saved whole, biases, rows of tokens, copies of embeddings."""
-    saved, biases, tokens, copies = dict[str, str](), dict[str, str](), dict[str, str](), dict[str, tuple[str, ...]]()
+    saved, biases, tokens, copies = (
+        dict[str, str](),
+        dict[str, str](),
+        dict[str, str](),
+        dict[str, tuple[str, ...]](),
+    )
     twice = list[tuple[str, str]]()
     for path, name in rest.items():
         module, leaf = _without_infix(path)
         bare = module.replace(".base_layer", "")
         if path.endswith(_TOKENS) and settings.tokens is not None:
             table, key = tokens, path.removesuffix(_TOKENS)
-        elif module.endswith(".base_layer") and bare in adapted and EMBEDDINGS.fullmatch(bare) and leaf == "weight":
+        elif (
+            module.endswith(".base_layer")
+            and bare in adapted
+            and EMBEDDINGS.fullmatch(bare)
+            and leaf == "weight"
+        ):
             copies[bare] = (*copies.get(bare, ()), name)
             continue
-        elif not _inside_adapter(module) and any(_covers(head, module) for head in (*settings.saved, *settings.heads)):
+        elif not _inside_adapter(module) and any(
+            _covers(head, module) for head in (*settings.saved, *settings.heads)
+        ):
             table, key = saved, f"{module}.{leaf}"
         elif leaf == "bias" and _is_bias(settings, bare, adapted):
             if ".original_module" in path:
-                continue  # bias="all" stores the bias of the base's head, too, which the saved head replaces
+                # bias="all" stores the bias of the base's head, too, which the saved head replaces
+                continue
             table, key = biases, bare
         elif EMBEDDINGS.fullmatch(module) and leaf in ("weight", "bias") and module not in adapted:
             table, key = saved, f"{module}.{leaf}"
@@ -243,7 +295,9 @@ def _inside_adapter(module: str) -> bool:
 
 
 def _covers(head: str, module: str) -> bool:
-    """Whether a name of modules_to_save means this module or one that holds it. PEFT compares endings of names."""
+    """Whether a name of modules_to_save means this module or one that holds it.
+    PEFT compares endings of names.
+    """
     at = module.find(head)
     while at >= 0:
         end = at + len(head)
@@ -263,14 +317,24 @@ def _check_declared(weights: Weights, declared: Iterable[str], saved: Mapping[st
     for head in missing:
         if head not in heads:
             raise AdapterConfigError(
-                f"{weights.where}: modules_to_save names {shown(head)}, but no tensor of it is in the file; "
+                f"{weights.where}: modules_to_save names {shown(head)}, but no tensor of it is in "
+                "the file; "
                 "save the adapter again, or remove the name"
             )
 
 
 def _refuse_stray(weights: Weights, name: str, declared: tuple[str, ...]) -> NoReturn:
-    names = f"modules_to_save names {shown(list(declared))}" if declared else "modules_to_save names none"
-    _refuse(weights, name, _advice(name, f"it would replace a weight of the base model, and {names}"), security=True)
+    names = (
+        f"modules_to_save names {shown(list(declared))}"
+        if declared
+        else "modules_to_save names none"
+    )
+    _refuse(
+        weights,
+        name,
+        _advice(name, f"it would replace a weight of the base model, and {names}"),
+        security=True,
+    )
 
 
 def _advice(name: str, otherwise: str) -> str:
@@ -286,7 +350,10 @@ def _check_entry(weights: Weights, name: str, entry: Entry) -> None:
     if entry.dtype not in FLOATS:
         found = str(entry.dtype).removeprefix("torch.")
         raise AdapterFormatError(
-            f"{weights.where}: tensor {shown(name)} has dtype {found}; expected float32, float16 or bfloat16"
+            f"{weights.where}: tensor {shown(name)} has dtype {found}; expected float32, float16 "
+            "or bfloat16"
         )
     if 0 in entry.shape:
-        raise AdapterFormatError(f"{weights.where}: tensor {shown(name)} is empty: shape {entry.shape}{UNGATHERED}")
+        raise AdapterFormatError(
+            f"{weights.where}: tensor {shown(name)} is empty: shape {entry.shape}{UNGATHERED}"
+        )

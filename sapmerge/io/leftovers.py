@@ -16,7 +16,9 @@ _LEFTOVER = re.compile(r"\.(.+)\.sapmerge-\d{1,9}-[0-9a-f]{8}\.(?:tmp|old)")
 
 
 def sibling_name(name: str, ending: str) -> str:
-    """A name that no other writer has: ".tmp" for a new output, ".old" for one that was moved aside."""
+    """A name that no other writer has: ".tmp" for a new output,
+    ".old" for one that was moved aside.
+    """
     return f".{name}.sapmerge-{os.getpid()}-{secrets.token_hex(4)}.{ending}"
 
 
@@ -27,11 +29,14 @@ def sweep(parent: str) -> None:
 
 
 def sweep_after(parent: str, name: str) -> None:
-    """Removes what killed writers of `name` left, and puts back an old output that one of them had moved aside."""
+    """Removes what killed writers of `name` left, and puts back an old output that one of them
+    had moved aside.
+    """
     pattern = re.compile(rf"\.{re.escape(name)}\.sapmerge-(\d{{1,9}})-[0-9a-f]{{8}}\.(tmp|old)")
     for entry in os.listdir(parent):
         match = pattern.fullmatch(entry)
-        # A process id comes back after a restart, in containers at once: our own says nothing, only the lock does.
+        # A process id comes back after a restart, in containers at once: our own says nothing, only
+        # the lock does.
         if not match or (int(match[1]) != os.getpid() and alive(int(match[1]))):
             continue
         leftover, target = os.path.join(parent, entry), os.path.join(parent, name)
@@ -62,7 +67,9 @@ def alive(process: int) -> bool:
 
 
 def _remove_unlocked(folder: str) -> None:
-    """Removes a leftover that no writer holds. Where folders cannot be locked nobody can tell: it stays."""
+    """Removes a leftover that no writer holds. Where folders cannot be locked nobody can
+    tell: it stays.
+    """
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:

@@ -1,4 +1,6 @@
-"""What else lies in the folder of an adapter: weights that are not read, and the way on where there is no adapter."""
+"""What else lies in the folder of an adapter: weights that are not read,
+and the way on where there is no adapter.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,19 @@ from sapmerge.io.files import shown
 
 __all__ = ["unread_weights", "way_on"]
 
-_WEIGHTS_END = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".npz", ".h5", ".msgpack", ".pkl", ".th")
+_WEIGHTS_END = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".gguf",
+    ".npz",
+    ".h5",
+    ".msgpack",
+    ".pkl",
+    ".th",
+)
 # What trainers leave to go on from: it changes no model.
 _STATE = re.compile(
     r"(?:optimizer|optim|scheduler|lr_scheduler|scaler|sampler|dl_state|trainer_state|training_state|rng_state|"
@@ -20,10 +34,14 @@ _STATE = re.compile(
 _SHOWN = 8
 # Names of other formats, and what they are.
 _OTHERS = (
-    ("adapters.safetensors", "an adapter of MLX; convert it to PEFT's format (mlx_lm can fuse it into its base)"),
-    ("pytorch_lora_weights.safetensors", "a LoRA in the format of diffusers; load it there, or convert it to PEFT's"),
-    ("pytorch_lora_weights.bin", "a LoRA in the format of diffusers; load it there, or convert it to PEFT's"),
-    ("adapter_model.pt", "an adapter of torchtune; save it in PEFT's format: save_adapter_weights_only with "
+    ("adapters.safetensors", "an adapter of MLX; convert it to PEFT's format (mlx_lm can fuse it "
+                             "into its base)"),
+    ("pytorch_lora_weights.safetensors", "a LoRA in the format of diffusers; load it there, or "
+                                         "convert it to PEFT's"),
+    ("pytorch_lora_weights.bin", "a LoRA in the format of diffusers; load it there, or convert it "
+                                 "to PEFT's"),
+    ("adapter_model.pt", "an adapter of torchtune; save it in PEFT's format: "
+                         "save_adapter_weights_only with "
      "FullModelHFCheckpointer writes adapter_model.safetensors"),
 )  # fmt: skip
 
@@ -35,7 +53,8 @@ def unread_weights(names: Collection[str], read: Collection[str]) -> str | None:
         return None
     more = f" and {len(unread) - _SHOWN} more" if len(unread) > _SHOWN else ""
     return (
-        f"{', '.join(map(shown, unread[:_SHOWN]))}{more} beside the adapter may hold trained weights (a value head, a "
+        f"{', '.join(map(shown, unread[:_SHOWN]))}{more} beside the adapter may hold trained "
+        "weights (a value head, a "
         "projector, new token rows), and nothing of it is read: the merge is without them"
     )
 
@@ -52,20 +71,28 @@ def way_on(folder: str, names: Iterable[str], config: str) -> str:
     if inside:
         return (
             f"{', '.join(map(shown, inside[:_SHOWN]))} in it "
-            f"{'is an adapter' if len(inside) == 1 else 'are adapters'}: give {shown(inside[-1])} in it as the folder"
+            f"{'is an adapter' if len(inside) == 1 else 'are adapters'}: give {shown(inside[-1])} "
+            "in it as the folder"
         )
     for name, what in _OTHERS:
         if name in names:
             return f"{name} is {what}"
     gguf = next((name for name in names if name.lower().endswith(".gguf")), None)
     if gguf is not None:
-        return f"{shown(gguf)} is an adapter of llama.cpp, which cannot be turned back; ask for the PEFT checkpoint"
+        return (
+            f"{shown(gguf)} is an adapter of llama.cpp, which cannot be turned back; ask for "
+            "the PEFT checkpoint"
+        )
     if any(name.startswith(("zero_pp_rank", "mp_rank", "global_step")) for name in names):
-        return "it holds shards of DeepSpeed ZeRO: gather them with zero_to_fp32.py, and save the adapter again"
+        return (
+            "it holds shards of DeepSpeed ZeRO: gather them with zero_to_fp32.py, and save the "
+            "adapter again"
+        )
     weights = [name for name in names if _holds_weights(name)]
     if weights:
         return (
-            f"nothing is downloaded for a local folder; it holds {', '.join(map(shown, weights[:_SHOWN]))}, which "
+            "nothing is downloaded for a local folder; it holds "
+            f"{', '.join(map(shown, weights[:_SHOWN]))}, which "
             "is not read: save the adapter with PEFT's save_pretrained"
         )
     return "nothing is downloaded for a local folder; expected a folder written by save_pretrained"

@@ -1,4 +1,6 @@
-"""Locks on files, with what the system offers: flock(2), or nothing where Python has no `fcntl` (Windows)."""
+"""Locks on files, with what the system offers:
+flock(2), or nothing where Python has no `fcntl` (Windows).
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ except ImportError:
 
 
 def lock(descriptor: int, *, wait: bool) -> None:
-    """Lock an open file or folder until it is closed. Without `fcntl` nothing is locked: see SECURITY.md.
+    """Lock an open file or folder until it is closed.
+    Without `fcntl` nothing is locked: see SECURITY.md.
 
     Args:
         wait: until another holder lets it go.

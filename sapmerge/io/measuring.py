@@ -14,7 +14,12 @@ from torch import Tensor
 __all__ = ["CHUNK", "Entry", "Facts", "groups", "measure", "measure_group"]
 
 CHUNK = 1 << 22
-_NARROWED = (torch.float64, torch.float8_e4m3fn, torch.float8_e5m2)  # looked at as the float32 that they are read as
+# looked at as the float32 that they are read as
+_NARROWED = (
+    torch.float64,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+)
 
 
 class Entry(NamedTuple):
@@ -27,7 +32,9 @@ class Entry(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """What one pass over the values of a tensor finds: sha256, Frobenius norm, number of NaN and Inf."""
+    """What one pass over the values of a tensor finds:
+    sha256, Frobenius norm, number of NaN and Inf.
+    """
 
     digest: str
     norm: float
@@ -48,7 +55,9 @@ def measure(chunks: Iterator[tuple[memoryview, Tensor]]) -> Facts:
 
 
 def groups(entries: dict[str, Entry]) -> Iterator[list[tuple[str, Entry]]]:
-    """The tensors in file order; small neighbours of one dtype together, because each call into torch costs."""
+    """The tensors in file order; small neighbours of one dtype together,
+    because each call into torch costs.
+    """
     group: list[tuple[str, Entry]] = []
     size = 0
     for item in sorted(entries.items(), key=lambda item: item[1].start):
@@ -62,11 +71,15 @@ def groups(entries: dict[str, Entry]) -> Iterator[list[tuple[str, Entry]]]:
         yield group
 
 
-def measure_group(group: list[tuple[str, Entry]], data: memoryview, first: Entry) -> Iterator[tuple[str, Facts]]:
+def measure_group(
+    group: list[tuple[str, Entry]], data: memoryview, first: Entry
+) -> Iterator[tuple[str, Facts]]:
     """`measure` for tensors that lie side by side."""
     stored = torch.frombuffer(data, dtype=first.dtype)
     values = stored.float() if stored.dtype in _NARROWED else stored
-    bounds = [(entry.start - first.start, entry.start - first.start + entry.size) for _, entry in group]
+    bounds = [
+        (entry.start - first.start, entry.start - first.start + entry.size) for _, entry in group
+    ]
     starts = [begin // first.dtype.itemsize for begin, _ in bounds]
     squares = np.add.reduceat(values.double().square().numpy(), starts)
     for (name, _), (begin, end), square in zip(group, bounds, squares.tolist(), strict=True):

@@ -29,11 +29,13 @@ class Module:
     """One adapted weight matrix of one adapter.
 
     Args:
-        name: without "base_model.model.", in transformers 5 spelling where that can be told; of one expert of a
-            parameter "<module>.<parameter>.<number>".
+        name: without "base_model.model.", in transformers 5 spelling where that can be told; of one
+            expert of a parameter "<module>.<parameter>.<number>".
         spelled: the path of the module that PEFT wraps, as the file spells it.
-        kind: "linear", "conv", "embedding", "in_proj" and "out_proj" (of an nn.MultiheadAttention), or "parameter".
-        shape: (m, n) of the update; conv: n = in * kernel; embedding: m = its dimension, n = its rows.
+        kind: "linear", "conv", "embedding", "in_proj" and "out_proj" (of an nn.MultiheadAttention),
+            or "parameter".
+        shape: (m, n) of the update; conv: n = in * kernel; embedding: m = its dimension, n = its
+            rows.
         rank: of the factors.
         scaling: what B @ A is multiplied by: alpha / rank, or alpha / sqrt(rank) for rsLoRA.
         dtype: of the factors as stored.
@@ -41,7 +43,8 @@ class Module:
         owner: the module that has the weight, by its canonical name.
         parameter: the weight's name in it.
         experts, expert: how many matrices the parameter holds, and which of them this is.
-        method: what the update is, where it is not plain LoRA: "dora", "pissa", "olora" or "adalora".
+        method: what the update is, where it is not plain LoRA: "dora", "pissa", "olora" or
+            "adalora".
         needs_base: why the update cannot be told without the base's weight; None where it can.
     """
 
@@ -80,7 +83,9 @@ class BaseWeights(Protocol):
     """The weights of a base model, wherever they lie."""
 
     def matrix(self, module: Module) -> Tensor:
-        """The weight that a module's update is added to, as an (outputs, inputs) matrix in float32."""
+        """The weight that a module's update is added to, as an (outputs, inputs)
+        matrix in float32.
+        """
         ...
 
     def tensor(self, name: str) -> Tensor:
@@ -89,14 +94,20 @@ class BaseWeights(Protocol):
 
 
 def made_of(
-    pairs: Sequence[Pair], scalings: Sequence[Scaling], settings: Settings, config: Mapping[str, object], where: str
+    pairs: Sequence[Pair],
+    scalings: Sequence[Scaling],
+    settings: Settings,
+    config: Mapping[str, object],
+    where: str,
 ) -> Iterator[tuple[Module, Reading]]:
     """Every weight matrix that the pairs change, sorted by name, and how its update is read.
 
     Raises:
         AdapterConfigError: the layout of experts is not told.
     """
-    layout = layout_of(config, where) if any(pair.kind == "parameter" for pair in pairs) else Layout()
+    layout = (
+        layout_of(config, where) if any(pair.kind == "parameter" for pair in pairs) else Layout()
+    )
     found = [
         made
         for pair, scaling in zip(pairs, scalings, strict=True)
@@ -109,7 +120,9 @@ def made_of(
     yield from sorted(found, key=lambda made: made[0].name)
 
 
-def _matrix(pair: Pair, scaling: Scaling, settings: Settings, config: Mapping[str, object]) -> tuple[Module, Reading]:
+def _matrix(
+    pair: Pair, scaling: Scaling, settings: Settings, config: Mapping[str, object]
+) -> tuple[Module, Reading]:
     name, owner, parameter = canonical(pair.spelled, config), "", "weight"
     factor = scaling.factor
     if pair.kind == "in_proj":
@@ -134,7 +147,9 @@ def _matrix(pair: Pair, scaling: Scaling, settings: Settings, config: Mapping[st
         b_shape=pair.b_shape,
         owner=owner,
         parameter=parameter,
-        method="dora" if pair.magnitude is not None else settings.start or ("adalora" if settings.adalora else ""),
+        method="dora"
+        if pair.magnitude is not None
+        else settings.start or ("adalora" if settings.adalora else ""),
         needs_base=reading.needs_base,
     )
     return module, reading
@@ -143,9 +158,14 @@ def _matrix(pair: Pair, scaling: Scaling, settings: Settings, config: Mapping[st
 def _experts(
     pair: Pair, scaling: Scaling, layout: Layout, config: Mapping[str, object]
 ) -> Iterator[tuple[Module, Reading]]:
-    experts, owner, bank = pair.rank // scaling.rank, canonical(pair.spelled, config), Bank(pair.a, pair.b)
+    experts, owner, bank = (
+        pair.rank // scaling.rank,
+        canonical(pair.spelled, config),
+        Bank(pair.a, pair.b),
+    )
     flat = experts == 1
-    layout = Layout() if flat else layout  # a parameter of two dimensions was always read as (out, in)
+    # a parameter of two dimensions was always read as (out, in)
+    layout = Layout() if flat else layout
     shape = (pair.shape[1], pair.shape[0]) if layout.flipped else pair.shape
     for expert in range(experts):
         module = Module(
@@ -167,9 +187,13 @@ def _experts(
         yield module, ExpertFactors(bank, experts, expert, scaling.rank, scaling.factor, layout)
 
 
-def moved_biases(weights: Weights, pairs: Sequence[Pair], scalings: Sequence[Scaling]) -> Iterator[Vector]:
+def moved_biases(
+    weights: Weights, pairs: Sequence[Pair], scalings: Sequence[Scaling]
+) -> Iterator[Vector]:
     """The biases that `lora_bias` moves."""
     for pair, scaling in zip(pairs, scalings, strict=True):
         if pair.bias is not None:
             entry, name = weights.entries[pair.bias], f"{pair.spelled}.bias"
-            yield Vector(name, name, pair.bias, "moves", entry.shape, entry.dtype, scaling=scaling.factor)
+            yield Vector(
+                name, name, pair.bias, "moves", entry.shape, entry.dtype, scaling=scaling.factor
+            )

@@ -1,7 +1,9 @@
-"""The spellings of one module's name. Keys made here match names with each other; they are never written.
+"""The spellings of one module's name. Keys made here match names with each other;
+they are never written.
 
-transformers 5 renamed modules, classes wrap each other (`model.layers` of a text model is `model.language_model.layers`
-of its multimodal one), and torch.compile, DistributedDataParallel, FSDP and checkpointing leave their own names inside.
+transformers 5 renamed modules, classes wrap each other (`model.layers` of a text model is
+`model.language_model.layers` of its multimodal one), and torch.compile, DistributedDataParallel,
+FSDP and checkpointing leave their own names inside.
 Sources of the table: `transformers/conversion_mapping.py`, and the original code of LLaVA.
 """
 
@@ -13,9 +15,16 @@ from typing import NamedTuple
 
 __all__ = ["FAMILIES", "STYLES", "Stem", "alike", "canonical", "plain", "respelled", "stem"]
 
-# Modules that hold one module each and are no part of its name. "module" may be a true name too: see `plain`.
+# Modules that hold one module each and are no part of its name. "module" may be a true name too:
+# see `plain`.
 WRAPPERS = frozenset(
-    ["_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_fpw_module", "_forward_module"]
+    [
+        "_orig_mod",
+        "_checkpoint_wrapped_module",
+        "_fsdp_wrapped_module",
+        "_fpw_module",
+        "_forward_module",
+    ]
 )
 
 
@@ -45,7 +54,8 @@ def plain(name: str) -> str:
     return ".".join(kept) or name
 
 
-# Old and new templates: {i}, {j} are numbers, {rest} anything, and {head} nothing or a path that ends with a dot.
+# Old and new templates: {i}, {j} are numbers, {rest} anything, and {head} nothing or a path that
+# ends with a dot.
 _VIT = r"(?:vit|deit|beit|ijepa|vivit|audio_spectrogram_transformer)\."
 _DINO = r"dinov2(?:_with_registers)?\."
 _Q, _K, _V = ("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj")
@@ -61,7 +71,10 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
     ),
     *(
         (_DINO, f"encoder.layer.{{i}}.attention.{old}", f"encoder.layer.{{i}}.attention.{new}")
-        for old, new in (*((f"attention.{old}", new) for old, new in (_Q, _K, _V)), ("output.dense", "o_proj"))
+        for old, new in (
+            *((f"attention.{old}", new) for old, new in (_Q, _K, _V)),
+            ("output.dense", "o_proj"),
+        )
     ),
     (r"segformer\.", "encoder.patch_embeddings.{i}.proj", "stages.{i}.patch_embeddings.proj"),
     *(
@@ -122,10 +135,13 @@ def _compiled(head: str, template: str) -> re.Pattern[str]:
 
 
 _ONE_TOWER = sum(1 for head, _, _ in _TABLE if head)
-_RULES = tuple(_Rule(_compiled(head, old), _compiled(head, new), old, new) for head, old, new in _TABLE)
+_RULES = tuple(
+    _Rule(_compiled(head, old), _compiled(head, new), old, new) for head, old, new in _TABLE
+)
 
 
-_STARTS = tuple({old.partition("{")[0] for head, old, _ in _TABLE if not head})  # and all others have an encoder
+# and all others have an encoder
+_STARTS = tuple({old.partition("{")[0] for head, old, _ in _TABLE if not head})
 
 
 def _filled(template: str, found: re.Match[str]) -> str:
@@ -133,10 +149,11 @@ def _filled(template: str, found: re.Match[str]) -> str:
 
 
 def canonical(name: str, config: Mapping[str, object] | None = None) -> str:
-    """A key that is the same for the spellings of one module that transformers 4, 5 and wrappers give it.
+    """A key that is the same for the spellings of one module that transformers 4,
+    5 and wrappers give it.
 
-    It looks like the name in transformers 5 and is not always one (Llama 4 keeps `language_model.model.`): match with
-    it, and write what the files or the model say.
+    It looks like the name in transformers 5 and is not always one (Llama 4 keeps
+    `language_model.model.`): match with it, and write what the files or the model say.
 
     Args:
         name: without "base_model.model.".
@@ -153,7 +170,9 @@ def canonical(name: str, config: Mapping[str, object] | None = None) -> str:
     name = plain(name)
     if "module." in name:
         parts = name.split(".")
-        name = ".".join(part for at, part in enumerate(parts) if part != "module" or at + 1 == len(parts))
+        name = ".".join(
+            part for at, part in enumerate(parts) if part != "module" or at + 1 == len(parts)
+        )
     if not name.startswith(_STARTS) and "encoder." not in name:
         return name
     for rule in _RULES:
@@ -163,7 +182,9 @@ def canonical(name: str, config: Mapping[str, object] | None = None) -> str:
 
 
 class Stem(NamedTuple):
-    """What is left of a key without the models around it, and which tower it is in ("" where the key does not say)."""
+    """What is left of a key without the models around it,
+    and which tower it is in ("" where the key does not say).
+    """
 
     path: str
     tower: str
@@ -181,7 +202,8 @@ _BASES = re.compile(
 
 
 def stem(key: str) -> Stem:
-    """A key without the names of the classes around a tower: what two spellings of one module have in common.
+    """A key without the names of the classes around a tower:
+    what two spellings of one module have in common.
 
     Example:
         >>> stem("model.language_model.layers.0.mlp.up_proj")
@@ -200,8 +222,8 @@ def stem(key: str) -> Stem:
 def alike(one: str, other: str, same_class: bool = False) -> bool:
     """Whether two different keys may be spellings of one module.
 
-    A key that names no tower may be in the language model: decoders are saved from their text class too. A bare
-    encoder may be of any tower, so it counts only between adapters of one class.
+    A key that names no tower may be in the language model: decoders are saved from their text class
+    too. A bare encoder may be of any tower, so it counts only between adapters of one class.
     """
     (path, tower), (other_path, other_tower) = stem(one), stem(other)
     if path != other_path:
@@ -229,7 +251,13 @@ _OLDER = {
         ("model.language_model.", "language_model.model."),
         *(
             (f"model.vision_tower.{part}", f"vision_tower.vision_model.{part}")
-            for part in ("encoder.layers.", "embeddings.", "pre_layrnorm", "post_layernorm", "head.")
+            for part in (
+                "encoder.layers.",
+                "embeddings.",
+                "pre_layrnorm",
+                "post_layernorm",
+                "head.",
+            )
         ),
         ("model.", ""),
     ),
@@ -242,10 +270,12 @@ def respelled(key: str, style: str, family: str) -> str:
     """A key as one of `STYLES` spells the module.
 
     Args:
-        key: as `canonical` gives it, with `model.language_model.` for the text layers of a multimodal model.
-        style: "transformers 5"; "transformers 4" (4.51 and before; PEFT reads it in later ones too); "llava", the
-            original code.
-        family: "llava" (towers beside `language_model.model`), "qwen" (text layers were `model.layers`), "" (neither).
+        key: as `canonical` gives it, with `model.language_model.` for the text layers of a
+            multimodal model.
+        style: "transformers 5"; "transformers 4" (4.51 and before; PEFT reads it in later ones
+            too); "llava", the original code.
+        family: "llava" (towers beside `language_model.model`),
+            "qwen" (text layers were `model.layers`), "" (neither).
     """
     if style == "transformers 5":
         return key

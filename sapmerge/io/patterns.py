@@ -1,8 +1,9 @@
-"""Which modules a config means: PEFT's matching rules, with strangers' regular expressions on a leash.
+"""Which modules a config means: PEFT's matching rules,
+with strangers' regular expressions on a leash.
 
-PEFT runs them as they come, and a pattern of 30 characters can hang it. Here plain names need no engine, patterns that
-can be slow are refused by their form, everything else runs in `regex` (which can be stopped), and all patterns of one
-adapter share one budget of time.
+PEFT runs them as they come, and a pattern of 30 characters can hang it. Here plain names need no
+engine, patterns that can be slow are refused by their form, everything else runs in `regex` (which
+can be stopped), and all patterns of one adapter share one budget of time.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ _FOREIGN = re.compile(r"\{(?!\d*(,\d*)?\})|\[\[")
 
 
 class Budget:
-    """The time that all patterns of one adapter share; `with budget:` counts what is spent inside."""
+    """The time that all patterns of one adapter share;
+    `with budget:` counts what is spent inside.
+    """
 
     def __init__(self, limits: Limits, where: str) -> None:
         self.limits, self.where = limits, where
@@ -54,22 +57,27 @@ class Budget:
         return left
 
     def compile_one(self) -> None:
-        """Count a pattern that needs an engine; the number decides, not how fast the machine is today."""
+        """Count a pattern that needs an engine; the number decides,
+        not how fast the machine is today.
+        """
         self._compiled += 1
         if self._compiled > _COMPILED:
             raise LimitExceededError(
-                f"{self.where}: more than {_COMPILED} patterns in target_modules, exclude_modules, rank_pattern, "
+                f"{self.where}: more than {_COMPILED} patterns in target_modules, exclude_modules, "
+                "rank_pattern, "
                 "alpha_pattern and layers_pattern are no plain names; write plain module names"
             )
 
     def exceeded(self) -> LimitExceededError:
         return LimitExceededError(
-            f"{self.where}: matching target_modules, exclude_modules, rank_pattern, alpha_pattern or layers_pattern "
+            f"{self.where}: matching target_modules, exclude_modules, rank_pattern, alpha_pattern "
+            "or layers_pattern "
             f"takes longer than {self.limits.pattern_seconds} s; write plain module names"
         )
 
 
-# PEFT's frames: get_pattern_key, match_target_against_key and the layer index of check_target_module_exists.
+# PEFT's frames: get_pattern_key, match_target_against_key and the layer index of
+# check_target_module_exists.
 _TAIL = r"(.*\.)?({})$"
 _FULL = r"{}\Z"
 _INDEX = r"(?:^|.*?\.){}\.(?P<idx>\d+)\."
@@ -95,13 +103,16 @@ class Pattern:
         self.plain = _PLAIN.fullmatch(text) is not None
         self._compiled: Compiled[str] | None = None
         if not self.plain:
-            # Now, and not when a module asks: a bad pattern is refused whether it comes to be used or not.
+            # Now, and not when a module asks: a bad pattern is refused whether it comes to be used
+            # or not.
             with budget:
                 budget.left()
                 self._compiled = self._compile()
 
     def matches(self, name: str) -> bool:
-        """Whether the module is meant. Plain text needs no engine; a `.` in it stands for any character, as in PEFT."""
+        """Whether the module is meant. Plain text needs no engine;
+        a `.` in it stands for any character, as in PEFT.
+        """
         if not self.plain:
             return self.match(name) is not None
         start = len(name) - len(self.text)
@@ -109,7 +120,8 @@ class Pattern:
             return False
         tail = name[start:]
         return tail == self.text or (
-            "." in self.text and all(mine in (".", theirs) for mine, theirs in zip(self.text, tail, strict=True))
+            "." in self.text
+            and all(mine in (".", theirs) for mine, theirs in zip(self.text, tail, strict=True))
         )
 
     def match(self, name: str) -> Match[str] | None:
@@ -130,39 +142,47 @@ class Pattern:
         try:
             if _FOREIGN.search(self.text):
                 raise re.error("braces that are not a repeat count, or a nested set")
-            # `re` decides what is a valid pattern: that is what PEFT uses, and `regex` understands more.
+            # `re` decides what is a valid pattern: that is what PEFT uses, and `regex` understands
+            # more.
             re.compile(self.text)
             re.compile(whole)
             slow = why_slow(self.text)
             compiled = regex.compile(whole)
         except (re.error, regex.error, RecursionError, OverflowError) as error:
             raise AdapterConfigError(
-                f"{self._budget.where}: {self._field}: {shown(self.text)} is not a regular expression that can be "
+                f"{self._budget.where}: {self._field}: {shown(self.text)} is not a regular "
+                "expression that can be "
                 f"used ({shown(str(error))}); write plain module names"
             ) from None
         if slow is not None:
             raise LimitExceededError(
-                f"{self._budget.where}: {self._field}: {shown(self.text)} may take longer than anybody waits ({slow}); "
+                f"{self._budget.where}: {self._field}: {shown(self.text)} may take longer than "
+                f"anybody waits ({slow}); "
                 "write plain module names"
             )
         return compiled
 
 
 class Tails:
-    """The keys of `rank_pattern` or `alpha_pattern`, of which each means the modules whose names end with it.
+    """The keys of `rank_pattern` or `alpha_pattern`,
+    of which each means the modules whose names end with it.
 
-    Plain names are looked up, thousands of them for thousands of modules; everything else is tried one by one.
+    Plain names are looked up, thousands of them for thousands of modules;
+    everything else is tried one by one.
     """
 
     def __init__(self, table: Mapping[str, object], field: str, budget: Budget) -> None:
         if len(table) > budget.limits.pattern_keys:
             raise LimitExceededError(
-                f"{budget.where}: {field} has {len(table)} keys; at most {budget.limits.pattern_keys} are read"
+                f"{budget.where}: {field} has {len(table)} keys; at most "
+                f"{budget.limits.pattern_keys} are read"
             )
         self.patterns = [Pattern(key, _TAIL, field, budget) for key in table]
         self._budget = budget
         self._others = list[int]()
-        self._plain: dict[int, dict[frozenset[int], dict[str, int]]] = {}  # length -> dots -> text -> position
+        self._plain: dict[
+            int, dict[frozenset[int], dict[str, int]]
+        ] = {}  # length -> dots -> text -> position
         for position, pattern in enumerate(self.patterns):
             if pattern.plain and pattern.text:
                 of_length = self._plain.setdefault(len(pattern.text), {})
@@ -180,7 +200,11 @@ class Tails:
                     if dots <= _dots(ending):  # no dot stands for another letter
                         hits.update([texts[ending]] if ending in texts else [])
                     else:
-                        hits.update(position for position in texts.values() if self.patterns[position].matches(name))
+                        hits.update(
+                            position
+                            for position in texts.values()
+                            if self.patterns[position].matches(name)
+                        )
             return sorted(hits)
 
 
@@ -198,7 +222,8 @@ def _endings(name: str) -> Iterator[str]:
 
 
 class Selection:
-    """`target_modules`, `exclude_modules`, `layers_to_transform` and `layers_pattern` of one config.
+    """`target_modules`, `exclude_modules`, `layers_to_transform` and
+    `layers_pattern` of one config.
 
     Args:
         targets, excluded: a pattern, names, or None. None means that the config does not say.
@@ -217,11 +242,21 @@ class Selection:
         budget: Budget,
     ) -> None:
         self._budget = budget
-        self._any = targets is None or (isinstance(targets, str) and targets.lower() == "all-linear")
-        self._target = Pattern(targets, _FULL, "target_modules", budget) if isinstance(targets, str) else None
+        self._any = targets is None or (
+            isinstance(targets, str) and targets.lower() == "all-linear"
+        )
+        self._target = (
+            Pattern(targets, _FULL, "target_modules", budget) if isinstance(targets, str) else None
+        )
         self._targets = frozenset[str]() if isinstance(targets, str) else frozenset(targets or ())
-        self._exclude = Pattern(excluded, _FULL, "exclude_modules", budget) if isinstance(excluded, str) else None
-        self._excluded = frozenset[str]() if isinstance(excluded, str) else frozenset(excluded or ())
+        self._exclude = (
+            Pattern(excluded, _FULL, "exclude_modules", budget)
+            if isinstance(excluded, str)
+            else None
+        )
+        self._excluded = (
+            frozenset[str]() if isinstance(excluded, str) else frozenset(excluded or ())
+        )
         self._layers = frozenset(layers) if layers else None
         self._lists = [Pattern(text, _INDEX, "layers_pattern", budget) for text in layers_pattern]
         self._saved = tuple(saved)
@@ -252,7 +287,10 @@ class Selection:
             return None
         index = self._layer_of(name)
         if index is None or index not in self._layers:
-            return f"layers_to_transform {shown(sorted(self._layers))} does not have its layer ({index})"
+            return (
+                f"layers_to_transform {shown(sorted(self._layers))} does not have its layer "
+                f"({index})"
+            )
         self._seen_layers.add(index)
         return None
 
@@ -267,7 +305,9 @@ class Selection:
         return None
 
     def unseen(self) -> Iterable[str]:
-        """What the config names and no module of the file bears out, once all its modules were asked for."""
+        """What the config names and no module of the file bears out,
+        once all its modules were asked for.
+        """
         for target in sorted(self._targets - self._seen_targets):
             if not self._may_be_hidden(target):
                 yield f"target_modules names {shown(target)}"
@@ -277,5 +317,12 @@ class Selection:
 
     def _may_be_hidden(self, target: str) -> bool:
         """Whether every module of this name may be excluded, or saved whole instead."""
-        near = any(f".{name}".endswith(f".{target}") or f".{target}".endswith(f".{name}") for name in self._excluded)
-        return near or self._exclude is not None or any(f".{saved}." in f".{target}." for saved in self._saved)
+        near = any(
+            f".{name}".endswith(f".{target}") or f".{target}".endswith(f".{name}")
+            for name in self._excluded
+        )
+        return (
+            near
+            or self._exclude is not None
+            or any(f".{saved}." in f".{target}." for saved in self._saved)
+        )

@@ -1,4 +1,6 @@
-"""Checkpoints that hold a soft prompt: PEFT's prompt, p-, prefix and CPT tuning, and CoOp's context vectors."""
+"""Checkpoints that hold a soft prompt: PEFT's prompt, p-, prefix and CPT tuning,
+and CoOp's context vectors.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,8 @@ class SoftPrompt:
 
     Args:
         config: of PEFT; None for context vectors.
-        tensors: `prompt_embeddings` (virtual tokens, width) or `ctx`, and modules that were saved whole.
+        tensors: `prompt_embeddings` (virtual tokens, width) or `ctx`, and modules that were saved
+            whole.
         buffers: of CoOp: they belong to class names, and are no part of the prompt.
         digest: of the tensors.
     """
@@ -49,7 +52,8 @@ class SoftPrompt:
 
 
 def read_prompt(checkpoint: object, label: str) -> SoftPrompt:
-    """A folder of PEFT, (config, state_dict), a safetensors file with `ctx`, or a state dict with `ctx`.
+    """A folder of PEFT, (config, state_dict), a safetensors file with `ctx`,
+    or a state dict with `ctx`.
 
     Raises:
         AdapterFormatError: it is none of these, or holds other tensors.
@@ -68,7 +72,8 @@ def read_prompt(checkpoint: object, label: str) -> SoftPrompt:
             config, tensors = None, _stored(path, where)
         else:
             raise AdapterFormatError(
-                f"{where}: expected a folder of PEFT or a .safetensors file with {CONTEXT!r}. A pickle can hold code: "
+                f"{where}: expected a folder of PEFT or a .safetensors file with {CONTEXT!r}. A "
+                "pickle can hold code: "
                 "if you trust its author, load it with torch.load and give the state dict"
             )
     elif isinstance(checkpoint, tuple) and len(cast("tuple[object, ...]", checkpoint)) == 2:
@@ -77,7 +82,9 @@ def read_prompt(checkpoint: object, label: str) -> SoftPrompt:
     elif isinstance(checkpoint, Mapping):
         config, tensors = None, cast("Mapping[str, Tensor]", checkpoint)
     else:
-        raise AdapterFormatError(f"{where}: a {type(cast('object', checkpoint)).__name__} is no checkpoint of a prompt")
+        raise AdapterFormatError(
+            f"{where}: a {type(cast('object', checkpoint)).__name__} is no checkpoint of a prompt"
+        )
     return _sorted(label, where, config, tensors)
 
 
@@ -88,24 +95,30 @@ def _stored(path: str, where: str) -> dict[str, Tensor]:
     return {name: weights.read(name) for name in weights.entries}
 
 
-def _sorted(label: str, where: str, config: Mapping[str, Any] | None, tensors: Mapping[str, Tensor]) -> SoftPrompt:
+def _sorted(
+    label: str, where: str, config: Mapping[str, Any] | None, tensors: Mapping[str, Tensor]
+) -> SoftPrompt:
     """Every tensor has a place, or the checkpoint is refused."""
     if config is not None:
         kind = getattr(config.get("peft_type"), "value", config.get("peft_type"))
         config = {**config, "peft_type": kind}
         if kind == "MULTITASK_PROMPT_TUNING" or any(name in tensors for name in _MULTITASK):
             raise AdapterConfigError(
-                f"{where}: a multitask prompt is a product of factors, and the mean of products is not the product of "
+                f"{where}: a multitask prompt is a product of factors, and the mean of products is "
+                "not the product of "
                 "means; save the prompts of single tasks"
             )
         if kind not in _TYPES:
             raise AdapterConfigError(
-                f"{where}: peft_type {shown(kind)} is no prompt; expected one of {', '.join(_TYPES)}"
+                f"{where}: peft_type {shown(kind)} is no prompt; expected one of "
+                f"{', '.join(_TYPES)}"
             )
     wanted = CONTEXT if config is None else EMBEDDINGS
     found = {name.removeprefix("prompt_learner."): tensor for name, tensor in tensors.items()}
     if wanted not in found:
-        raise AdapterFormatError(f"{where}: has no tensor {wanted!r}; it has {shown(sorted(found)[:5])}")
+        raise AdapterFormatError(
+            f"{where}: has no tensor {wanted!r}; it has {shown(sorted(found)[:5])}"
+        )
     saved = tuple(cast("list[str]", (config or {}).get("modules_to_save") or ()))
     buffers: list[str] = []
     kept: dict[str, Tensor] = {}
@@ -115,7 +128,9 @@ def _sorted(label: str, where: str, config: Mapping[str, Any] | None, tensors: M
             continue
         inside = any(f".{module}." in f".{name}" for module in saved)
         if name != wanted and not inside:
-            raise AdapterFormatError(f"{where}: tensor {shown(name)} has no place in a checkpoint of a prompt")
+            raise AdapterFormatError(
+                f"{where}: tensor {shown(name)} has no place in a checkpoint of a prompt"
+            )
         if not tensor.is_floating_point() or not bool(torch.isfinite(tensor.float()).all()):
             raise NonFiniteError(f"{where}: tensor {shown(name)} is not finite numbers")
         kept[name] = tensor.detach().cpu().contiguous()

@@ -1,6 +1,8 @@
-"""What an output says about itself: the recipe and the inputs in its metadata, checked against its bytes.
+"""What an output says about itself: the recipe and the inputs in its metadata,
+checked against its bytes.
 
-The metadata is a claim of whoever wrote the file. It is read by one schema, and what does not fit it is refused.
+The metadata is a claim of whoever wrote the file.
+It is read by one schema, and what does not fit it is refused.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ from sapmerge.io.writing import CONFIG_DIGEST_KEY, TENSORS_DIGEST_KEY, digest_of
 __all__ = ["Provenance", "read_provenance"]
 
 _CHUNK = 1 << 22
-_SHORTEST = 32  # characters per comma in a list of inputs: each has a digest of 64. More commas are no such list
+# characters per comma in a list of inputs: each has a digest of 64. More commas are no such list
+_SHORTEST = 32
 _LABEL, _SHA256 = re.compile(r"[A-Za-z0-9._-]{1,64}"), re.compile(r"[0-9a-f]{64}")
 
 
@@ -35,8 +38,8 @@ class Provenance:
 
     Args:
         version: of the library that wrote it.
-        recipe: the call: method, weights, scale, rank, base_model, modules_to_save, loss, and how it was written
-            (`names` and the like) if not by default.
+        recipe: the call: method, weights, scale, rank, base_model, modules_to_save, loss, and how
+            it was written (`names` and the like) if not by default.
         inputs: label, digest, weight, and file name -> sha256 of every adapter that went in.
         problems: what does not agree with the bytes, or with itself; empty for an intact output.
     """
@@ -48,10 +51,12 @@ class Provenance:
 
 
 def read_provenance(path: str | os.PathLike[str]) -> Provenance:
-    """Read an output as any adapter is read, then compare its bytes with the digests in its metadata.
+    """Read an output as any adapter is read, then compare its bytes with the digests
+    in its metadata.
 
     Raises:
-        AdapterFormatError: it was not written by sapmerge, or its metadata is not of the form that sapmerge writes.
+        AdapterFormatError: it was not written by sapmerge, or its metadata is not of the form that
+            sapmerge writes.
         SapmergeError: it cannot be read as an adapter at all.
     """
     folder = os.fspath(path)
@@ -62,8 +67,12 @@ def read_provenance(path: str | os.PathLike[str]) -> Provenance:
         header = cast("dict[str, Any]", json.loads(file.read(8, length)))
         metadata = cast("dict[str, str]", header.pop("__metadata__", {}))
         if "sapmerge.recipe" not in metadata:
-            raise AdapterFormatError(f"{where}: was not written by sapmerge (its metadata holds no recipe)")
-        found = {name: _hash(file, 8 + length, entry["data_offsets"]) for name, entry in header.items()}
+            raise AdapterFormatError(
+                f"{where}: was not written by sapmerge (its metadata holds no recipe)"
+            )
+        found = {
+            name: _hash(file, 8 + length, entry["data_offsets"]) for name, entry in header.items()
+        }
     problems: list[str] = []
     if metadata.get(CONFIG_DIGEST_KEY) != files[CONFIG]:
         problems.append(f"{CONFIG} is not the one that was written")
@@ -95,7 +104,9 @@ def _inputs(text: str, where: str) -> Sequence[Mapping[str, Any]]:
 
 def _table(text: str, where: str, most: int = DEFAULT_LIMITS.config_bytes) -> dict[str, object]:
     try:
-        return parse(text.encode(errors="replace"), where, replace(DEFAULT_LIMITS, config_bytes=most))
+        return parse(
+            text.encode(errors="replace"), where, replace(DEFAULT_LIMITS, config_bytes=most)
+        )
     except SapmergeError as error:
         raise AdapterFormatError(str(error)) from None
 
@@ -108,7 +119,9 @@ def _fitting(value: object, schema: _Schema, where: str) -> dict[str, Any]:
     """The value, if it is a table of exactly these fields; those of `_OPTIONAL` may be missing."""
 
     def fail(problem: str) -> NoReturn:
-        raise AdapterFormatError(f"{where}: {problem}; it was not written by sapmerge, or by another version of it")
+        raise AdapterFormatError(
+            f"{where}: {problem}; it was not written by sapmerge, or by another version of it"
+        )
 
     if not isinstance(value, dict):
         fail(f"{shown(value)} is no object")
@@ -131,7 +144,9 @@ def _number(value: object) -> bool:
 def _rank(value: object) -> bool:
     if isinstance(value, float):
         return 0 < value < 1
-    return value in (None, "exact") or (isinstance(value, int) and not isinstance(value, bool) and value >= 1)
+    return value in (None, "exact") or (
+        isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    )
 
 
 def _text(value: object) -> bool:
@@ -144,7 +159,11 @@ def _text_or_none(value: object) -> bool:
 
 def _all(keys: _Check, values: _Check) -> _Check:
     def fits(value: object) -> bool:
-        items = cast("dict[object, object]", value).items() if isinstance(value, dict) else [(None, None)]
+        items = (
+            cast("dict[object, object]", value).items()
+            if isinstance(value, dict)
+            else [(None, None)]
+        )
         return all(keys(key) and values(one) for key, one in items)
 
     return fits
@@ -168,7 +187,10 @@ _RECIPE: _Schema = {
     "scale": ("a finite number", _number),
     "rank": ("null, a number >= 1, a share in (0, 1), or 'exact'", _rank),
     "base_model": ("text or null", _text_or_none),
-    "modules_to_save": ("null, text, or an object of texts", lambda value: _text_or_none(value) or _texts(value)),
+    "modules_to_save": (
+        "null, text, or an object of texts",
+        lambda value: _text_or_none(value) or _texts(value),
+    ),
     "loss": ("text or null", _text_or_none),
     "written": ("how it was written", _written),
 }
@@ -176,7 +198,10 @@ _INPUT: _Schema = {
     "label": ("a label", _like(_LABEL)),
     "digest": ("a sha256", _like(_SHA256)),
     "weight": ("a finite number", _number),
-    "files": ("the sha256 of the files", _all(lambda name: name in (CONFIG, WEIGHTS, PICKLE, BESIDE), _like(_SHA256))),
+    "files": (
+        "the sha256 of the files",
+        _all(lambda name: name in (CONFIG, WEIGHTS, PICKLE, BESIDE), _like(_SHA256)),
+    ),
 }
 
 

@@ -1,4 +1,6 @@
-"""The modules of an adapter under other keys, cut out of fused projections, or put together into them."""
+"""The modules of an adapter under other keys, cut out of fused projections,
+or put together into them.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ __all__ = ["Piece", "rearranged"]
 
 
 class Piece(NamedTuple):
-    """Rows `start` to `stop` of a module's update; in the new one, which has `rows`, they begin at row `at`."""
+    """Rows `start` to `stop` of a module's update;
+    in the new one, which has `rows`, they begin at row `at`.
+    """
 
     key: str
     start: int
@@ -61,7 +65,9 @@ def _placed(matrix: torch.Tensor, piece: Piece) -> torch.Tensor:
     return out
 
 
-def rearranged(contents: Contents, names: Mapping[str, str], cut: Mapping[str, Sequence[Piece]]) -> Contents:
+def rearranged(
+    contents: Contents, names: Mapping[str, str], cut: Mapping[str, Sequence[Piece]]
+) -> Contents:
     """Contents under other keys.
 
     Args:
@@ -85,7 +91,9 @@ def rearranged(contents: Contents, names: Mapping[str, str], cut: Mapping[str, S
         for name, module in contents.modules.items()
         if name not in gone
     }
-    readings = {keys[name]: reading for name, reading in contents.readings.items() if name not in gone}
+    readings = {
+        keys[name]: reading for name, reading in contents.readings.items() if name not in gone
+    }
     for key, pieces in cut.items():
         first = contents.modules[pieces[0].key]
         holder, last = first.spelled.rpartition(".")[0], key.rpartition(".")[2]

@@ -1,4 +1,6 @@
-"""Small JSON files in a folder, each replaced whole, and a lock for those who read before they write."""
+"""Small JSON files in a folder, each replaced whole,
+and a lock for those who read before they write.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,15 @@ from sapmerge.io.leftovers import sweep
 from sapmerge.io.locks import lock
 from sapmerge.io.strict_json import parse
 
-__all__ = ["Records", "encoded", "folders", "is_folder", "read_record", "remove_folder", "write_record"]
+__all__ = [
+    "Records",
+    "encoded",
+    "folders",
+    "is_folder",
+    "read_record",
+    "remove_folder",
+    "write_record",
+]
 
 _LIMITS = Limits(config_bytes=1 << 28)
 _ENDING, _SCRATCH, _CACHE_SCRATCH = ".json", ".part", ".tmp"
@@ -72,7 +82,9 @@ def is_folder(path: str) -> bool:
 
 
 def folders(path: str) -> list[str]:
-    """The names of the folders in a folder, hidden ones left out, sorted; what killed writers left is removed."""
+    """The names of the folders in a folder, hidden ones left out, sorted;
+    what killed writers left is removed.
+    """
     with explained(path, "list"):
         sweep(path)
         return sorted(name for name in os.listdir(path) if not name.startswith("."))
@@ -121,7 +133,11 @@ class Records:
         """Of all records, sorted."""
         with explained(self.path, "list"):
             found = os.listdir(self.path)
-        return sorted(name.removesuffix(_ENDING) for name in found if name.endswith(_ENDING) and name[0] != ".")
+        return sorted(
+            name.removesuffix(_ENDING)
+            for name in found
+            if name.endswith(_ENDING) and name[0] != "."
+        )
 
     def get(self, name: str) -> dict[str, Any] | None:
         """The data of one record; None if there is none."""
@@ -142,7 +158,9 @@ class Records:
             _sync(self.path)
 
     def sweep(self) -> None:
-        """Remove what killed writers left; call it under the lock under which records are written."""
+        """Remove what killed writers left; call it under the lock under which
+        records are written.
+        """
         with explained(self.path, "look for leftovers"):
             for name in os.listdir(self.path):
                 if name.startswith(".") and name.endswith((_SCRATCH, _CACHE_SCRATCH)):

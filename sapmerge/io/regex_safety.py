@@ -1,7 +1,8 @@
 """Whether a regular expression can be slow: looked at, not run.
 
-A backtracking engine is slow where one text can be matched in many ways: a repeat inside a repeat, alternatives that
-overlap inside a repeat, a long row of repeats. What the configs of adapters need has none of these.
+A backtracking engine is slow where one text can be matched in many ways: a repeat inside a repeat,
+alternatives that overlap inside a repeat, a long row of repeats.
+What the configs of adapters need has none of these.
 """
 
 from __future__ import annotations
@@ -31,8 +32,14 @@ _Nodes = list[tuple[str, Any]]
 def why_slow(pattern: str) -> str | None:
     """What makes a valid pattern slow on some text, or None."""
     nodes = _nodes(sre.parse(pattern))
-    if any(kind == "repeat" and body[1] > _FEW and not _unambiguous(body[2]) for kind, body in _all(nodes)):
-        return "a repeat inside a repeat, or alternatives in a repeat, that can match one text in many ways"
+    if any(
+        kind == "repeat" and body[1] > _FEW and not _unambiguous(body[2])
+        for kind, body in _all(nodes)
+    ):
+        return (
+            "a repeat inside a repeat, or alternatives in a repeat, that can match one text in "
+            "many ways"
+        )
     for kind, most in (("loops", _LOOPS), ("optional parts", _OPTIONS)):
         if (count := _in_a_row(nodes, loops=kind == "loops")) > most:
             return f"{count} {kind} in a row, more than {most}"
@@ -40,7 +47,9 @@ def why_slow(pattern: str) -> str | None:
 
 
 def _nodes(parsed: Any) -> _Nodes:
-    """The tree of the parser, with the kinds that matter here: one, repeat, branch, group, other."""
+    """The tree of the parser, with the kinds that matter here:
+    one, repeat, branch, group, other.
+    """
     found: _Nodes = []
     for op, value in parsed:
         name = str(op)
@@ -83,7 +92,11 @@ def _characters(name: str, value: Any) -> frozenset[str]:
             found.update(letter for letter in _ALPHABET if item[0] <= ord(letter) <= item[1])
         else:
             words = str(item).removeprefix("CATEGORY_").removeprefix("UNI_")
-            matching = {letter for letter in _ALPHABET if re.match(_CLASSES[words.removeprefix("NOT_")], letter)}
+            matching = {
+                letter
+                for letter in _ALPHABET
+                if re.match(_CLASSES[words.removeprefix("NOT_")], letter)
+            }
             found.update(_ALPHABET - matching if words.startswith("NOT_") else matching)
     return frozenset(_ALPHABET - found if negated else found)
 
@@ -98,7 +111,9 @@ def _all(nodes: _Nodes) -> Iterator[tuple[str, Any]]:
 def _bodies(kind: str, value: Any) -> Iterable[_Nodes]:
     if kind == "one":
         return ()
-    return cast("list[_Nodes]", value if kind == "branch" else [value[2] if kind == "repeat" else value])
+    return cast(
+        "list[_Nodes]", value if kind == "branch" else [value[2] if kind == "repeat" else value]
+    )
 
 
 def _unambiguous(body: _Nodes) -> bool:
@@ -109,15 +124,23 @@ def _unambiguous(body: _Nodes) -> bool:
     if len(body) == 1 and body[0][0] == "branch":
         branches = cast("list[_Nodes]", body[0][1])
         first = [branch[0] for branch in branches if branch and branch[0][0] == "one"]
-        alike = sum(len(letters) for _, letters in first) > len(frozenset[str]().union(*(each for _, each in first)))
-        return len(first) == len(branches) and not alike and all(_unambiguous(branch) for branch in branches)
+        alike = sum(len(letters) for _, letters in first) > len(
+            frozenset[str]().union(*(each for _, each in first))
+        )
+        return (
+            len(first) == len(branches)
+            and not alike
+            and all(_unambiguous(branch) for branch in branches)
+        )
     if all(kind == "one" for kind, _ in body):
         return True
     # What separates one turn from the next: a character that nothing else in the body can match.
     for at in (0, -1):
         kind, letters = body[at]
         rest = body[1:] if at == 0 else body[:-1]
-        if kind == "one" and not letters & frozenset[str]().union(*(each for key, each in _all(rest) if key == "one")):
+        if kind == "one" and not letters & frozenset[str]().union(
+            *(each for key, each in _all(rest) if key == "one")
+        ):
             return True
     return False
 

@@ -1,4 +1,6 @@
-"""JSON of strangers: one object, UTF-8, no duplicate keys, no NaN, no depth, no numbers of 5000 digits."""
+"""JSON of strangers: one object, UTF-8, no duplicate keys, no NaN, no depth,
+no numbers of 5000 digits.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ __all__ = ["parse"]
 def parse(raw: bytes, where: str, limits: Limits) -> dict[str, object]:
     """The JSON object in these bytes, or an error that names `where`."""
     if len(raw) > limits.config_bytes:
-        raise LimitExceededError(f"{where}: {len(raw)} bytes; at most {limits.config_bytes} are read")
+        raise LimitExceededError(
+            f"{where}: {len(raw)} bytes; at most {limits.config_bytes} are read"
+        )
 
     def fail(problem: str) -> NoReturn:
         raise AdapterConfigError(f"{where}: {problem}")
@@ -67,5 +71,11 @@ def _children(value: object) -> list[object]:
 
 
 def _kind(value: object) -> str:
-    names = {"dict": "an object", "list": "a list", "str": "a string", "bool": "a boolean", "NoneType": "null"}
+    names = {
+        "dict": "an object",
+        "list": "a list",
+        "str": "a string",
+        "bool": "a boolean",
+        "NoneType": "null",
+    }
     return names.get(type(value).__name__, "a number")

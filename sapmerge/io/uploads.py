@@ -1,4 +1,6 @@
-"""An upload, in whatever form it came, as the bytes of its two files; nothing in it is believed yet."""
+"""An upload, in whatever form it came, as the bytes of its two files;
+nothing in it is believed yet.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +24,12 @@ __all__ = ["files_of", "stage", "tensors_of", "zipped"]
 
 
 def files_of(upload: object, most: int) -> tuple[bytes, bytes]:
-    """Config and weights of an upload, as bytes of `adapter_config.json` and `adapter_model.safetensors`.
+    """Config and weights of an upload, as bytes of `adapter_config.json` and
+    `adapter_model.safetensors`.
 
     Args:
-        upload: a folder, a zip file of the two files as bytes, (config, weights) as bytes, or (config, state_dict);
-            a config may also be the JSON text.
+        upload: a folder, a zip file of the two files as bytes, (config, weights) as bytes, or
+            (config, state_dict); a config may also be the JSON text.
         most: bytes that both may have together.
 
     Raises:
@@ -41,13 +44,18 @@ def files_of(upload: object, most: int) -> tuple[bytes, bytes]:
     if len(parts) == 2:
         first, weights = parts
         config = first.encode() if isinstance(first, str) else first
-        raw = bytes(config) if isinstance(config, (bytes, bytearray)) else config_bytes(config, "the config")
+        raw = (
+            bytes(config)
+            if isinstance(config, (bytes, bytearray))
+            else config_bytes(config, "the config")
+        )
         if isinstance(weights, (bytes, bytearray)):
             return _within(raw, bytes(weights), most)
         if isinstance(weights, Mapping):
             return _within(raw, _saved(cast("Mapping[object, object]", weights), most), most)
     raise AdapterFormatError(
-        "an upload is a folder, the bytes of a zip file, or a pair (config, weights) of bytes or (config, state_dict); "
+        "an upload is a folder, the bytes of a zip file, or a pair (config, weights) of bytes or "
+        "(config, state_dict); "
         f"got {shown(type(cast('object', upload)).__name__)}"
     )
 
@@ -87,7 +95,9 @@ def tensors_of(folder: str) -> dict[str, Tensor]:
 
 def _within(config: bytes, weights: bytes, most: int) -> tuple[bytes, bytes]:
     if len(config) + len(weights) > most:
-        raise LimitExceededError(f"the upload has {len(config) + len(weights)} bytes; at most {most} are allowed")
+        raise LimitExceededError(
+            f"the upload has {len(config) + len(weights)} bytes; at most {most} are allowed"
+        )
     return config, weights
 
 
@@ -108,13 +118,17 @@ def _unzipped(data: bytes, most: int) -> tuple[bytes, bytes]:
             for member in archive.infolist():
                 if member.filename in (CONFIG, WEIGHTS):
                     if member.filename in found:
-                        raise AdapterFormatError(f"the zip file of the upload has {member.filename} twice")
+                        raise AdapterFormatError(
+                            f"the zip file of the upload has {member.filename} twice"
+                        )
                     with archive.open(member) as file:
                         found[member.filename] = file.read(most + 1)
     except SapmergeError:
         raise
     except Exception as error:  # zipfile raises many kinds on damaged bytes
-        raise AdapterFormatError(f"the upload is no zip file that can be read ({shown(str(error))})") from None
+        raise AdapterFormatError(
+            f"the upload is no zip file that can be read ({shown(str(error))})"
+        ) from None
     missing = [name for name in (CONFIG, WEIGHTS) if name not in found]
     if missing:
         raise AdapterFormatError(f"the zip file of the upload has no {missing[0]} at its top")
@@ -127,11 +141,21 @@ def _saved(state: Mapping[object, object], most: int) -> bytes:
 
     tensors: dict[str, Tensor] = {}
     for name, tensor in state.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+        if (
+            not isinstance(name, str)
+            or not isinstance(tensor, Tensor)
+            or tensor.layout != torch.strided
+        ):
             kind = type(tensor).__name__
-            raise AdapterFormatError(f"the state dict maps names to dense tensors; got {shown(name)}: {shown(kind)}")
+            raise AdapterFormatError(
+                f"the state dict maps names to dense tensors; got {shown(name)}: {shown(kind)}"
+            )
         tensors[name] = tensor
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     if size > most:
-        raise LimitExceededError(f"the tensors of the upload have {size} bytes; at most {most} are allowed")
-    return save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()})
+        raise LimitExceededError(
+            f"the tensors of the upload have {size} bytes; at most {most} are allowed"
+        )
+    return save(
+        {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    )

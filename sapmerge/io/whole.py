@@ -21,9 +21,13 @@ _SMALL = 256 << 20
 
 
 def write_model(
-    base: BaseFolder, path: str | os.PathLike[str], moved: Callable[[str, Tensor], Tensor], record: str
+    base: BaseFolder,
+    path: str | os.PathLike[str],
+    moved: Callable[[str, Tensor], Tensor],
+    record: str,
 ) -> None:
-    """Every shard of a base with its tensors changed, and what lies beside it (configs, tokenizer) as it is.
+    """Every shard of a base with its tensors changed, and what lies beside it (configs,
+    tokenizer) as it is.
 
     Args:
         base: the base's folder; names, dtypes and shapes of the output are its own.
@@ -47,13 +51,19 @@ def write_model(
                     write_all(file, bytes(head), 0)
                     for name, entry in ordered:
                         tensor = moved(name, base.raw(name)).to(entry.dtype).contiguous()
-                        write_all(file, tensor.reshape(-1).view(torch.uint8).numpy().data, entry.start)
+                        write_all(
+                            file, tensor.reshape(-1).view(torch.uint8).numpy().data, entry.start
+                        )
                     os.fsync(file)
                 finally:
                     os.close(file)
         for name in sorted(os.listdir(base.path)):
             beside = os.path.join(base.path, name)
-            if os.path.isfile(beside) and not _WEIGHTS.fullmatch(name) and os.path.getsize(beside) <= _SMALL:
+            if (
+                os.path.isfile(beside)
+                and not _WEIGHTS.fullmatch(name)
+                and os.path.getsize(beside) <= _SMALL
+            ):
                 with RegularFile(beside, beside) as source:
                     folder.write(name, bytes(source.read(0, source.size)))
         folder.write("sapmerge.json", record.encode())

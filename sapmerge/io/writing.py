@@ -1,8 +1,9 @@
 """Writes a PEFT checkpoint folder: tensors are streamed to disk, then everything appears at once.
 
-The safetensors header stands first in the file and is known last. So tensors go to a scratch file as they come, and
-`commit` copies them behind the header, widest items first and then by name: every offset is a multiple of the item
-size without holes, and the bytes do not depend on the order of the calls.
+The safetensors header stands first in the file and is known last. So tensors go to a scratch file
+as they come, and `commit` copies them behind the header, widest items first and then by name: every
+offset is a multiple of the item size without holes,
+and the bytes do not depend on the order of the calls.
 """
 
 from __future__ import annotations
@@ -19,7 +20,14 @@ from typing_extensions import Self
 
 from sapmerge.core.linalg import finite
 from sapmerge.errors import NonFiniteError, OutputError
-from sapmerge.io.atomic import CARD_NAME, CONFIG_NAME, TENSORS_NAME, StagedFolder, explained, write_all
+from sapmerge.io.atomic import (
+    CARD_NAME,
+    CONFIG_NAME,
+    TENSORS_NAME,
+    StagedFolder,
+    explained,
+    write_all,
+)
 
 __all__ = ["CONFIG_DIGEST_KEY", "CheckpointWriter", "TENSORS_DIGEST_KEY", "digest_of"]
 
@@ -60,7 +68,8 @@ class CheckpointWriter:
 
     Raises:
         OutputExistsError: `path` exists and `overwrite` is false.
-        OutputError: `path` cannot be an output (a file, a symlink, a folder without `adapter_config.json`).
+        OutputError: `path` cannot be an output (a file, a symlink, a folder without
+            `adapter_config.json`).
 
     Example:
         >>> with CheckpointWriter("out") as writer:
@@ -99,7 +108,8 @@ class CheckpointWriter:
 
         Raises:
             NonFiniteError: the tensor holds a NaN or an infinity.
-            OutputError: the name is taken or cannot be stored, the dtype is not supported, or the disk refuses.
+            OutputError: the name is taken or cannot be stored, the dtype is not supported,
+                or the disk refuses.
         """
         self._require_open()
         if not name or name == "__metadata__":
@@ -108,26 +118,32 @@ class CheckpointWriter:
         if name in self._stored:
             raise OutputError(f"{self._folder.path!r}: tensor {name!r} was added twice")
         if tensor.dtype not in _DTYPES:
-            raise OutputError(f"{self._folder.path!r}: tensor {name!r} has the unsupported dtype {tensor.dtype}")
+            raise OutputError(
+                f"{self._folder.path!r}: tensor {name!r} has the unsupported dtype {tensor.dtype}"
+            )
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         if not finite(flat):
             count = int((~torch.isfinite(flat)).sum())
             raise NonFiniteError(
-                f"{self._folder.path!r}: tensor {name!r} has {count} NaN or infinite values of {flat.numel()}; "
+                f"{self._folder.path!r}: tensor {name!r} has {count} NaN or infinite values of "
+                f"{flat.numel()}; "
                 "nothing is written"
             )
         data = flat.view(torch.uint8).numpy().data
         with explained(self._folder.path, f"write tensor {name!r}"):
             write_all(self._scratch, data, self._size)
         digest = hashlib.sha256(data).hexdigest()
-        self._stored[name] = _Stored(tensor.dtype, tuple(tensor.shape), self._size, data.nbytes, digest)
+        self._stored[name] = _Stored(
+            tensor.dtype, tuple(tensor.shape), self._size, data.nbytes, digest
+        )
         self._size += data.nbytes
 
     def widen(self, name: str, dim: int, rank: int, wanted: int) -> None:
         """Pads a factor that was added with zeros, from one rank to a larger one.
 
         Args:
-            dim: where the rank is: 0 in A, where it may be in several blocks below each other, 1 in B.
+            dim: where the rank is: 0 in A, where it may be in several blocks below each other, 1 in
+                B.
             rank: of the factor as it is.
             wanted: rank that it gets.
         """
@@ -154,13 +170,15 @@ class CheckpointWriter:
 
         Args:
             config: content of `adapter_config.json`.
-            metadata: of the safetensors file; "format" and the sha256 of the config file and of the tensors are added.
+            metadata: of the safetensors file; "format" and the sha256 of the config file and of the
+                tensors are added.
             card: content of `README.md`.
             check: looks at the whole folder before it is put in place, and may refuse it.
 
         Raises:
             OutputExistsError: an output appeared meanwhile and `overwrite` is false.
-            OutputError: an argument cannot be stored, or the disk refuses; an old output is as it was.
+            OutputError: an argument cannot be stored, or the disk refuses;
+                an old output is as it was.
         """
         self._require_open()
         try:
@@ -170,7 +188,9 @@ class CheckpointWriter:
         files = {CONFIG_NAME: text.encode("ascii"), CARD_NAME: self._encode(card, CARD_NAME)}
         digest = hashlib.sha256(files[CONFIG_NAME]).hexdigest()
         tensors = digest_of({name: stored.digest for name, stored in self._stored.items()})
-        self._write_tensors({**metadata, "format": "pt", CONFIG_DIGEST_KEY: digest, TENSORS_DIGEST_KEY: tensors})
+        self._write_tensors(
+            {**metadata, "format": "pt", CONFIG_DIGEST_KEY: digest, TENSORS_DIGEST_KEY: tensors}
+        )
         for name, content in files.items():
             self._folder.write(name, content)
         if check is not None:
@@ -178,7 +198,9 @@ class CheckpointWriter:
         self._folder.publish()
 
     def withdraw(self) -> None:
-        """Remove what `commit` has put in place, unless it replaced something. It may be called again."""
+        """Remove what `commit` has put in place, unless it replaced something.
+        It may be called again.
+        """
         self._folder.withdraw()
 
     def _write_tensors(self, metadata: Mapping[str, str]) -> None:
@@ -207,12 +229,17 @@ class CheckpointWriter:
         end = 0
         for name, stored in ordered:
             start, end = end, end + stored.size
-            content[name] = {"dtype": _DTYPES[stored.dtype], "shape": stored.shape, "data_offsets": (start, end)}
+            content[name] = {
+                "dtype": _DTYPES[stored.dtype],
+                "shape": stored.shape,
+                "data_offsets": (start, end),
+            }
         header = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode()
         header += b" " * (-len(header) % 8)
         if len(header) > _MAX_HEADER:
             raise OutputError(
-                f"{self._folder.path!r}: the safetensors header would take {len(header)} bytes, above the format's "
+                f"{self._folder.path!r}: the safetensors header would take {len(header)} bytes, "
+                "above the format's "
                 f"limit of {_MAX_HEADER}; shorten the metadata or write fewer tensors"
             )
         return len(header).to_bytes(8, "little") + header
@@ -221,11 +248,16 @@ class CheckpointWriter:
         try:
             return text.encode()
         except (UnicodeEncodeError, AttributeError) as error:
-            raise OutputError(f"{self._folder.path!r}: {what} is not UTF-8 text: {text!r:.200}") from error
+            raise OutputError(
+                f"{self._folder.path!r}: {what} is not UTF-8 text: {text!r:.200}"
+            ) from error
 
     def _require_open(self) -> None:
         if self._scratch < 0:
-            raise OutputError(f"{self._folder.path!r}: the writer is not open; use it in a with block, and commit once")
+            raise OutputError(
+                f"{self._folder.path!r}: the writer is not open; use it in a with block, and "
+                "commit once"
+            )
 
 
 def digest_of(tensors: Mapping[str, str]) -> str:

@@ -1,4 +1,6 @@
-"""Merged layers as PEFT stores them: one module's factors, or those of several layers that PEFT keeps in one place."""
+"""Merged layers as PEFT stores them: one module's factors,
+or those of several layers that PEFT keeps in one place.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,8 @@ _NOTHING = Bundle({}, {})
 
 
 class Bundler:
-    """Gathers what belongs together: all experts of a parameter, both projections of an nn.MultiheadAttention.
+    """Gathers what belongs together: all experts of a parameter,
+    both projections of an nn.MultiheadAttention.
 
     Layers come sorted by name, so that what belongs together comes together.
 
@@ -47,7 +50,9 @@ class Bundler:
         dtype: of the output; factors are rounded once.
     """
 
-    def __init__(self, modules: Mapping[str, Module], names: Mapping[str, str], dtype: torch.dtype) -> None:
+    def __init__(
+        self, modules: Mapping[str, Module], names: Mapping[str, str], dtype: torch.dtype
+    ) -> None:
         self._depths, self._names, self._dtype = _depths(modules.values()), names, dtype
         self._group = list[tuple[Module, Update]]()
 
@@ -72,7 +77,9 @@ class Bundler:
 def _key(module: Module) -> tuple[str, str]:
     if module.kind == "parameter":
         return module.owner, module.parameter
-    return (module.owner, "attention") if module.kind in ("in_proj", "out_proj") else (module.name, "")
+    return (
+        (module.owner, "attention") if module.kind in ("in_proj", "out_proj") else (module.name, "")
+    )
 
 
 def _depths(modules: Iterable[Module]) -> dict[tuple[str, str], int]:
@@ -84,7 +91,9 @@ def _depths(modules: Iterable[Module]) -> dict[tuple[str, str], int]:
     return {
         (owner, parameter): depth
         for owner, parameters in owners.items()
-        for depth, parameter in enumerate(reversed(order_of(sorted(parameters), owner, "the output")))
+        for depth, parameter in enumerate(
+            reversed(order_of(sorted(parameters), owner, "the output"))
+        )
     }
 
 
@@ -118,7 +127,9 @@ def _rounded(module: Module, update: Update, rank: int, dtype: torch.dtype) -> L
         update = update.scaled(1 / TWICE)
     b, a = update.B.to("cpu", dtype), update.A.to("cpu", dtype)
     if not (finite(a) and finite(b)):
-        raise NonFiniteError(f"the merged update of layer {module.name!r} overflows the output's {dtype}")
+        raise NonFiniteError(
+            f"the merged update of layer {module.name!r} overflows the output's {dtype}"
+        )
     missing = rank - update.rank
     if missing:
         b = torch.cat([b, b.new_zeros(b.shape[0], missing)], 1)

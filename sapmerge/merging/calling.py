@@ -1,4 +1,6 @@
-"""Whether the method, the anchors and the model that `merge` is called with are what they may be."""
+"""Whether the method, the anchors and the model that `merge` is called with are
+what they may be.
+"""
 
 from __future__ import annotations
 
@@ -16,30 +18,39 @@ def check_method(method: Method | None, anchor_loader: Any, model: Any) -> Metho
     """The method of a merge: `sap()` where there are anchors and none is given.
 
     Raises:
-        MethodError: no method, one that is not called yet, one that does not take a Layer, or anchors without a model.
+        MethodError: no method, one that is not called yet, one that does not take a Layer,
+            or anchors without a model.
     """
     if callable(anchor_loader) and not hasattr(anchor_loader, "__iter__"):
         raise MethodError(
-            f"the second argument of merge is a loader of anchors; got a {type(anchor_loader).__name__}. A method is "
+            "the second argument of merge is a loader of anchors; got a "
+            f"{type(anchor_loader).__name__}. A method is "
             "method=..., a model is the third argument"
         )
     if model is not None and not hasattr(model, "named_modules"):
-        raise MethodError(f"model must be a torch module; got a {type(model).__name__}: merge(adapters, loader, model)")
+        raise MethodError(
+            f"model must be a torch module; got a {type(model).__name__}: merge(adapters, loader, "
+            "model)"
+        )
     if anchor_loader is not None and model is None:
         raise MethodError("anchors need a model: merge(adapters, anchor_loader, model)")
     if method is None and anchor_loader is not None:
         return methods.sap()
     if method is None:
         raise MethodError(
-            "without anchors a method must be given: merge(adapters, method=sm.mean()), or sm.ties(density=0.2), "
+            "without anchors a method must be given: merge(adapters, method=sm.mean()), or "
+            "sm.ties(density=0.2), "
             "sm.knots(), sm.task_arithmetic(), ..."
         )
     if isinstance(method, str):
-        raise MethodError(f"method={method!r} is text; pass a method, e.g. sm.ties(), or sm.parse({method!r})")
+        raise MethodError(
+            f"method={method!r} is text; pass a method, e.g. sm.ties(), or sm.parse({method!r})"
+        )
     name = getattr(method, "__name__", "")
     if isinstance(method, type) or (name in methods.__all__ and getattr(methods, name) is method):
         raise MethodError(
-            f"the method {name} is not called yet: write method={name}(...) with its arguments, or {name}()"
+            f"the method {name} is not called yet: write method={name}(...) with its arguments, or "
+            f"{name}()"
         )
     if not callable(method):
         raise MethodError(f"a method maps a Layer to one update; {method!r} cannot be called")
@@ -47,7 +58,8 @@ def check_method(method: Method | None, anchor_loader: Any, model: Any) -> Metho
         signature(method).bind(None)
     except TypeError:
         raise MethodError(
-            f"a method maps a Layer to one update, and takes it as its only argument; {method!r} does not: a scorer "
+            f"a method maps a Layer to one update, and takes it as its only argument; {method!r} "
+            "does not: a scorer "
             "goes into Prune(...), a loss into loss=..."
         ) from None
     except ValueError:  # it has no signature that can be read

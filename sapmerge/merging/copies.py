@@ -1,4 +1,6 @@
-"""Copies of the base's embeddings that PEFT stores beside an adapted embedding: never used, but they must agree."""
+"""Copies of the base's embeddings that PEFT stores beside an adapted embedding:
+never used, but they must agree.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ __all__ = ["check_copies"]
 
 
 def check_copies(adapters: Sequence[Adapter], base: BaseWeights | None) -> None:
-    """Whether all adapters carry the same copies, and the model, if there is one, has the same weights.
+    """Whether all adapters carry the same copies, and the model, if there is one,
+    has the same weights.
 
     Raises:
         IncompatibleAdaptersError: two adapters have different ones: their bases are not the same.
@@ -24,15 +27,20 @@ def check_copies(adapters: Sequence[Adapter], base: BaseWeights | None) -> None:
     for adapter in adapters:
         for name, digests in adapter.copies().items():
             other = first.setdefault(name, adapter)
-            if other.copies()[name] != digests and not _equal(other.copied(name), adapter.copied(name)):
+            if other.copies()[name] != digests and not _equal(
+                other.copied(name), adapter.copied(name)
+            ):
                 raise IncompatibleAdaptersError(
-                    f"{other.label!r} and {adapter.label!r} carry different copies of the base's weight of {name!r}: "
-                    "they were trained on different bases (a vocabulary that was lengthened differently?)"
+                    f"{other.label!r} and {adapter.label!r} carry different copies of the base's "
+                    f"weight of {name!r}: "
+                    "they were trained on different bases (a vocabulary that was lengthened "
+                    "differently?)"
                 )
     for name, adapter in first.items():
         if base is not None and not _equal(base.tensor(f"{name}.weight"), adapter.copied(name)):
             raise ModelMismatchError(
-                f"{adapter.label!r} carries a copy of the base's weight of {name!r} that is not the model's: it was "
+                f"{adapter.label!r} carries a copy of the base's weight of {name!r} that is not "
+                "the model's: it was "
                 "trained on another base, or the embedding was trained, too"
             )
 

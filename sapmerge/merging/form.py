@@ -1,4 +1,6 @@
-"""In which form a merge is written: how modules are spelled, for which engine, with one rank or several."""
+"""In which form a merge is written: how modules are spelled, for which engine,
+with one rank or several.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +23,8 @@ class Form:
     uniform_rank: bool = True
 
     def recorded(self, names: str | None) -> Mapping[str, object]:
-        """What differs from the default, for the metadata; `names` is the choice that needs no model."""
+        """What differs from the default, for the metadata;
+        `names` is the choice that needs no model.
+        """
         found: dict[str, object] = {} if names is None else {"names": names}
         return found | ({} if self.uniform_rank else {"uniform_rank": False})

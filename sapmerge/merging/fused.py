@@ -1,7 +1,8 @@
-"""Projections that one adapter has in one piece and another in parts: `qkv_proj` beside `q_proj`, `k_proj`, `v_proj`.
+"""Projections that one adapter has in one piece and another in parts:
+`qkv_proj` beside `q_proj`, `k_proj`, `v_proj`.
 
-The rows of a fused projection are those of its parts below each other, in this order. So cutting one is exact: the
-parts share A. Putting parts together is exact too: B is block-diagonal.
+The rows of a fused projection are those of its parts below each other, in this order. So cutting
+one is exact: the parts share A. Putting parts together is exact too: B is block-diagonal.
 """
 
 from __future__ import annotations
@@ -20,8 +21,14 @@ PARTS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj
 
 
 def as_in_parts(adapters: Sequence[Adapter]) -> list[Adapter]:
-    """Cut every fused projection of which another adapter has parts; say where that cannot be done."""
-    rows = {key: (module.shape[0], adapter) for adapter in adapters for key, module in adapter.modules.items()}
+    """Cut every fused projection of which another adapter has parts;
+    say where that cannot be done.
+    """
+    rows = {
+        key: (module.shape[0], adapter)
+        for adapter in adapters
+        for key, module in adapter.modules.items()
+    }
     return [_cut(adapter, rows) for adapter in adapters]
 
 
@@ -34,13 +41,19 @@ def _cut(adapter: Adapter, rows: Mapping[str, tuple[int, Adapter]]) -> Adapter:
         if other is None or any(part in adapter.modules for part in parts):
             continue
         sizes = _sizes([rows[part][0] if part in rows else None for part in parts], module.shape[0])
-        both = f"{adapter.label!r} has {module.spelled!r} in one piece, {other.label!r} has parts of it"
+        both = (
+            f"{adapter.label!r} has {module.spelled!r} in one piece, {other.label!r} has parts "
+            "of it"
+        )
         if sizes is not None and module.kind == "linear" and module.needs_base is None:
             plan |= _pieces(key, parts, sizes)
             if not said:
                 _warn(f"{both}: it is cut into them, which is exact")
         elif not said:
-            _warn(f"{both}, and where to cut cannot be told: they are merged as different modules. Give model=...")
+            _warn(
+                f"{both}, and where to cut cannot be told: they are merged as different modules. "
+                "Give model=..."
+            )
         said = True
     return adapter.respelled({}, plan) if plan else adapter
 
@@ -55,7 +68,12 @@ def fitted(adapter: Adapter, own: Names) -> dict[str, list[Piece]]:
     located = own.locate({key: module.shape for key, module in modules.items()})
     plan: dict[str, list[Piece]] = {}
     for key, module in modules.items():
-        if key in located or module.kind != "linear" or module.needs_base is not None or _in(key, plan):
+        if (
+            key in located
+            or module.kind != "linear"
+            or module.needs_base is not None
+            or _in(key, plan)
+        ):
             continue
         parts, fused = _parts(key), _fused(key)
         theirs = own.locate(dict.fromkeys(parts))
@@ -65,10 +83,16 @@ def fitted(adapter: Adapter, own: Names) -> dict[str, list[Piece]]:
                 plan |= _pieces(key, parts, sizes)
         elif fused and (theirs := own.locate({fused: None})):
             rows, here = (own.shape(theirs[fused]) or (0,))[0], _parts(fused)
-            sizes = _sizes([modules[part].shape[0] if part in modules else None for part in here], rows)
+            sizes = _sizes(
+                [modules[part].shape[0] if part in modules else None for part in here], rows
+            )
             if sizes is not None:
                 ends = [sum(sizes[:at]) for at in range(len(sizes))]
-                found = [(part, size, at) for part, size, at in zip(here, sizes, ends, strict=True) if part in modules]
+                found = [
+                    (part, size, at)
+                    for part, size, at in zip(here, sizes, ends, strict=True)
+                    if part in modules
+                ]
                 plan[fused] = [Piece(part, 0, size, at, rows) for part, size, at in found]
     return plan
 
@@ -90,7 +114,9 @@ def _fused(key: str) -> str:
 
 
 def _sizes(known: Sequence[int | None], total: int) -> list[int] | None:
-    """The rows of all parts; keys have as many as values, and so have the halves of gate and up. None: not certain."""
+    """The rows of all parts; keys have as many as values, and so have the halves of gate and up.
+    None: not certain.
+    """
     found = list(known)
     if len(found) == 2:
         found = [size or total // 2 for size in found]
@@ -108,7 +134,8 @@ def _pieces(key: str, parts: Sequence[str], sizes: Sequence[int]) -> dict[str, l
     """A fused projection, cut."""
     starts = [sum(sizes[:at]) for at in range(len(sizes))]
     return {
-        part: [Piece(key, start, start + size, 0, size)] for part, start, size in zip(parts, starts, sizes, strict=True)
+        part: [Piece(key, start, start + size, 0, size)]
+        for part, start, size in zip(parts, starts, sizes, strict=True)
     }
 
 

@@ -1,4 +1,6 @@
-"""`modules_to_save`: whole modules (heads, projectors) that travel with an adapter, and what a merge does with them."""
+"""`modules_to_save`: whole modules (heads, projectors) that travel with an adapter,
+and what a merge does with them.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ HeadPolicy: TypeAlias = "str | Mapping[str, str] | None"
 """'mean', 'first', 'drop', or module -> label of the adapter to take it from."""
 
 _CHOICES = (
-    "modules_to_save='mean' (average them), 'first' (of the first adapter that has it), 'drop' (leave them out), or "
+    "modules_to_save='mean' (average them), 'first' (of the first adapter that has it), 'drop' "
+    "(leave them out), or "
     "{'<module>': '<adapter>'}"
 )
 
@@ -44,7 +47,9 @@ class Heads:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Tensor name -> its shape in the output."""
-        return {name: tuple(sources[0][0].saved[name].shape) for name, sources in self.chosen.items()}
+        return {
+            name: tuple(sources[0][0].saved[name].shape) for name, sources in self.chosen.items()
+        }
 
     def tensors(self) -> Mapping[str, Callable[[], Tensor]]:
         """Tensor name -> a function that reads and averages it."""
@@ -64,15 +69,23 @@ def plan_heads(adapters: Sequence[Adapter], weights: Sequence[float], policy: He
 
 
 def _check_not_adapted_too(adapters: Sequence[Adapter], policy: HeadPolicy) -> None:
-    """Refuse a module that has a LoRA in one adapter and was saved whole in another: PEFT would use one of both."""
-    adapted = {module.owner: adapter.label for adapter in adapters for module in adapter.modules.values()}
-    saved = {tensor.rpartition(".")[0]: adapter.label for adapter in adapters for tensor in adapter.saved}
+    """Refuse a module that has a LoRA in one adapter and was saved whole in another:
+    PEFT would use one of both.
+    """
+    adapted = {
+        module.owner: adapter.label for adapter in adapters for module in adapter.modules.values()
+    }
+    saved = {
+        tensor.rpartition(".")[0]: adapter.label for adapter in adapters for tensor in adapter.saved
+    }
     both = sorted(adapted.keys() & saved.keys())
     if both and policy != "drop":
         name = both[0]
         raise IncompatibleAdaptersError(
-            f"module {name!r} has a LoRA in {adapted[name]!r} and was saved whole in {saved[name]!r}: an output holds "
-            "one of both, and PEFT would not use the other. modules_to_save='drop' keeps the LoRA; or merge the LoRA "
+            f"module {name!r} has a LoRA in {adapted[name]!r} and was saved whole in "
+            f"{saved[name]!r}: an output holds "
+            "one of both, and PEFT would not use the other. modules_to_save='drop' keeps the LoRA; "
+            "or merge the LoRA "
             "into its base with PEFT, and save the module whole in both"
         )
 
@@ -82,22 +95,31 @@ def _plan(adapters: Sequence[Adapter], weights: Sequence[float], policy: HeadPol
     modules = owners.modules
     if policy is None and modules:
         found = "; ".join(f"{module!r} in {owners.labels(module)}" for module in modules)
-        raise MethodError(f"the adapters carry whole modules ({found}); say what to do with them: {_CHOICES}")
+        raise MethodError(
+            f"the adapters carry whole modules ({found}); say what to do with them: {_CHOICES}"
+        )
     if policy is None or policy == "drop":
         return Heads((), {}, modules)
     if policy == "first":
         first = {module: owners.of(module)[0] for module in modules}
         # "first" depends on the order of the adapters, which an output does not keep: name them.
-        return replace(owners.take(first), policy={module: adapter.label for module, (adapter, _) in first.items()})
+        return replace(
+            owners.take(first),
+            policy={module: adapter.label for module, (adapter, _) in first.items()},
+        )
     if policy == "mean":
         for tensor, sources in owners.tensors.items():
             shapes = {adapter.label: tuple(adapter.saved[tensor].shape) for adapter, _ in sources}
             if len(set(shapes.values())) > 1:
                 raise IncompatibleAdaptersError(
-                    f"modules_to_save='mean' cannot average {tensor!r}: shapes {shapes}; choose an adapter for it"
+                    f"modules_to_save='mean' cannot average {tensor!r}: shapes {shapes}; choose an "
+                    "adapter for it"
                 )
             if sum(weight for _, weight in sources) == 0:
-                raise MethodError(f"modules_to_save='mean': the weights of the adapters with {tensor!r} sum to zero")
+                raise MethodError(
+                    f"modules_to_save='mean': the weights of the adapters with {tensor!r} sum to "
+                    "zero"
+                )
         return Heads(modules, owners.tensors, ())
     if not isinstance(policy, Mapping):
         raise MethodError(f"modules_to_save={policy!r} is not a policy; write {_CHOICES}")
@@ -118,7 +140,9 @@ class _Owners:
         self.modules = tuple(sorted(set(self.module.values())))
 
     def of(self, module: str) -> list[tuple[Adapter, float]]:
-        return next(sources for tensor, sources in self.tensors.items() if self.module[tensor] == module)
+        return next(
+            sources for tensor, sources in self.tensors.items() if self.module[tensor] == module
+        )
 
     def labels(self, module: str) -> str:
         return ", ".join(adapter.label for adapter, _ in self.of(module))
@@ -136,15 +160,27 @@ class _Owners:
 def _by_name(owners: _Owners, labels: Sequence[str], policy: Mapping[str, str]) -> Heads:
     chosen: dict[str, tuple[Adapter, float]] = {}
     for wanted, label in policy.items():
-        matching = [module for module in owners.modules if module == wanted or module.endswith(f".{wanted}")]
+        matching = [
+            module for module in owners.modules if module == wanted or module.endswith(f".{wanted}")
+        ]
         if not matching:
-            raise MethodError(f"modules_to_save names {wanted!r}, but the saved modules are {list(owners.modules)}")
+            raise MethodError(
+                f"modules_to_save names {wanted!r}, but the saved modules are "
+                f"{list(owners.modules)}"
+            )
         if label not in labels:
-            raise MethodError(f"modules_to_save takes {wanted!r} from {label!r}, but the adapters are {list(labels)}")
+            raise MethodError(
+                f"modules_to_save takes {wanted!r} from {label!r}, but the adapters are "
+                f"{list(labels)}"
+            )
         for module in matching:
-            having = [(adapter, weight) for adapter, weight in owners.of(module) if adapter.label == label]
+            having = [
+                (adapter, weight) for adapter, weight in owners.of(module) if adapter.label == label
+            ]
             if not having:
-                raise MethodError(f"{label!r} has no saved module {module!r}; it is in {owners.labels(module)}")
+                raise MethodError(
+                    f"{label!r} has no saved module {module!r}; it is in {owners.labels(module)}"
+                )
             chosen[module] = having[0]
     left = [module for module in owners.modules if module not in chosen]
     if left:
@@ -160,7 +196,9 @@ def _declared(adapter: Adapter) -> Sequence[str]:
 
 
 def _module(tensor: str, declared: set[str]) -> str:
-    """The declared module that a saved tensor belongs to, e.g. "classifier" for "classifier.dense.weight"."""
+    """The declared module that a saved tensor belongs to, e.g.
+    "classifier" for "classifier.dense.weight".
+    """
     path = tensor.split(".")
     for end in range(1, len(path)):
         prefix = ".".join(path[:end])
@@ -172,7 +210,8 @@ def _module(tensor: str, declared: set[str]) -> str:
 def _average(name: str, sources: Sequence[tuple[Adapter, float]]) -> Tensor:
     if len(sources) == 1:
         return sources[0][0].saved_tensor(name)
-    sources = sorted(sources, key=lambda source: in_content_order(*source))  # bits must not depend on the order
+    # bits must not depend on the order
+    sources = sorted(sources, key=lambda source: in_content_order(*source))
     tensors = [adapter.saved_tensor(name) for adapter, _ in sources]
     total = sum(weight for _, weight in sources)
     out = torch.zeros(tensors[0].shape, dtype=torch.float64)

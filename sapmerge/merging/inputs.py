@@ -1,4 +1,6 @@
-"""What `merge` and `inspect` accept as adapters, and whether those can be merged with each other."""
+"""What `merge` and `inspect` accept as adapters,
+and whether those can be merged with each other.
+"""
 
 from __future__ import annotations
 
@@ -34,12 +36,16 @@ __all__ = [
 ]
 
 AdapterLike: TypeAlias = "Adapter | str | os.PathLike[str] | tuple[Any, Mapping[str, Any]]"
-"""A folder, an `Adapter`, the name of an adapter in the live PeftModel given as `model`, or (config, state_dict)."""
+"""A folder, an `Adapter`, the name of an adapter in the live PeftModel given as `model`,
+or (config, state_dict).
+"""
 Adapters: TypeAlias = "Sequence[AdapterLike] | Mapping[str, AdapterLike]"
 
 
 def load_adapters(
-    adapters: Adapters, model: Any = None, weights: Sequence[float] | Mapping[str, float] | None = None
+    adapters: Adapters,
+    model: Any = None,
+    weights: Sequence[float] | Mapping[str, float] | None = None,
 ) -> list[Adapter]:
     """The adapters, opened and checked, each with a label of its own.
 
@@ -53,13 +59,18 @@ def load_adapters(
         SapmergeError: whatever `Adapter.load` refuses.
     """
     if isinstance(adapters, (str, os.PathLike, Adapter)):
-        raise MethodError(f"merge takes a list of adapters or a mapping label -> adapter; got the single {adapters!r}")
+        raise MethodError(
+            "merge takes a list of adapters or a mapping label -> adapter; got the single "
+            f"{adapters!r}"
+        )
     if isinstance(adapters, Mapping):
         opened = [_open(adapter, model, str(label)) for label, adapter in adapters.items()]
     elif isinstance(adapters, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
         opened = [_open(adapter, model, None) for adapter in adapters]
     else:
-        raise MethodError(f"merge takes a list of adapters or a mapping label -> adapter; got {shown(adapters)}")
+        raise MethodError(
+            f"merge takes a list of adapters or a mapping label -> adapter; got {shown(adapters)}"
+        )
     if not opened:
         raise MethodError("there are no adapters to merge: the list is empty")
     return _uniquely_labelled(opened, weights)
@@ -81,7 +92,8 @@ def _open(adapter: Any, model: Any, label: str | None) -> Adapter:
         config, state_dict = cast("tuple[Any, Mapping[str, Any]]", adapter)
         return Adapter.from_state_dict(config, state_dict, label=label)
     raise MethodError(
-        "an adapter is a folder, an Adapter, the name of an adapter in a live PeftModel, or (config, state_dict); "
+        "an adapter is a folder, an Adapter, the name of an adapter in a live PeftModel, or "
+        "(config, state_dict); "
         f"got {type(cast('object', adapter)).__name__}"
     )
 
@@ -91,12 +103,18 @@ def _live_names(model: Any) -> Mapping[str, Any]:
     return cast("Mapping[str, Any]", names) if isinstance(names, Mapping) else {}
 
 
-def _uniquely_labelled(adapters: list[Adapter], weights: Sequence[float] | Mapping[str, float] | None) -> list[Adapter]:
-    """Number equal labels: a, a-2, a-3; by content and weight, so that the order of the inputs decides on nothing."""
+def _uniquely_labelled(
+    adapters: list[Adapter], weights: Sequence[float] | Mapping[str, float] | None
+) -> list[Adapter]:
+    """Number equal labels: a, a-2, a-3; by content and weight,
+    so that the order of the inputs decides on nothing.
+    """
     places = {} if isinstance(weights, Mapping) else dict[int, object](enumerate(weights or ()))
     taken = {adapter.label for adapter in adapters}
     seen, unique = set[str](), dict[int, Adapter]()
-    for k in sorted(range(len(adapters)), key=lambda k: in_content_order(adapters[k], _weight(places.get(k)))):
+    for k in sorted(
+        range(len(adapters)), key=lambda k: in_content_order(adapters[k], _weight(places.get(k)))
+    ):
         label = adapters[k].label
         if label in seen:
             numbered = (f"{label[:60]}-{number}" for number in range(2, len(adapters) + 2))
@@ -108,11 +126,14 @@ def _uniquely_labelled(adapters: list[Adapter], weights: Sequence[float] | Mappi
 
 
 def _weight(value: object) -> float:
-    return float(value) if isinstance(value, (int, float)) and is_finite(value) else 0.0  # others are refused later
+    # others are refused later
+    return float(value) if isinstance(value, (int, float)) and is_finite(value) else 0.0
 
 
 def in_content_order(adapter: Adapter, weight: float) -> tuple[object, ...]:
-    """What adapters are sorted by, everywhere: two with the same key are the same for every bit of an output."""
+    """What adapters are sorted by, everywhere: two with the same key are the same for every
+    bit of an output.
+    """
     return adapter.digest, weight, adapter.label, sorted(adapter.files.items())
 
 
@@ -124,7 +145,9 @@ def is_finite(value: float) -> bool:
         return False
 
 
-def as_given(weights: Sequence[float] | Mapping[str, float] | None) -> list[float] | Mapping[str, float] | None:
+def as_given(
+    weights: Sequence[float] | Mapping[str, float] | None,
+) -> list[float] | Mapping[str, float] | None:
     """The weights of `merge` as a list, a mapping or None.
 
     Raises:
@@ -133,11 +156,16 @@ def as_given(weights: Sequence[float] | Mapping[str, float] | None) -> list[floa
     if weights is None or isinstance(weights, Mapping):
         return weights
     if isinstance(weights, str) or not isinstance(weights, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise MethodError(f"weights are one number per adapter, or a mapping label -> number; got {shown(weights)}")
+        raise MethodError(
+            "weights are one number per adapter, or a mapping label -> number; got "
+            f"{shown(weights)}"
+        )
     return list(weights)
 
 
-def resolve_weights(weights: Sequence[float] | Mapping[str, float] | None, adapters: Sequence[Adapter]) -> list[float]:
+def resolve_weights(
+    weights: Sequence[float] | Mapping[str, float] | None, adapters: Sequence[Adapter]
+) -> list[float]:
     """One finite number per adapter.
 
     Raises:
@@ -148,19 +176,27 @@ def resolve_weights(weights: Sequence[float] | Mapping[str, float] | None, adapt
         return [1.0] * len(labels)
     if isinstance(weights, Mapping):
         if set(weights) != set(labels):
-            raise MethodError(f"weights name {shown(list(weights))}, the adapters are {sorted(labels)}")
+            raise MethodError(
+                f"weights name {shown(list(weights))}, the adapters are {sorted(labels)}"
+            )
         values: list[Any] = [weights[label] for label in labels]
     else:
         values = list(weights)
     if len(values) != len(labels):
-        raise MethodError(f"{len(labels)} adapters ({', '.join(labels)}) need as many weights; got {len(values)}")
+        raise MethodError(
+            f"{len(labels)} adapters ({', '.join(labels)}) need as many weights; got {len(values)}"
+        )
     for label, value in zip(labels, values, strict=True):
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not is_finite(value):
-            raise MethodError(f"the weight of {label!r} must be a finite number; got {shown(value)}")
+            raise MethodError(
+                f"the weight of {label!r} must be a finite number; got {shown(value)}"
+            )
     numbers = [float(value) for value in values]
     largest = torch.finfo(torch.float32).max
     if sum(abs(number) / largest for number in numbers) > 1:
-        raise MethodError(f"the weights {numbers} are too large: together they must be finite in float32")
+        raise MethodError(
+            f"the weights {numbers} are too large: together they must be finite in float32"
+        )
     return numbers
 
 
@@ -171,13 +207,16 @@ def with_base(adapters: Sequence[Adapter], model: Any) -> list[Adapter]:
         MethodError: one needs them, and there is no model.
         ModelMismatchError: the model is not the adapters' base.
     """
-    needing = {m.name: (m, a) for a in adapters for m in a.modules.values() if m.needs_base is not None}
+    needing = {
+        m.name: (m, a) for a in adapters for m in a.modules.values() if m.needs_base is not None
+    }
     if not needing:
         return list(adapters)
     module, adapter = next(iter(needing.values()))
     if model is None:
         raise MethodError(
-            f"adapter {adapter.label!r}, module {module.name!r}: {module.needs_base}; its update can only be told with "
+            f"adapter {adapter.label!r}, module {module.name!r}: {module.needs_base}; its update "
+            "can only be told with "
             "the base model at hand: merge(adapters, model=model)"
         )
     weights = weights_of(model, {name: module for name, (module, _) in needing.items()})
@@ -192,7 +231,8 @@ def open_base(model: Any) -> BaseFolder | None:
     path = cast("str | os.PathLike[str]", model)
     if not os.path.isdir(path):
         raise MethodError(
-            f"model must be a torch module, or the folder of the base model's weights; {os.fspath(path)!r} is no folder"
+            "model must be a torch module, or the folder of the base model's weights; "
+            f"{os.fspath(path)!r} is no folder"
         )
     return BaseFolder(path)
 
@@ -217,18 +257,22 @@ class Base:
 
 
 def check_mergeable(adapters: Sequence[Adapter], base_model: str | None = None) -> Base:
-    """Whether the adapters are for one base model and agree on every module; headers only, no tensor is read.
+    """Whether the adapters are for one base model and agree on every module;
+    headers only, no tensor is read.
 
     Args:
         adapters: what is to be merged.
         base_model: which base the output is for, when the adapters name different ones.
 
     Raises:
-        IncompatibleAdaptersError: different bases or revisions without `base_model`, or a module of another shape or
-            kind.
+        IncompatibleAdaptersError: different bases or revisions without `base_model`, or a module of
+            another shape or kind.
     """
     if base_model is not None and not isinstance(base_model, str):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise MethodError(f"base_model is the name of a model; got a {type(base_model).__name__}. A model is model=...")
+        raise MethodError(
+            f"base_model is the name of a model; got a {type(base_model).__name__}. A model is "
+            "model=..."
+        )
     base = _common_base(adapters, base_model)
     tasks = {adapter.label: adapter.task_type for adapter in adapters if adapter.task_type}
     if len(set(tasks.values())) > 1:
@@ -241,17 +285,20 @@ def check_mergeable(adapters: Sequence[Adapter], base_model: str | None = None) 
             known = other.modules[name]
             if (known.kind, known.shape) != (module.kind, module.shape):
                 raise IncompatibleAdaptersError(
-                    f"module {name!r} is {known.kind} {known.shape} in {other.label!r} but {module.kind} "
+                    f"module {name!r} is {known.kind} {known.shape} in {other.label!r} but "
+                    f"{module.kind} "
                     f"{module.shape} in {adapter.label!r}: the adapters are for different models"
                 )
             if (known.experts, known.parameter) != (module.experts, module.parameter):
                 raise IncompatibleAdaptersError(
-                    f"{known.owner!r} has {known.experts} experts in {other.label!r}, {module.experts} in "
+                    f"{known.owner!r} has {known.experts} experts in {other.label!r}, "
+                    f"{module.experts} in "
                     f"{adapter.label!r}"
                 )
             if known.kind == "conv" and known.a_shape[1:] != module.a_shape[1:]:
                 raise IncompatibleAdaptersError(
-                    f"module {name!r} is a convolution with kernel {known.a_shape[1:]} in {other.label!r} but "
+                    f"module {name!r} is a convolution with kernel {known.a_shape[1:]} in "
+                    f"{other.label!r} but "
                     f"{module.a_shape[1:]} in {adapter.label!r}"
                 )
     return base
@@ -267,25 +314,31 @@ def _common_base(adapters: Sequence[Adapter], base_model: str | None) -> Base:
     if one is not None:
         listed = ", ".join(f"{label}: {value!r}" for label, value in named.items())
         warn(
-            f"the adapters name copies of one base ({listed}), which differ by the rounding of their weights; the "
+            f"the adapters name copies of one base ({listed}), which differ by the rounding of "
+            "their weights; the "
             f"output names {one!r}"
         )
         named = dict.fromkeys(named, one)
     for what, found in (
         ("base models", named),
-        ("revisions of the base model", {adapter.label: _revision(adapter) for adapter in adapters}),
+        (
+            "revisions of the base model",
+            {adapter.label: _revision(adapter) for adapter in adapters},
+        ),
     ):
         if len(set(found.values())) > 1:
             listed = ", ".join(f"{label}: {value!r}" for label, value in found.items())
             raise IncompatibleAdaptersError(
-                f"the adapters name different {what} ({listed}); if they do fit one base, say which: base_model='...'"
+                f"the adapters name different {what} ({listed}); if they do fit one base, say "
+                "which: base_model='...'"
             )
     classes = {adapter.label: _base_class(adapter) for adapter in adapters if _base_class(adapter)}
     unnamed = [adapter.label for adapter in adapters if not adapter.base_model]
     if len(set(classes.values())) > 1 and unnamed:
         listed = ", ".join(f"{label}: {value}" for label, value in classes.items())
         raise IncompatibleAdaptersError(
-            f"the adapters were trained on different models ({listed}), and {unnamed} name no base; if they do fit one "
+            f"the adapters were trained on different models ({listed}), and {unnamed} name no "
+            "base; if they do fit one "
             "base, say which: base_model='...'"
         )
     name = next(iter(named.values()), None)
@@ -295,7 +348,11 @@ def _common_base(adapters: Sequence[Adapter], base_model: str | None) -> Base:
 def _base_class(adapter: Adapter) -> str | None:
     """The class of the base model, where PEFT has written it down (for models without a task)."""
     written = adapter.config.get("auto_mapping")
-    found = cast("Mapping[str, object]", written).get("base_model_class") if isinstance(written, Mapping) else None
+    found = (
+        cast("Mapping[str, object]", written).get("base_model_class")
+        if isinstance(written, Mapping)
+        else None
+    )
     return found if isinstance(found, str) else None
 
 
@@ -306,7 +363,9 @@ def _revision(adapter: Adapter) -> str | None:
 def check_device(device: torch.device | str | int | None) -> torch.device:
     """The device to compute on; an error if this machine has none of the kind."""
     if isinstance(device, bool):
-        raise MethodError(f"device={device!r} is no device; expected 'cpu', 'cuda', a number of a GPU, or None")
+        raise MethodError(
+            f"device={device!r} is no device; expected 'cpu', 'cuda', a number of a GPU, or None"
+        )
     try:
         found = torch.device("cpu" if device is None else device)
         torch.empty(0, device=found)
@@ -327,4 +386,7 @@ def check_numbers(scale: float, rank: int | float | str | None) -> None:
     elif isinstance(rank, float):
         fine = 0 < rank < 1
     if not fine or isinstance(rank, bool):
-        raise MethodError(f"rank is None, a number >= 1, a share of energy in (0, 1), or 'exact'; got {shown(rank)}")
+        raise MethodError(
+            "rank is None, a number >= 1, a share of energy in (0, 1), or 'exact'; got "
+            f"{shown(rank)}"
+        )

@@ -1,9 +1,11 @@
-"""Looking before merging: what adapters are, whether they fit together, and how they lie to each other."""
+"""Looking before merging: what adapters are, whether they fit together,
+and how they lie to each other.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
@@ -28,7 +30,8 @@ class AdapterSummary:
 
     Args:
         kinds: of its layers, and what it changes besides; of a refused adapter its `peft_type`.
-        norm: of all updates together; None where they cannot be told without the base, or the adapter is refused.
+        norm: of all updates together; None where they cannot be told without the base, or the
+            adapter is refused.
         problem: why it is refused; None for one that can be read.
     """
 
@@ -48,7 +51,8 @@ class AdapterSummary:
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """One layer: who has it, and how those adapters lie to each other (None where there is only one).
+    """One layer: who has it, and how those adapters lie to each other (None where
+    there is only one).
 
     Args:
         cosine: mean pairwise cosine of the updates.
@@ -85,22 +89,30 @@ class Inspection:
         return asdict(self)
 
     def __str__(self) -> str:
-        blocks = [
-            table(
-                ["adapter", "base", "kind", "layers", "ranks", "alphas", "scaling", "dtype", "norm", "saved modules"],
-                [
-                    [a.label, a.base_model or "-", a.kinds, a.layers, a.ranks, a.alphas, a.scalings, a.dtype,
-                     "-" if a.norm is None else f"{a.norm:.4g}",
-                     ", ".join(a.modules_to_save) or "-"]
-                    for a in self.adapters
-                ],
-            )
-        ]  # fmt: skip
-        blocks += [f"{a.label} is refused: {a.problem}" for a in self.adapters if a.problem is not None]
+        columns: dict[str, Callable[[AdapterSummary], object]] = {
+            "adapter": lambda a: a.label,
+            "base": lambda a: a.base_model or "-",
+            "kind": lambda a: a.kinds,
+            "layers": lambda a: a.layers,
+            "ranks": lambda a: a.ranks,
+            "alphas": lambda a: a.alphas,
+            "scaling": lambda a: a.scalings,
+            "dtype": lambda a: a.dtype,
+            "norm": lambda a: "-" if a.norm is None else f"{a.norm:.4g}",
+            "saved modules": lambda a: ", ".join(a.modules_to_save) or "-",
+        }
+        rows = [[show(a) for show in columns.values()] for a in self.adapters]
+        blocks = [table(list(columns), rows)]
+        blocks += [
+            f"{a.label} is refused: {a.problem}" for a in self.adapters if a.problem is not None
+        ]
         if len(self.adapters) > 1:
             blocks.append(f"mergeable: {'yes' if self.problem is None else 'no: ' + self.problem}")
         if self.cosine:
-            blocks += [_pairs("cosine", self.cosine, "+.3f"), _pairs("sign conflict", self.sign_conflict, ".1%")]
+            blocks += [
+                _pairs("cosine", self.cosine, "+.3f"),
+                _pairs("sign conflict", self.sign_conflict, ".1%"),
+            ]
             labels = [adapter.label for adapter in self.adapters]
             blocks.append(
                 table(
@@ -111,7 +123,8 @@ class Inspection:
                             f"{layer.shape[0]}x{layer.shape[1]}",
                             "-" if layer.cosine is None else f"{layer.cosine:+.3f}",
                             "-" if layer.sign_conflict is None else f"{layer.sign_conflict:.1%}",
-                            ", ".join(label for label in labels if label not in layer.adapters) or "-",
+                            ", ".join(label for label in labels if label not in layer.adapters)
+                            or "-",
                         ]
                         for layer in self.layers
                     ],
@@ -129,8 +142,8 @@ def inspect(adapters: Adapters, model: Any = None) -> Inspection:
         model: the PeftModel whose adapters are given by name.
 
     Returns:
-        An `Inspection`. Cosines come from Gram products of the factors and sign conflicts from blocks of rows: no
-        (m, n) matrix is formed.
+        An `Inspection`. Cosines come from Gram products of the factors and sign conflicts from
+        blocks of rows: no (m, n) matrix is formed.
 
     An adapter that `merge` refuses is described as far as its config goes, with the reason.
 
@@ -138,7 +151,9 @@ def inspect(adapters: Adapters, model: Any = None) -> Inspection:
         SapmergeError: a folder that holds no adapter at all.
     """
     opened, refused = _readable(adapters, model)
-    needing = next((m for a in opened for m in a.modules.values() if m.needs_base is not None), None)
+    needing = next(
+        (m for a in opened for m in a.modules.values() if m.needs_base is not None), None
+    )
     problem = next((summary.problem for summary in refused), None)
     opened = one_spelling(opened)
     try:
@@ -183,7 +198,9 @@ def _readable(adapters: Adapters, model: Any) -> tuple[list[Adapter], list[Adapt
             if described is None:
                 raise
             refused.append(_refused(label, described, str(error)))
-    return (load_adapters(fine) if fine else [] if refused else load_adapters(adapters, model)), refused
+    return (
+        load_adapters(fine) if fine else [] if refused else load_adapters(adapters, model)
+    ), refused
 
 
 def _refused(label: str | None, described: Described, problem: str) -> AdapterSummary:
@@ -203,7 +220,9 @@ def _refused(label: str | None, described: Described, problem: str) -> AdapterSu
     )
 
 
-def _compare(adapters: Sequence[Adapter]) -> tuple[tuple[LayerSummary, ...], Geometry | None, dict[str, float | None]]:
+def _compare(
+    adapters: Sequence[Adapter],
+) -> tuple[tuple[LayerSummary, ...], Geometry | None, dict[str, float | None]]:
     count = len(adapters)
     zeros = torch.zeros(count, count, dtype=torch.float64)
     overall, layers = Geometry(zeros, zeros.clone(), zeros.clone()), list[LayerSummary]()
@@ -212,7 +231,11 @@ def _compare(adapters: Sequence[Adapter]) -> tuple[tuple[LayerSummary, ...], Geo
         updates = [adapters[k].update(name) for k in owners]
         found = geometry(updates)
         where = torch.tensor(owners)
-        for total, part in ((overall.inner, found.inner), (overall.both, found.both), (overall.opposed, found.opposed)):
+        for total, part in (
+            (overall.inner, found.inner),
+            (overall.both, found.both),
+            (overall.opposed, found.opposed),
+        ):
             total[where[:, None], where[None, :]] += part
         layers.append(
             LayerSummary(
@@ -223,7 +246,9 @@ def _compare(adapters: Sequence[Adapter]) -> tuple[tuple[LayerSummary, ...], Geo
                 sign_conflict=off_diagonal_mean(found.sign_conflict),
             )
         )
-    norms: dict[str, float | None] = {a.label: float(norm) for a, norm in zip(adapters, overall.norms, strict=True)}
+    norms: dict[str, float | None] = {
+        a.label: float(norm) for a, norm in zip(adapters, overall.norms, strict=True)
+    }
     return tuple(layers), overall if count > 1 else None, norms
 
 
@@ -233,7 +258,9 @@ def _norm(adapter: Adapter) -> float:
 
 def _summary(adapter: Adapter, norm: float | None) -> AdapterSummary:
     modules = list(adapter.modules.values())
-    kinds = {module.kind for module in modules} | {vector.label for vector in adapter.vectors.values()}
+    kinds = {module.kind for module in modules} | {
+        vector.label for vector in adapter.vectors.values()
+    }
     kinds |= {module.method for module in modules if module.method}
     return AdapterSummary(
         label=adapter.label,
@@ -251,7 +278,9 @@ def _summary(adapter: Adapter, norm: float | None) -> AdapterSummary:
 
 
 def _listed(values: set[Any]) -> str:
-    return ", ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in sorted(values))
+    return ", ".join(
+        f"{value:g}" if isinstance(value, float) else str(value) for value in sorted(values)
+    )
 
 
 def _by_label(adapters: Sequence[Adapter], matrix: torch.Tensor) -> dict[str, dict[str, float]]:
@@ -263,4 +292,7 @@ def _by_label(adapters: Sequence[Adapter], matrix: torch.Tensor) -> dict[str, di
 
 def _pairs(title: str, matrix: Mapping[str, Mapping[str, float]], form: str) -> str:
     labels = list(matrix)
-    return table([title, *labels], [[row, *[format(matrix[row][column], form) for column in labels]] for row in labels])
+    return table(
+        [title, *labels],
+        [[row, *[format(matrix[row][column], form) for column in labels]] for row in labels],
+    )

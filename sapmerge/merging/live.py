@@ -39,11 +39,14 @@ def names_in(peft_model: Any, run: Run) -> Mapping[str, str]:
     own = Names(peft_model)
     tensors = (*run.heads.chosen, *(change.name for change in run.vectors.changes))
     keys = own.locate({name.rpartition(".")[0]: None for name in tensors})
-    return own.located(run.stream.modules.values()) | {module: own.paths[key] for module, key in keys.items()}
+    return own.located(run.stream.modules.values()) | {
+        module: own.paths[key] for module, key in keys.items()
+    }
 
 
 def live_parameters(peft_model: Any, parameters: Sequence[str]) -> list[str]:
-    """How `target_parameters` of a live model's other adapters say the same: PEFT wants one wording for all of them.
+    """How `target_parameters` of a live model's other adapters say the same:
+    PEFT wants one wording for all of them.
 
     Raises:
         ModelMismatchError: they mean other parameters.
@@ -54,8 +57,10 @@ def live_parameters(peft_model: Any, parameters: Sequence[str]) -> list[str]:
     meant = {name for name in names if any(f".{name}".endswith(f".{target}") for target in wording)}
     if meant != set(parameters):
         raise ModelMismatchError(
-            f"PEFT wants all adapters of a model to adapt the same parameters; those that are there adapt "
-            f"{sorted(meant ^ set(parameters))[0]!r} and the merged one does not, or the other way round. Use "
+            "PEFT wants all adapters of a model to adapt the same parameters; those that are "
+            "there adapt "
+            f"{sorted(meant ^ set(parameters))[0]!r} and the merged one does not, or the other way "
+            "round. Use "
             "save_pretrained or apply_to"
         )
     return wording
@@ -65,7 +70,9 @@ _LORA_INFIX = re.compile(r"\.base_layer(?=\.)")
 
 
 def own_heads(peft_model: Any, adapter_name: str) -> dict[str, Tensor]:
-    """The heads that PEFT gives to every adapter of a model: copies of the base's, also where the merge has none."""
+    """The heads that PEFT gives to every adapter of a model:
+    copies of the base's, also where the merge has none.
+    """
     from peft.utils import ModulesToSaveWrapper
 
     return {

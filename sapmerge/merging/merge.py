@@ -1,6 +1,7 @@
 """`merge`: check everything, run every pre-pass, then stream the layers into a sink.
 
-check adapters -> prepare the method -> for each layer: read, merge, hand to save_pretrained / apply_to / add_to
+check adapters -> prepare the method -> for each layer:
+read, merge, hand to save_pretrained / apply_to / add_to
 """
 
 from __future__ import annotations
@@ -73,27 +74,31 @@ def merge(
     """Merge LoRA adapters into one.
 
     Args:
-        adapters: folders, `Adapter` objects, names of adapters in the PeftModel given as `model`, or
-            (config, state_dict) pairs; or a mapping label -> any of these.
+        adapters: folders, `Adapter` objects, names of adapters in the PeftModel given as `model`,
+            or (config, state_dict) pairs; or a mapping label -> any of these.
         anchor_loader: a re-iterable of batches, for methods that read gradients.
-        model: the base model, or the path of its folder (safetensors, read a tensor at a time). Without anchors it is
-            only used to check names and shapes and for kinds that need the base's weights; the output spells its
-            modules as a loaded model does (without one, as the adapters do).
-        method: e.g. `ties(density=0.2)`; with anchors `sap()` by default. It may see several layers at the same time,
-            in threads: functions of your own should keep nothing from one layer to the next.
+        model: the base model, or the path of its folder (safetensors, read a tensor at a time).
+            Without anchors it is only used to check names and shapes and for kinds that need the
+            base's weights; the output spells its modules as a loaded model does (without one, as
+            the adapters do).
+        method: e.g. `ties(density=0.2)`; with anchors `sap()` by default. It may see several layers
+            at the same time, in threads: functions of your own should keep nothing from one layer
+            to the next.
         weights: one number per adapter, 1 by default; also a mapping label -> number.
         scale: multiplies the merged update.
-        rank: None: exact where the result is low-rank, else the largest rank of the inputs. An int caps the rank, a
-            float in (0, 1) is a share of energy to keep, "exact" is the numerical rank.
+        rank: None: exact where the result is low-rank, else the largest rank of the inputs. An int
+            caps the rank, a float in (0, 1) is a share of energy to keep, "exact" is the numerical
+            rank.
         loss: (model, batch) -> scalar, for the anchors.
-        modules_to_save: what to do with heads and projectors: "mean", "first", "drop", or {module: adapter}.
+        modules_to_save: what to do with heads and projectors: "mean", "first", "drop", or {module:
+            adapter}.
         base_model: the base that the output is for, when the adapters name different ones.
         device: where to compute; the CPU by default.
         progress: False: no progress bar. None: one if stderr is a terminal.
-        cache: a folder of your own for the anchors' statistics: a merge that was killed goes on where it was, and one
-            that differs in the density alone needs no pass at all.
-        cache_only: run no model: an error says what the cache lacks. `sapmerge.federated.score` fills it, on several
-            machines if need be.
+        cache: a folder of your own for the anchors' statistics: a merge that was killed goes on
+            where it was, and one that differs in the density alone needs no pass at all.
+        cache_only: run no model: an error says what the cache lacks. `sapmerge.federated.score`
+            fills it, on several machines if need be.
 
     Returns:
         A lazy `Merged`: nothing is merged before it is saved, applied, added or reported.
@@ -109,12 +114,17 @@ def merge(
     folder = open_base(model)
     if folder is not None:
         if anchor_loader is not None:
-            raise MethodError("anchors run through a loaded model; a folder as model= serves names and weights only")
+            raise MethodError(
+                "anchors run through a loaded model; a folder as model= serves names and weights "
+                "only"
+            )
         model = None
     method = check_method(method, anchor_loader, model)
     check_numbers(scale, rank)
     if cache_only and (cache is None or anchor_loader is None):
-        raise MethodError("cache_only=True needs cache=..., and the anchors and the model that the cache is for")
+        raise MethodError(
+            "cache_only=True needs cache=..., and the anchors and the model that the cache is for"
+        )
     weights = as_given(weights)
     model = without_wrappers(model)
     opened = one_spelling(load_adapters(adapters, model, weights), model)
@@ -141,7 +151,9 @@ def merge(
         prepared = prepare(method, stream)
     if stream.anchors is not None and not stream.anchors.used:
         warn(f"the anchors were not used: {recipe(method)} reads no gradients and no losses")
-    vectors = plan_vectors(prepared, stream.adapters, stream.weights, float(scale), weights_of(folder or model))
+    vectors = plan_vectors(
+        prepared, stream.adapters, stream.weights, float(scale), weights_of(folder or model)
+    )
     if model is not None:
         check_vectors(vectors, model)
     run = Run(
@@ -164,8 +176,8 @@ def merge(
 class Merged:
     """A merge that is ready to run. Every sink streams the layers once.
 
-    Memory does not grow with the model's depth: what pre-passes read is held for the merge up to half a gigabyte, and
-    read again beyond it.
+    Memory does not grow with the model's depth: what pre-passes read is held for the merge up to
+    half a gigabyte, and read again beyond it.
     """
 
     def __init__(self, run: Run) -> None:
@@ -176,7 +188,10 @@ class Merged:
 
     def __repr__(self) -> str:
         run = self.run
-        return f"Merged({len(run.adapters)} adapters, {len(run.stream.modules)} layers, {recipe(run.method)})"
+        return (
+            f"Merged({len(run.adapters)} adapters, {len(run.stream.modules)} layers, "
+            f"{recipe(run.method)})"
+        )
 
     @property
     def adapters(self) -> tuple[Adapter, ...]:
@@ -209,7 +224,9 @@ class Merged:
         return self.run.recipe
 
     def updates(self) -> Iterator[tuple[str, Update]]:
-        """(module, merged update) for every layer, exact: scale applied, nothing truncated or rounded."""
+        """(module, merged update) for every layer, exact:
+        scale applied, nothing truncated or rounded.
+        """
         return self.run.updates()
 
     def save_pretrained(
@@ -220,16 +237,18 @@ class Merged:
         names: str | None = None,
         uniform_rank: bool = True,
     ) -> None:
-        """Write a PEFT checkpoint: `PeftModel.from_pretrained(base, path)`. The folder appears whole or not at all.
+        """Write a PEFT checkpoint: `PeftModel.from_pretrained(base, path)`.
+        The folder appears whole or not at all.
 
         Args:
             path: the folder to write.
             overwrite: replace an existing checkpoint.
-            names: how modules are spelled: "input" as the adapters do, "transformers 5", "transformers 4" (4.51 and
-                before; PEFT reads it in later ones too) or "llava" (the original code). By default as the model of the
-                merge does, or "input" without one.
-            uniform_rank: give all modules the largest rank, padded with zeros: exact, and what engines need that read
-                no `rank_pattern` (llama.cpp, SGLang, TGI). False: each its own, in a smaller file.
+            names: how modules are spelled: "input" as the adapters do, "transformers 5",
+                "transformers 4" (4.51 and before; PEFT reads it in later ones too) or "llava" (the
+                original code). By default as the model of the merge does, or "input" without one.
+            uniform_rank: give all modules the largest rank, padded with zeros: exact, and what
+                engines need that read no `rank_pattern` (llama.cpp, SGLang, TGI).
+                False: each its own, in a smaller file.
 
         Raises:
             OutputExistsError: `path` exists.
@@ -237,16 +256,19 @@ class Merged:
             NonFiniteError: a merged update is not finite, or overflows the output's dtype.
         """
         form = Form(names, uniform_rank)
-        sinks.save(self.run, path, overwrite=overwrite, form=form, finish=self._measure, undo=self._undo())
+        sinks.save(
+            self.run, path, overwrite=overwrite, form=form, finish=self._measure, undo=self._undo()
+        )
 
     def apply_to(self, model: Any) -> None:
         """Add the merged update to the weights of `model`, in place, without any loss of rank.
 
-        The old weights are kept in a temporary file (TMPDIR) until all is done, so that nothing is half applied.
+        The old weights are kept in a temporary file (TMPDIR) until all is done,
+        so that nothing is half applied.
 
         Raises:
-            ModelMismatchError: the model lacks a module, or a weight of it is tied or computed from others; the model
-                is unchanged.
+            ModelMismatchError: the model lacks a module, or a weight of it is tied or computed from
+                others; the model is unchanged.
             SapmergeError: anything that fails on the way; the model is as it was.
         """
         anchors, undo = self.run.stream.anchors, self._undo()
@@ -272,11 +294,15 @@ class Merged:
         """
         sinks.add(self.run, peft_model, adapter_name, self._measure, self._undo())
 
-    def save_merged(self, base_folder: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
-        """Write the merged full model: the base's folder with the update added, shard by shard; lossless in rank.
+    def save_merged(
+        self, base_folder: str | os.PathLike[str], path: str | os.PathLike[str]
+    ) -> None:
+        """Write the merged full model: the base's folder with the update added, shard by shard;
+        lossless in rank.
 
         Args:
-            base_folder: the base's safetensors, sharded or not; config and tokenizer beside them are copied.
+            base_folder: the base's safetensors, sharded or not; config and tokenizer beside them
+                are copied.
             path: the folder to write, which must not exist.
 
         Raises:
@@ -287,7 +313,9 @@ class Merged:
 
     @property
     def report(self) -> Report:
-        """What was done; runs the merge once if no sink has run yet. The loss at a merged model is measured now."""
+        """What was done; runs the merge once if no sink has run yet.
+        The loss at a merged model is measured now.
+        """
         report = self._report
         if report is None:
             report = self._measure(tuple(row for _, _, row in self.run.stored()))
@@ -311,7 +339,9 @@ class Merged:
         return report
 
     def _with_notes(self, report: Report) -> Report:
-        """The loss of the merged adapter is None if the model overflows with it, or is another one by now."""
+        """The loss of the merged adapter is None if the model overflows with it,
+        or is another one by now.
+        """
         anchors, run = self.run.stream.anchors, self.run
         if anchors is None:
             return replace(report, notes=run.vectors.notes() | findings_of(run.prepared))

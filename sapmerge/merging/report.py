@@ -29,8 +29,9 @@ class AdapterReport:
     Args:
         energy_share: of sum_k ||w_k D_k||^2 over all layers.
         loudness: ||w D|| over the median of all adapters.
-        outlier: robust z-score of log ||w D||, from median and MAD (None for fewer than three non-zero adapters).
-            Beyond 5 the adapter is marked in the table: look at it, or bound it with `CapShare`.
+        outlier: robust z-score of log ||w D||, from median and MAD (None for fewer than three
+            non-zero adapters). Beyond 5 the adapter is marked in the table: look at it, or bound it
+            with `CapShare`.
     """
 
     label: str
@@ -58,7 +59,8 @@ class LayerReport:
         cosine: mean pairwise cosine of the inputs; None for a single one.
         sign_conflict: mean pairwise share of entries with opposite signs, on at most 64 rows.
         energies: per adapter (w ||D||)^2, what it brings in.
-        notes: what the parts of the method recorded, e.g. the density that `Prune` kept per adapter.
+        notes: what the parts of the method recorded, e.g.
+            the density that `Prune` kept per adapter.
     """
 
     name: str
@@ -90,13 +92,16 @@ def describe(
     return LayerReport(
         name=layer.name,
         shape=layer.shape,
-        adapters=tuple(label for label, there in zip(layer.adapters, layer.present, strict=True) if there),
+        adapters=tuple(
+            label for label, there in zip(layer.adapters, layer.present, strict=True) if there
+        ),
         rank=stored_rank,
         energy_kept=energy_kept,
         norm=merged.norm(),
         cosine=mean_cosine(inputs),
         sign_conflict=off_diagonal_mean(share_opposed(both, opposed)),
-        energies=dict.fromkeys(layer.adapters, 0.0) | {label: norm * norm for label, norm in loud.items()},
+        energies=dict.fromkeys(layer.adapters, 0.0)
+        | {label: norm * norm for label, norm in loud.items()},
         notes=notes,
     )
 
@@ -105,7 +110,10 @@ def describe_adapters(
     adapters: Sequence[Adapter], weights: Sequence[float], layers: Sequence[LayerReport]
 ) -> tuple[AdapterReport, ...]:
     """The report of every adapter."""
-    energies = {adapter.label: sum(layer.energies[adapter.label] for layer in layers) for adapter in adapters}
+    energies = {
+        adapter.label: sum(layer.energies[adapter.label] for layer in layers)
+        for adapter in adapters
+    }
     total = sum(energies.values())
     return tuple(
         AdapterReport(
@@ -119,12 +127,16 @@ def describe_adapters(
             loudness=loudness,
             outlier=outlier,
         )
-        for adapter, weight, (loudness, outlier) in zip(adapters, weights, _loudness(list(energies.values())))
+        for adapter, weight, (loudness, outlier) in zip(
+            adapters, weights, _loudness(list(energies.values()))
+        )
     )
 
 
 def _loudness(energies: Sequence[float]) -> list[tuple[float, float | None]]:
-    """Norm over the median norm, and the robust z-score of its logarithm. Plain z-scores cannot exceed sqrt(K - 1)."""
+    """Norm over the median norm, and the robust z-score of its logarithm.
+    Plain z-scores cannot exceed sqrt(K - 1).
+    """
     logs = [0.5 * math.log(energy) for energy in energies if energy > 0]
     if not logs:
         return [(0.0, None) for _ in energies]
@@ -163,37 +175,70 @@ class Report:
     def energy_kept(self) -> float:
         """The share of the merged update's energy in the stored form, over all layers."""
         total = sum(layer.norm**2 for layer in self.layers)
-        return sum(layer.energy_kept * layer.norm**2 for layer in self.layers) / total if total else 1.0
+        return (
+            sum(layer.energy_kept * layer.norm**2 for layer in self.layers) / total
+            if total
+            else 1.0
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: dicts, lists, numbers and strings."""
         return asdict(self) | {"energy_kept": self.energy_kept}
 
     def __str__(self) -> str:
-        lines = [f"method     {printable(self.method)}", f"base       {printable(self.base_model or 'not named')}"]
+        lines = [
+            f"method     {printable(self.method)}",
+            f"base       {printable(self.base_model or 'not named')}",
+        ]
         ranks = sorted({layer.rank for layer in self.layers})
         shown = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}" if ranks else "-"
-        lines.append(f"result     {len(self.layers)} layers, rank {shown}, energy kept {self.energy_kept:.1%}")
+        lines.append(
+            f"result     {len(self.layers)} layers, rank {shown}, energy kept "
+            f"{self.energy_kept:.1%}"
+        )
         if self.modules_to_save or self.dropped_modules:
-            lines.append(f"modules    saved {list(self.modules_to_save)}, left out {list(self.dropped_modules)}")
+            lines.append(
+                f"modules    saved {list(self.modules_to_save)}, left out "
+                f"{list(self.dropped_modules)}"
+            )
         lines += [f"{key:<10} {printable(_short(value))}" for key, value in self.notes.items()]
         lines += [
             "",
             table(
                 ["adapter", "weight", "layers", "ranks", "energy share", "loudness", "from"],
                 [
-                    [a.label, f"{a.weight:g}", a.layers, a.ranks, f"{a.energy_share:.1%}", _loud(a), a.source]
+                    [
+                        a.label,
+                        f"{a.weight:g}",
+                        a.layers,
+                        a.ranks,
+                        f"{a.energy_share:.1%}",
+                        _loud(a),
+                        a.source,
+                    ]
                     for a in self.adapters
                 ],
             ),
             "",
             table(
-                ["layer", "adapters", "rank", "density", "energy kept", "norm", "cosine", "sign conflict"],
+                [
+                    "layer",
+                    "adapters",
+                    "rank",
+                    "density",
+                    "energy kept",
+                    "norm",
+                    "cosine",
+                    "sign conflict",
+                ],
                 [_row(layer) for layer in self._shown()],
             ),
         ]
         if len(self.layers) > len(self._shown()):
-            lines.append(f"... and {len(self.layers) - len(self._shown())} more layers: report.to_dict()['layers']")
+            lines.append(
+                f"... and {len(self.layers) - len(self._shown())} more layers: "
+                "report.to_dict()['layers']"
+            )
         return "\n".join(lines)
 
     def _shown(self) -> tuple[LayerReport, ...]:
@@ -234,7 +279,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     widths = [max(len(row[k]) for row in cells) for k in range(len(head))]
     lines = [
         "  ".join(
-            cell.ljust(width) if k == 0 else cell.rjust(width) for k, (cell, width) in enumerate(zip(row, widths))
+            cell.ljust(width) if k == 0 else cell.rjust(width)
+            for k, (cell, width) in enumerate(zip(row, widths))
         )
         for row in cells
     ]
@@ -242,9 +288,11 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def notes_of(anchors: Anchors) -> dict[str, Any]:
-    """How many there are, the loss, and its mean at the base and at base + each adapter as it was read.
+    """How many there are, the loss, and its mean at the base and at base + each adapter
+    as it was read.
 
-    A loss is None where the model overflows (a method may have shortened the adapter), or is not the base any more.
+    A loss is None where the model overflows (a method may have shortened the adapter),
+    or is not the base any more.
     """
     losses = {label: _loss(anchors, k) for k, (label, _) in enumerate(anchors.adapters)}
     notes: dict[str, Any] = {

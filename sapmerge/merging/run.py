@@ -1,4 +1,6 @@
-"""A merge that is ready to run: its data, and the merged layers one after the other. What a sink is made from."""
+"""A merge that is ready to run: its data, and the merged layers one after the other.
+What a sink is made from.
+"""
 
 from __future__ import annotations
 
@@ -62,10 +64,14 @@ class Run:
     own_names: Own | None
     progress: bool = False
     kept: dict[str, LowRank] = field(default_factory=dict[str, LowRank])
-    """With anchors: the update of every layer as a sink has stored it, for the loss of the merged model."""
+    """With anchors: the update of every layer as a sink has stored it,
+    for the loss of the merged model.
+    """
 
     def updates(self) -> Iterator[tuple[str, Update]]:
-        """(module, merged update) for every layer, exact: scale applied, nothing truncated or rounded."""
+        """(module, merged update) for every layer, exact:
+        scale applied, nothing truncated or rounded.
+        """
         for name in with_progress(self.stream.modules, len(self.stream.modules), self.progress):
             yield name, self.merged(name)[1]
 
@@ -74,7 +80,9 @@ class Run:
         """The whole call, as it is written into the output's metadata."""
         return {
             "method": recipe(self.method),
-            "weights": {a.label: weight for a, weight in zip(self.adapters, self.weights, strict=True)},
+            "weights": {
+                a.label: weight for a, weight in zip(self.adapters, self.weights, strict=True)
+            },
             "scale": self.scale,
             "rank": self.rank,
             "base_model": self.base.name,
@@ -97,7 +105,10 @@ class Run:
         Args:
             lossless: give the update as it is; otherwise factors of the rank that was asked for.
         """
-        default = max((module.rank for adapter in self.adapters for module in adapter.modules.values()), default=1)
+        default = max(
+            (module.rank for adapter in self.adapters for module in adapter.modules.values()),
+            default=1,
+        )
 
         def finished(name: str) -> tuple[str, Update, LayerReport]:
             with pinned_state():
@@ -122,13 +133,19 @@ class Run:
             update = self.prepared(layer)
             if not isinstance(update, (LowRank, Dense)):  # pyright: ignore[reportUnnecessaryIsInstance]
                 raise MethodError(
-                    f"a method returns an update, LowRank(B, A) or Dense(matrix); {self.method!r} returned a "
+                    f"a method returns an update, LowRank(B, A) or Dense(matrix); {self.method!r} "
+                    "returned a "
                     f"{type(update).__name__} for layer {name!r}"
                 )
             if self.scale != 1.0:
                 update = update.scaled(self.scale)
             if update.shape != layer.shape:
-                raise MethodError(f"{self.method!r} made an update {update.shape} for layer {name!r} {layer.shape}")
+                raise MethodError(
+                    f"{self.method!r} made an update {update.shape} for layer {name!r} "
+                    f"{layer.shape}"
+                )
             if not math.isfinite(update.norm()):
-                raise NonFiniteError(f"the merged update of layer {name!r} is NaN or infinite: {self.method!r}")
+                raise NonFiniteError(
+                    f"the merged update of layer {name!r} is NaN or infinite: {self.method!r}"
+                )
         return layer, update, notes

@@ -1,7 +1,8 @@
-"""Where a merge goes: a PEFT checkpoint, the weights of a model, or a new adapter of a live PeftModel.
+"""Where a merge goes: a PEFT checkpoint, the weights of a model,
+or a new adapter of a live PeftModel.
 
-Nothing may raise after the effect: whatever can fail comes before it, the report too (`finish`), and an error or Ctrl-C
-on the way out takes the effect back.
+Nothing may raise after the effect: whatever can fail comes before it, the report too (`finish`),
+and an error or Ctrl-C on the way out takes the effect back.
 """
 
 from __future__ import annotations
@@ -20,7 +21,13 @@ from torch import Tensor, nn
 from sapmerge.core.torch_state import pinned_state
 from sapmerge.core.undo import Undo
 from sapmerge.core.updates import Update
-from sapmerge.errors import MethodError, ModelMismatchError, NonFiniteError, OutputError, OutputExistsError
+from sapmerge.errors import (
+    MethodError,
+    ModelMismatchError,
+    NonFiniteError,
+    OutputError,
+    OutputExistsError,
+)
 from sapmerge.io.folder import check_readable
 from sapmerge.io.held_values import HeldValues
 from sapmerge.io.modules import Module
@@ -53,9 +60,16 @@ Finish: TypeAlias = Callable[[tuple[LayerReport, ...]], object]
 
 
 def save(
-    run: Run, path: str | os.PathLike[str], *, overwrite: bool, finish: Finish, undo: Undo, form: Form = _USUAL
+    run: Run,
+    path: str | os.PathLike[str],
+    *,
+    overwrite: bool,
+    finish: Finish,
+    undo: Undo,
+    form: Form = _USUAL,
 ) -> None:
-    """Write a checkpoint folder, streaming the layers; the config is built from scratch, scaling is exactly 1.
+    """Write a checkpoint folder, streaming the layers;
+    the config is built from scratch, scaling is exactly 1.
 
     Args:
         finish: runs before the folder is put in its place.
@@ -65,10 +79,13 @@ def save(
     output = os.path.realpath(path)
     for adapter in run.adapters:
         if adapter.folder == output:
-            raise OutputError(f"the output {os.fspath(path)!r} is one of the inputs; write to another folder")
+            raise OutputError(
+                f"the output {os.fspath(path)!r} is one of the inputs; write to another folder"
+            )
         if adapter.folder is not None and adapter.folder.startswith(os.path.join(output, "")):
             raise OutputError(
-                f"the output {os.fspath(path)!r} holds the input {adapter.folder!r}; write to another folder"
+                f"the output {os.fspath(path)!r} holds the input {adapter.folder!r}; write to "
+                "another folder"
             )
     writer = CheckpointWriter(path, overwrite=overwrite)
     try:
@@ -84,10 +101,13 @@ def save(
 
 
 def save_together(runs: Mapping[str, Run]) -> None:
-    """Write several checkpoints (path -> run) side by side, layer by layer: what they share is read once."""
+    """Write several checkpoints (path -> run) side by side, layer by layer:
+    what they share is read once.
+    """
     with pinned_state(), ExitStack() as stack:
         making = [
-            (_Checkpoint(run, stack.enter_context(CheckpointWriter(path))), run.stored()) for path, run in runs.items()
+            (_Checkpoint(run, stack.enter_context(CheckpointWriter(path))), run.stored())
+            for path, run in runs.items()
         ]
         for name in sorted({name for run in runs.values() for name in run.stream.modules}):
             for checkpoint, layers in making:
@@ -106,7 +126,11 @@ class _Checkpoint:
         self._factors: dict[str, tuple[int, int]] = {}  # tensor -> where its rank is, and the rank
         self._beside = for_checkpoint(run.vectors, self._adapted, run.dtype)
         self._bundler = Bundler(self._adapted, self._names, run.dtype)
-        self._rows, self._ranks, self._parameters = list[LayerReport](), dict[str, int](), list[str]()
+        self._rows, self._ranks, self._parameters = (
+            list[LayerReport](),
+            dict[str, int](),
+            list[str](),
+        )
 
     def add(self, module: Module, update: Update, row: LayerReport) -> None:
         """One layer, as `Run.stored` gives it."""
@@ -114,7 +138,9 @@ class _Checkpoint:
         self._rows.append(row)
 
     def finish(self, finish: Finish | None = None) -> None:
-        """The heads, the config and the card; then the folder is in its place. What is written can be read."""
+        """The heads, the config and the card; then the folder is in its place.
+        What is written can be read.
+        """
         self._write(self._bundler.finish())
         run, names = self.run, self._names
         for name, read in run.heads.tensors().items():
@@ -123,12 +149,17 @@ class _Checkpoint:
             self._writer.add(PREFIX + key, tensor)
         if self._form.uniform_rank:
             self._widen(max(self._ranks.values()))
-        config = config_of(run, self._ranks, self._parameters, names) | self._beside.config(self._adapted, names)
+        config = config_of(run, self._ranks, self._parameters, names) | self._beside.config(
+            self._adapted, names
+        )
         form = self._form.recorded(spelling_of(run.adapters, self._form.names, run.own_names))
         if finish is not None:
             finish(tuple(self._rows))
         self._writer.commit(
-            config=config, metadata=metadata_of(run, form), card=card_of(run, self._rows), check=check_readable
+            config=config,
+            metadata=metadata_of(run, form),
+            card=card_of(run, self._rows),
+            check=check_readable,
         )
 
     def _write(self, bundle: Bundle) -> None:
@@ -174,7 +205,8 @@ def _added(run: Run, model: Any, base: nn.Module, held: HeldValues) -> tuple[Lay
     saved = find_saved(model, run.heads.shapes())
     vectors = check_vectors(run.vectors, model)
     check_parameters(sites)
-    rows_of = {change.name for change in run.vectors.changes if change.rows}  # PEFT changes tied token rows in both too
+    # PEFT changes tied token rows in both too
+    rows_of = {change.name for change in run.vectors.changes if change.rows}
     written = {name: tensor for name, tensor in vectors.items() if name not in rows_of}
     check_separate(base, {name: site.parameter for name, site in sites.items()} | saved | written)
     for module, update, row in run.stored(lossless=True):
@@ -195,32 +227,42 @@ def _added(run: Run, model: Any, base: nn.Module, held: HeldValues) -> tuple[Lay
 
 def _write(weight: Tensor, value: Tensor, name: str, held: HeldValues) -> None:
     if not bool(torch.isfinite(value).all()):
-        raise NonFiniteError(f"the weight of {name!r} plus its update is not finite in {weight.dtype}")
+        raise NonFiniteError(
+            f"the weight of {name!r} plus its update is not finite in {weight.dtype}"
+        )
     held.keep(weight)
     with torch.no_grad():
         weight.copy_(value)
     if not torch.equal(weight.detach(), value):
         raise ModelMismatchError(
-            f"the weight of {name!r}, a {type(weight.data).__name__}, does not hold what was written to it; use "
+            f"the weight of {name!r}, a {type(weight.data).__name__}, does not hold what was "
+            "written to it; use "
             "save_pretrained or add_to"
         )
 
 
 def add(run: Run, peft_model: Any, adapter_name: str, finish: Finish, undo: Undo) -> None:
-    """Register a new adapter in a live PeftModel and fill it; on any error the model is what it was.
+    """Register a new adapter in a live PeftModel and fill it;
+    on any error the model is what it was.
 
     Args:
         finish: runs before the adapter is registered.
         undo: what takes back the caller's part of it.
     """
     if not hasattr(peft_model, "peft_config"):
-        raise ModelMismatchError(f"add_to takes a PeftModel; got {type(peft_model).__name__}. Use apply_to(model)")
+        raise ModelMismatchError(
+            f"add_to takes a PeftModel; got {type(peft_model).__name__}. Use apply_to(model)"
+        )
     if not isinstance(adapter_name, str):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise MethodError(f"an adapter's name is text; got a {type(adapter_name).__name__}")
     if adapter_name in peft_model.peft_config:
-        raise OutputExistsError(f"the model already has an adapter {adapter_name!r}; choose another name")
+        raise OutputExistsError(
+            f"the model already has an adapter {adapter_name!r}; choose another name"
+        )
     if not re.fullmatch(r"[A-Za-z0-9_-]+", adapter_name) or hasattr(nn.ModuleDict, adapter_name):
-        raise MethodError(f"{adapter_name!r} cannot be an adapter's name; use letters, digits, '_' and '-'")
+        raise MethodError(
+            f"{adapter_name!r} cannot be an adapter's name; use letters, digits, '_' and '-'"
+        )
     try:
         with exclusive(peft_model), pinned_state():
             try:
@@ -244,7 +286,12 @@ def _registered(run: Run, peft_model: Any, adapter_name: str, finish: Finish, un
     check_vectors(run.vectors, peft_model)
     vectors = replace(run.vectors, base=ModelWeights(peft_model, {}))
     beside = for_live_model(vectors, adapted, run.dtype)
-    rows, ranks, state, parameters = list[LayerReport](), dict[str, int](), dict[str, Tensor](), list[str]()
+    rows, ranks, state, parameters = (
+        list[LayerReport](),
+        dict[str, int](),
+        dict[str, Tensor](),
+        list[str](),
+    )
     bundler, bundles = Bundler(adapted, names, run.dtype), list[Bundle]()
     for module, update, row in run.stored():
         bundles.append(bundler.add(module, update))
@@ -263,7 +310,9 @@ def _registered(run: Run, peft_model: Any, adapter_name: str, finish: Finish, un
     finish(tuple(rows))
     asking = {parameter: parameter.requires_grad for parameter in peft_model.parameters()}
     undo.add(partial(ask, asking))
-    undo.add(partial(activate, peft_model, peft_model.active_adapter, list(peft_model.active_adapters)))
+    undo.add(
+        partial(activate, peft_model, peft_model.active_adapter, list(peft_model.active_adapters))
+    )
     undo.add(partial(delete, peft_model, adapter_name))
     peft_model.add_adapter(adapter_name, LoraConfig(**config))
     for name, tensor in own_heads(peft_model, adapter_name).items():

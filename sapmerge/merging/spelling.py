@@ -1,4 +1,6 @@
-"""One base, several spellings of its modules: which names of the adapters mean one module, and what is written."""
+"""One base, several spellings of its modules: which names of the adapters mean one module,
+and what is written.
+"""
 
 from __future__ import annotations
 
@@ -14,21 +16,32 @@ from sapmerge.io.names import STYLES, alike, plain, respelled, stem
 from sapmerge.merging.fused import as_in_parts, fitted
 from sapmerge.naming import Names
 
-__all__ = ["CHOICES", "Own", "check_names", "one_spelling", "say_what_is_not_shared", "spelling_of", "written_names"]
+__all__ = [
+    "CHOICES",
+    "Own",
+    "check_names",
+    "one_spelling",
+    "say_what_is_not_shared",
+    "spelling_of",
+    "written_names",
+]
 
 CHOICES = ("input", *STYLES)
 _SHOWN = 3
 # Models of which transformers 4 called the text layers model.layers, by the name of the base.
 _QWEN = re.compile(r"qwen[\d._-]*(?:vl|omni)|qvq", re.IGNORECASE)
-_LLAVA = re.compile(r"llava|gemma-?3|paligemma|internvl|pixtral|mistral-small-3|aya-vision|got-ocr|aria", re.IGNORECASE)
+_LLAVA = re.compile(
+    r"llava|gemma-?3|paligemma|internvl|pixtral|mistral-small-3|aya-vision|got-ocr|aria",
+    re.IGNORECASE,
+)
 
 
 def one_spelling(adapters: Sequence[Adapter], model: Any = None) -> list[Adapter]:
     """The adapters, with one key for every module of the base, however each of them spells it.
 
-    With a model its modules decide. Without one, names that differ in what is around a tower are taken for one module
-    if their shapes agree and no adapter has both; that is said. A fused projection (`qkv_proj`) of one adapter is cut
-    where another has it in parts.
+    With a model its modules decide. Without one, names that differ in what is around a tower are
+    taken for one module if their shapes agree and no adapter has both; that is said. A fused
+    projection (`qkv_proj`) of one adapter is cut where another has it in parts.
 
     Args:
         adapters: of one base.
@@ -58,7 +71,9 @@ def _joined(adapters: Sequence[Adapter]) -> list[Adapter]:
     owners: dict[str, set[int]] = {}
     for k, adapter in enumerate(adapters):
         for module in adapter.modules.values():
-            shapes.setdefault(module.owner, set()).add((module.kind, module.parameter, module.shape))
+            shapes.setdefault(module.owner, set()).add(
+                (module.kind, module.parameter, module.shape)
+            )
             owners.setdefault(module.owner, set()).add(k)
     groups: dict[str, list[str]] = {}
     for key in owners:
@@ -66,7 +81,9 @@ def _joined(adapters: Sequence[Adapter]) -> list[Adapter]:
     names: dict[str, str] = {}
     for group in groups.values():
         if len(group) > 1:
-            names |= _one_of(sorted(group, key=lambda key: (-len(key), key)), shapes, owners, adapters)
+            names |= _one_of(
+                sorted(group, key=lambda key: (-len(key), key)), shapes, owners, adapters
+            )
     return [_renamed(adapter, names) for adapter in adapters]
 
 
@@ -84,9 +101,14 @@ def _renamed(adapter: Adapter, names: Mapping[str, str]) -> Adapter:
 
 
 def _one_of(
-    keys: list[str], shapes: Mapping[str, set[object]], owners: Mapping[str, set[int]], adapters: Sequence[Adapter]
+    keys: list[str],
+    shapes: Mapping[str, set[object]],
+    owners: Mapping[str, set[int]],
+    adapters: Sequence[Adapter],
 ) -> dict[str, str]:
-    """Key -> the longest key that means the same module; keys that fit two different modules stay."""
+    """Key -> the longest key that means the same module;
+    keys that fit two different modules stay.
+    """
 
     def fits(one: str, other: str) -> bool:
         apart = owners[one].isdisjoint(owners[other]) and shapes[one] == shapes[other]
@@ -108,7 +130,9 @@ def _class(adapter: Adapter) -> object:
 
 
 def _beside(adapter: Adapter) -> set[str]:
-    """The modules of what is no update of a matrix: modules saved whole, biases, rows of embeddings."""
+    """The modules of what is no update of a matrix:
+    modules saved whole, biases, rows of embeddings.
+    """
     vectors = (vector.name for vector in adapter.vectors.values())
     return {tensor.rpartition(".")[0] for tensor in (*adapter.saved, *vectors)}
 
@@ -120,15 +144,20 @@ def _say_what_differs(adapters: Sequence[Adapter]) -> None:
             other = first.setdefault(key, adapter)
             if plain(other.modules[key].spelled) != plain(module.spelled):
                 _warn(
-                    f"{other.label!r} and {adapter.label!r} spell the modules of their base in two ways (one module is "
-                    f"{other.modules[key].spelled!r} in the first, {module.spelled!r} in the second): they are merged "
-                    "as the same modules. The output is spelled as most inputs are; names=... or model=... chooses"
+                    f"{other.label!r} and {adapter.label!r} spell the modules of their base in two "
+                    "ways (one module is "
+                    f"{other.modules[key].spelled!r} in the first, {module.spelled!r} in the "
+                    "second): they are merged "
+                    "as the same modules. The output is spelled as most inputs are; names=... or "
+                    "model=... chooses"
                 )
                 return
 
 
 def say_what_is_not_shared(adapters: Sequence[Adapter]) -> None:
-    """Warn of adapters that share no module: two spellings that nobody could join, or different modules."""
+    """Warn of adapters that share no module: two spellings that nobody could join,
+    or different modules.
+    """
     sets = [set(adapter.modules) for adapter in adapters]
     apart = [
         (adapters[i], adapters[j])
@@ -141,15 +170,19 @@ def say_what_is_not_shared(adapters: Sequence[Adapter]) -> None:
         more = f" and {len(apart) - _SHOWN} more pairs" if len(apart) > _SHOWN else ""
         one, other = (next(iter(adapter.modules.values())).spelled for adapter in apart[0])
         _warn(
-            f"{listed}{more} share no module ({one!r} in one, {other!r} in the other): nothing of them is averaged "
-            "with each other, and a mean halves both. If these are two spellings of one model, give it: model=..."
+            f"{listed}{more} share no module ({one!r} in one, {other!r} in the other): nothing of "
+            "them is averaged "
+            "with each other, and a mean halves both. If these are two spellings of one model, "
+            "give it: model=..."
         )
 
 
 def check_names(names: str | None) -> None:
     """Whether `names` is a choice."""
     if names is not None and names not in CHOICES:
-        raise MethodError(f"names={names!r} is not a spelling; choose one of {', '.join(map(repr, CHOICES))}")
+        raise MethodError(
+            f"names={names!r} is not a spelling; choose one of {', '.join(map(repr, CHOICES))}"
+        )
 
 
 @dataclass(frozen=True)
@@ -174,7 +207,9 @@ class Own:
         return Own(names, str(getattr(getattr(found.base, "config", None), "model_type", "")))
 
 
-def written_names(adapters: Sequence[Adapter], names: str | None, own: Own | None) -> Mapping[str, str]:
+def written_names(
+    adapters: Sequence[Adapter], names: str | None, own: Own | None
+) -> Mapping[str, str]:
     """Key -> the name of the module in the output.
 
     Args:
@@ -192,17 +227,25 @@ def written_names(adapters: Sequence[Adapter], names: str | None, own: Own | Non
     family = _family(adapters, keys, own)
     if names is None or names == "input":
         return _as_the_inputs(adapters, family)
-    multimodal = any("language_model." in key or stem(key).tower not in ("", "text") for key in keys)
-    if (names == "llava" and family != "llava") or (names != STYLES[0] and multimodal and not family):
+    multimodal = any(
+        "language_model." in key or stem(key).tower not in ("", "text") for key in keys
+    )
+    if (names == "llava" and family != "llava") or (
+        names != STYLES[0] and multimodal and not family
+    ):
         raise MethodError(
-            f"names={names!r}: what the modules were called is only known for models like LLaVA and Qwen-VL, and these "
-            "adapters do not tell that their base is one. Give the base as model=..., or its name as base_model=..."
+            f"names={names!r}: what the modules were called is only known for models like LLaVA "
+            "and Qwen-VL, and these "
+            "adapters do not tell that their base is one. Give the base as model=..., or its name "
+            "as base_model=..."
         )
     return {key: respelled(_newest(key, family), names, family) for key in keys}
 
 
 def spelling_of(adapters: Sequence[Adapter], names: str | None, own: Own | None) -> str | None:
-    """What `names` must be for the same names without the model; None for "input", or if nothing gives them."""
+    """What `names` must be for the same names without the model;
+    None for "input", or if nothing gives them.
+    """
     if names is not None or own is None:
         return None if names == "input" else names
     wanted = written_names(adapters, None, own)
@@ -217,26 +260,39 @@ def spelling_of(adapters: Sequence[Adapter], names: str | None, own: Own | None)
 
 
 def _newest(key: str, family: str) -> str:
-    """A key as transformers 5 spells it: the text layers of a multimodal model are below `language_model`."""
+    """A key as transformers 5 spells it: the text layers of a multimodal model are below
+    `language_model`.
+    """
     if family and re.match(r"model\.(?:layers|embed_tokens|norm)\b", key):
         return "model.language_model." + key.removeprefix("model.")
     return key
 
 
 def _family(adapters: Sequence[Adapter], keys: Iterable[str], own: Own | None) -> str:
-    """Which multimodal family the base is of, by the model, the towers that are adapted, or the base's name."""
-    bases = [name.replace("_", "-") for name in (own.kind if own else "", *(a.base_model or "" for a in adapters))]
+    """Which multimodal family the base is of, by the model, the towers that are adapted,
+    or the base's name.
+    """
+    bases = [
+        name.replace("_", "-")
+        for name in (own.kind if own else "", *(a.base_model or "" for a in adapters))
+    ]
     spelled = [module.spelled for adapter in adapters for module in adapter.modules.values()]
-    if any(key.startswith("model.visual.") for key in keys) or any(_QWEN.search(name) for name in bases):
+    if any(key.startswith("model.visual.") for key in keys) or any(
+        _QWEN.search(name) for name in bases
+    ):
         return "qwen"
     towers = ("model.vision_tower.", "model.multi_modal_projector.")
-    if any(key.startswith(towers) for key in keys) or any(name.startswith("language_model.model.") for name in spelled):
+    if any(key.startswith(towers) for key in keys) or any(
+        name.startswith("language_model.model.") for name in spelled
+    ):
         return "llava"
     return "llava" if any(_LLAVA.search(name) for name in bases) else ""
 
 
 def _as_the_inputs(adapters: Sequence[Adapter], family: str) -> dict[str, str]:
-    """What the files say where they agree; else as the one says that has most modules, newest spelling first."""
+    """What the files say where they agree; else as the one says that has most modules,
+    newest spelling first.
+    """
     tables = [_spelled(adapter) for adapter in adapters]
     every = [item for table in tables for item in table.items()]
     out = dict(every)
@@ -244,16 +300,26 @@ def _as_the_inputs(adapters: Sequence[Adapter], family: str) -> dict[str, str]:
         return out
 
     def order(k: int) -> tuple[int, int, str]:
-        return -len(tables[k]), -sum(name == key for key, name in tables[k].items()), adapters[k].digest
+        return (
+            -len(tables[k]),
+            -sum(name == key for key, name in tables[k].items()),
+            adapters[k].digest,
+        )
 
     ranked = sorted(range(len(adapters)), key=order)
     out = dict(tables[ranked[0]])
-    known = (style for style in STYLES if all(respelled(key, style, family) == name for key, name in out.items()))
+    known = (
+        style
+        for style in STYLES
+        if all(respelled(key, style, family) == name for key, name in out.items())
+    )
     style = next(known, None)
     for k in ranked[1:]:
         habits = _habits((name, out[key]) for key, name in tables[k].items() if key in out)
         for key, name in tables[k].items():
-            out.setdefault(key, _translated(name, habits) if style is None else respelled(key, style, family))
+            out.setdefault(
+                key, _translated(name, habits) if style is None else respelled(key, style, family)
+            )
     return out
 
 
@@ -268,7 +334,8 @@ def _spelled(adapter: Adapter) -> dict[str, str]:
 
 
 def _habits(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """Beginnings of names that differ between two spellings: one -> the other, from modules that both have.
+    """Beginnings of names that differ between two spellings:
+    one -> the other, from modules that both have.
 
     Each ends with the first part that both have, e.g. model.layers -> model.language_model.layers.
     """

@@ -30,12 +30,13 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 _MOST, _IN_FLIGHT = 4, 1 << 30  # layers, and bytes of their updates as matrices
-_HELD = 1 << 29  # bytes of factors that are held between the pre-passes of a merge and the merge itself
+# bytes of factors that are held between the pre-passes of a merge and the merge itself
+_HELD = 1 << 29
 
 
 class _Held:
-    """The updates that pre-passes have read, as far as they fit: each is read and verified once, and what it has
-    computed of itself (norm, Gram matrices, balanced factors) serves every pass."""
+    """The updates that pre-passes have read, as far as they fit: each is read and verified once,
+    and what it has computed of itself (norm, Gram matrices, balanced factors) serves every pass."""
 
     def __init__(self, room: int) -> None:
         self.filling, self._room = False, room
@@ -45,7 +46,11 @@ class _Held:
         update = self._updates.get(key)
         if update is None:
             update = read()
-            size = update.B.nbytes + update.A.nbytes if isinstance(update, LowRank) else update.matrix.nbytes
+            size = (
+                update.B.nbytes + update.A.nbytes
+                if isinstance(update, LowRank)
+                else update.matrix.nbytes
+            )
             if self.filling and size <= self._room:
                 self._room -= size
                 self._updates[key] = update
@@ -54,7 +59,9 @@ class _Held:
 
 @dataclass(frozen=True)
 class AdapterLayers:
-    """The layers of a set of adapters, read from them when asked for; adapters sorted by content."""
+    """The layers of a set of adapters, read from them when asked for;
+    adapters sorted by content.
+    """
 
     adapters: tuple[Adapter, ...]
     weights: tuple[float, ...]
@@ -64,16 +71,29 @@ class AdapterLayers:
     held: _Held = field(default_factory=lambda: _Held(_HELD), repr=False)
 
     @staticmethod
-    def of(adapters: Sequence[Adapter], weights: Sequence[float], device: torch.device) -> AdapterLayers:
-        """Sort by content, so that no bit of the result depends on the order in which adapters were given."""
-        order = sorted(range(len(adapters)), key=lambda k: in_content_order(adapters[k], weights[k]))
+    def of(
+        adapters: Sequence[Adapter], weights: Sequence[float], device: torch.device
+    ) -> AdapterLayers:
+        """Sort by content, so that no bit of the result depends on the order in which
+        adapters were given.
+        """
+        order = sorted(
+            range(len(adapters)), key=lambda k: in_content_order(adapters[k], weights[k])
+        )
         modules = {name: module for adapter in adapters for name, module in adapter.modules.items()}
         return AdapterLayers(
-            tuple(adapters[k] for k in order), tuple(weights[k] for k in order), dict(sorted(modules.items())), device
+            tuple(adapters[k] for k in order),
+            tuple(weights[k] for k in order),
+            dict(sorted(modules.items())),
+            device,
         )
 
     def with_anchors(
-        self, loader: Any, model: Any, loss: Loss | None, cache: str | os.PathLike[str] | None = None
+        self,
+        loader: Any,
+        model: Any,
+        loss: Loss | None,
+        cache: str | os.PathLike[str] | None = None,
     ) -> AdapterLayers:
         """The same layers, with gradients on the anchors at hand."""
 
@@ -83,7 +103,8 @@ class AdapterLayers:
         beside = [adapter.label for adapter in self.adapters if adapter.vectors]
         if beside:
             warnings.warn(
-                f"the anchors see {beside} without their biases and rows of embeddings: losses and gradients are those "
+                f"the anchors see {beside} without their biases and rows of embeddings: losses and "
+                "gradients are those "
                 "of the base plus the updates of its matrices",
                 SapmergeWarning,
                 stacklevel=4,
@@ -111,7 +132,9 @@ class AdapterLayers:
 
     @contextmanager
     def holding(self) -> Generator[None]:
-        """What is read in the block is held for later, within a budget: for the pre-passes of a method."""
+        """What is read in the block is held for later, within a budget:
+        for the pre-passes of a method.
+        """
         self.held.filling = True
         try:
             yield
@@ -125,21 +148,26 @@ class AdapterLayers:
         return absent(self.modules[name].shape, torch.empty(0, device=self.device))
 
     def layers_at_once(self) -> int:
-        """How many layers may be worked on together: one per thread, if all updates fit in 1 GiB as matrices.
+        """How many layers may be worked on together: one per thread,
+        if all updates fit in 1 GiB as matrices.
 
-        One at a time with anchors, whose model can run in one thread only, and on a device, which is busy with one.
+        One at a time with anchors, whose model can run in one thread only, and on a device,
+        which is busy with one.
         """
         if self.anchors is not None or self.device.type != "cpu":
             return 1
         largest = max(math.prod(module.shape) for module in self.modules.values())
-        return max(1, min(torch.get_num_threads(), _MOST, _IN_FLIGHT // (4 * largest * len(self.adapters))))
+        return max(
+            1, min(torch.get_num_threads(), _MOST, _IN_FLIGHT // (4 * largest * len(self.adapters)))
+        )
 
 
 def in_order(function: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
-    """function(item) of every item, in their order; `workers` at a time, each on one thread of torch.
+    """function(item) of every item, in their order;
+    `workers` at a time, each on one thread of torch.
 
-    Small layers keep one thread busy, not several. What is computed does not depend on the number of workers, and the
-    first item that fails raises its error when its turn comes.
+    Small layers keep one thread busy, not several. What is computed does not depend on the number
+    of workers, and the first item that fails raises its error when its turn comes.
     """
     if workers < 2:
         yield from map(function, items)

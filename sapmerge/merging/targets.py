@@ -1,4 +1,6 @@
-"""Where `apply_to` writes: parameters that are the weights themselves, each in memory of its own."""
+"""Where `apply_to` writes: parameters that are the weights themselves,
+each in memory of its own.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,8 @@ def check_parameters(sites: Mapping[str, Site]) -> None:
     """Refuse weights that are computed anew from something else: what is written to them is lost.
 
     Raises:
-        ModelMismatchError: a weight is no parameter of its module (a parametrisation, weight or spectral norm, pruning,
-            a view of a sharded model).
+        ModelMismatchError: a weight is no parameter of its module (a parametrisation, weight or
+            spectral norm, pruning, a view of a sharded model).
     """
     for name, site in sites.items():
         path, _, last = site.name.rpartition(".")
@@ -27,8 +29,10 @@ def check_parameters(sites: Mapping[str, Site]) -> None:
         own = cast("dict[str, nn.Parameter | None]", vars(owner)["_parameters"]).get(last)
         if own is None or not own.is_leaf or own is not site.parameter:
             raise ModelMismatchError(
-                f"the weight of {name!r} ({type(owner).__name__}) is computed from other tensors (a parametrisation, "
-                "weight norm, pruning or sharding), so what is added to it would be lost. Make it plain first (e.g. "
+                f"the weight of {name!r} ({type(owner).__name__}) is computed from other tensors "
+                "(a parametrisation, "
+                "weight norm, pruning or sharding), so what is added to it would be lost. Make it "
+                "plain first (e.g. "
                 "torch.nn.utils.parametrize.remove_parametrizations), or use save_pretrained"
             )
 
@@ -41,7 +45,8 @@ def check_separate(base: nn.Module, weights: Mapping[str, Tensor]) -> None:
         weights: what is written to, by the name that a message shows.
 
     Raises:
-        ModelMismatchError: a weight shares memory with another tensor of the model or with itself, or holds no data.
+        ModelMismatchError: a weight shares memory with another tensor of the model or with itself,
+            or holds no data.
     """
     for name, weight in weights.items():
         problem = _unwritable(weight)
@@ -51,22 +56,30 @@ def check_separate(base: nn.Module, weights: Mapping[str, Tensor]) -> None:
     for one, other in _meeting(base, mine):
         name = mine.get(id(one.tensor)) or mine[id(other.tensor)]
         raise ModelMismatchError(
-            f"the weight of {name!r} is tied ({one.name}, {other.name} lie in the same memory): writing to it would "
+            f"the weight of {name!r} is tied ({one.name}, {other.name} lie in the same memory): "
+            "writing to it would "
             "change both. Use save_pretrained or add_to, or untie the weights first"
         )
 
 
 def _unwritable(weight: Tensor) -> str | None:
     if weight.is_meta:
-        return "it is on the meta device, without data (offloaded?); load the model with its weights"
+        return (
+            "it is on the meta device, without data (offloaded?); load the model with its weights"
+        )
     if weight.is_inference():
         return "it was made inside torch.inference_mode(); load the model outside"
     if weight.layout != torch.strided:
         return "it is sparse"
     reach = 1
-    for stride, size in sorted((stride, size) for stride, size in zip(weight.stride(), weight.shape) if size > 1):
+    for stride, size in sorted(
+        (stride, size) for stride, size in zip(weight.stride(), weight.shape) if size > 1
+    ):
         if stride < reach:
-            return "several of its entries lie in one place in memory (an expanded tensor); clone it first"
+            return (
+                "several of its entries lie in one place in memory (an expanded tensor); clone "
+                "it first"
+            )
         reach += stride * (size - 1)
     return None
 
@@ -83,9 +96,13 @@ class _Span(NamedTuple):
 
 def _meeting(base: nn.Module, mine: Mapping[int, str]) -> Iterator[tuple[_Span, _Span]]:
     """Pairs of names of which at least one is `mine`, that share an entry."""
-    named = [*base.named_parameters(remove_duplicate=False), *base.named_buffers(remove_duplicate=False)]
+    named = [
+        *base.named_parameters(remove_duplicate=False),
+        *base.named_buffers(remove_duplicate=False),
+    ]
     spans = sorted(
-        (span for span in (_span(name, tensor) for name, tensor in named) if span), key=lambda span: span[:3]
+        (span for span in (_span(name, tensor) for name, tensor in named) if span),
+        key=lambda span: span[:3],
     )
     active: list[_Span] = []
     for span in spans:
@@ -109,7 +126,9 @@ def _span(name: str, tensor: Tensor) -> _Span | None:
 
 
 def _share(one: _Span, other: _Span) -> bool:
-    """Whether two tensors have a byte in common; views that interleave, such as halves of the columns, have none."""
+    """Whether two tensors have a byte in common; views that interleave,
+    such as halves of the columns, have none.
+    """
     if all(span.end - span.start == span.tensor.nbytes for span in (one, other)):
         return True  # both without gaps
     start = min(one.start, other.start)
@@ -121,6 +140,10 @@ def _share(one: _Span, other: _Span) -> bool:
 def _bytes_of(marks: Tensor, span: _Span, start: int) -> Tensor:
     """A view of one mark per byte, where the entries of a tensor are."""
     size = span.tensor.element_size()
-    places = [(n, stride * size) for n, stride in zip(span.tensor.shape, span.tensor.stride()) if stride or n == 1]
+    places = [
+        (n, stride * size)
+        for n, stride in zip(span.tensor.shape, span.tensor.stride())
+        if stride or n == 1
+    ]
     shape, strides = [n for n, _ in places], [stride for _, stride in places]
     return marks.as_strided([*shape, size], [*strides, 1], span.start - start)

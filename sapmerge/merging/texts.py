@@ -23,7 +23,8 @@ _ESCAPED = re.compile(r'["\\]')
 def config_of(
     run: Run, ranks: Mapping[str, int], parameters: Sequence[str], names: Mapping[str, str]
 ) -> dict[str, Any]:
-    """An adapter_config.json from nothing: r = alpha everywhere, explicit modules, no trace of the inputs' settings.
+    """An adapter_config.json from nothing: r = alpha everywhere, explicit modules,
+    no trace of the inputs' settings.
 
     Args:
         ranks: module or parameter, as the model spells it -> rank.
@@ -32,8 +33,14 @@ def config_of(
     """
     rank = max(Counter(ranks.values()).items(), key=lambda item: (item[1], item[0]))[0]
     plain = _told_apart(ranks)
-    odd = {name if name in plain else "^" + re.escape(name): value for name, value in ranks.items() if value != rank}
-    experts = {"target_parameters": sorted(parameters), "peft_version": WRITTEN_BY} if parameters else {}
+    odd = {
+        name if name in plain else "^" + re.escape(name): value
+        for name, value in ranks.items()
+        if value != rank
+    }
+    experts = (
+        {"target_parameters": sorted(parameters), "peft_version": WRITTEN_BY} if parameters else {}
+    )
     return {
         "peft_type": "LORA",
         "task_type": _task(run),
@@ -57,15 +64,19 @@ def config_of(
 
 
 def _auto_mapping(run: Run) -> object:
-    """The class of the base, which AutoPeftModel needs where there is no task; copied where all inputs agree."""
+    """The class of the base, which AutoPeftModel needs where there is no task;
+    copied where all inputs agree.
+    """
     found = [adapter.config.get("auto_mapping") for adapter in run.adapters]
     return found[0] if all(one == found[0] for one in found) else None
 
 
 def _told_apart(names: Collection[str]) -> set[str]:
-    r"""Those that mean one module in `rank_pattern` as they are, and need no regular expression; readers limit those.
+    r"""Those that mean one module in `rank_pattern` as they are, and need no regular expression;
+    readers limit those.
 
-    PEFT looks for `(.*\.)?name$`: it is the end of a module's name, and a dot in it stands for any letter.
+    PEFT looks for `(.*\.)?name$`: it is the end of a module's name,
+    and a dot in it stands for any letter.
     """
     count, alike = Counter[str](), defaultdict[int, dict[frozenset[int], set[str]]](dict)
     for name in names:
@@ -77,8 +88,12 @@ def _told_apart(names: Collection[str]) -> set[str]:
     def alone(name: str) -> bool:
         mine = _dots(name)
         # Where another one has all the dots of this one, only an equal one is meant.
-        others = (tail for dots, tails in alike[len(name)].items() if not dots >= mine for tail in tails)
-        return count[name] == 1 and not any(all(a in (".", b) for a, b in zip(name, tail)) for tail in others)
+        others = (
+            tail for dots, tails in alike[len(name)].items() if not dots >= mine for tail in tails
+        )
+        return count[name] == 1 and not any(
+            all(a in (".", b) for a, b in zip(name, tail)) for tail in others
+        )
 
     return {name for name in names if _PLAIN.fullmatch(name) and alone(name)}
 
@@ -98,10 +113,14 @@ def _saved_modules(run: Run, names: Mapping[str, str]) -> list[str]:
 
 
 def _task(run: Run) -> str | None:
-    """The inputs' common task. PEFT refuses a checkpoint of a task with a head that does not hold the head."""
+    """The inputs' common task. PEFT refuses a checkpoint of a task with a head that does
+    not hold the head.
+    """
     tasks = {adapter.task_type for adapter in run.adapters}
     task = tasks.pop() if len(tasks) == 1 else None
-    return task if run.heads.modules or task not in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") else None
+    return (
+        task if run.heads.modules or task not in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS") else None
+    )
 
 
 def metadata_of(run: Run, form: Mapping[str, object]) -> dict[str, str]:
@@ -109,11 +128,15 @@ def metadata_of(run: Run, form: Mapping[str, object]) -> dict[str, str]:
 
     inputs = [
         {"label": a.label, "digest": a.digest, "files": dict(a.files), "weight": weight}
-        for a, weight in sorted(zip(run.adapters, run.weights, strict=True), key=lambda pair: in_content_order(*pair))
+        for a, weight in sorted(
+            zip(run.adapters, run.weights, strict=True), key=lambda pair: in_content_order(*pair)
+        )
     ]
     return {
         "sapmerge.version": __version__,
-        "sapmerge.recipe": json.dumps({**run.recipe, **({"written": form} if form else {})}, sort_keys=True),
+        "sapmerge.recipe": json.dumps(
+            {**run.recipe, **({"written": form} if form else {})}, sort_keys=True
+        ),
         "sapmerge.inputs": json.dumps(inputs, sort_keys=True),
     }
 
@@ -124,7 +147,9 @@ def card_of(run: Run, rows: Sequence[LayerReport]) -> str:
     head = ["---", "library_name: peft", "tags: [lora, merge, sapmerge]"]
     if run.base.name:
         head.append(f"base_model: {_yaml(run.base.name)}")
-    listed = sorted(zip(run.adapters, run.weights, strict=True), key=lambda pair: in_content_order(*pair))
+    listed = sorted(
+        zip(run.adapters, run.weights, strict=True), key=lambda pair: in_content_order(*pair)
+    )
     inputs = table(
         ["adapter", "weight", "layers", "sha256"],
         [[a.label, f"{w:g}", len(a.modules), a.digest[:16]] for a, w in listed],
@@ -135,7 +160,8 @@ def card_of(run: Run, rows: Sequence[LayerReport]) -> str:
             "---",
             "# Merged LoRA adapter",
             "",
-            f"Made by sapmerge {__version__} from {len(run.adapters)} adapters, {len(rows)} layers.",
+            f"Made by sapmerge {__version__} from {len(run.adapters)} adapters, "
+            f"{len(rows)} layers.",
             "",
             "```",
             inputs,
@@ -151,6 +177,8 @@ def card_of(run: Run, rows: Sequence[LayerReport]) -> str:
 
 
 def _yaml(text: str) -> str:
-    """A string of YAML. JSON's is one but for letters beyond 16 bits, which it writes as two halves."""
+    """A string of YAML. JSON's is one but for letters beyond 16 bits,
+    which it writes as two halves.
+    """
     quoted = _ESCAPED.sub(r"\\\g<0>", text)
     return '"' + "".join(one if one.isprintable() else f"\\U{ord(one):08x}" for one in quoted) + '"'

@@ -1,4 +1,6 @@
-"""Biases and rows of embeddings as a PEFT checkpoint, or an adapter of a live model, stores them."""
+"""Biases and rows of embeddings as a PEFT checkpoint, or an adapter of a live model,
+stores them.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ class VectorOutput:
     """What is written beside the factors.
 
     Args:
-        moved: module -> the change of its bias, for `lora_B.bias`; PEFT then wants one for every adapted module.
+        moved: module -> the change of its bias, for `lora_B.bias`; PEFT then wants one for every
+            adapted module.
         replaced: tensors of the base that are stored whole.
         rows: rows of embeddings.
     """
@@ -60,7 +63,9 @@ class VectorOutput:
             found[f"{module}.token_adapter.trainable_tokens_delta"] = value
         for name, value in found.items():
             if not finite(value):
-                raise NonFiniteError(f"the merged tensor {name!r} is NaN or infinite in {value.dtype}")
+                raise NonFiniteError(
+                    f"the merged tensor {name!r} is NaN or infinite in {value.dtype}"
+                )
         return {name: value.contiguous() for name, value in found.items()}
 
     def config(self, adapted: Mapping[str, Module], names: Mapping[str, str]) -> dict[str, Any]:
@@ -70,7 +75,9 @@ class VectorOutput:
             found["lora_bias"] = True
         if self.replaced:
             owners = {module.owner for module in adapted.values()}
-            found["bias"] = "lora_only" if all(_module(name) in owners for name in self.replaced) else "all"
+            found["bias"] = (
+                "lora_only" if all(_module(name) in owners for name in self.replaced) else "all"
+            )
         if self.rows:
             found["trainable_token_indices"] = {
                 tensor_name(name, names).rpartition(".")[0]: list(change.rows)
@@ -79,8 +86,11 @@ class VectorOutput:
         return found
 
 
-def for_checkpoint(vectors: Vectors, adapted: Mapping[str, Module], dtype: torch.dtype) -> VectorOutput:
-    """The form of a folder. Where PEFT knows no `lora_bias`, what moves the base's bias is added to it.
+def for_checkpoint(
+    vectors: Vectors, adapted: Mapping[str, Module], dtype: torch.dtype
+) -> VectorOutput:
+    """The form of a folder. Where PEFT knows no `lora_bias`,
+    what moves the base's bias is added to it.
 
     Raises:
         MethodError: that needs the base, and there is no model.
@@ -91,7 +101,8 @@ def for_checkpoint(vectors: Vectors, adapted: Mapping[str, Module], dtype: torch
     if moves and odd is not None:
         if vectors.base is None:
             raise MethodError(
-                f"some adapters have lora_bias, and PEFT has no lora_bias for {odd.kind} layers such as {odd.name!r}: "
+                f"some adapters have lora_bias, and PEFT has no lora_bias for {odd.kind} layers "
+                f"such as {odd.name!r}: "
                 "to store whole biases instead, the base is needed: merge(adapters, model=model)"
             )
         for module, delta in moves.items():
@@ -103,7 +114,9 @@ def for_checkpoint(vectors: Vectors, adapted: Mapping[str, Module], dtype: torch
     return VectorOutput(moves or None, replaced, rows, dtype)
 
 
-def for_live_model(vectors: Vectors, adapted: Mapping[str, Module], dtype: torch.dtype) -> VectorOutput:
+def for_live_model(
+    vectors: Vectors, adapted: Mapping[str, Module], dtype: torch.dtype
+) -> VectorOutput:
     """The form of an adapter beside others: what replaces a bias of the base becomes a move of it.
 
     Args:
@@ -118,7 +131,8 @@ def for_live_model(vectors: Vectors, adapted: Mapping[str, Module], dtype: torch
     for change in vectors.of("replaces"):
         if change.module not in plain or odd is not None:
             raise ModelMismatchError(
-                f"the merged adapter replaces {change.name!r}, which is no bias that one adapter of several can have "
+                f"the merged adapter replaces {change.name!r}, which is no bias that one adapter "
+                "of several can have "
                 "for itself; use save_pretrained or apply_to"
             )
         assert vectors.base is not None
@@ -126,7 +140,9 @@ def for_live_model(vectors: Vectors, adapted: Mapping[str, Module], dtype: torch
         delta = change.value(base) - base.double()
         moves[change.module] = moves.get(change.module, torch.zeros_like(delta)) + delta
     if moves and odd is not None:
-        raise ModelMismatchError(f"PEFT has no lora_bias for {odd.kind} layers such as {odd.name!r}; use apply_to")
+        raise ModelMismatchError(
+            f"PEFT has no lora_bias for {odd.kind} layers such as {odd.name!r}; use apply_to"
+        )
     rows = {change.name: (change, vectors.value(change)) for change in vectors.of("rows")}
     return VectorOutput(moves or None, {}, rows, dtype)
 

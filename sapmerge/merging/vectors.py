@@ -1,9 +1,10 @@
-"""What is no matrix (biases, rows of embeddings) merges as deltas from the base, with the method's weights.
+"""What is no matrix (biases, rows of embeddings) merges as deltas from the base,
+with the method's weights.
 
-For coefficients c_k of the adapters, the merged value is base + sum c_k (v_k - base) + sum c_k s_k b_k, where v_k
-replaces the base's value and s_k b_k moves it; an adapter without it has a delta of zero. The base's own share is
-1 - sum c_k over those that replace it. Where it is zero (all adapters have the tensor, and the method is a mean), the
-base is not needed.
+For coefficients c_k of the adapters, the merged value is base + sum c_k (v_k - base) + sum c_k s_k
+b_k, where v_k replaces the base's value and s_k b_k moves it; an adapter without it has a delta of
+zero. The base's own share is 1 - sum c_k over those that replace it. Where it is zero (all adapters
+have the tensor, and the method is a mean), the base is not needed.
 """
 
 from __future__ import annotations
@@ -16,7 +17,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from sapmerge.errors import IncompatibleAdaptersError, MethodError, ModelMismatchError, NonFiniteError
+from sapmerge.errors import (
+    IncompatibleAdaptersError,
+    MethodError,
+    ModelMismatchError,
+    NonFiniteError,
+)
 from sapmerge.io.adapter import Adapter
 from sapmerge.io.kinds.vectors import Vector
 from sapmerge.io.modules import BaseWeights
@@ -30,9 +36,11 @@ _NONE = 1e-9  # a share of the base below this is rounding
 
 
 def coefficients(method: object, weights: Sequence[float]) -> tuple[float, ...]:
-    """What a prepared method multiplies the adapters by, as far as that is one number each: w, or w / sum w.
+    """What a prepared method multiplies the adapters by, as far as that is one number each:
+    w, or w / sum w.
 
-    A sum is a sum; everything else counts as a mean. Weights by anchors or agreement and shortened adapters count.
+    A sum is a sum; everything else counts as a mean.
+    Weights by anchors or agreement and shortened adapters count.
 
     Raises:
         MethodError: the weights of a mean sum to zero.
@@ -45,9 +53,13 @@ def coefficients(method: object, weights: Sequence[float]) -> tuple[float, ...]:
     if inner is None:
         total = sum(weights)
         if abs(total) <= 1e-12 * sum(map(abs, weights)):
-            raise MethodError(f"the weights {tuple(weights)} sum to zero, so the adapters' biases have no mean")
+            raise MethodError(
+                f"the weights {tuple(weights)} sum to zero, so the adapters' biases have no mean"
+            )
         return tuple(weight / total for weight in weights)
-    shares, scales = (cast("Sequence[float] | None", getattr(method, name, None)) for name in ("shares", "scales"))
+    shares, scales = (
+        cast("Sequence[float] | None", getattr(method, name, None)) for name in ("shares", "scales")
+    )
     if shares and len(shares) == len(weights):
         weights = shared_out(weights, shares)
     found = coefficients(inner, weights)
@@ -100,9 +112,15 @@ class Change:
 
     @property
     def dtype(self) -> torch.dtype:
-        dtype = torch.float32 if self.parts[0].vector.dtype.itemsize == 1 else self.parts[0].vector.dtype
+        dtype = (
+            torch.float32
+            if self.parts[0].vector.dtype.itemsize == 1
+            else self.parts[0].vector.dtype
+        )
         for part in self.parts[1:]:
-            dtype = torch.promote_types(dtype, torch.float32 if part.vector.dtype.itemsize == 1 else part.vector.dtype)
+            dtype = torch.promote_types(
+                dtype, torch.float32 if part.vector.dtype.itemsize == 1 else part.vector.dtype
+            )
         return dtype
 
     @property
@@ -166,7 +184,9 @@ class Vectors:
 
     def value(self, change: Change) -> Tensor:
         """What a file stores for a change, in the dtype of the inputs."""
-        base = self.base.tensor(change.name) if change.needs_base and self.base is not None else None
+        base = (
+            self.base.tensor(change.name) if change.needs_base and self.base is not None else None
+        )
         return change.value(base).to(change.dtype)
 
     def notes(self) -> dict[str, Any]:
@@ -182,13 +202,19 @@ class Vectors:
 
 
 def _order(item: tuple[tuple[str, str], object]) -> tuple[str, bool]:
-    """By name; what replaces a tensor before what moves it: its share is that of the base, not of a moved one."""
+    """By name; what replaces a tensor before what moves it:
+    its share is that of the base, not of a moved one.
+    """
     (name, how), _ = item
     return name, how == "moves"
 
 
 def plan_vectors(
-    method: object, adapters: Sequence[Adapter], weights: Sequence[float], scale: float, base: BaseWeights | None
+    method: object,
+    adapters: Sequence[Adapter],
+    weights: Sequence[float],
+    scale: float,
+    base: BaseWeights | None,
 ) -> Vectors:
     """Gather the changes of all adapters; headers only.
 
@@ -206,7 +232,9 @@ def plan_vectors(
     for adapter, share in zip(adapters, coefficients(method, weights), strict=True):
         for vector in adapter.vectors.values():
             factor = vector.scaling if vector.how == "moves" else 1.0
-            parts.setdefault((vector.name, vector.how), []).append(Part(adapter, vector, scale * share * factor))
+            parts.setdefault((vector.name, vector.how), []).append(
+                Part(adapter, vector, scale * share * factor)
+            )
     changes = [
         Change(name, found[0].vector.spelled, how, tuple(found))
         for (name, how), found in sorted(parts.items(), key=_order)
@@ -214,12 +242,16 @@ def plan_vectors(
     for change in changes:
         shapes: dict[str, Any] = {part.adapter.label: part.vector.shape for part in change.parts}
         if len({shape[1:] if change.rows else shape for shape in shapes.values()}) > 1:
-            raise IncompatibleAdaptersError(f"tensor {change.name!r} of the base has different shapes: {shapes}")
+            raise IncompatibleAdaptersError(
+                f"tensor {change.name!r} of the base has different shapes: {shapes}"
+            )
         if change.needs_base and base is None:
             having = sorted(part.adapter.label for part in change.parts)
             raise MethodError(
-                f"{having} replace values of {change.name!r} that the other adapters leave alone (or the weights do "
-                "not sum to 1), so the merged value depends on the base: merge(adapters, model=model)"
+                f"{having} replace values of {change.name!r} that the other adapters leave alone "
+                "(or the weights do "
+                "not sum to 1), so the merged value depends on the base: merge(adapters, "
+                "model=model)"
             )
     return Vectors(tuple(changes), base)
 
@@ -233,11 +265,16 @@ def check_vectors(vectors: Vectors, model: Any) -> dict[str, Tensor]:
     targets = find_tensors(model, {change.name for change in vectors.changes})
     for change in vectors.changes:
         shape = tuple(targets[change.name].shape)
-        fits = shape[1:] == change.shape[1:] and change.rows[-1] < shape[0] if change.rows else shape == change.shape
+        fits = (
+            shape[1:] == change.shape[1:] and change.rows[-1] < shape[0]
+            if change.rows
+            else shape == change.shape
+        )
         if not fits:
             rows = f"rows up to {change.rows[-1]} of " if change.rows else ""
             raise ModelMismatchError(
-                f"the adapters change {rows}{change.name!r} {change.shape}, and the model has {shape}"
+                f"the adapters change {rows}{change.name!r} {change.shape}, and the model has "
+                f"{shape}"
             )
     return targets
 

@@ -1,7 +1,9 @@
-"""Was this output made from these inputs? `verify` compares digests, `reproduce` merges again and compares bits.
+"""Was this output made from these inputs? `verify` compares digests,
+`reproduce` merges again and compares bits.
 
-What an output says about itself is a claim: whoever can write tensors can write metadata that fits them. So `verify`
-tells that nothing was damaged or mixed up since, and only `reproduce` that the tensors are what the recipe gives.
+What an output says about itself is a claim: whoever can write tensors can write metadata that fits
+them. So `verify` tells that nothing was damaged or mixed up since,
+and only `reproduce` that the tensors are what the recipe gives.
 """
 
 from __future__ import annotations
@@ -12,7 +14,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sapmerge.errors import AdapterFormatError, AnchorError, IncompatibleAdaptersError, SapmergeError
+from sapmerge.errors import (
+    AdapterFormatError,
+    AnchorError,
+    IncompatibleAdaptersError,
+    SapmergeError,
+)
 from sapmerge.io.adapter import Adapter
 from sapmerge.io.files import shown
 from sapmerge.io.folder import CONFIG, WEIGHTS
@@ -24,14 +31,18 @@ from sapmerge.version import __version__
 __all__ = ["reproduce", "verify"]
 
 
-def verify(path: str | os.PathLike[str], inputs: Sequence[str | os.PathLike[str]] = ()) -> list[str]:
-    """What is wrong with an output of sapmerge: whether its bytes, and its inputs, have the digests in its metadata.
+def verify(
+    path: str | os.PathLike[str], inputs: Sequence[str | os.PathLike[str]] = ()
+) -> list[str]:
+    """What is wrong with an output of sapmerge: whether its bytes, and its inputs,
+    have the digests in its metadata.
 
     That the recipe gives these tensors is not checked: see `reproduce`.
 
     Args:
         path: the output's folder.
-        inputs: folders of the adapters it was made from, in any order; all of them, or none to check the output alone.
+        inputs: folders of the adapters it was made from, in any order;
+            all of them, or none to check the output alone.
 
     Returns:
         One line per problem; empty if config, weights and inputs are those that the metadata names.
@@ -60,21 +71,25 @@ def reproduce(
         path: the output's folder.
         inputs: folders of the adapters it was made from, in any order.
         functions: your own functions, by the "module:qualname" under which the recipe names them.
-        model: the base, or its folder, where the merge was given one: DoRA and other kinds need its weights, and the
-            output spells its modules.
+        model: the base, or its folder, where the merge was given one: DoRA and other kinds need its
+            weights, and the output spells its modules.
 
     Returns:
         One line per difference; empty if the bytes of config and weights are the same.
 
     Raises:
         AnchorError: the merge read anchors, which no output contains.
-        AdapterFormatError: the metadata is not of the form that sapmerge writes, or its recipe cannot be run.
+        AdapterFormatError: the metadata is not of the form that sapmerge writes, or its recipe
+            cannot be run.
         IncompatibleAdaptersError: an input is missing.
         SapmergeError: whatever the merge itself refuses.
     """
     found, problems = read_provenance(path), list[str]()
     if found.recipe.get("loss") is not None:
-        raise AnchorError("the merge read anchors and a model, which the output does not contain: run it from Python")
+        raise AnchorError(
+            "the merge read anchors and a model, which the output does not contain: run it from "
+            "Python"
+        )
     given = _by_label(found, inputs, problems)
     missing = [label for label in _labels(found) if label not in given]
     if missing:
@@ -82,16 +97,22 @@ def reproduce(
     with tempfile.TemporaryDirectory() as folder:
         again = Path(folder) / "again"
         try:
-            _merged(found, given, functions, model).save_pretrained(again, **dict(found.recipe.get("written", {})))
+            _merged(found, given, functions, model).save_pretrained(
+                again, **dict(found.recipe.get("written", {}))
+            )
         except SapmergeError:
             raise
-        except Exception as error:  # the recipe is anybody's text: it may ask for what no part can do
+        except (
+            Exception
+        ) as error:  # the recipe is anybody's text: it may ask for what no part can do
             raise AdapterFormatError(
-                f"output {shown(os.fspath(path))}: the recipe in its metadata cannot be run: {type(error).__name__}: "
+                f"output {shown(os.fspath(path))}: the recipe in its metadata cannot be run: "
+                f"{type(error).__name__}: "
                 f"{error}"
             ) from error
         problems += [
-            f"{name} differs" + ("" if found.version == __version__ else f" (written by sapmerge {found.version})")
+            f"{name} differs"
+            + ("" if found.version == __version__ else f" (written by sapmerge {found.version})")
             for name in (CONFIG, WEIGHTS)
             if (again / name).read_bytes() != (Path(path) / name).read_bytes()
         ]
@@ -131,11 +152,22 @@ def _by_label(
     for folder in inputs:
         adapter = Adapter.load(folder)
         files = dict(adapter.files)
-        label = next((label for label, entry in wanted.items() if entry["files"] == files and label not in given), None)
+        label = next(
+            (
+                label
+                for label, entry in wanted.items()
+                if entry["files"] == files and label not in given
+            ),
+            None,
+        )
         if label is None:
-            problems.append(f"{os.fspath(folder)!r} is not an input of this output, or it has changed")
+            problems.append(
+                f"{os.fspath(folder)!r} is not an input of this output, or it has changed"
+            )
             continue
         given[label] = folder
         if wanted[label]["digest"] != adapter.digest:
-            problems.append(f"the metadata has another digest of the update of {label!r} than its files give")
+            problems.append(
+                f"the metadata has another digest of the update of {label!r} than its files give"
+            )
     return given

@@ -18,8 +18,12 @@ from sapmerge.merging.vectors import Change
 __all__ = ["save_merged"]
 
 
-def save_merged(run: Run, base_folder: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
-    """Write every shard of the base with the updates added, and copy what lies beside it (configs, tokenizer)."""
+def save_merged(
+    run: Run, base_folder: str | os.PathLike[str], path: str | os.PathLike[str]
+) -> None:
+    """Write every shard of the base with the updates added, and copy what lies beside it
+    (configs, tokenizer).
+    """
     base = BaseFolder(base_folder, conv1d=any(adapter.fan_in_fan_out for adapter in run.adapters))
     base.check(run.stream.modules.values(), run.heads.shapes())
     layers: dict[str, list[tuple[str, Spot]]] = {}
@@ -44,7 +48,9 @@ def _found(base: BaseFolder, name: str) -> str:
     return base.find(name) or name
 
 
-def _moved(run: Run, value: Tensor, layers: list[tuple[str, Spot]], changes: list[Change]) -> Tensor:
+def _moved(
+    run: Run, value: Tensor, layers: list[tuple[str, Spot]], changes: list[Change]
+) -> Tensor:
     """A tensor of the base plus what the merge does to it."""
     if not layers and not changes:
         return value
@@ -63,5 +69,7 @@ def _moved(run: Run, value: Tensor, layers: list[tuple[str, Spot]], changes: lis
         else:
             moved = change.value(moved).float()
     if not bool(torch.isfinite(moved.to(value.dtype)).all()):
-        raise NonFiniteError(f"the merged weight {layers[0][0] if layers else changes[0].name!r} is not finite")
+        raise NonFiniteError(
+            f"the merged weight {layers[0][0] if layers else changes[0].name!r} is not finite"
+        )
     return moved

@@ -1,7 +1,8 @@
-"""The named methods. Each is one function that returns a composition of primitives; read them as a table.
+"""The named methods. Each is one function that returns a composition of primitives;
+read them as a table.
 
-A method is named once, in the `__all__` of its file. `__all__` here feeds the command line, recipes, the documentation
-and the law tests. Methods of narrower use: `sapmerge.contrib`.
+A method is named once, in the `__all__` of its file. `__all__` here feeds the command line,
+recipes, the documentation and the law tests. Methods of narrower use: `sapmerge.contrib`.
 """
 
 from sapmerge.methods import anchored as _anchored

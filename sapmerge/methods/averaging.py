@@ -26,7 +26,9 @@ __all__ = [
 
 
 def mean() -> Method:
-    """The weighted mean of the updates: sum w D / sum w. Exact, of rank at most the sum of the ranks."""
+    """The weighted mean of the updates: sum w D / sum w.
+    Exact, of rank at most the sum of the ranks.
+    """
     return Chain(Mean())
 
 
@@ -41,10 +43,12 @@ def task_arithmetic() -> Method:
 
 
 def slerp() -> Method:
-    """Spherical interpolation of two adapters, layer by layer: (sin((1 - t) a) D_1 + sin(t a) D_2) / sin a.
+    """Spherical interpolation of two adapters, layer by layer:
+    (sin((1 - t) a) D_1 + sin(t a) D_2) / sin a.
 
-    a is the angle between the updates and t = w_2 / (w_1 + w_2): for mergekit's t write weights=(1 - t, t). mergekit
-    interpolates whole weights; on updates the arc is that of what was learnt. More than two adapters are an error.
+    a is the angle between the updates and t = w_2 / (w_1 + w_2): for mergekit's t write weights=(1
+    - t, t). mergekit interpolates whole weights; on updates the arc is that of what was learnt.
+      More than two adapters are an error.
 
     Source: Shoemake, "Animating rotation with quaternion curves", SIGGRAPH 1985
     """
@@ -52,13 +56,16 @@ def slerp() -> Method:
 
 
 def factor_average() -> Method:
-    """The mean of the Bs times the mean of the As: (sum p B)(sum p A), p = w / sum w. Not the mean of the updates.
+    """The mean of the Bs times the mean of the As: (sum p B)(sum p A), p = w / sum w.
+    Not the mean of the updates.
 
-    What FedAvg does to LoRA parameters (FedIT). The cross terms B_i A_j make it another function of the adapters, and
-    one that depends on how each is split into factors; a warning says so. Ranks must be equal. `mean()` is the mean of
-    the updates. PEFT's combination "linear", with roots of the weights, is Chain(FactorSum()).
+    What FedAvg does to LoRA parameters (FedIT). The cross terms B_i A_j make it another function of
+    the adapters, and one that depends on how each is split into factors; a warning says so. Ranks
+    must be equal. `mean()` is the mean of the updates.
+    PEFT's combination "linear", with roots of the weights, is Chain(FactorSum()).
 
-    Source: Zhang et al., "Towards building the federated GPT" (FedIT), https://arxiv.org/abs/2305.05644
+    Source: Zhang et al., "Towards building the federated GPT" (FedIT),
+    https://arxiv.org/abs/2305.05644
     """
     return Chain(FactorMean())
 
@@ -66,25 +73,29 @@ def factor_average() -> Method:
 def model_stock(scope: Literal["layer", "row"] = "layer") -> Method:
     """t mean(D) with t = N c / (1 + (N - 1) c), c the mean cosine between the updates of the layer.
 
-    For adapters of one task. Those of unrelated tasks have c = 0, and what comes back is the base model; the report
-    has t for every layer.
+    For adapters of one task. Those of unrelated tasks have c = 0, and what comes back is the base
+    model; the report has t for every layer.
 
     Args:
         scope: "layer" (the paper) or "row" (mergekit's `filter_wise`).
 
-    Source: Jang et al., "Model Stock: all we need is just a few fine-tuned models", https://arxiv.org/abs/2403.19522
+    Source: Jang et al., "Model Stock: all we need is just a few fine-tuned models",
+    https://arxiv.org/abs/2403.19522
     """
     return Chain(ModelStock(scope))
 
 
 def geometric_median(scope: Literal["adapter", "layer"] = "adapter") -> Method:
-    """The update that minimises sum w ||X - D||, by Weiszfeld's iteration; exact, of rank at most the sum of the ranks.
+    """The update that minimises sum w ||X - D||, by Weiszfeld's iteration;
+    exact, of rank at most the sum of the ranks.
 
     Args:
-        scope: "adapter" measures distances over all layers together, "layer" in every layer by itself.
+        scope: "adapter" measures distances over all layers together,
+            "layer" in every layer by itself.
 
-    Source: Pillutla et al., "Robust aggregation for federated learning" (RFA), https://arxiv.org/abs/1912.13445. RFA
-    smooths distances below 1e-6 and stops after a few iterations; ours is the minimum itself.
+    Source: Pillutla et al., "Robust aggregation for federated learning" (RFA),
+    https://arxiv.org/abs/1912.13445. RFA smooths distances below 1e-6 and stops after a few
+    iterations; ours is the minimum itself.
     """
     return Chain(GeometricMedian(scope))
 
@@ -100,22 +111,27 @@ def coordinate_median() -> Method:
 
 
 def trimmed_mean(trim: float = 0.2) -> Method:
-    """The mean of every entry without the `trim` share of lowest and of highest adapters. The result is dense.
+    """The mean of every entry without the `trim` share of lowest and of highest adapters.
+    The result is dense.
 
     Args:
-        trim: the share dropped at each end, in [0, 0.5): floor(trim K) adapters with equal weights, so fewer than
-            1 / trim adapters give the plain mean.
+        trim: the share dropped at each end, in [0, 0.5): floor(trim K) adapters with equal weights,
+            so fewer than 1 / trim adapters give the plain mean.
 
     Source: Yin et al., "Byzantine-robust distributed learning", https://arxiv.org/abs/1803.01498
     """
     return Chain(TrimmedMean(trim))
 
 
-def krum(byzantine: int | None = None, select: int = 1, scope: Literal["adapter", "layer"] = "adapter") -> Method:
-    """Krum: the adapter nearest to its K - f - 2 nearest others; with `select` > 1 the mean of so many (multi-Krum).
+def krum(
+    byzantine: int | None = None, select: int = 1, scope: Literal["adapter", "layer"] = "adapter"
+) -> Method:
+    """Krum: the adapter nearest to its K - f - 2 nearest others;
+    with `select` > 1 the mean of so many (multi-Krum).
 
     Args:
-        byzantine: f, how many adapters may be arbitrary (K >= 2 f + 3); None for the most that the theorem allows.
+        byzantine: f, how many adapters may be arbitrary (K >= 2 f + 3); None for the most that the
+            theorem allows.
         select: how many are averaged.
         scope: "adapter" (the paper) or "layer".
 
@@ -125,22 +141,25 @@ def krum(byzantine: int | None = None, select: int = 1, scope: Literal["adapter"
 
 
 def lines(method: Method | None = None, alpha: float | str = 0.5, beta: float = 0.5) -> Method:
-    """LiNeS: scale the result of any method linearly with depth; early layers, which are shared, move least.
+    """LiNeS: scale the result of any method linearly with depth;
+    early layers, which are shared, move least.
 
         D^l -> (alpha + beta l / (L - 1)) D^l in block l of L, alpha D outside of the blocks
 
     Args:
         method: `task_arithmetic()` by default.
-        alpha: the factor of the first block. "norm" is the authors' choice for several adapters: the sum of magnitudes
-            of sum_k w_k D_k over that of the merged update, divided by the number of adapters.
-        beta: what the last block gets on top. The authors search it on validation data; for one model they take
-            1 - alpha, which is the default.
+        alpha: the factor of the first block. "norm" is the authors' choice for several adapters:
+            the sum of magnitudes of sum_k w_k D_k over that of the merged update, divided by the
+            number of adapters.
+        beta: what the last block gets on top. The authors search it on validation data; for one
+            model they take 1 - alpha, which is the default.
 
-    The authors find the block by the first ".{l}." in a name, l below the number of blocks of a ViT: ".1." also matches
-    an expert or a module of a Sequential. Ours is the number after `layers`, `h`, `blocks`, ... (see `ScaleByDepth`),
+    The authors find the block by the first ".{l}." in a name, l below the number of blocks of a
+    ViT: ".1." also matches an expert or a module of a Sequential. Ours is the number after
+    `layers`, `h`, `blocks`, ... (see `ScaleByDepth`),
     and L = 1 is alpha instead of a division by zero.
 
-    Source: Wang et al., "LiNeS: Post-training layer scaling prevents forgetting and enhances model merging",
-    https://arxiv.org/abs/2410.17146
+    Source: Wang et al., "LiNeS: Post-training layer scaling prevents forgetting and enhances model
+    merging", https://arxiv.org/abs/2410.17146
     """
     return ScaleByDepth(task_arithmetic() if method is None else method, alpha, beta)

@@ -14,20 +14,32 @@ from sapmerge.parts.scorers import Magnitude, Random
 from sapmerge.parts.transforms import Consensus, ElectSign, Select, WeighByEnergy
 from sapmerge.parts.wrappers import Chain
 
-__all__ = ["breadcrumbs", "consensus_ta", "dare", "dare_ties", "della", "magnitude_prune", "sce", "ties"]
+__all__ = [
+    "breadcrumbs",
+    "consensus_ta",
+    "dare",
+    "dare_ties",
+    "della",
+    "magnitude_prune",
+    "sce",
+    "ties",
+]
 
 
 def consensus_ta(ratio: float = 0.4, count: int = 2) -> Method:
-    """Consensus task arithmetic: the sum of the updates in the entries that at least `count` adapters care about.
+    """Consensus task arithmetic: the sum of the updates in the entries that at least `count`
+    adapters care about.
 
     D = sum_k D_k where #{k: |D_k| > ratio |sum_j D_j - D_k|} >= count, else 0 (TALL masks).
 
     Args:
-        ratio: lambda of the TALL masks; the authors pick it per task from 0.2 ... 0.6 on validation data.
+        ratio: lambda of the TALL masks; the authors pick it per task from 0.2 ... 0.6 on validation
+            data.
         count: how many adapters must care; of fewer adapters, all must.
 
     Source: Wang et al., "Localizing task information for improved model merging and compression",
-    https://arxiv.org/abs/2405.07813. The authors scale the result by an alpha found on validation data: `scale=`.
+    https://arxiv.org/abs/2405.07813. The authors scale the result by an alpha found on validation
+    data: `scale=`.
     """
     return Chain(Consensus(ratio, count), Sum())
 
@@ -46,18 +58,24 @@ def ties(
     majority_sign_method: Literal["total", "frequency"] = "total",
     scope: Literal["layer", "adapter"] = "layer",
 ) -> Method:
-    """TIES: keep the largest entries, elect a sign per entry, average the adapters that agree with it.
+    """TIES: keep the largest entries, elect a sign per entry,
+    average the adapters that agree with it.
 
     Args:
         density: the fraction of entries kept (the paper's K is 20 %).
         majority_sign_method: "total" (the paper) or "frequency".
-        scope: "layer" (as mergekit, PEFT and the core-space code) or "adapter": one threshold for the whole adapter
-            (the paper's code and KnOTS), which can empty layers with small updates.
+        scope: "layer" (as mergekit, PEFT and the core-space code) or "adapter": one threshold for
+            the whole adapter (the paper's code and KnOTS),
+            which can empty layers with small updates.
 
-    Source: Yadav et al., "TIES-Merging", https://arxiv.org/abs/2306.01708. The authors' code keeps int(density n) + 1
-    entries and, under a tie of magnitudes, more; ours keeps floor(density n).
+    Source: Yadav et al., "TIES-Merging", https://arxiv.org/abs/2306.01708. The authors' code keeps
+    int(density n) + 1 entries and, under a tie of magnitudes, more; ours keeps floor(density n).
     """
-    return Chain(Prune(Magnitude(), TopFraction(density, scope)), ElectSign(majority_sign_method), DisjointMean())
+    return Chain(
+        Prune(Magnitude(), TopFraction(density, scope)),
+        ElectSign(majority_sign_method),
+        DisjointMean(),
+    )
 
 
 def dare(density: float = 0.5, seed: int = 0) -> Method:
@@ -73,7 +91,9 @@ def dare(density: float = 0.5, seed: int = 0) -> Method:
 
 
 def dare_ties(
-    density: float = 0.5, seed: int = 0, majority_sign_method: Literal["total", "frequency"] = "total"
+    density: float = 0.5,
+    seed: int = 0,
+    majority_sign_method: Literal["total", "frequency"] = "total",
 ) -> Method:
     """DARE's random pruning, then the sign election and the disjoint mean of TIES.
 
@@ -82,24 +102,34 @@ def dare_ties(
         seed: see `dare`.
         majority_sign_method: see `ties`.
 
-    Source: Yu et al., https://arxiv.org/abs/2311.03099; Yadav et al., https://arxiv.org/abs/2306.01708
+    Source: Yu et al., https://arxiv.org/abs/2311.03099;
+    Yadav et al., https://arxiv.org/abs/2306.01708
     """
     return Chain(_drop(density, seed), ElectSign(majority_sign_method), DisjointMean())
 
 
-def della(density: float = 0.7, window: float = 0.14, seed: int = 0, scope: Literal["row", "layer"] = "row") -> Method:
-    """DELLA: keep entries by chance, larger ones more likely, divide each by its chance; then the election of TIES.
+def della(
+    density: float = 0.7,
+    window: float = 0.14,
+    seed: int = 0,
+    scope: Literal["row", "layer"] = "row",
+) -> Method:
+    """DELLA: keep entries by chance, larger ones more likely, divide each by its chance;
+    then the election of TIES.
 
-    p = density - window/2 + window (rank - 1)/(n - 1), rank 1 the smallest magnitude of the n; D~ = D / p where kept.
+    p = density - window/2 + window (rank - 1)/(n - 1), rank 1 the smallest magnitude of the n;
+    D~ = D / p where kept.
 
     Args:
         density: the mean chance of being kept (the paper drops 0.3).
-        window: the chance of the largest minus that of the smallest: 2 epsilon. mergekit's `epsilon` is half of it.
+        window: the chance of the largest minus that of the smallest: 2 epsilon. mergekit's
+            `epsilon` is half of it.
         seed: of the draws; they do not depend on order, paths or threads.
         scope: "row" ranks within rows (the paper), "layer" within the whole matrix.
 
-    Source: Deep et al., "DELLA-Merging", https://arxiv.org/abs/2406.11617. The authors scale the result by 1.1:
-    `scale=` of `merge`. mergekit matches the sum of magnitudes instead of dividing by p: `MatchNorm(1)`.
+    Source: Deep et al., "DELLA-Merging", https://arxiv.org/abs/2406.11617. The authors scale the
+    result by 1.1: `scale=` of `merge`. mergekit matches the sum of magnitudes instead of dividing
+    by p: `MatchNorm(1)`.
     """
     prune = Prune(Flip(RankChance(density, window, scope), seed), Reciprocal())
     return Chain(prune, ElectSign(), DisjointMean())
@@ -111,31 +141,37 @@ def breadcrumbs(
     scope: Literal["layer", "row"] = "layer",
     first: Literal["drop", "keep"] = "drop",
 ) -> Method:
-    """Model Breadcrumbs: drop the largest entries of every update as outliers, keep the next largest, sum.
+    """Model Breadcrumbs: drop the largest entries of every update as outliers,
+    keep the next largest, sum.
 
     Args:
-        density: the fraction of entries kept (the authors keep 0.1 to 0.15; their beta is 1 - gamma - density).
+        density: the fraction of entries kept (the authors keep 0.1 to 0.15; their beta is 1 - gamma
+            - density).
         gamma: the fraction dropped at the top.
-        scope: "layer" (the paper; mergekit) or "row" (the authors' code, which made the published numbers).
+        scope: "layer" (the paper; mergekit) or "row" (the authors' code, which made the published
+            numbers).
         first: see `DropOutliers`.
 
-    Source: Davari & Belilovsky, https://arxiv.org/abs/2312.06795. The authors scale the sum (0.3 or so): `scale=`.
+    Source: Davari & Belilovsky, https://arxiv.org/abs/2312.06795.
+    The authors scale the sum (0.3 or so): `scale=`.
     """
     return Chain(Prune(Magnitude(), DropOutliers(density, gamma, scope, first)), Sum())
 
 
 def sce(density: float = 0.1) -> Method:
-    """SCE: select the entries in which adapters differ most, weigh adapters by their energy there, erase minorities.
+    """SCE: select the entries in which adapters differ most, weigh adapters by their energy there,
+    erase minorities.
 
-    sum e_k eta_k D_k / sum e_k eta_k over the selected entries, eta_k = w_k ||D_k||^2 / sum_j ||D_j||^2 of the
-    selected updates, e_k = 1 where D_k has the sign of sum_j w_j D_j.
+    sum e_k eta_k D_k / sum e_k eta_k over the selected entries, eta_k = w_k ||D_k||^2 / sum_j
+    ||D_j||^2 of the selected updates, e_k = 1 where D_k has the sign of sum_j w_j D_j.
 
     Args:
         density: the fraction of entries selected (0.1 in FuseChat, 1.0 in FuseO1).
 
-    Source: Wan et al., "FuseChat: knowledge fusion of chat models", https://arxiv.org/abs/2408.07990. This is the text
-    of the paper, and mergekit; the authors' code, which made their models, selects for eta alone and merges whole
-    updates: Chain(WeighByEnergy(of=Select(density)), DisjointMean()).
+    Source: Wan et al., "FuseChat: knowledge fusion of chat models",
+    https://arxiv.org/abs/2408.07990. This is the text of the paper, and mergekit; the authors'
+    code, which made their models, selects for eta alone and merges whole updates:
+    Chain(WeighByEnergy(of=Select(density)), DisjointMean()).
     """
     return Chain(Select(density), WeighByEnergy(ElectSign()), DisjointMean())
 

@@ -1,7 +1,7 @@
 """Bases: the coordinates in which a method is run by `In(basis, method)`.
 
-A basis maps a Layer to `Frames`; the coordinates of an update D are U^T D V. Sparse rules (TIES, pruning) depend on
-the basis they are run in; linear ones (mean, sum) do not.
+A basis maps a Layer to `Frames`; the coordinates of an update D are U^T D V. Sparse rules (TIES,
+pruning) depend on the basis they are run in; linear ones (mean, sum) do not.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ __all__ = ["CoreSpace", "SharedBasis", "TuckerSpace"]
 class SharedBasis:
     """KnOTS: the left singular vectors U of [D_1 | ... | D_K] = U S [V_1 | ... | V_K].
 
-    Coordinates are S V_k (p, n), as in the authors' code; with `scaled=False` they are V_k, and S is multiplied back
-    afterwards, as in the text of the paper. Singular values below 1e-6 of the largest are dropped (the code cuts at an
-    absolute 1e-5, which deletes small adapters).
+    Coordinates are S V_k (p, n), as in the authors' code; with `scaled=False` they are V_k, and S
+    is multiplied back afterwards, as in the text of the paper. Singular values below 1e-6 of the
+    largest are dropped (the code cuts at an absolute 1e-5, which deletes small adapters).
 
-    Source: Stoica et al., "Model merging with SVD to tie the KnOTS", https://arxiv.org/abs/2410.19735
+    Source: Stoica et al., "Model merging with SVD to tie the KnOTS",
+    https://arxiv.org/abs/2410.19735
     """
 
     scaled: bool = True
@@ -42,17 +43,20 @@ class SharedBasis:
         if keep == 0:
             return Frames()
         dtype = layer.updates[0].dtype
-        return Frames(U=U[:, :keep].to(dtype), scale=None if self.scaled else sigma[:keep].to(dtype))
+        return Frames(
+            U=U[:, :keep].to(dtype), scale=None if self.scaled else sigma[:keep].to(dtype)
+        )
 
 
 @part
 class CoreSpace:
-    """Core space: U from [B_1 | ... | B_K], V from [A_1; ...; A_K]; coordinates are (R, R) with R the sum of the ranks.
+    """Core space: U from [B_1 | ... | B_K], V from [A_1; ...; A_K];
+    coordinates are (R, R) with R the sum of the ranks.
 
     Args:
-        balance: put every pair of factors in balanced form first. Sparse rules in the core depend on how a product is
-            split into factors (A / 10, 10 B: 86 % apart), which no adapter's author chose on purpose. The published
-            numbers were made with `balance=False`.
+        balance: put every pair of factors in balanced form first. Sparse rules in the core depend
+            on how a product is split into factors (A / 10, 10 B: 86 % apart), which no adapter's
+            author chose on purpose. The published numbers were made with `balance=False`.
 
     Source: Panariello et al., "Accurate and efficient low-rank model merging in core space",
     https://arxiv.org/abs/2509.17786
@@ -64,7 +68,10 @@ class CoreSpace:
         present = [update for update in layer if not update.absent]
         if not present:
             return Frames()
-        pairs = [update if isinstance(update, LowRank) and not self.balance else update.balanced for update in present]
+        pairs = [
+            update if isinstance(update, LowRank) and not self.balance else update.balanced
+            for update in present
+        ]
         left = svd(torch.cat([pair.B for pair in pairs], dim=1))[0]
         right = svd(torch.cat([pair.A for pair in pairs]))[2]
         return Frames(U=left.to(present[0].dtype), V=right.T.to(present[0].dtype))
@@ -79,18 +86,23 @@ def _left_block(update: Update) -> Tensor:
 
 @part
 class TuckerSpace:
-    """The r directions on either side that hold most of all adapters at once: the subspaces of Compress-then-Merge.
+    """The r directions on either side that hold most of all adapters at once:
+    the subspaces of Compress-then-Merge.
 
-    U (m, r) and V (n, r) maximise sum_k ||U^T D_k V||^2 (partial Tucker decomposition of the stacked updates): from the
-    singular vectors of [D_1 | ... | D_K] and of [D_1; ...; D_K], U is the first r left singular vectors of [D_1 V | ...
-    | D_K V], then V of [U^T D_1; ...; U^T D_K], again and again. `In(TuckerSpace(r), method)` has rank r at most.
+    U (m, r) and V (n, r) maximise sum_k ||U^T D_k V||^2 (partial Tucker decomposition of the
+    stacked updates). They start at the singular vectors of [D_1 | ... | D_K] and of
+    [D_1; ...; D_K]; then U is the first r left singular vectors of [D_1 V | ... | D_K V], and
+    V those of [U^T D_1; ...; U^T D_K], again and again. `In(TuckerSpace(r), method)` has rank r
+    at most.
 
     Args:
         rank: r; by default the largest rank of an update in the layer.
-        beta: the stacked updates have norm beta ||D_k|| + (1 - beta) mean ||D||; 0 (the authors' default) counts every
-            adapter alike. The coordinates are those of the updates themselves.
-        tolerance: stop when a round changes the relative error by less. The authors' code stops at 1e-6, when the third
-            or fourth digit of the subspaces still moves; the default goes on until they have settled.
+        beta: the stacked updates have norm beta ||D_k|| + (1 - beta) mean ||D||; 0 (the authors'
+            default) counts every adapter alike. The coordinates are those of the updates
+            themselves.
+        tolerance: stop when a round changes the relative error by less. The authors' code stops at
+            1e-6, when the third or fourth digit of the subspaces still moves; the default goes on
+            until they have settled.
         rounds: at most so many, at least three.
 
     Source: see `sapmerge.contrib.ctm`.
@@ -105,7 +117,10 @@ class TuckerSpace:
         check_rank("TuckerSpace", self.rank)
         check_fraction("beta", self.beta)
         if self.rounds < 3 or not self.tolerance >= 0:
-            raise MethodError(f"TuckerSpace takes rounds >= 3 and tolerance >= 0; got {self.rounds}, {self.tolerance}")
+            raise MethodError(
+                f"TuckerSpace takes rounds >= 3 and tolerance >= 0; got {self.rounds}, "
+                f"{self.tolerance}"
+            )
 
     def __call__(self, layer: Layer) -> Frames:
         core = cores_of(layer)
@@ -115,7 +130,9 @@ class TuckerSpace:
         norms = [norm(core.cores[k]) for k in present]
         mean = sum(norms) / len(norms)
         scales = [self.beta + (1 - self.beta) * mean / size for size in norms]
-        stack = torch.stack([core.cores[k] * scale for k, scale in zip(present, scales, strict=True)])
+        stack = torch.stack(
+            [core.cores[k] * scale for k, scale in zip(present, scales, strict=True)]
+        )
         rank = max(layer.updates[k].rank for k in present) if self.rank is None else self.rank
         left, right = self._settle(stack, rank)
         dtype = layer.updates[0].dtype
@@ -124,7 +141,9 @@ class TuckerSpace:
         return Frames(U=left.to(dtype), V=right.to(dtype))
 
     def _settle(self, stack: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-        """The subspaces of a stack (K, p, q): alternating rounds from the singular vectors of its two unfoldings."""
+        """The subspaces of a stack (K, p, q): alternating rounds from the singular vectors of its
+        two unfoldings.
+        """
         left, right = _leading(stack, rank), _leading(stack.mT, rank)
         total, energies = norm(stack) ** 2, list[float]()
         for _ in range(self.rounds):

@@ -2,8 +2,9 @@
 
     Prune(Flip(RankChance(density=0.7, window=0.14), seed=0), Reciprocal())
 
-`RankChance` and `MagnitudeChance` give the chance p of every value; `Flip` draws, and scores p where the value is kept
-and 0 where it is not, so that the mask `Reciprocal` divides what is kept by its chance.
+`RankChance` and `MagnitudeChance` give the chance p of every value; `Flip` draws, and scores p
+where the value is kept and 0 where it is not, so that the mask `Reciprocal` divides what is
+kept by its chance.
 """
 
 from __future__ import annotations
@@ -23,14 +24,15 @@ __all__ = ["Flip", "MagnitudeChance", "RankChance"]
 
 @part
 class RankChance:
-    """The chance grows with the rank of |w|: p = density - window/2 + window (rank - 1)/(n - 1), rank 1 the smallest.
+    """The chance grows with the rank of |w|: p = density - window/2 + window (rank - 1)/(n - 1),
+    rank 1 the smallest.
 
     A row of one value has p = density; density 1 means p = 1.
 
     Args:
         density: the mean chance, in (0, 1].
-        window: the chance of the largest minus that of the smallest. The authors' `window_size`; mergekit's `epsilon`
-            is half of it.
+        window: the chance of the largest minus that of the smallest. The authors' `window_size`;
+            mergekit's `epsilon` is half of it.
         scope: "row" ranks within every row (the paper), "layer" within the tensor.
 
     Source: Deep et al., "DELLA-Merging", https://arxiv.org/abs/2406.11617
@@ -49,13 +51,18 @@ class RankChance:
             return torch.zeros(values.shape, dtype=torch.float64, device=values.device)
         rows = values.abs() if self.scope == "row" else values.abs().reshape(1, -1)
         above, total = descending_ranks(rows), rows.shape[-1]
-        place = 1 - above.double() / (total - 1) if total > 1 else torch.full_like(above, 0.5, dtype=torch.float64)
+        place = (
+            1 - above.double() / (total - 1)
+            if total > 1
+            else torch.full_like(above, 0.5, dtype=torch.float64)
+        )
         return _chance(place, self.density, self.window).reshape(values.shape)
 
 
 @part
 class MagnitudeChance:
-    """The chance grows with |w| itself: p = density - window/2 + window (|w| - min)/(max - min), over every row.
+    """The chance grows with |w| itself: p = density - window/2 + window (|w| - min)/(max - min),
+    over every row.
 
     Where all magnitudes of a row are equal, p = density.
 
@@ -111,7 +118,8 @@ def _check_window(density: float, window: float) -> None:
     if density < 1 and not (density - window / 2 > 0 and density + window / 2 <= 1 + 1e-9):
         widest = 2 * min(density, 1 - density)
         raise MethodError(
-            f"density {density:g} with window {window:g} asks for chances from {density - window / 2:g} to "
+            f"density {density:g} with window {window:g} asks for chances from "
+            f"{density - window / 2:g} to "
             f"{density + window / 2:g}; they must lie in (0, 1]: write a window below {widest:g}"
         )
 

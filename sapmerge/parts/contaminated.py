@@ -24,44 +24,54 @@ __all__ = ["FlagContaminated"]
 
 _TESTS = ("shared", "norm", "camp", "anchors")
 _ALONE, _SHARING = 3.0, 6.0
-"""Random updates have z of about 0 +- 1; a median above _SHARING says that there is something to share."""
+"""Random updates have z of about 0 +- 1; a median above _SHARING says that there is
+something to share.
+"""
 _LONG, _CAMP, _CLOSE = 3.5, 3.0, 0.3
-"""Of the other tests: read off one test bed with label-shuffled clients, and not confirmed on others."""
+"""Of the other tests: read off one test bed with label-shuffled clients,
+and not confirmed on others.
+"""
 _LARGEST = 1500  # sum of ranks in a layer, for the convex form
 
 
 @part
 class FlagContaminated:
-    """Leave adapters out of a method that do not belong to the others; the report says who, and which test said so.
+    """Leave adapters out of a method that do not belong to the others;
+    the report says who, and which test said so.
 
-    * "shared": CLAIR's question. A robust subspace per layer (`rank` directions that most adapters have in common), and
-      for every adapter the energy that it has in the subspace of the *others*, as a z-score against random updates.
-      Below 3 it is flagged, if the median of all is above 6; else the adapters share no subspace, and nobody is.
-    * "norm": the robust z-score of the log norm exceeds 3.5, and the adapter is longer than the median.
+    * "shared": CLAIR's question. A robust subspace per layer (`rank` directions that most adapters
+      have in common), and for every adapter the energy that it has in the subspace of the *others*,
+      as a z-score against random updates. Below 3 it is flagged, if the median of all is above 6;
+      else the adapters share no subspace, and nobody is.
+    * "norm": the robust z-score of the log norm exceeds 3.5, and the adapter is longer than the
+      median.
     * "anchors": with anchors, the loss at base + adapter is above that at the base.
-    * "camp": a minority whose mutual cosines exceed 3 times the median of all (and 0.3) agrees too well, as adapters
-      trained on the same wrong labels do. It is not left out, but counts as one.
+    * "camp": a minority whose mutual cosines exceed 3 times the median of all (and 0.3) agrees too
+      well, as adapters trained on the same wrong labels do. It is not left out, but counts as one.
 
-    It cannot see flipped signs (the subspace is the same; `WeighByAgreement` sees them), nor a backdoor inside the
-    shared subspace. A test that would flag half of the adapters or more says nothing. Fewer than three adapters cannot
-    be told apart.
+    It cannot see flipped signs (the subspace is the same; `WeighByAgreement` sees them), nor a
+    backdoor inside the shared subspace. A test that would flag half of the adapters or more says
+    nothing. Fewer than three adapters cannot be told apart.
 
     Args:
         method: any method.
         tests: some of "shared", "norm", "camp", "anchors".
         rank: of the shared subspaces.
-        side: "left" (outputs) or "right" (inputs). LoRA's A starts from one seed in many federations, and then the
-            right subspace is shared by everybody, attackers included.
-        form: of the test "shared": "leave-one-out", or "convex", the program of low rank + whole blocks, which flags
-            shares above 1/2 and needs nearly all of every adapter's energy in the subspace.
-        price: of the convex form; None: the middle of the longest run of prices that flag the same adapters.
+        side: "left" (outputs) or "right" (inputs). LoRA's A starts from one seed in many
+            federations, and then the right subspace is shared by everybody, attackers included.
+        form: of the test "shared": "leave-one-out", or "convex", the program of low rank + whole
+            blocks, which flags shares above 1/2 and needs nearly all of every adapter's energy in
+            the subspace.
+        price: of the convex form; None: the middle of the longest run of prices that flag
+            the same adapters.
 
     Warns:
         SapmergeWarning: names the flagged.
 
     Source: He et al., "Federated LoRA fine-tuning for LLMs via collaborative alignment" (CLAIR),
-    https://arxiv.org/abs/2605.21217. The calibrated test is ours: the paper's program fails as soon as half of an
-    adapter's energy is its own. The thresholds of "norm" and "camp" were read off one test bed.
+    https://arxiv.org/abs/2605.21217. The calibrated test is ours: the paper's program fails as soon
+    as half of an adapter's energy is its own. The thresholds of "norm" and "camp" were read
+    off one test bed.
     """
 
     method: Method
@@ -78,9 +88,14 @@ class FlagContaminated:
         unknown = [test for test in self.tests if test not in _TESTS]
         if unknown or not self.tests:
             raise MethodError(f"the tests are some of {_TESTS}; got {self.tests!r}")
-        if self.rank < 1 or self.side not in ("left", "right") or self.form not in ("leave-one-out", "convex"):
+        if (
+            self.rank < 1
+            or self.side not in ("left", "right")
+            or self.form not in ("leave-one-out", "convex")
+        ):
             raise MethodError(
-                "rank is a number from 1 on, side 'left' or 'right', form 'leave-one-out' or 'convex'; "
+                "rank is a number from 1 on, side 'left' or 'right', form 'leave-one-out' or "
+                "'convex'; "
                 f"got {self.rank!r}, {self.side!r} and {self.form!r}"
             )
 
@@ -100,7 +115,8 @@ class FlagContaminated:
                 name = "shared_z" if self.form == "leave-one-out" else "own_share"
                 found[name] = {one.adapters[k]: z for k, z in shared.score.items()}
                 found["subspace"] = {
-                    layer: {"rank": U.shape[1], "energy": shared.energy[layer]} for layer, U in bases.items()
+                    layer: {"rank": U.shape[1], "energy": shared.energy[layer]}
+                    for layer, U in bases.items()
                 }
                 self._fire("shared", self._apart(shared), asked, fired)
             if "norm" in self.tests:
@@ -116,13 +132,22 @@ class FlagContaminated:
                 found["camp"] = [one.adapters[k] for k in camp]
         scores: Mapping[str, float] = found.get("shared_z", found.get("own_share", {}))
         found["contaminated"] = {
-            one.adapters[k]: {"tests": tests, "score": scores.get(one.adapters[k])} for k, tests in fired.items()
+            one.adapters[k]: {"tests": tests, "score": scores.get(one.adapters[k])}
+            for k, tests in fired.items()
         }
         if fired:
-            named = ", ".join(f"{one.adapters[k]!r} ({' and '.join(tests)})" for k, tests in sorted(fired.items()))
-            warnings.warn(f"left out as contaminated: {named} (FlagContaminated)", SapmergeWarning, stacklevel=3)
+            named = ", ".join(
+                f"{one.adapters[k]!r} ({' and '.join(tests)})" for k, tests in sorted(fired.items())
+            )
+            warnings.warn(
+                f"left out as contaminated: {named} (FlagContaminated)",
+                SapmergeWarning,
+                stacklevel=3,
+            )
         done = replace(self, factors=tuple(factors), found=found, bases=bases)
-        return replace(done, method=prepare(self.method, Mapped(layers, done._without, layers.anchors)))
+        return replace(
+            done, method=prepare(self.method, Mapped(layers, done._without, layers.anchors))
+        )
 
     def __call__(self, layer: Layer) -> Update:
         if self.factors is None:
@@ -131,11 +156,15 @@ class FlagContaminated:
 
     @property
     def findings(self) -> Mapping[str, Any]:
-        """Notes of a report: "contaminated" (label -> tests that fired, score), "shared_z", "subspace", "camp"."""
+        """Notes of a report: "contaminated" (label -> tests that fired, score), "shared_z",
+        "subspace", "camp".
+        """
         return self.found
 
     def _without(self, layer: Layer) -> Layer:
-        weights = tuple(w * factor for w, factor in zip(layer.weights, self.factors or (), strict=True))
+        weights = tuple(
+            w * factor for w, factor in zip(layer.weights, self.factors or (), strict=True)
+        )
         return replace(layer, weights=weights)
 
     @staticmethod
@@ -147,13 +176,18 @@ class FlagContaminated:
     def _shared(self, layers: LayerStream, asked: list[int]) -> Shared:
         blocks: dict[str, dict[int, Tensor]] = {}
         for layer in layers:
-            own = {k: block(layer.updates[k], self.side == "left") for k in asked if layer.updates[k].rank}
+            own = {
+                k: block(layer.updates[k], self.side == "left")
+                for k in asked
+                if layer.updates[k].rank
+            }
             present = {k: F for k, F in own.items() if F is not None}
             if len(present) >= 2:
                 blocks[layer.name] = present
                 if self.form == "convex" and sum(F.shape[1] for F in present.values()) > _LARGEST:
                     raise MethodError(
-                        f"layer {layer.name!r}: ranks sum to more than {_LARGEST}, too many for form='convex'; use "
+                        f"layer {layer.name!r}: ranks sum to more than {_LARGEST}, too many for "
+                        "form='convex'; use "
                         "'leave-one-out'"
                     )
         if not blocks:

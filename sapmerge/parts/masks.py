@@ -17,7 +17,15 @@ from sapmerge.core.part import part
 from sapmerge.core.selection import at_least_kth, count_true, streamed_kth
 from sapmerge.errors import MethodError
 
-__all__ = ["DropOutliers", "NtoM", "PerRow", "Reciprocal", "Threshold", "TopFraction", "TopWithTies"]
+__all__ = [
+    "DropOutliers",
+    "NtoM",
+    "PerRow",
+    "Reciprocal",
+    "Threshold",
+    "TopFraction",
+    "TopWithTies",
+]
 
 
 def check_density(density: float) -> None:
@@ -40,9 +48,9 @@ class TopFraction:
 
     Args:
         density: the fraction kept, in (0, 1].
-        scope: "layer": that share of every tensor; equal scores at the cut are kept in index order, so the count is
-            floor(density * n + 1e-9), at least 1. "adapter": one threshold for all layers of an adapter (as in the TIES
-            paper); equal scores at the cut are all kept.
+        scope: "layer": that share of every tensor; equal scores at the cut are kept in index order,
+            so the count is floor(density * n + 1e-9), at least 1. "adapter": one threshold for all
+            layers of an adapter (as in the TIES paper); equal scores at the cut are all kept.
 
     Example:
         >>> import torch, sapmerge as sm
@@ -73,8 +81,11 @@ class TopFraction:
         """Whether a merge has to show it the scores of the whole adapter first."""
         return self.scope == "adapter" and self.density < 1
 
-    def fit(self, scores: Callable[[], Iterable[tuple[str, Tensor]]]) -> Mapping[str, Threshold] | None:
-        """For scope "adapter": the exact threshold of each adapter, from two streamed passes over its scores.
+    def fit(
+        self, scores: Callable[[], Iterable[tuple[str, Tensor]]]
+    ) -> Mapping[str, Threshold] | None:
+        """For scope "adapter": the exact threshold of each adapter,
+        from two streamed passes over its scores.
 
         Args:
             scores: call it to iterate over (adapter, scores of one tensor); it is called twice.
@@ -104,7 +115,8 @@ class Threshold:
 
 @part
 class PerRow:
-    """Keep the `density` share of highest scores of every row: floor(density * n + 1e-9) of n, at least 1.
+    """Keep the `density` share of highest scores of every row:
+    floor(density * n + 1e-9) of n, at least 1.
 
     Equal scores at the cut are kept in index order.
 
@@ -127,15 +139,18 @@ class PerRow:
 
 @part
 class NtoM:
-    """Keep the n highest of every m consecutive scores of a row (2:4 runs fast on sparse tensor cores).
+    """Keep the n highest of every m consecutive scores of a row (2:4 runs fast on
+    sparse tensor cores).
 
-    The last group of a row is shorter where m does not divide it; min(n, its length) of it are kept.
+    The last group of a row is shorter where m does not divide it;
+    min(n, its length) of it are kept.
 
     Args:
         n: how many are kept, 1 <= n <= m.
         m: the length of a group.
 
-    Source: Mishra et al., "Accelerating sparse deep neural networks", https://arxiv.org/abs/2104.08378
+    Source: Mishra et al., "Accelerating sparse deep neural networks",
+    https://arxiv.org/abs/2104.08378
     """
 
     n: int
@@ -143,30 +158,38 @@ class NtoM:
 
     def __post_init__(self) -> None:
         if not 1 <= self.n <= self.m:
-            raise MethodError(f"NtoM keeps n of every m, 1 <= n <= m, e.g. NtoM(2, 4); got n={self.n}, m={self.m}")
+            raise MethodError(
+                f"NtoM keeps n of every m, 1 <= n <= m, e.g. NtoM(2, 4); got n={self.n}, m={self.m}"
+            )
 
     def __call__(self, scores: Tensor) -> Tensor:
         starts = range(0, scores.shape[-1], self.m)
-        groups = [descending_ranks(scores[..., start : start + self.m]) < self.n for start in starts]
+        groups = [
+            descending_ranks(scores[..., start : start + self.m]) < self.n for start in starts
+        ]
         return torch.cat(groups, dim=-1) if groups else torch.ones_like(scores, dtype=torch.bool)
 
 
 @part
 class DropOutliers:
-    """Model Breadcrumbs: drop the `gamma` share of highest scores, then keep the `density` share of the rest.
+    """Model Breadcrumbs: drop the `gamma` share of highest scores,
+    then keep the `density` share of the rest.
 
-    Of n scores floor(gamma n + 1e-9) are dropped (none of a short row) and the next floor(density n + 1e-9), at least
-    1, are kept; both shares are of n. With first="keep" the `density` share is kept first and the outliers are dropped
-    from it, so fewer are left. Equal scores are taken in index order.
+    Of n scores floor(gamma n + 1e-9) are dropped (none of a short row) and the next floor(density n
+    + 1e-9), at least 1, are kept; both shares are of n. With first="keep" the `density` share is
+    kept first and the outliers are dropped from it, so fewer are left.
+    Equal scores are taken in index order.
 
     Args:
         density: the fraction kept; the paper's beta is 1 - gamma - density.
         gamma: the fraction dropped at the top, in [0, 1).
-        scope: "layer" ranks a whole tensor (the paper; mergekit), "row" every row (the authors' code).
+        scope: "layer" ranks a whole tensor (the paper; mergekit), "row" every row (the authors'
+            code).
         first: "drop" (the default of the authors' code) or "keep".
 
-    Source: Davari & Belilovsky, "Model breadcrumbs", https://arxiv.org/abs/2312.06795. Their code keeps nothing of a
-    row with density n < 1; mergekit's empties the tensor where gamma n < 1 (a slice that ends at -0).
+    Source: Davari & Belilovsky, "Model breadcrumbs", https://arxiv.org/abs/2312.06795. Their code
+    keeps nothing of a row with density n < 1; mergekit's empties the tensor where gamma n < 1 (a
+    slice that ends at -0).
     """
 
     density: float
@@ -177,8 +200,14 @@ class DropOutliers:
     def __post_init__(self) -> None:
         check_density(self.density)
         if not 0 <= self.gamma < 1:
-            hint = f"; for {self.gamma:g} % write {self.gamma / 100:g}" if 1 <= self.gamma < 100 else ""
-            raise MethodError(f"DropOutliers' gamma is the fraction dropped, in [0, 1); got {self.gamma!r}{hint}")
+            hint = (
+                f"; for {self.gamma:g} % write {self.gamma / 100:g}"
+                if 1 <= self.gamma < 100
+                else ""
+            )
+            raise MethodError(
+                f"DropOutliers' gamma is the fraction dropped, in [0, 1); got {self.gamma!r}{hint}"
+            )
 
     def __call__(self, scores: Tensor) -> Tensor:
         if scores.numel() == 0:
@@ -197,7 +226,8 @@ class DropOutliers:
 class Reciprocal:
     """1 / score where the score is positive, else 0: what `Flip` kept is divided by its chance.
 
-    So the expectation of the pruned update is the update (Horvitz-Thompson); the rescaling of DELLA.
+    So the expectation of the pruned update is the update (Horvitz-Thompson);
+    the rescaling of DELLA.
     """
 
     def __call__(self, scores: Tensor) -> Tensor:
@@ -213,10 +243,11 @@ def descending_ranks(scores: Tensor) -> Tensor:
 
 @part
 class TopWithTies:
-    """Keep the `density` share of highest scores, and every score that equals the lowest of them within 1e-5.
+    """Keep the `density` share of highest scores, and every score that equals the lowest of
+    them within 1e-5.
 
-    `TopFraction` picks among equal scores by position. In coordinates that a method has made equal (a smoothed spectrum
-    has equal singular values) such a pick would be decided by rounding.
+    `TopFraction` picks among equal scores by position. In coordinates that a method has made equal
+    (a smoothed spectrum has equal singular values) such a pick would be decided by rounding.
 
     Args:
         density: the fraction kept, in (0, 1]; at least one score.

@@ -1,6 +1,8 @@
-"""Adapters that are not like the others: far longer ones are scaled down, and outliers are left out.
+"""Adapters that are not like the others: far longer ones are scaled down,
+and outliers are left out.
 
-Both look at whole adapters. `WeighByAgreement` and `WeighByAnchors` (`weighting`) weigh all of them instead.
+Both look at whole adapters. `WeighByAgreement` and `WeighByAnchors` (`weighting`) weigh all
+of them instead.
 """
 
 from __future__ import annotations
@@ -29,28 +31,35 @@ __all__ = ["CapShare", "ClipNorms", "ExcludeOutliers"]
 
 @part
 class ExcludeOutliers:
-    """Leave out an adapter that both the anchors and the adapters they prefer speak against; the others stay equal.
+    """Leave out an adapter that both the anchors and the adapters they prefer speak against;
+    the others stay equal.
 
-    The ceil(K / 2) adapters with the lowest anchor loss L at base + adapter are the reference R. With
+    The ceil(K / 2) adapters with the lowest anchor loss L at base + adapter are the
+    reference R. With
 
-        a_k = mean_{j in R} <D_k, D_j> / (|D_k| |D_j|),    b = mean_{i < j in R} <D_i, D_j> / (|D_i| |D_j|),
+        a_k = mean_{j in R} <D_k, D_j> / (|D_k| |D_j|),    b = mean_{i < j in R} <D_i,
+        D_j> / (|D_i| |D_j|),
 
-    another adapter k gets the weight 0 if a_k < ratio * b, if b - a_k, a sum over layers, is more than `significance`
-    of its standard errors, and if L_k is more than `margin` above the highest loss in R.
+    another adapter k gets the weight 0 if a_k < ratio * b, if b - a_k, a sum over layers, is more
+    than `significance` of its standard errors, and if L_k is more than `margin` above the
+    highest loss in R.
 
-    Adapters of one base are nearly orthogonal, and what they have learned in common makes their cosines a little
-    positive. One that was trained on wrong labels shares next to nothing with the reference, and one with a flipped
-    sign is opposed to it. The anchors choose the reference, not the votes of the adapters: bad ones that resemble each
-    other cannot be it while they are fewer than half and have higher losses. Neither sign alone is enough: honest
-    adapters of an odd domain share less with the others, and those that were trained for long lose on the anchors.
+    Adapters of one base are nearly orthogonal, and what they have learned in common makes their
+    cosines a little positive. One that was trained on wrong labels shares next to nothing with the
+    reference, and one with a flipped sign is opposed to it. The anchors choose the reference, not
+    the votes of the adapters: bad ones that resemble each other cannot be it while they are fewer
+    than half and have higher losses. Neither sign alone is enough:
+    honest adapters of an odd domain share less with the others,
+    and those that were trained for long lose on the anchors.
 
-    The other weights are as given, those of one sign scaled to keep their sum. Copies of one adapter are asked once.
-    Adapters of weight 0 are not asked, those without updates get the weight 0, and of fewer than three others nobody is
-    left out.
+    The other weights are as given, those of one sign scaled to keep their sum. Copies of one
+    adapter are asked once. Adapters of weight 0 are not asked, those without updates get the weight
+    0, and of fewer than three others nobody is left out.
 
     Args:
         method: any method.
-        loss: (model, batch) -> scalar. None: `centered_alignment` for image-text pairs, the anchors' own for others.
+        loss: (model, batch) -> scalar. None: `centered_alignment` for image-text pairs, the
+            anchors' own for others.
         ratio: of the reference's own agreement; in [0, 1).
         margin: in units of the loss; not negative.
         significance: in standard errors over the layers; not negative.
@@ -74,9 +83,15 @@ class ExcludeOutliers:
     shares: tuple[float, ...] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        if not (0 <= self.ratio < 1 and 0 < self.copies < 1 and self.margin >= 0 and self.significance >= 0):
+        if not (
+            0 <= self.ratio < 1
+            and 0 < self.copies < 1
+            and self.margin >= 0
+            and self.significance >= 0
+        ):
             raise MethodError(
-                "ExcludeOutliers' ratio is in [0, 1), its copies in (0, 1), its margin and significance not negative; "
+                "ExcludeOutliers' ratio is in [0, 1), its copies in (0, 1), its margin and "
+                "significance not negative; "
                 f"got {self.ratio!r}, {self.copies!r}, {self.margin!r} and {self.significance!r}"
             )
 
@@ -96,7 +111,9 @@ class ExcludeOutliers:
     def __call__(self, layer: Layer) -> Update:
         if self.shares is None:
             raise unprepared(self)
-        excluded = [label for label, share in zip(layer.adapters, self.shares, strict=True) if share == 0]
+        excluded = [
+            label for label, share in zip(layer.adapters, self.shares, strict=True) if share == 0
+        ]
         if excluded:
             layer.record("excluded", excluded)
         return self.method(self._weighed(layer))
@@ -105,13 +122,18 @@ class ExcludeOutliers:
         return layer.with_weights(shared_out(layer.weights, self.shares or ()))
 
     def _shares(self, products: Tensor, losses: Sequence[float], layer: Layer) -> tuple[float, ...]:
-        """0 for an outlier or an adapter without updates, 1 for others; `products` are the layers' Gram matrices."""
+        """0 for an outlier or an adapter without updates, 1 for others;
+        `products` are the layers' Gram matrices.
+        """
         norms = products.sum(0).diagonal().sqrt()
         asked = [k for k in range(len(layer)) if layer.weights[k] != 0 and norms[k] > 0]
-        parts = products / torch.outer(norms, norms).clamp_min(1e-300)  # whose sum is the cosine of whole adapters
+        # whose sum is the cosine of whole adapters
+        parts = products / torch.outer(norms, norms).clamp_min(1e-300)
         groups = list[list[int]]()  # copies of one adapter, by ascending loss
         for k in sorted(asked, key=lambda k: losses[k]):
-            own = next((group for group in groups if parts[:, group[0], k].sum() >= self.copies), None)
+            own = next(
+                (group for group in groups if parts[:, group[0], k].sum() >= self.copies), None
+            )
             groups.append([k]) if own is None else own.append(k)
         reference = [group[0] for group in groups][: (len(groups) + 1) // 2]
         bad = list[int]()
@@ -125,30 +147,41 @@ class ExcludeOutliers:
                     bad += group
         if bad:
             names = ", ".join(repr(layer.adapters[k]) for k in sorted(bad))
-            message = f"{names}: left out, as outliers in direction and in the anchors' loss (ExcludeOutliers)"
+            message = (
+                f"{names}: left out, as outliers in direction and in the anchors' loss "
+                "(ExcludeOutliers)"
+            )
             warnings.warn(message, SapmergeWarning, stacklevel=3)
         return tuple(float(k not in bad and norms[k] > 0) for k in range(len(layer)))
 
     def _apart(self, shared: Tensor, within: Tensor) -> bool:
-        """Whether an adapter shares too little with the reference: its cosines per layer, and the reference's own."""
+        """Whether an adapter shares too little with the reference:
+        its cosines per layer, and the reference's own.
+        """
         gap = within - shared
         error = float(gap.std()) * len(gap) ** 0.5 if len(gap) > 1 else math.inf
-        return float(shared.sum()) < self.ratio * float(within.sum()) and float(gap.sum()) > self.significance * error
+        return (
+            float(shared.sum()) < self.ratio * float(within.sum())
+            and float(gap.sum()) > self.significance * error
+        )
 
 
 @part
 class ClipNorms:
-    """Shorten an adapter that is more than `ratio` times as long as the median of all to that length.
+    """Shorten an adapter that is more than `ratio` times as long as the median of all
+    to that length.
 
-    Norm clipping, as federated servers do it, with a bound that is taken from the adapters: fewer than half of them
-    cannot raise it above `ratio` times the longest of the others. Of an even number the longer of the two in the middle
-    counts, so two adapters are never clipped.
+    Norm clipping, as federated servers do it, with a bound that is taken from the adapters: fewer
+    than half of them cannot raise it above `ratio` times the longest of the others. Of an even
+    number the longer of the two in the middle counts, so two adapters are never clipped.
 
     Args:
         method: any method. Where it asks anchors, these see the shortened adapters too.
-        ratio: at least 1. An adapter of weight 0 or without updates does not count, and is left as it is.
+        ratio: at least 1. An adapter of weight 0 or without updates does not count,
+            and is left as it is.
 
-    Source: Sun et al., "Can you really backdoor federated learning?", https://arxiv.org/abs/1911.07963
+    Source: Sun et al., "Can you really backdoor federated learning?",
+    https://arxiv.org/abs/1911.07963
     """
 
     method: Method
@@ -157,10 +190,16 @@ class ClipNorms:
 
     def __post_init__(self) -> None:
         if not (self.ratio >= 1 and math.isfinite(self.ratio)):
-            raise MethodError(f"ClipNorms' ratio is a multiple of the median norm, at least 1; got {self.ratio!r}")
+            raise MethodError(
+                f"ClipNorms' ratio is a multiple of the median norm, at least 1; got {self.ratio!r}"
+            )
 
     def prepare(self, layers: LayerStream) -> ClipNorms:
-        names, squares, weights = list[str](), torch.zeros(0, dtype=torch.float64), tuple[float, ...]()
+        names, squares, weights = (
+            list[str](),
+            torch.zeros(0, dtype=torch.float64),
+            tuple[float, ...](),
+        )
         for layer in layers:
             energies = torch.tensor([update.norm() ** 2 for update in layer], dtype=torch.float64)
             squares = squares + energies if names else energies
@@ -185,16 +224,19 @@ class ClipNorms:
         """One factor per adapter, 1 for those that are not longer than the bound."""
         counted = {k: float(norm) for k, norm in enumerate(norms) if weights[k] != 0 and norm > 0}
         bound = self.ratio * median_high(counted.values()) if counted else math.inf
-        return tuple(min(1.0, bound / counted[k]) if k in counted else 1.0 for k in range(len(weights)))
+        return tuple(
+            min(1.0, bound / counted[k]) if k in counted else 1.0 for k in range(len(weights))
+        )
 
 
 @part
 class CapShare:
-    """Bound one adapter's influence: in no layer does it bring more than `share` of the energy sum_k ||w_k D_k||^2.
+    """Bound one adapter's influence: in no layer does it bring more than `share` of the energy
+    sum_k ||w_k D_k||^2.
 
-    Louder adapters are scaled down to the cap; the others are not touched. Where fewer than 1 / share adapters have an
-    update, the cap is an equal share. This bounds how much one adapter can move the result, not in which direction: it
-    is no defence against a backdoor.
+    Louder adapters are scaled down to the cap; the others are not touched. Where fewer than 1 /
+    share adapters have an update, the cap is an equal share. This bounds how much one adapter can
+    move the result, not in which direction: it is no defence against a backdoor.
 
     Args:
         method: any method.
@@ -206,7 +248,9 @@ class CapShare:
 
     def __post_init__(self) -> None:
         if not 0 < self.share < 1:
-            raise MethodError(f"CapShare's share is a fraction of the energy, in (0, 1); got {self.share!r}")
+            raise MethodError(
+                f"CapShare's share is a fraction of the energy, in (0, 1); got {self.share!r}"
+            )
 
     def prepare(self, layers: LayerStream) -> CapShare:
         capped = Scaled(layers, {layer.name: self._scales(layer) for layer in layers})
@@ -214,7 +258,9 @@ class CapShare:
 
     def __call__(self, layer: Layer) -> Update:
         scales = self._scales(layer)
-        layer.record("capped", {label: s for label, s in zip(layer.adapters, scales, strict=True) if s < 1})
+        layer.record(
+            "capped", {label: s for label, s in zip(layer.adapters, scales, strict=True) if s < 1}
+        )
         return self.method(scaled(layer, scales))
 
     def _scales(self, layer: Layer) -> list[float]:
@@ -225,7 +271,9 @@ class CapShare:
 
 
 def _cap(energies: Sequence[float], share: float) -> float:
-    """The energy c for which the largest of min(e, c) is `share` of their sum; the largest energy if none has more."""
+    """The energy c for which the largest of min(e, c) is `share` of their sum;
+    the largest energy if none has more.
+    """
     loud = sorted((energy for energy in energies if energy > 0), reverse=True)
     if not loud:
         return 0.0

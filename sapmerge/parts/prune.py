@@ -12,7 +12,16 @@ from torch import Tensor
 from sapmerge.core.layer import Layer, seed_of
 from sapmerge.core.linalg import finite
 from sapmerge.core.part import part, unprepared
-from sapmerge.core.protocols import Coordinates, LayerStream, MaskBuilder, Observation, Rescaler, Scorer, Stats, Units
+from sapmerge.core.protocols import (
+    Coordinates,
+    LayerStream,
+    MaskBuilder,
+    Observation,
+    Rescaler,
+    Scorer,
+    Stats,
+    Units,
+)
 from sapmerge.core.selection import count_true
 from sapmerge.errors import MethodError, NonFiniteError
 from sapmerge.parts.rescalers import Keep
@@ -23,7 +32,8 @@ __all__ = ["Prune"]
 
 @part
 class Prune:
-    """Score the units of every adapter, mask the low ones, rescale what is left. Looks at one adapter at a time.
+    """Score the units of every adapter, mask the low ones, rescale what is left.
+    Looks at one adapter at a time.
 
     Args:
         scorer: (values, stats) -> scores.
@@ -31,11 +41,13 @@ class Prune:
         rescaler: (pruned, original) -> update.
         units: what is scored and masked.
 
-    Score by gradients in the first step of a Chain: after it the updates are others, and anchors are not at hand.
+    Score by gradients in the first step of a Chain:
+    after it the updates are others, and anchors are not at hand.
 
     Raises:
         NonFiniteError: a score is NaN or infinite.
-        MethodError: scores or mask of another shape than the values; gradients are read but there are no anchors.
+        MethodError: scores or mask of another shape than the values;
+            gradients are read but there are no anchors.
 
     Example:
         >>> import torch, sapmerge as sm
@@ -52,7 +64,9 @@ class Prune:
     decided: Mapping[tuple[str, int], _Decision] | None = field(default=None, repr=False)
 
     def prepare(self, layers: LayerStream) -> Prune:
-        """Fit a mask that needs the whole adapter; with gradients, decide every mask, so that only masks are kept."""
+        """Fit a mask that needs the whole adapter; with gradients, decide every mask,
+        so that only masks are kept.
+        """
         reads = getattr(self.scorer, "reads_gradients", None)  # a user's function does not say
         if layers.anchors is None or reads is False:
             for layer in layers:  # what cannot work fails here, early
@@ -80,8 +94,13 @@ class Prune:
                 masks, notes = self._decide(layer, k, None, coordinates)
             else:
                 decision = self.decided[layer.name, k]
-                masks, notes = {name: mask.unpacked() for name, mask in decision.masks.items()}, decision.notes
-            kept = {name: _masked(values, masks[name]) for name, values in coordinates.values.items()}
+                masks, notes = (
+                    {name: mask.unpacked() for name, mask in decision.masks.items()},
+                    decision.notes,
+                )
+            kept = {
+                name: _masked(values, masks[name]) for name, values in coordinates.values.items()
+            }
             pruned[k] = self.rescaler(coordinates.join(kept), layer.updates[k])
             for key, value in notes.items():
                 recorded.setdefault(key, {})[layer.adapters[k]] = value
@@ -90,7 +109,10 @@ class Prune:
         return layer.with_updates(pruned)
 
     def _fit(
-        self, layers: LayerStream, adapters: Container[int] | None = None, seen: Observation | None = None
+        self,
+        layers: LayerStream,
+        adapters: Container[int] | None = None,
+        seen: Observation | None = None,
     ) -> Mapping[str, MaskBuilder] | None:
         fit = getattr(self.mask, "fit", None)
         if fit is None:
@@ -115,13 +137,18 @@ class Prune:
         for name, values, scores in self._scored(layer, k, seen, coordinates):
             keep = mask(scores)
             if keep.shape != values.shape:
-                raise MethodError(f"{mask!r} made a mask {tuple(keep.shape)} for values {tuple(values.shape)}")
+                raise MethodError(
+                    f"{mask!r} made a mask {tuple(keep.shape)} for values {tuple(values.shape)}"
+                )
             masks[name] = keep
             count.add(count_true(keep), keep.numel())
             if seen is not None:
                 score.add(float(scores[keep != 0].abs().sum()), float(scores.abs().sum()))
-                halves = [self.scorer(values, stats_of(layer, k, name, seen, half)) for half in (0, 1)]
-                if torch.equal(*halves):  # one anchor, or scores that are all 0: nothing was decided twice
+                halves = [
+                    self.scorer(values, stats_of(layer, k, name, seen, half)) for half in (0, 1)
+                ]
+                # one anchor, or scores that are all 0: nothing was decided twice
+                if torch.equal(*halves):
                     continue
                 one, other = (mask(half) != 0 for half in halves)
                 overlap.add(float((one & other).sum()), float(one.sum() + other.sum()) / 2)
@@ -149,13 +176,19 @@ class Prune:
             yield name, values, scores
 
 
-def stats_of(layer: Layer, k: int, part: str, seen: Observation | None, half: int | None = None) -> Stats:
-    """What a scorer may know about one part of update k; half: None for all anchors, 0 or 1 for one half of them."""
+def stats_of(
+    layer: Layer, k: int, part: str, seen: Observation | None, half: int | None = None
+) -> Stats:
+    """What a scorer may know about one part of update k;
+    half: None for all anchors, 0 or 1 for one half of them.
+    """
     return _Stats(layer.adapters[k], layer.name, part, layer.digests[k], k, seen, half)
 
 
 def _masked(values: Tensor, mask: Tensor) -> Tensor:
-    """values * mask. In steps of one dtype, and bytes for bools: they are converted five times as fast."""
+    """values * mask. In steps of one dtype, and bytes for bools:
+    they are converted five times as fast.
+    """
     if mask.dtype != torch.bool:
         return values * mask.to(values.device)
     return mask.view(torch.uint8).to(values).mul_(values)
@@ -163,12 +196,18 @@ def _masked(values: Tensor, mask: Tensor) -> Tensor:
 
 def _present(layer: Layer, adapters: Container[int] | None = None) -> list[int]:
     """Those of the adapters, of all by default, that have the layer."""
-    return [k for k, update in enumerate(layer) if not update.absent and (adapters is None or k in adapters)]
+    return [
+        k
+        for k, update in enumerate(layer)
+        if not update.absent and (adapters is None or k in adapters)
+    ]
 
 
 @dataclass(frozen=True)
 class _Stats:
-    """`Stats` of one part of one update; half: None for all anchors, 0 or 1 for one half of them."""
+    """`Stats` of one part of one update; half: None for all anchors,
+    0 or 1 for one half of them.
+    """
 
     adapter: str
     layer: str
@@ -183,17 +222,23 @@ class _Stats:
         return self.moment("mean")
 
     def moment(self, statistic: str, at: str = "adapter") -> Tensor:
-        return self._of(self._observed("gradients").moment(self.layer, self.index, self.part, statistic, at))
+        return self._of(
+            self._observed("gradients").moment(self.layer, self.index, self.part, statistic, at)
+        )
 
     @property
     def activations(self) -> Tensor:
-        return self._of(self._observed("activations").activations(self.layer, self.index, self.part)).sqrt()
+        return self._of(
+            self._observed("activations").activations(self.layer, self.index, self.part)
+        ).sqrt()
 
     def _observed(self, what: str) -> Observation:
         if self.seen is None:
             raise MethodError(
-                f"the scorer reads {what}, but there are none for layer {self.layer!r} of {self.adapter!r}: pass "
-                f"anchors and a model, merge(adapters, anchor_loader, model, method=...), and score by {what} in the "
+                f"the scorer reads {what}, but there are none for layer {self.layer!r} of "
+                f"{self.adapter!r}: pass "
+                "anchors and a model, merge(adapters, anchor_loader, model, method=...), and "
+                f"score by {what} in the "
                 "first Prune of a chain"
             )
         return self.seen
@@ -207,7 +252,9 @@ class _Stats:
 
 @dataclass(frozen=True)
 class PackedMask:
-    """A mask as it is kept between the pre-pass and the merge: one bit per unit, or a float multiplier as it is."""
+    """A mask as it is kept between the pre-pass and the merge:
+    one bit per unit, or a float multiplier as it is.
+    """
 
     data: np.ndarray[tuple[int], np.dtype[np.uint8]] | Tensor
     shape: torch.Size

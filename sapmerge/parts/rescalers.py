@@ -24,7 +24,9 @@ class Keep:
 
 @part
 class Divide:
-    """pruned / density: unbiased when every unit is kept with probability `density` (DARE, arXiv 2311.03099)."""
+    """pruned / density: unbiased when every unit is kept with probability `density` (DARE,
+    arXiv 2311.03099).
+    """
 
     density: float
 
@@ -39,8 +41,9 @@ class Divide:
 class MatchNorm:
     """pruned * ||original||_p / ||pruned||_p, on the product B @ A.
 
-    For p = 2 the norms come from Gram matrices of the factors; p = 1 forms the matrices. (Matching the norm of each
-    factor instead would leave the product's norm off.) A pruned update of zero stays zero.
+    For p = 2 the norms come from Gram matrices of the factors; p = 1 forms the matrices. (Matching
+    the norm of each factor instead would leave the product's norm off.) A pruned update of
+    zero stays zero.
 
     Args:
         p: 2 (Frobenius norm) or 1 (sum of magnitudes).

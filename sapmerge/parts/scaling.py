@@ -28,25 +28,29 @@ _SCALES = tuple(2 ** (step / 2) for step in range(-3, 3))
 
 @part
 class ScaleByAnchors:
-    """Scale the merged adapter to a length between the one that energy gives and the one that the anchors give.
+    """Scale the merged adapter to a length between the one that energy gives and the one that
+    the anchors give.
 
-    The direction of a merge says little about how far to go along it. `MatchEnergy` goes as far as the adapters did;
-    that is too far where they went too far themselves, and not far enough where they stopped early. With s the length
-    in units of `MatchEnergy`'s, the anchors choose
+    The direction of a merge says little about how far to go along it. `MatchEnergy` goes as far as
+    the adapters did; that is too far where they went too far themselves, and not far enough where
+    they stopped early. With s the length in units of `MatchEnergy`'s, the anchors choose
 
         s* = argmin L(base + s D) - price log s:
 
-    on from s*, every per cent of length costs more than `price` per cent of loss. The update is scaled by s*^trust.
+    on from s*, every per cent of length costs more than `price` per cent of loss.
+    The update is scaled by s*^trust.
 
     Args:
         method: any method.
-        loss: (model, batch) -> scalar. None: `centered_alignment` for image-text pairs, which no collapse and no common
-            shift can lower, and the anchors' own loss for others.
+        loss: (model, batch) -> scalar. None: `centered_alignment` for image-text pairs, which no
+            collapse and no common shift can lower, and the anchors' own loss for others.
         price: of one e-fold of length, in units of the loss.
-        trust: 0 is `MatchEnergy`, 1 the anchors alone; 0.5 is the geometric mean of the two lengths.
+        trust: 0 is `MatchEnergy`, 1 the anchors alone;
+            0.5 is the geometric mean of the two lengths.
 
-    The report has, for every layer, "length" (s*^trust) and the losses that it was chosen by. Six forward passes over
-    the anchors; while they run the merged update is held whole, which is the size of the model if it is dense.
+    The report has, for every layer, "length" (s*^trust) and the losses that it was chosen by. Six
+    forward passes over the anchors; while they run the merged update is held whole,
+    which is the size of the model if it is dense.
 
     Raises:
         MethodError: there are no anchors.
@@ -62,14 +66,19 @@ class ScaleByAnchors:
 
     def __post_init__(self) -> None:
         if not (self.price >= 0 and 0 <= self.trust <= 1):
-            raise MethodError(f"a price is not negative and a trust in [0, 1]; got {self.price!r} and {self.trust!r}")
+            raise MethodError(
+                f"a price is not negative and a trust in [0, 1]; got {self.price!r} and "
+                f"{self.trust!r}"
+            )
 
     def prepare(self, layers: LayerStream) -> ScaleByAnchors:
         anchors = anchors_of(layers, "ScaleByAnchors")
         matched = MatchEnergy(self.method).prepare(layers)
         curve = loss_curve(matched, layers, anchors, _SCALES, self.loss or comparing(anchors))
         length = _lowest(curve, self.price) ** self.trust
-        return replace(self, method=matched.method, energy_factor=matched.factor, length=length, losses=curve)
+        return replace(
+            self, method=matched.method, energy_factor=matched.factor, length=length, losses=curve
+        )
 
     def __call__(self, layer: Layer) -> Update:
         if self.length is None:
@@ -81,7 +90,9 @@ class ScaleByAnchors:
 
 
 def _lowest(curve: Mapping[float, float], price: float) -> float:
-    """The s with the least L(s) - price log s: the lowest point of the parabola in log s through the best three."""
+    """The s with the least L(s) - price log s: the lowest point of the parabola in log s through
+    the best three.
+    """
     values = [loss - price * math.log(s) for s, loss in curve.items()]
     best = min(range(len(values)), key=values.__getitem__)
     if 0 < best < len(values) - 1:
@@ -94,10 +105,11 @@ def _lowest(curve: Mapping[float, float], price: float) -> float:
 
 @part
 class MatchEnergy:
-    """Scale the result of a method so that the merged adapter's norm is the mean norm of its inputs.
+    """Scale the result of a method so that the merged adapter's norm is the mean
+    norm of its inputs.
 
-    The mean of K nearly orthogonal updates is sqrt(K) shorter than each of them: averaging loses energy as pruning
-    does. One factor for the whole adapter; norms are weighted by |weights|.
+    The mean of K nearly orthogonal updates is sqrt(K) shorter than each of them: averaging loses
+    energy as pruning does. One factor for the whole adapter; norms are weighted by |weights|.
 
     Args:
         method: any method.
@@ -135,8 +147,9 @@ ROWS = 512
 def block_of(name: str, containers: tuple[str, ...] = CONTAINERS) -> tuple[str, int] | None:
     """The tower that a module belongs to, and the number of its block there.
 
-    The outermost number that follows a container counts: "model.layers.3.mlp.experts.1.up" is in block 3, and "layer.1"
-    of T5's "encoder.block.0.layer.1.wo" is a part of block 0. Each tower counts for itself.
+    The outermost number that follows a container counts: "model.layers.3.mlp.experts.1.up" is in
+    block 3, and "layer.1" of T5's "encoder.block.0.layer.1.wo" is a part of block 0.
+    Each tower counts for itself.
 
     Args:
         name: of a module, components separated by dots.
@@ -152,25 +165,30 @@ def block_of(name: str, containers: tuple[str, ...] = CONTAINERS) -> tuple[str, 
     """
     path = name.split(".")
     for position in range(1, len(path)):
-        if path[position - 1] in containers and path[position].isascii() and path[position].isdigit():
+        if (
+            path[position - 1] in containers
+            and path[position].isascii()
+            and path[position].isdigit()
+        ):
             return ".".join(path[:position]), int(path[position])
     return None
 
 
 @part
 class ScaleByDepth:
-    """(alpha + beta l / (L - 1)) times the method's result in block l of L; alpha times it outside of the blocks.
+    """(alpha + beta l / (L - 1)) times the method's result in block l of L;
+    alpha times it outside of the blocks.
 
     Args:
         method: any method.
-        alpha: the factor of the first block. "norm": |sum_k w_k D_k|_1 / |merged|_1 / K over the whole adapter, K the
-            number of adapters that are not zero; 1 / K for a sum.
+        alpha: the factor of the first block. "norm": |sum_k w_k D_k|_1 / |merged|_1 / K over the
+            whole adapter, K the number of adapters that are not zero; 1 / K for a sum.
         beta: what the last block gets on top.
-        containers: what lists of blocks are called; None: `layers`, `layer`, `h`, `block`, `blocks`, `resblocks`,
-            `transformer_blocks`.
+        containers: what lists of blocks are called; None: `layers`, `layer`, `h`, `block`,
+            `blocks`, `resblocks`, `transformer_blocks`.
 
-    L is one more than the highest number of a block that an adapter has, for each tower apart (a CLIP has two). With
-    L = 1 there is no depth: alpha.
+    L is one more than the highest number of a block that an adapter has, for each tower apart (a
+    CLIP has two). With L = 1 there is no depth: alpha.
     """
 
     method: Method
@@ -195,12 +213,16 @@ class ScaleByDepth:
             if isinstance(self.alpha, str):
                 summed += magnitudes(weighted_sum(layer, layer.weights))
                 merged += magnitudes(method(layer))
-                adapters |= {m.label for m in layer.members if m.weight != 0 and m.update.norm() > 0}
+                adapters |= {
+                    m.label for m in layer.members if m.weight != 0 and m.update.norm() > 0
+                }
         if isinstance(self.alpha, str):
             alpha = summed / merged / len(adapters) if merged > 0 else 1.0
         else:
             alpha = float(self.alpha)
-        factors = {name: alpha + self.beta * _depth(block, lengths) for name, block in blocks.items()}
+        factors = {
+            name: alpha + self.beta * _depth(block, lengths) for name, block in blocks.items()
+        }
         return replace(self, method=method, factors=factors)
 
     def __call__(self, layer: Layer) -> Update:
@@ -222,4 +244,6 @@ def magnitudes(update: Update) -> float:
     if update.absent:
         return 0.0
     every = torch.arange(update.shape[0], device=update.device)
-    return sum(norm(update.rows(every[start : start + ROWS]), p=1) for start in range(0, len(every), ROWS))
+    return sum(
+        norm(update.rows(every[start : start + ROWS]), p=1) for start in range(0, len(every), ROWS)
+    )

@@ -13,7 +13,16 @@ from torch import Tensor
 from sapmerge.core.part import part
 from sapmerge.core.protocols import Stats
 
-__all__ = ["Activation", "Fisher", "Magnitude", "PerSampleTaylor", "Random", "SNIP", "SignedTaylor", "Taylor"]
+__all__ = [
+    "Activation",
+    "Fisher",
+    "Magnitude",
+    "PerSampleTaylor",
+    "Random",
+    "SNIP",
+    "SignedTaylor",
+    "Taylor",
+]
 
 
 @part
@@ -36,8 +45,8 @@ class Magnitude:
 class Random:
     """Uniform scores in [0, 1), the coin of DARE.
 
-    Drawn from a generator that is seeded by (seed, content of the adapter, name of the layer, part), so the result does
-    not depend on the order of adapters or layers, on paths or threads.
+    Drawn from a generator that is seeded by (seed, content of the adapter, name of the layer,
+    part), so the result does not depend on the order of adapters or layers, on paths or threads.
 
     Args:
         seed: any integer.
@@ -53,12 +62,14 @@ class Random:
 
 @part
 class Taylor:
-    """|w g|: to first order, how much the anchor loss changes if w is dropped. SAP's saliency; SNIP's, up to a factor.
+    """|w g|: to first order, how much the anchor loss changes if w is dropped.
+    SAP's saliency; SNIP's, up to a factor.
 
     Args:
         at: gradients at base + "adapter" (SAP), or at the "base" (one pass for all adapters).
 
-    Source: Molchanov et al., https://arxiv.org/abs/1906.10771; Lee et al. (SNIP), https://arxiv.org/abs/1810.02340
+    Source: Molchanov et al., https://arxiv.org/abs/1906.10771; Lee et al.
+    (SNIP), https://arxiv.org/abs/1810.02340
     """
 
     at: Literal["adapter", "base"] = "adapter"
@@ -87,7 +98,8 @@ class SignedTaylor:
 
 @part
 class PerSampleTaylor:
-    """|w| E|g| with the mean over single anchors: what matters for some of them counts even if it cancels in the mean.
+    """|w| E|g| with the mean over single anchors: what matters for some of them counts even if it
+    cancels in the mean.
 
     Args:
         at: see `Taylor`.
@@ -102,12 +114,14 @@ class PerSampleTaylor:
 
 @part
 class Fisher:
-    """w^2 E[g^2] / 2 with the mean over single anchors: the second-order effect of dropping w (diagonal Fisher, OBD).
+    """w^2 E[g^2] / 2 with the mean over single anchors:
+    the second-order effect of dropping w (diagonal Fisher, OBD).
 
     Args:
         at: see `Taylor`.
 
-    Source: LeCun et al., "Optimal brain damage", 1989; Theis et al., https://arxiv.org/abs/1801.05787
+    Source: LeCun et al., "Optimal brain damage", 1989;
+    Theis et al., https://arxiv.org/abs/1801.05787
     """
 
     at: Literal["adapter", "base"] = "adapter"
@@ -121,8 +135,9 @@ class Fisher:
 class SNIP:
     """|w g| / sum |w g|: Taylor's score as a share of its tensor, so that every layer counts alike.
 
-    Within a layer it ranks as `Taylor()` does; the shares matter for TopFraction(scope="adapter"). The authors divide
-    by the sum over the whole network, which changes no rank at all: their method is Taylor() with that scope.
+    Within a layer it ranks as `Taylor()` does; the shares matter for TopFraction(scope="adapter").
+    The authors divide by the sum over the whole network, which changes no rank at all:
+    their method is Taylor() with that scope.
 
     Args:
         at: see `Taylor`; the authors score at the base ("at initialisation").
@@ -141,11 +156,13 @@ class SNIP:
 
 @part
 class Activation:
-    """|w| |x_j|: how much dropping w changes the output of its layer on the anchors; no gradient is needed (Wanda).
+    """|w| |x_j|: how much dropping w changes the output of its layer on the anchors;
+    no gradient is needed (Wanda).
 
-    |x_j| is the norm of the input that w multiplies, at base + adapter: sqrt of the mean over anchors of its square
-    summed over tokens. On Entries and on the factor A that is the layer's input x, on B it is A x, on Directions
-    v^T x. The published comparison is within each row: Prune(Activation(), PerRow(density)).
+    |x_j| is the norm of the input that w multiplies, at base + adapter: the square root of the mean
+    over anchors of its square, summed over tokens. On Entries and on the factor A that is the
+    layer's input x, on B it is A x, on Directions v^T x. The published comparison is within each
+    row: Prune(Activation(), PerRow(density)).
 
     Source: Sun et al., "A simple and effective pruning approach for large language models" (Wanda),
     https://arxiv.org/abs/2306.11695

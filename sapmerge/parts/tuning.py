@@ -1,4 +1,6 @@
-"""`Tune`: the method, the density or the scale with the lowest loss on anchors that it has not seen."""
+"""`Tune`: the method, the density or the scale with the lowest loss on anchors that
+it has not seen.
+"""
 
 from __future__ import annotations
 
@@ -20,19 +22,21 @@ __all__ = ["Tune", "loss_curve"]
 
 @part
 class Tune:
-    """Choose among methods, and among scales of their results, by the loss on a held-out half of the anchors.
+    """Choose among methods, and among scales of their results,
+    by the loss on a held-out half of the anchors.
 
-    Every candidate is prepared on one half (every other batch, or sample of a single batch); the loss of base + merged
-    adapter is measured on the other half at each scale. The winner is then prepared on all anchors. The report has, for
-    every layer, "tuned" with the curve: candidate -> scale -> loss, and what was chosen.
+    Every candidate is prepared on one half (every other batch, or sample of a single batch); the
+    loss of base + merged adapter is measured on the other half at each scale. The winner is then
+    prepared on all anchors. The report has, for every layer, "tuned" with the curve:
+    candidate -> scale -> loss, and what was chosen.
 
     Args:
         candidates: name -> method, e.g. density -> method.
         scales: factors of the merged update.
         loss: (model, batch) -> scalar; None: the anchors' own.
 
-    Equal losses go to the first candidate and the first scale. While a candidate is measured its merged update is held
-    whole, which is the size of the model if it is dense.
+    Equal losses go to the first candidate and the first scale. While a candidate is measured its
+    merged update is held whole, which is the size of the model if it is dense.
 
     Raises:
         MethodError: no candidates, no scales, or no anchors.
@@ -47,7 +51,9 @@ class Tune:
 
     def __post_init__(self) -> None:
         if not self.candidates or not self.scales:
-            raise MethodError("Tune chooses among candidates and scales; at least one of each must be given")
+            raise MethodError(
+                "Tune chooses among candidates and scales; at least one of each must be given"
+            )
         if not all(math.isfinite(scale) for scale in self.scales):
             raise MethodError(f"scales are finite numbers; got {self.scales!r}")
 
@@ -58,9 +64,18 @@ class Tune:
             name: loss_curve(prepare(method, on_half), on_half, held, self.scales, self.loss)
             for name, method in self.candidates.items()
         }
-        name, scale = min(((n, s) for n in curve for s in self.scales), key=lambda choice: curve[choice[0]][choice[1]])
-        notes = {"chosen": str(name), "scale": scale, "loss": {str(name): losses for name, losses in curve.items()}}
-        return replace(self, chosen=prepare(self.candidates[name], layers), scale=scale, notes=notes)
+        name, scale = min(
+            ((n, s) for n in curve for s in self.scales),
+            key=lambda choice: curve[choice[0]][choice[1]],
+        )
+        notes = {
+            "chosen": str(name),
+            "scale": scale,
+            "loss": {str(name): losses for name, losses in curve.items()},
+        }
+        return replace(
+            self, chosen=prepare(self.candidates[name], layers), scale=scale, notes=notes
+        )
 
     def __call__(self, layer: Layer) -> Update:
         if self.chosen is None:
@@ -80,6 +95,8 @@ def loss_curve(
     """Scale -> the loss at base + scale times the merged update, which is held whole."""
     merged = {layer.name: outermost(layer, prepared(layer)) for layer in layers}
     return {
-        scale: anchors.loss_of({name: update.scaled(scale) for name, update in merged.items()}, loss)
+        scale: anchors.loss_of(
+            {name: update.scaled(scale) for name, update in merged.items()}, loss
+        )
         for scale in scales
     }

@@ -1,7 +1,8 @@
 """Units: in which pieces an update is pruned.
 
-An update is written in coordinates v_i on atoms E_i. With G = dL/dD the gradient in a coordinate is g_i = <G, E_i>, so
-v_i g_i is the first-order effect of dropping it. A unit maps an update to its `Coordinates`.
+An update is written in coordinates v_i on atoms E_i. With G = dL/dD the gradient in a coordinate is
+g_i = <G, E_i>, so v_i g_i is the first-order effect of dropping it.
+A unit maps an update to its `Coordinates`.
 
     Entries      the entries of the update: v = D_ij.             Makes the update dense.
     Factors      the entries of A and of B, in balanced form.     Stays low-rank.
@@ -39,16 +40,19 @@ class Entries:
 
 @part
 class Factors:
-    """The entries of the LoRA parameters A and B, put in balanced form first (A = sqrt(S) V^T, B = U sqrt(S)).
+    """The entries of the LoRA parameters A and B, put in balanced form first (A = sqrt(S) V^T,
+    B = U sqrt(S)).
 
-    The one unit that is not linear in the update: without the balanced form its scores would depend on how the
-    product is split into factors ((A c, B / c) is the same adapter). Refused for a dense update, which has no factors.
+    The one unit that is not linear in the update: without the balanced form its scores would depend
+    on how the product is split into factors ((A c, B / c) is the same adapter).
+    Refused for a dense update, which has no factors.
     """
 
     def __call__(self, update: Update) -> Coordinates:
         if isinstance(update, Dense):
             raise MethodError(
-                "units=Factors() prunes LoRA factors, but this update is dense already; prune factors first, "
+                "units=Factors() prunes LoRA factors, but this update is dense already; prune "
+                "factors first, "
                 "or use units=Entries()"
             )
         even = update.balanced
@@ -61,7 +65,9 @@ class Factors:
 
 @part
 class Directions:
-    """The singular directions: v_i = sigma_i on u_i w_i^T, with gradient u_i^T G w_i. Independent of the factors."""
+    """The singular directions: v_i = sigma_i on u_i w_i^T, with gradient u_i^T G w_i.
+    Independent of the factors.
+    """
 
     def __call__(self, update: Update) -> Coordinates:
         U, sigma, Vh = update.svd()

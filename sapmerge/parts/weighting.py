@@ -1,4 +1,6 @@
-"""Weights of whole adapters: by the anchors' loss at base + adapter, and by their agreement with each other."""
+"""Weights of whole adapters: by the anchors' loss at base + adapter,
+and by their agreement with each other.
+"""
 
 from __future__ import annotations
 
@@ -24,16 +26,19 @@ __all__ = ["WeighByAgreement", "WeighByAnchors"]
 
 @part
 class WeighByAnchors:
-    """Weigh every adapter by the anchor loss at base + adapter: saliency on the level of whole adapters.
+    """Weigh every adapter by the anchor loss at base + adapter:
+    saliency on the level of whole adapters.
 
-    The weights are the given ones times softmax(-excess / temperature), those of one sign scaled to keep their sum; the
-    excess is that over the lowest loss plus `margin`, at least 0. Among good adapters they are nearly equal; an adapter
-    that was trained on wrong labels loses its voice. One of weight 0 has none.
+    The weights are the given ones times softmax(-excess / temperature), those of one sign scaled to
+    keep their sum; the excess is that over the lowest loss plus `margin`, at least 0. Among good
+    adapters they are nearly equal; an adapter that was trained on wrong labels loses its voice.
+    One of weight 0 has none.
 
     Args:
         method: any method.
-        loss: (model, batch) -> scalar. None: `centered_alignment` for image-text pairs, because a loss that does not
-            compare pairs cannot tell good from bad, and the anchors' own loss for others.
+        loss: (model, batch) -> scalar. None: `centered_alignment` for image-text pairs, because a
+            loss that does not compare pairs cannot tell good from bad, and the anchors' own loss
+            for others.
         temperature: of the softmax, in units of the loss.
         margin: losses this close to the lowest one count as equal to it, in units of the loss.
 
@@ -51,7 +56,9 @@ class WeighByAnchors:
         if not self.temperature > 0:
             raise MethodError(f"the temperature must be positive; got {self.temperature!r}")
         if not self.margin >= 0:
-            raise MethodError(f"the margin is a difference of losses, at least 0; got {self.margin!r}")
+            raise MethodError(
+                f"the margin is a difference of losses, at least 0; got {self.margin!r}"
+            )
 
     def prepare(self, layers: LayerStream) -> WeighByAnchors:
         anchors = anchors_of(layers, "WeighByAnchors")
@@ -62,7 +69,9 @@ class WeighByAnchors:
             excess = (losses[counted] - losses[counted].min() - self.margin).clamp_min(0)
             shares[counted] = torch.softmax(-excess / self.temperature, 0)
         weighed = replace(self, shares=tuple(map(float, shares)))
-        return replace(weighed, method=prepare(self.method, Mapped(layers, weighed._weighed, anchors)))
+        return replace(
+            weighed, method=prepare(self.method, Mapped(layers, weighed._weighed, anchors))
+        )
 
     def __call__(self, layer: Layer) -> Update:
         if self.shares is None:
@@ -80,29 +89,33 @@ _FEW = 0.1
 
 @part
 class WeighByAgreement:
-    """Weigh every adapter by how much it agrees with the others: by the mean cosine of its update with theirs.
+    """Weigh every adapter by how much it agrees with the others:
+    by the mean cosine of its update with theirs.
 
         weight_k ~ sum_{j != k} max(0, cos(D_k, D_j) + prior)
 
-    Adapters of one base are nearly orthogonal; what they have learned in common makes their cosines positive. One that
-    was trained on wrong labels shares little with the others, and one with a flipped sign is opposed to them. Copies of
-    one adapter are asked once, and share its say. Two adapters weigh the same, whatever they are.
+    Adapters of one base are nearly orthogonal; what they have learned in common makes their cosines
+    positive. One that was trained on wrong labels shares little with the others, and one with a
+    flipped sign is opposed to them. Copies of one adapter are asked once, and share its say.
+    Two adapters weigh the same, whatever they are.
 
-    The given weights are multiplied; those of one sign keep their sum. Agreement is that of the updates without weights
-    (who merges with a negative weight means it), over all layers together, inside `In` in its coordinates. Adapters of
-    weight 0 or without updates are not asked.
+    The given weights are multiplied; those of one sign keep their sum. Agreement is that of the
+    updates without weights (who merges with a negative weight means it), over all layers together,
+    inside `In` in its coordinates. Adapters of weight 0 or without updates are not asked.
 
     Args:
         method: any method.
-        prior: added to every cosine, in [0, 1): adapters that have nothing to do with each other weigh the same.
+        prior: added to every cosine, in [0, 1): adapters that have nothing to do with each other
+            weigh the same.
         copies: from this cosine on, two adapters are copies of each other; in (0, 1).
 
     Warns:
         SapmergeWarning: names adapters with less than a tenth of an equal share.
 
-    Source: the agreement of predictors tells their quality without any label: Parisi et al., "Ranking and combining
-    multiple predictors without labeled data", https://arxiv.org/abs/1303.3257; here one step of the power iteration
-    for their leading eigenvector, so that of two camps the larger one does not silence the other.
+    Source: the agreement of predictors tells their quality without any label: Parisi et al.,
+    "Ranking and combining multiple predictors without labeled data",
+    https://arxiv.org/abs/1303.3257; here one step of the power iteration for their leading
+    eigenvector, so that of two camps the larger one does not silence the other.
     """
 
     method: Method
@@ -120,20 +133,27 @@ class WeighByAgreement:
     def prepare(self, layers: LayerStream) -> WeighByAgreement:
         products, one = whole_gram(layers)
         done = replace(self, shares=() if one is None else self._shares(products, one))
-        return replace(done, method=prepare(self.method, Mapped(layers, done._weighed, layers.anchors)))
+        return replace(
+            done, method=prepare(self.method, Mapped(layers, done._weighed, layers.anchors))
+        )
 
     def __call__(self, layer: Layer) -> Update:
         if self.shares is None:
             raise unprepared(self)
         total = sum(self.shares) or 1.0
-        layer.record("agreement", {label: s / total for label, s in zip(layer.adapters, self.shares, strict=True)})
+        layer.record(
+            "agreement",
+            {label: s / total for label, s in zip(layer.adapters, self.shares, strict=True)},
+        )
         return self.method(self._weighed(layer))
 
     def _weighed(self, layer: Layer) -> Layer:
         return layer.with_weights(shared_out(layer.weights, self.shares or ()))
 
     def _shares(self, products: Tensor, layer: Layer) -> tuple[float, ...]:
-        """One factor per adapter, of mean 1 over those that are asked; 1 for all of them if none agrees with any."""
+        """One factor per adapter, of mean 1 over those that are asked;
+        1 for all of them if none agrees with any.
+        """
         norms = products.diagonal().sqrt()
         asked = (torch.tensor(layer.weights) != 0) & (norms > 0)
         both = torch.outer(asked, asked)
@@ -145,9 +165,15 @@ class WeighByAgreement:
         agreement = (votes / copies).sum(1) / copies
         if not agreement.any():
             agreement = asked.double()
-        shares = [float(share) for share in agreement * asked.sum() / agreement.sum().clamp_min(1e-300)]
-        few = [repr(layer.adapters[k]) for k, share in enumerate(shares) if asked[k] and share < _FEW]
+        shares = [
+            float(share) for share in agreement * asked.sum() / agreement.sum().clamp_min(1e-300)
+        ]
+        few = [
+            repr(layer.adapters[k]) for k, share in enumerate(shares) if asked[k] and share < _FEW
+        ]
         if few:
-            message = f"{', '.join(few)}: agree with hardly any other adapter, and have next to no say"
+            message = (
+                f"{', '.join(few)}: agree with hardly any other adapter, and have next to no say"
+            )
             warnings.warn(f"{message} (WeighByAgreement)", SapmergeWarning, stacklevel=3)
         return tuple(shares)

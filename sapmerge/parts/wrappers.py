@@ -2,8 +2,8 @@
 
     method = Chain(Prune(scorer, mask, rescaler, units=...), transform, ..., merger)
 
-What needs to see the whole adapter defines `prepare(layers) -> part`: a pre-pass over re-iterable layers that returns a
-part for which every layer is a pure function. Wrappers forward it.
+What needs to see the whole adapter defines `prepare(layers) -> part`: a pre-pass over re-iterable
+layers that returns a part for which every layer is a pure function. Wrappers forward it.
 """
 
 from __future__ import annotations
@@ -32,14 +32,17 @@ class Chain:
 
     Example:
         >>> import sapmerge as sm
-        >>> ties = sm.Chain(sm.Prune(sm.Magnitude(), sm.TopFraction(0.2)), sm.ElectSign(), sm.DisjointMean())
+        >>> prune = sm.Prune(sm.Magnitude(), sm.TopFraction(0.2))
+        >>> ties = sm.Chain(prune, sm.ElectSign(), sm.DisjointMean())
     """
 
     steps: tuple[Transform | Merger, ...]
 
     def __init__(self, *steps: Transform | Merger) -> None:
         if not steps:
-            raise MethodError("an empty Chain merges nothing; end it with a merger, e.g. Chain(Mean())")
+            raise MethodError(
+                "an empty Chain merges nothing; end it with a merger, e.g. Chain(Mean())"
+            )
         object.__setattr__(self, "steps", steps)
 
     def __repr__(self) -> str:
@@ -54,7 +57,10 @@ class Chain:
     def __call__(self, layer: Layer) -> Update:
         merged = self.steps[-1](_transforms(self.steps[:-1])(layer))
         if not isinstance(merged, (LowRank, Dense)):
-            raise MethodError(f"the last step of a Chain must be a merger (Layer -> update); {self.steps[-1]!r} is not")
+            raise MethodError(
+                f"the last step of a Chain must be a merger (Layer -> update); {self.steps[-1]!r} "
+                "is not"
+            )
         return merged
 
 
@@ -63,7 +69,10 @@ def _transforms(steps: tuple[Transform | Merger, ...]) -> Callable[[Layer], Laye
         for step in steps:
             mapped = step(layer)
             if not isinstance(mapped, Layer):
-                raise MethodError(f"{step!r} must map a Layer to a Layer: only the last step of a Chain is a merger")
+                raise MethodError(
+                    f"{step!r} must map a Layer to a Layer: only the last step of a Chain is a "
+                    "merger"
+                )
             layer = mapped
         return layer
 
@@ -100,7 +109,8 @@ class ByModule:
     """A method per group of modules, e.g. one for a vision tower and one for a language model.
 
     Args:
-        methods: glob pattern on the module's name -> method; the first pattern that matches is taken.
+        methods: glob pattern on the module's name -> method; the first pattern that matches is
+            taken.
         default: the method of every other module.
 
     Raises:
@@ -118,12 +128,21 @@ class ByModule:
         names = [layer.name for layer in layers]
         for pattern in self.methods:
             if not any(self._pattern(name) == pattern for name in names):
-                raise MethodError(f"ByModule: no module is left for the pattern {pattern!r}; modules: {names[:5]}, ...")
+                raise MethodError(
+                    f"ByModule: no module is left for the pattern {pattern!r}; modules: "
+                    f"{names[:5]}, ..."
+                )
 
         def group(pattern: str | None) -> Mapped:
-            return Mapped(layers, lambda layer: layer if self._pattern(layer.name) == pattern else None, layers.anchors)
+            return Mapped(
+                layers,
+                lambda layer: layer if self._pattern(layer.name) == pattern else None,
+                layers.anchors,
+            )
 
-        prepared = {pattern: prepare(method, group(pattern)) for pattern, method in self.methods.items()}
+        prepared = {
+            pattern: prepare(method, group(pattern)) for pattern, method in self.methods.items()
+        }
         rest = any(self._pattern(name) is None for name in names)
         return ByModule(prepared, prepare(self.default, group(None)) if rest else self.default)
 

@@ -18,8 +18,19 @@ from sapmerge.io.adapter import Adapter
 from sapmerge.io.modules import Module
 from tests.conftest import Anchored
 
-TEXT = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 50}
-VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+TEXT = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "vocab_size": 50,
+}
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
 PIXELS = {"image_size": 8, "patch_size": 4}
 IMAGE_TOKEN = 45
 
@@ -32,8 +43,15 @@ def clip(attention: str = "sdpa") -> nn.Module:
     from transformers import CLIPConfig, CLIPModel
 
     torch.manual_seed(0)
-    special = {"eos_token_id": 49, "bos_token_id": 48, "pad_token_id": 0, "max_position_embeddings": 12}
-    config = CLIPConfig(text_config=TEXT | special, vision_config=VISION | PIXELS, projection_dim=12)
+    special = {
+        "eos_token_id": 49,
+        "bos_token_id": 48,
+        "pad_token_id": 0,
+        "max_position_embeddings": 12,
+    }
+    config = CLIPConfig(
+        text_config=TEXT | special, vision_config=VISION | PIXELS, projection_dim=12
+    )
     config._attn_implementation = attention
     return louder(CLIPModel(config).eval())
 
@@ -43,7 +61,8 @@ def siglip() -> nn.Module:
 
     torch.manual_seed(0)
     config = SiglipConfig(
-        text_config=TEXT | {"max_position_embeddings": 12, "projection_size": 16}, vision_config=VISION | PIXELS
+        text_config=TEXT | {"max_position_embeddings": 12, "projection_size": 16},
+        vision_config=VISION | PIXELS,
     )
     return louder(SiglipModel(config).eval())
 
@@ -61,7 +80,9 @@ def dual_encoder() -> nn.Module:
     torch.manual_seed(0)
     vision = CLIPVisionModel(CLIPVisionConfig(**VISION, **PIXELS))
     text = BertModel(BertConfig(**TEXT, max_position_embeddings=12))
-    config = VisionTextDualEncoderConfig.from_vision_text_configs(vision.config, text.config, projection_dim=12)
+    config = VisionTextDualEncoderConfig.from_vision_text_configs(
+        vision.config, text.config, projection_dim=12
+    )
     return louder(VisionTextDualEncoderModel(config, vision, text).eval())
 
 
@@ -69,11 +90,18 @@ def llama() -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    return louder(LlamaForCausalLM(LlamaConfig(**TEXT, max_position_embeddings=32, pad_token_id=0)).eval())
+    return louder(
+        LlamaForCausalLM(LlamaConfig(**TEXT, max_position_embeddings=32, pad_token_id=0)).eval()
+    )
 
 
 def llava() -> nn.Module:
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+    from transformers import (
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+    )
 
     torch.manual_seed(0)
     config = LlavaConfig(
@@ -120,7 +148,9 @@ def plain_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     return (image - text).square().sum(-1).mean()
 
 
-def pairs(sizes: Sequence[int] = (3, 4), seed: int = 5, masked: bool = True) -> list[dict[str, Tensor]]:
+def pairs(
+    sizes: Sequence[int] = (3, 4), seed: int = 5, masked: bool = True
+) -> list[dict[str, Tensor]]:
     """Image-text batches."""
     generator = torch.Generator().manual_seed(seed)
     out = []
@@ -139,13 +169,23 @@ def prompts(sizes: Sequence[int] = (3, 2), seed: int = 6) -> list[dict[str, Tens
     out = pairs(sizes, seed)
     for batch in out:
         ids = batch["input_ids"]
-        ids = torch.cat([torch.full((len(ids), 4), IMAGE_TOKEN), ids, torch.zeros(len(ids), 2, dtype=torch.long)], 1)
+        ids = torch.cat(
+            [
+                torch.full((len(ids), 4), IMAGE_TOKEN),
+                ids,
+                torch.zeros(len(ids), 2, dtype=torch.long),
+            ],
+            1,
+        )
         batch["input_ids"], batch["attention_mask"] = ids, (ids != 0).long()
     return out
 
 
 def sentences(sizes: Sequence[int] = (3, 2)) -> list[dict[str, Tensor]]:
-    return [{key: value for key, value in batch.items() if key != "pixel_values"} for batch in pairs(sizes)]
+    return [
+        {key: value for key, value in batch.items() if key != "pixel_values"}
+        for batch in pairs(sizes)
+    ]
 
 
 def mean_loss(model: nn.Module, loader: list[Any], loss: Any) -> float:
@@ -166,7 +206,9 @@ def plain_batches(sizes: Sequence[int] = (3, 4)) -> list[dict[str, Tensor]]:
     ]
 
 
-def with_peft(model: nn.Module, targets: Any, rank: int = 3, seed: int = 1, name: str = "default", **more: Any) -> Any:
+def with_peft(
+    model: nn.Module, targets: Any, rank: int = 3, seed: int = 1, name: str = "default", **more: Any
+) -> Any:
     """A PeftModel over a copy of the model, its adapter filled with random numbers."""
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, **more)
     with warnings.catch_warnings():
@@ -186,7 +228,9 @@ def adapter(peft_model: Any, label: str, name: str = "default") -> Adapter:
 def adapters(
     model: nn.Module, targets: Sequence[Any], ranks: Sequence[int] = (3, 2, 4), **more: Any
 ) -> tuple[list[Adapter], list[Any]]:
-    """One adapter per entry of `targets`, called a0, a1, ...; and the PeftModels that they come from."""
+    """One adapter per entry of `targets`, called a0, a1, ...;
+    and the PeftModels that they come from.
+    """
     made = [with_peft(model, t, ranks[k], k + 1, **more) for k, t in enumerate(targets)]
     return [adapter(peft, f"a{k}") for k, peft in enumerate(made)], made
 
@@ -233,7 +277,9 @@ def anchored(
     """Anchors and layers for updates that are in no file, so that they can be float64."""
     shapes = {name: update.shape for found in updates for name, update in found.items()}
     modules = {
-        name: Module(name, name, "linear", shape, 1, 1.0, 1.0, torch.float32, (1, shape[1]), (shape[0], 1))
+        name: Module(
+            name, name, "linear", shape, 1, 1.0, 1.0, torch.float32, (1, shape[1]), (shape[0], 1)
+        )
         for name, shape in shapes.items()
     }
     readers = [(f"a{k}", lambda found=found: found) for k, found in enumerate(updates)]
@@ -290,7 +336,8 @@ def dense_gradients(
     """Plain autograd on a copy of the model with weights W0 + D.
 
     Returns:
-        The loss and dL/dD (m, n) per layer, means over the samples of all batches; and dL/dD of every batch.
+        The loss and dL/dD (m, n) per layer, means over the samples of all batches;
+        and dL/dD of every batch.
     """
     model = copy.deepcopy(model)
     for parameter in model.parameters():
@@ -330,7 +377,9 @@ def state_of(model: nn.Module) -> dict[str, Any]:
     """All that a merge must leave as it was."""
     return {
         "weights": {name: tensor.clone() for name, tensor in model.state_dict().items()},
-        "grads": {n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()},
+        "grads": {
+            n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()
+        },
         "training": {name: module.training for name, module in model.named_modules()},
         "asking": {name: parameter.requires_grad for name, parameter in model.named_parameters()},
         "hooks": {

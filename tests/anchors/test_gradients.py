@@ -1,4 +1,6 @@
-"""Gradients in the coordinates of every unit, against plain autograd on the dense weight W0 + D, in float64."""
+"""Gradients in the coordinates of every unit, against plain autograd on the dense weight W0 + D,
+in float64.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,12 @@ from tests.anchors import models
 from tests.anchors.models import anchored, dense_gradients, random_updates, spied
 from tests.conftest import error
 
-UNITS = {"factors": sm.Factors(), "directions": sm.Directions(), "entries": sm.Entries(), "layers": sm.Layers()}
+UNITS = {
+    "factors": sm.Factors(),
+    "directions": sm.Directions(),
+    "entries": sm.Entries(),
+    "layers": sm.Layers(),
+}
 WRAPS: dict[str, tuple[Any, ...]] = {
     "plain": (),
     "shared": (sm.SharedBasis(),),
@@ -46,7 +53,10 @@ def in_bases(bases: Sequence[Any]) -> Callable[[Any], Any]:
 @pytest.fixture(scope="module")
 def plain() -> tuple[nn.Module, list[dict[str, Tensor]], list[dict[str, sm.Update]]]:
     model = models.Plain().double()
-    batches = [{k: v.double() if v.is_floating_point() else v for k, v in b.items()} for b in models.plain_batches()]
+    batches = [
+        {k: v.double() if v.is_floating_point() else v for k, v in b.items()}
+        for b in models.plain_batches()
+    ]
     updates = [random_updates(model, LINEAR, 2, 1), random_updates(model, LINEAR[2:], 3, 2)]
     return model, batches, updates
 
@@ -54,7 +64,9 @@ def plain() -> tuple[nn.Module, list[dict[str, Tensor]], list[dict[str, sm.Updat
 def expected(
     layer: sm.Layer, k: int, G: Tensor, units: Any, bases: Sequence[Any]
 ) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
-    """The unit's values, and by autograd through `join` and the frames the gradient of <G, D(values)>."""
+    """The unit's values, and by autograd through `join` and the frames the gradient of <G,
+    D(values)>.
+    """
     frames: list[Frames] = []
     for basis in bases:
         frames.append(basis(layer))
@@ -104,7 +116,11 @@ MODELS = {
         models.clip,
         models.pairs,
         centered_alignment,
-        ["visual_projection", "text_model.embeddings.token_embedding", "vision_model.embeddings.patch_embedding"],
+        [
+            "visual_projection",
+            "text_model.embeddings.token_embedding",
+            "vision_model.embeddings.patch_embedding",
+        ],
     ),
     "siglip": (
         models.siglip,
@@ -118,7 +134,12 @@ MODELS = {
         alignment,
         ["text_model.encoder.layer.0.output.dense", "vision_model.encoder.layers.0.mlp.fc1"],
     ),
-    "llama": (models.llama, models.sentences, language_modeling, ["model.layers.0.mlp.up_proj", "model.embed_tokens"]),
+    "llama": (
+        models.llama,
+        models.sentences,
+        language_modeling,
+        ["model.layers.0.mlp.up_proj", "model.embed_tokens"],
+    ),
     "llava": (
         models.llava,
         models.prompts,
@@ -136,15 +157,20 @@ MODELS = {
 @pytest.mark.parametrize(("build", "batches", "loss", "names"), MODELS.values(), ids=MODELS)
 def test_models_against_autograd(build: Any, batches: Any, loss: Any, names: list[str]) -> None:
     model = build().double()
-    loader = [{k: v.double() if v.is_floating_point() else v for k, v in batch.items()} for batch in batches()]
+    loader = [
+        {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
+        for batch in batches()
+    ]
     names = [
-        name if has(model, name) else name.replace("vision_tower.", "vision_tower.vision_model.") for name in names
+        name if has(model, name) else name.replace("vision_tower.", "vision_tower.vision_model.")
+        for name in names
     ]
     updates = random_updates(model, names, 2, 3)
     anchors, layers = anchored(model, loader, [updates], loss)
     spy = spied(layers, sm.Entries())
     value, gradients, _ = dense_gradients(model, updates, loader, loss)
-    tolerance = 1e-6 if loss is language_modeling else 1e-9  # the models' own loss is float32 inside
+    # the models' own loss is float32 inside
+    tolerance = 1e-6 if loss is language_modeling else 1e-9
     for name in names:
         assert float(gradients[name].norm()) > 1e-6
         assert error(spy.gradient["a0", name, "entries"], gradients[name]) < tolerance, name
@@ -156,7 +182,9 @@ def has(model: nn.Module, name: str) -> bool:
 
 
 def test_the_identities_of_first_order_saliency(plain: Any) -> None:
-    """sum A*dA = <D, G> = sum B*dB; rank by rank too; the directions and the layer sum to the same."""
+    """sum A*dA = <D, G> = sum B*dB; rank by rank too;
+    the directions and the layer sum to the same.
+    """
     model, batches, updates = plain
     _, layers = anchored(model, batches, updates, models.plain_loss)
     seen = {name: spied(layers, units) for name, units in UNITS.items()}
@@ -174,7 +202,8 @@ def test_the_identities_of_first_order_saliency(plain: Any) -> None:
             assert float(product.sum()) == pytest.approx(effect, rel=1e-9, abs=1e-12)
         rho = products["factors", "A"].sum(1)
         assert torch.allclose(rho, products["factors", "B"].sum(0), rtol=1e-9, atol=1e-12)
-        assert torch.allclose(rho, products["directions", "directions"], rtol=1e-9, atol=1e-12)  # balanced factors
+        # balanced factors
+        assert torch.allclose(rho, products["directions", "directions"], rtol=1e-9, atol=1e-12)
 
 
 def test_directions_without_a_dense_gradient(plain: Any) -> None:
@@ -191,11 +220,18 @@ def test_directions_without_a_dense_gradient(plain: Any) -> None:
         assert error(spy.gradient["a0", name, "directions"], (U * (dB @ z)).sum(0)) < 1e-9
 
 
-@pytest.mark.parametrize("bases", [(), (sm.SharedBasis(),), (sm.CoreSpace(),)], ids=["plain", "shared", "core"])
+@pytest.mark.parametrize(
+    "bases", [(), (sm.SharedBasis(),), (sm.CoreSpace(),)], ids=["plain", "shared", "core"]
+)
 @pytest.mark.parametrize("units", UNITS.values(), ids=UNITS)
-def test_the_factorisation_of_an_adapter_changes_nothing(plain: Any, units: Any, bases: Sequence[Any]) -> None:
+def test_the_factorisation_of_an_adapter_changes_nothing(
+    plain: Any, units: Any, bases: Sequence[Any]
+) -> None:
     model, batches, updates = plain
-    R = {r: torch.randn(r, r, dtype=torch.float64) + 3 * torch.eye(r, dtype=torch.float64) for r in (2, 3)}
+    R = {
+        r: torch.randn(r, r, dtype=torch.float64) + 3 * torch.eye(r, dtype=torch.float64)
+        for r in (2, 3)
+    }
     Q = {r: torch.linalg.qr(matrix).Q for r, matrix in R.items()}
     gauges: list[Callable[[sm.LowRank], sm.LowRank]] = [
         lambda u: sm.LowRank(u.B / 7, u.A * 7),
@@ -216,7 +252,9 @@ def scores_of(model: Any, batches: Any, updates: Any, units: Any, bases: Any) ->
 
 
 @pytest.mark.parametrize("at", ["adapter", "base"])
-@pytest.mark.parametrize(("statistic", "function"), [("absolute", torch.abs), ("square", torch.square)])
+@pytest.mark.parametrize(
+    ("statistic", "function"), [("absolute", torch.abs), ("square", torch.square)]
+)
 @pytest.mark.parametrize("units", UNITS.values(), ids=UNITS)
 def test_statistics_per_sample_equal_a_loop_over_samples(
     plain: Any, units: Any, statistic: str, function: Any, at: str
@@ -231,7 +269,9 @@ def test_statistics_per_sample_equal_a_loop_over_samples(
     assert len(each) == 7
     for layer in layers:
         per_sample = (
-            [expected(layer, 0, grads[layer.name], units, ())[1] for grads in each] if layer.updates[0].rank else []
+            [expected(layer, 0, grads[layer.name], units, ())[1] for grads in each]
+            if layer.updates[0].rank
+            else []
         )
         for part in per_sample[0] if per_sample else ():
             wanted = sum(function(found[part]) for found in per_sample) / len(each)
@@ -262,7 +302,9 @@ def test_scorers(plain: Any, scorer: Any, formula: Any) -> None:
     sm.prepare(sm.Prune(kept, sm.TopFraction(0.5), units=sm.Factors()), layers)
     assert found
     for key, scores in found.items():
-        assert torch.allclose(scores, formula(spies[0].values[key], *(spy.gradient[key] for spy in spies)))
+        assert torch.allclose(
+            scores, formula(spies[0].values[key], *(spy.gradient[key] for spy in spies))
+        )
 
 
 def test_the_halves_average_to_the_whole_and_are_every_other_sample(plain: Any) -> None:
@@ -270,7 +312,11 @@ def test_the_halves_average_to_the_whole_and_are_every_other_sample(plain: Any) 
     anchors, layers = anchored(model, batches, updates, models.plain_loss)
     _, _, each = dense_gradients(model, updates[0], models.singles(batches), models.plain_loss)
     observation = anchors.observe(layers, sm.Entries())
-    for statistic, function in (("mean", lambda g: g), ("absolute", torch.abs), ("square", torch.square)):
+    for statistic, function in (
+        ("mean", lambda g: g),
+        ("absolute", torch.abs),
+        ("square", torch.square),
+    ):
         one, other = observation.moment("twice", 0, "entries", statistic, "adapter")
         terms = [function(grads["twice"]) for grads in each]
         assert error((one + other) / 2, sum(terms) / 7) < 1e-9
@@ -298,8 +344,14 @@ def test_batches_of_any_size_are_weighted_by_samples(plain: Any, sizes: Sequence
         split.append({key: torch.cat([row[key] for row in rows]) for key in rows[0]})
         start += size
     for statistic in ("mean", "absolute"):
-        whole = spied(anchored(model, batches, updates, models.plain_loss)[1], sm.Factors(), statistic=statistic)
-        other = spied(anchored(model, split, updates, models.plain_loss)[1], sm.Factors(), statistic=statistic)
+        whole = spied(
+            anchored(model, batches, updates, models.plain_loss)[1],
+            sm.Factors(),
+            statistic=statistic,
+        )
+        other = spied(
+            anchored(model, split, updates, models.plain_loss)[1], sm.Factors(), statistic=statistic
+        )
         for key, gradient in whole.gradient.items():
             assert error(other.gradient[key], gradient) < 1e-9
 
@@ -317,7 +369,9 @@ def test_gradients_at_the_base_take_one_pass_for_all_adapters(plain: Any) -> Non
     for layer in layers:
         for k, update in enumerate(layer):
             if update.rank:
-                for part, grad in expected(layer, k, gradients[layer.name], sm.Factors(), ())[1].items():
+                for part, grad in expected(layer, k, gradients[layer.name], sm.Factors(), ())[
+                    1
+                ].items():
                     assert error(spy.gradient[f"a{k}", layer.name, part], grad) < 1e-9
     spied(layers, sm.Factors())
     assert passes == [None, 0, 1]
@@ -330,7 +384,8 @@ def test_a_small_budget_changes_passes_and_nothing_else(plain: Any, units: Any, 
     results, passes = [], []
     entries = units == sm.Entries()
     sizes = [
-        sum(8 * (math.prod(u.shape) if entries else u.rank * sum(u.shape)) for u in found.values()) for found in updates
+        sum(8 * (math.prod(u.shape) if entries else u.rank * sum(u.shape)) for u in found.values())
+        for found in updates
     ]
     for budget in (1 << 30, max(sizes), 1):
         anchors, layers = anchored(model, batches, updates, models.plain_loss, budget=budget)
@@ -347,7 +402,12 @@ def test_a_small_budget_changes_passes_and_nothing_else(plain: Any, units: Any, 
     for same in zip(*results):
         assert all(torch.equal(same[0], other) for other in same[1:])
     sweeps = 1 if scope == "layer" else 3
-    assert passes == [4, 4, 2 * sweeps * (6 + 4)]  # two statistics of two adapters, also in turn; per layer of each
+    # two statistics of two adapters, also in turn; per layer of each
+    assert passes == [
+        4,
+        4,
+        2 * sweeps * (6 + 4),
+    ]
 
 
 def test_adapters_that_do_not_fit_together_have_their_turns(plain: Any) -> None:
@@ -368,7 +428,9 @@ def test_adapters_that_do_not_fit_together_have_their_turns(plain: Any) -> None:
 
 
 @pytest.mark.parametrize("count", [2, 4, 5, 7, 9, 16])
-def test_all_have_had_their_turn_after_four(plain: Any, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+def test_all_have_had_their_turn_after_four(
+    plain: Any, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
     """And what is the same for all of them ran once."""
     model, batches, updates = plain
     anchors, layers = anchored(model, batches, [updates[0]] * count, models.plain_loss)
@@ -386,7 +448,9 @@ def test_all_have_had_their_turn_after_four(plain: Any, monkeypatch: pytest.Monk
 
 
 def test_a_layer_without_gradient_in_a_group_of_its_own(plain: Any) -> None:
-    """It is a warning with a small budget, too; a loss that depends on no layer at all is an error."""
+    """It is a warning with a small budget, too; a loss that depends on no layer at
+    all is an error.
+    """
 
     def loss(model: Any, batch: Any) -> Tensor:
         return model.head(batch["x"]).square().mean()
@@ -423,7 +487,11 @@ def test_samples_that_a_layer_mixes() -> None:
     _, layers = anchored(model, batches, [updates], loss)
     spy = spied(layers, sm.Entries())
     assert (
-        error(spy.gradient["a0", "layer", "entries"], dense_gradients(model, updates, batches, loss)[1]["layer"]) < 1e-9
+        error(
+            spy.gradient["a0", "layer", "entries"],
+            dense_gradients(model, updates, batches, loss)[1]["layer"],
+        )
+        < 1e-9
     )
     with pytest.raises(AnchorError, match=r"8 rows|1 rows for 2 samples"):
         spied(anchored(model, batches, [updates], loss)[1], sm.Entries(), statistic="absolute")
@@ -441,7 +509,16 @@ def test_samples_that_a_layer_mixes() -> None:
         lambda: scaled_embedding(),
         lambda: gpt_conv1d(),
     ],
-    ids=["conv2d", "valid", "circular", "conv1d", "same", "embedding", "scaled embedding", "Conv1D"],
+    ids=[
+        "conv2d",
+        "valid",
+        "circular",
+        "conv1d",
+        "same",
+        "embedding",
+        "scaled embedding",
+        "Conv1D",
+    ],
 )
 def test_kinds_of_layers(build: Any) -> None:
     layer = build()
@@ -452,8 +529,17 @@ def test_kinds_of_layers(build: Any) -> None:
     if isinstance(layer, nn.Embedding):
         batches = [{"x": torch.randint(0, 9, (size, 5), generator=generator)} for size in (3, 2)]
     else:
-        shape = (3, 6, 7) if isinstance(layer, nn.Conv2d) else (3, 8) if isinstance(layer, nn.Conv1d) else (5, 3)
-        batches = [{"x": torch.randn(size, *shape, generator=generator, dtype=torch.float64)} for size in (3, 2)]
+        shape = (
+            (3, 6, 7)
+            if isinstance(layer, nn.Conv2d)
+            else (3, 8)
+            if isinstance(layer, nn.Conv1d)
+            else (5, 3)
+        )
+        batches = [
+            {"x": torch.randn(size, *shape, generator=generator, dtype=torch.float64)}
+            for size in (3, 2)
+        ]
     weight = layer.weight
     transposed = isinstance(layer, nn.Embedding) or type(layer).__name__ == "Conv1D"
     m, n = (weight.shape[1], weight.shape[0]) if transposed else (len(weight), weight[0].numel())
@@ -488,7 +574,9 @@ def gpt_conv1d() -> nn.Module:
 def test_conv3d_is_refused() -> None:
     model = nn.Sequential(nn.Conv3d(1, 2, 1))
     updates = random_updates(model, ["0"], 1, 0, torch.float32)
-    _, layers = anchored(model, [{"input": torch.randn(2, 1, 2, 2, 2)}], [updates], lambda m, b: m(b["input"]).sum())
+    _, layers = anchored(
+        model, [{"input": torch.randn(2, 1, 2, 2, 2)}], [updates], lambda m, b: m(b["input"]).sum()
+    )
     with pytest.raises(AnchorError, match="Conv3d layers are not supported"):
         spied(layers, sm.Factors())
 
@@ -529,7 +617,9 @@ def test_what_is_not_finite_is_found_anywhere(dtype: torch.dtype, bad: float) ->
 def test_activations_in_place(shape: tuple[int, ...]) -> None:
     """The gradient of a layer is that of its output before it was changed."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(inplace=True), nn.Linear(5, 4), nn.Hardtanh(inplace=True)).double()
+    model = nn.Sequential(
+        nn.Linear(6, 5), nn.ReLU(inplace=True), nn.Linear(5, 4), nn.Hardtanh(inplace=True)
+    ).double()
     batches = [{"input": torch.randn(shape, dtype=torch.float64)}]
     loss = lambda model, batch: model(**batch).square().mean()  # noqa: E731
     updates = random_updates(model, ["0", "2"], 2, 1)

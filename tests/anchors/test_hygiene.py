@@ -1,4 +1,6 @@
-"""The model comes back as it was; what is bad is found and named; what need not be computed is not."""
+"""The model comes back as it was; what is bad is found and named;
+what need not be computed is not.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,14 @@ import sapmerge as sm
 from sapmerge.errors import AnchorError, ModelMismatchError, NonFiniteError, SapmergeWarning
 from sapmerge.losses import alignment
 from tests.anchors import models
-from tests.anchors.models import anchored, assert_same_state, dense_gradients, random_updates, spied, state_of
+from tests.anchors.models import (
+    anchored,
+    assert_same_state,
+    dense_gradients,
+    random_updates,
+    spied,
+    state_of,
+)
 from tests.conftest import error
 
 Q, FC1 = "vision_model.encoder.layers.{}.self_attn.q_proj", "vision_model.encoder.layers.{}.mlp.fc1"
@@ -25,7 +34,9 @@ FACTORS = sm.Chain(sm.Prune(sm.Taylor(), sm.TopFraction(0.5), units=sm.Factors()
 
 
 def unusual(model: nn.Module) -> nn.Module:
-    """A model with state to lose: some parts in training mode, some frozen, some with gradients and hooks."""
+    """A model with state to lose: some parts in training mode, some frozen,
+    some with gradients and hooks.
+    """
     for number, module in enumerate(model.modules()):
         module.training = number % 3 == 0
     for number, parameter in enumerate(model.parameters()):
@@ -83,7 +94,9 @@ def test_the_model_comes_back_after_an_error(loss: Any, wanted: type[Exception])
 
 
 def test_gradients_of_the_user_are_left_alone() -> None:
-    """A loss with parameters of its own, batches that ask for gradients: nobody's .grad is touched."""
+    """A loss with parameters of its own, batches that ask for gradients:
+    nobody's .grad is touched.
+    """
     model, loader = models.clip(), models.pairs()
     head = nn.Linear(12, 1)
     for batch in loader:
@@ -102,7 +115,9 @@ def test_gradients_of_the_user_are_left_alone() -> None:
 def test_adapters_of_a_live_model(frozen_adapter: bool) -> None:
     """Given as model, a PeftModel is only its base; its own adapters are on again afterwards."""
     base, loader = models.clip(), models.pairs()
-    live = models.with_peft(base, models.VISION_TARGETS, seed=9, name="own", modules_to_save=["visual_projection"])
+    live = models.with_peft(
+        base, models.VISION_TARGETS, seed=9, name="own", modules_to_save=["visual_projection"]
+    )
     with torch.no_grad():
         for name, parameter in live.named_parameters():
             if "modules_to_save" in name:
@@ -111,7 +126,10 @@ def test_adapters_of_a_live_model(frozen_adapter: bool) -> None:
                 parameter.requires_grad_(False)
     adapters, _ = models.adapters(base, [models.VISION_TARGETS, models.BOTH_TARGETS])
     plain = dict(models.merge(adapters, loader, base).updates())
-    before, output = state_of(live), live.get_image_features(loader[0]["pixel_values"]).pooler_output
+    before, output = (
+        state_of(live),
+        live.get_image_features(loader[0]["pixel_values"]).pooler_output,
+    )
     merged = models.merge(adapters, loader, live)
     for name, update in merged.updates():
         assert error(update.dense(), plain[name].dense()) < 1e-6
@@ -124,13 +142,17 @@ def test_names_of_adapters_in_a_live_model() -> None:
     live = models.with_peft(base, models.VISION_TARGETS, seed=1, name="one")
     second = models.with_peft(base, models.VISION_TARGETS, seed=2, name="two")
     live.add_adapter("two", second.peft_config["two"])
-    live.load_state_dict({k: v for k, v in second.state_dict().items() if ".two." in k}, strict=False)
+    live.load_state_dict(
+        {k: v for k, v in second.state_dict().items() if ".two." in k}, strict=False
+    )
     live.set_adapter("two")
     before = state_of(live)
     merged = models.merge(["one", "two"], loader, live)
     assert_same_state(before, state_of(live))
     apart = models.merge(
-        {"one": models.adapter(live, "one", "one"), "two": models.adapter(second, "two", "two")}, loader, base
+        {"one": models.adapter(live, "one", "one"), "two": models.adapter(second, "two", "two")},
+        loader,
+        base,
     )
     wanted = dict(apart.updates())
     for name, update in merged.updates():
@@ -143,7 +165,9 @@ def _by_transformers(model: Any, config: Any) -> None:
     except ValueError as error:  # transformers demands a PEFT that may not be out yet
         if "version of PEFT" not in str(error):
             raise
-        pytest.skip(f"transformers {transformers.__version__} with peft {peft.__version__}: {error}")
+        pytest.skip(
+            f"transformers {transformers.__version__} with peft {peft.__version__}: {error}"
+        )
 
 
 @pytest.mark.parametrize(
@@ -179,16 +203,26 @@ def test_a_live_model_whose_adapter_is_merged_in_is_refused() -> None:
 def test_half_precision_models(dtype: torch.dtype, tolerance: float, kind: str) -> None:
     build, loader, targets = {
         "clip": (models.clip, models.pairs(), models.VISION_TARGETS),
-        "llava": (models.llava, models.prompts(), r".*(language_model|vision_tower).*layers\.0\..*q_proj"),
+        "llava": (
+            models.llava,
+            models.prompts(),
+            r".*(language_model|vision_tower).*layers\.0\..*q_proj",
+        ),
     }[kind]
     model = build()
     adapters, _ = models.adapters(model, [targets] * 2)
     found = []
     for base in (model, copy.deepcopy(model).to(dtype)):
-        batches = [{k: v.to(base.dtype) if v.is_floating_point() else v for k, v in b.items()} for b in loader]
+        batches = [
+            {k: v.to(base.dtype) if v.is_floating_point() else v for k, v in b.items()}
+            for b in loader
+        ]
         spy = models.Spy()
         models.merge(
-            adapters, batches, base, method=sm.Chain(sm.Prune(spy, sm.TopFraction(0.5), units=sm.Factors()), sm.Mean())
+            adapters,
+            batches,
+            base,
+            method=sm.Chain(sm.Prune(spy, sm.TopFraction(0.5), units=sm.Factors()), sm.Mean()),
         )
         found.append(spy)
     for key, gradient in found[1].gradient.items():
@@ -198,7 +232,9 @@ def test_half_precision_models(dtype: torch.dtype, tolerance: float, kind: str) 
 
 @pytest.mark.parametrize("scale", [1e-7, 1e7])
 def test_float16_gradients_neither_vanish_nor_overflow(scale: float) -> None:
-    """The loss is scaled up as far as its gradients stay finite, and the gradients are scaled back in float32."""
+    """The loss is scaled up as far as its gradients stay finite,
+    and the gradients are scaled back in float32.
+    """
     model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4, 8, generator=generator)
@@ -207,7 +243,9 @@ def test_float16_gradients_neither_vanish_nor_overflow(scale: float) -> None:
     wanted = dense_gradients(model, updates, [{"x": x}], loss)[1]
     _, layers = anchored(copy.deepcopy(model).half(), [{"x": x.half()}], [updates], loss)
     if scale > 1:  # even unscaled it overflows: an error, not a mask made of infinities
-        with pytest.raises(NonFiniteError, match=r"gradient of layer '[02]' is NaN or infinite in adapter 'a0'"):
+        with pytest.raises(
+            NonFiniteError, match=r"gradient of layer '[02]' is NaN or infinite in adapter 'a0'"
+        ):
             spied(layers, sm.Entries())
         return
     spy = spied(layers, sm.Entries())
@@ -223,7 +261,9 @@ def test_the_float16_scale_backs_off(growth: float) -> None:
     updates = random_updates(model, ["0", "2"], 2, 0, torch.float32)
     loss = lambda model, batch: model(batch["x"]).float().square().mean() * growth  # noqa: E731
     wanted = dense_gradients(model, updates, [{"x": x}, {"x": -x}], loss)[1]
-    _, layers = anchored(copy.deepcopy(model).half(), [{"x": x.half()}, {"x": -x.half()}], [updates], loss)
+    _, layers = anchored(
+        copy.deepcopy(model).half(), [{"x": x.half()}, {"x": -x.half()}], [updates], loss
+    )
     spy = spied(layers, sm.Entries())
     for name, gradient in wanted.items():
         assert error(spy.gradient["a0", name, "entries"], gradient) < 2e-2
@@ -239,12 +279,20 @@ def calls_of(module: nn.Module) -> list[int]:
     (models.VISION_TARGETS, "text_model", "vision_model"),
     (models.TEXT_TARGETS, "vision_model", "text_model"),
 ])  # fmt: skip
-def test_a_tower_that_no_adapter_touches_runs_once_per_batch(targets: str, idle: str, busy: str) -> None:
+def test_a_tower_that_no_adapter_touches_runs_once_per_batch(
+    targets: str, idle: str, busy: str
+) -> None:
     model, loader = models.clip(), models.pairs()
     adapters, _ = models.adapters(model, [targets] * 3)
     idle_calls, busy_calls = calls_of(getattr(model, idle)), calls_of(getattr(model, busy))
     merged = models.merge(adapters, loader, model, method=sm.sap(0.9))
-    assert merged.report.notes["anchor loss"].keys() == {"base model", "a0", "a1", "a2", "merged adapter"}
+    assert merged.report.notes["anchor loss"].keys() == {
+        "base model",
+        "a0",
+        "a1",
+        "a2",
+        "merged adapter",
+    }
     assert len(idle_calls) == 2  # one per batch, for all passes together
     assert len(busy_calls) == 2 * (3 + 3 + 1 + 1)  # gradients and losses of three, base, merged
 
@@ -269,7 +317,9 @@ def test_nothing_below_the_first_adapted_layer_is_differentiated() -> None:
         )
     models.merge(adapters, loader, model, method=FACTORS)
     below = [
-        name for name in asked if "layers.0." in name or "embeddings" in name or name.endswith("layers.1.layer_norm1")
+        name
+        for name in asked
+        if "layers.0." in name or "embeddings" in name or name.endswith("layers.1.layer_norm1")
     ]
     assert len(below) > 6
     assert not any(asked[name] for name in below)
@@ -291,7 +341,9 @@ def test_nan_in_the_base_is_named(attention: str, name: str) -> None:
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_nan_that_an_adapter_makes_is_named(attention: str) -> None:
-    """float32 factors that overflow the model's float16: the layer is named, whatever attention makes of it."""
+    """float32 factors that overflow the model's float16:
+    the layer is named, whatever attention makes of it.
+    """
     model, loader = models.clip(attention), models.pairs()
     good, bad = (models.with_peft(model, models.VISION_TARGETS, seed=k) for k in (1, 2))
     with torch.no_grad():
@@ -300,7 +352,9 @@ def test_nan_that_an_adapter_makes_is_named(attention: str) -> None:
                 parameter.mul_(3e3)
     adapters = [models.adapter(good, "good"), models.adapter(bad, "bad")]
     before = state_of(half := copy.deepcopy(model).half())
-    batches = [{k: v.half() if v.is_floating_point() else v for k, v in batch.items()} for batch in loader]
+    batches = [
+        {k: v.half() if v.is_floating_point() else v for k, v in batch.items()} for batch in loader
+    ]
     with pytest.raises(NonFiniteError) as caught:
         models.merge(adapters, batches, half)
     assert "adapter 'bad'" in str(caught.value)
@@ -326,14 +380,17 @@ def test_a_gradient_that_is_nan_is_named(attention: str) -> None:
     )
     before = state_of(model)
     with pytest.raises(
-        NonFiniteError, match=r"gradient of layer 'vision_model.encoder.layers.1.self_attn.q_proj'.*adapter"
+        NonFiniteError,
+        match=r"gradient of layer 'vision_model.encoder.layers.1.self_attn.q_proj'.*adapter",
     ):
         models.merge(adapters, loader, model, method=sm.sap(0.9))
     assert_same_state(before, state_of(model))
 
 
 def test_layers_that_take_no_part_have_scores_of_zero() -> None:
-    """LLaVA looks at the last but one layer of its vision tower; an adapter of the last one has no gradient."""
+    """LLaVA looks at the last but one layer of its vision tower;
+    an adapter of the last one has no gradient.
+    """
     model, loader = models.llava(), models.prompts()
     adapters, _ = models.adapters(model, [r".*vision_tower.*fc1|.*language_model.*q_proj"] * 2)
     spy = models.Spy()
@@ -342,7 +399,11 @@ def test_layers_that_take_no_part_have_scores_of_zero() -> None:
         merged = models.merge(adapters, loader, model, method=method)
     assert len(caught) == 1
     report = merged.report
-    dead = [name for name in merged.run.stream.modules if "vision_tower" in name and ".layers.1." in name]
+    dead = [
+        name
+        for name in merged.run.stream.modules
+        if "vision_tower" in name and ".layers.1." in name
+    ]
     assert len(dead) == 1
     assert report.notes["layers without gradient"] == dead
     for (_, name, _), gradient in spy.gradient.items():
@@ -380,7 +441,11 @@ def test_checkpointing_in_eval_mode(statistic: str) -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             for _ in range(2):  # every layer is called twice
-                x = checkpoint(self.block, x, use_reentrant=False) if self.checkpointing else self.block(x)
+                x = (
+                    checkpoint(self.block, x, use_reentrant=False)
+                    if self.checkpointing
+                    else self.block(x)
+                )
             return x
 
     model = Stack().double()
@@ -390,7 +455,9 @@ def test_checkpointing_in_eval_mode(statistic: str) -> None:
     found = []
     for checkpointing in (True, False):
         model.checkpointing = checkpointing
-        found.append(spied(anchored(model, batches, [updates], loss)[1], sm.Entries(), statistic=statistic))
+        found.append(
+            spied(anchored(model, batches, [updates], loss)[1], sm.Entries(), statistic=statistic)
+        )
     for key, gradient in found[0].gradient.items():
         assert float(gradient.norm()) > 1e-4
         assert error(gradient, found[1].gradient[key]) < 1e-12
@@ -409,9 +476,15 @@ def test_model_and_merge_on_different_devices(device: str) -> None:
     model, loader = models.clip(), models.pairs()
     adapters, _ = models.adapters(model, [models.BOTH_TARGETS] * 2)
     for units in (sm.Factors(), sm.Directions(), sm.Layers()):
-        plain = dict(models.merge(adapters, loader, model, method=sm.sap(0.9, units=units)).updates())
+        plain = dict(
+            models.merge(adapters, loader, model, method=sm.sap(0.9, units=units)).updates()
+        )
         there = models.merge(
-            adapters, loader, copy.deepcopy(model).cuda(), method=sm.sap(0.9, units=units), device=device
+            adapters,
+            loader,
+            copy.deepcopy(model).cuda(),
+            method=sm.sap(0.9, units=units),
+            device=device,
         )
         for name, update in there.updates():
             assert update.device.type == device

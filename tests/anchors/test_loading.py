@@ -25,19 +25,29 @@ CPU = torch.device("cpu")
 def test_loaders_that_are_the_same_on_every_pass() -> None:
     batches = models.pairs((4, 3))
     samples = models.singles(batches)
-    loader = DataLoader([{k: v[0] for k, v in sample.items()} for sample in samples], batch_size=4, shuffle=False)
+    loader = DataLoader(
+        [{k: v[0] for k, v in sample.items()} for sample in samples], batch_size=4, shuffle=False
+    )
     for given in (batches, tuple(batches), loader):
         found = list(Batches(given, CPU))
         assert len(found) == 2
         for batch, wanted in zip(found, batches):
             assert batch.keys() == wanted.keys()
             assert all(torch.equal(batch[key], wanted[key]) for key in wanted)
-    assert Batches(batches, CPU).digest == Batches(loader, CPU).digest != Batches(models.pairs(seed=1), CPU).digest
+    assert (
+        Batches(batches, CPU).digest
+        == Batches(loader, CPU).digest
+        != Batches(models.pairs(seed=1), CPU).digest
+    )
 
 
 @pytest.mark.parametrize("kind", ["generator", "iterator", "number"])
 def test_a_loader_that_can_be_read_once_is_refused(kind: str) -> None:
-    given: Any = {"generator": (b for b in models.pairs()), "iterator": iter(models.pairs()), "number": 3}[kind]
+    given: Any = {
+        "generator": (b for b in models.pairs()),
+        "iterator": iter(models.pairs()),
+        "number": 3,
+    }[kind]
     with pytest.raises(AnchorError, match="must be re-iterable"):
         Batches(given, CPU)
 
@@ -54,18 +64,25 @@ class Changing:
 
 
 @pytest.mark.parametrize(
-    "later", ["shuffled", "shorter", "longer", "other text", "other number", "other key", "other dtype"]
+    "later",
+    ["shuffled", "shorter", "longer", "other text", "other number", "other key", "other dtype"],
 )
 def test_a_loader_that_changes_is_refused(later: str) -> None:
-    batches: list[dict[str, Any]] = [{**batch, "who": "x", "k": 1} for batch in models.pairs((4, 4))]
+    batches: list[dict[str, Any]] = [
+        {**batch, "who": "x", "k": 1} for batch in models.pairs((4, 4))
+    ]
     other: list[Any] = {
         "shuffled": batches[::-1],
         "shorter": batches[:1],
         "longer": [*batches, batches[0]],
         "other text": [{**batch, "who": "y"} for batch in batches],
         "other number": [{**batch, "k": 2} for batch in batches],
-        "other key": [{("z" if key == "who" else key): value for key, value in b.items()} for b in batches],
-        "other dtype": [{**batch, "pixel_values": batch["pixel_values"].double()} for batch in batches],
+        "other key": [
+            {("z" if key == "who" else key): value for key, value in b.items()} for b in batches
+        ],
+        "other dtype": [
+            {**batch, "pixel_values": batch["pixel_values"].double()} for batch in batches
+        ],
     }[later]
     with pytest.raises(AnchorError, match="not the same on every pass"):
         Batches(Changing(batches, other, after=1), CPU)
@@ -78,7 +95,10 @@ def test_a_loader_that_changes_is_refused(later: str) -> None:
 def test_a_shuffling_loader_is_refused_by_merge() -> None:
     model = models.clip()
     adapters, _ = models.adapters(model, [models.VISION_TARGETS] * 2)
-    samples = [{key: value[0] for key, value in sample.items()} for sample in models.singles(models.pairs((8,)))]
+    samples = [
+        {key: value[0] for key, value in sample.items()}
+        for sample in models.singles(models.pairs((8,)))
+    ]
     with pytest.raises(AnchorError, match="shuffl"):
         models.merge(adapters, DataLoader(samples, batch_size=4, shuffle=True), model)
     with pytest.raises(AnchorError, match="there are no anchors"):
@@ -101,7 +121,17 @@ def test_batch_sizes_and_structures() -> None:
     assert torch.equal(batch.text["ids"][0], ids)
     assert batch.text["ids"][1:] == ["name", None]
     for dtype in (torch.bfloat16, torch.bool, torch.int8):
-        assert len(list(Batches([{"x": torch.ones(2, 2, dtype=dtype), "y": torch.tensor(1, dtype=dtype)}], CPU))) == 1
+        assert (
+            len(
+                list(
+                    Batches(
+                        [{"x": torch.ones(2, 2, dtype=dtype), "y": torch.tensor(1, dtype=dtype)}],
+                        CPU,
+                    )
+                )
+            )
+            == 1
+        )
 
 
 class FakeProcessor:
@@ -113,7 +143,10 @@ class FakeProcessor:
     def __call__(self, **inputs: Any) -> dict[str, Any]:
         self.calls.append(inputs)
         count = len(inputs["images"])
-        return {"pixel_values": torch.zeros(count, 3, 8, 8), "input_ids": torch.ones(count, 4, dtype=torch.long)}
+        return {
+            "pixel_values": torch.zeros(count, 3, 8, 8),
+            "input_ids": torch.ones(count, 4, dtype=torch.long),
+        }
 
 
 def test_pairs_for_any_processor(tmp_path: Path) -> None:
@@ -128,7 +161,9 @@ def test_pairs_for_any_processor(tmp_path: Path) -> None:
     batches = from_pairs(images, ("a", "b", "c", "d", "e"), processor, batch_size=2)
     assert [batch_size(batch) for batch in batches] == [1, 2, 2]
     assert [call["text"] for call in processor.calls] == [["a"], ["b", "c"], ["d", "e"]]
-    assert all(call["return_tensors"] == "pt" and call["padding"] is True for call in processor.calls)
+    assert all(
+        call["return_tensors"] == "pt" and call["padding"] is True for call in processor.calls
+    )
     modes = [image.mode for call in processor.calls for image in call["images"]]
     assert modes == ["RGB"] * 5
     assert len(list(Batches(batches, CPU))) == 3
@@ -165,10 +200,15 @@ def clip_processor(folder: Path) -> Any:
 
     letters = "abcdefghijklmnopqrstuvwxyz"
     words = [*letters, *(letter + "</w>" for letter in letters)][:46]
-    vocabulary = {word: k for k, word in enumerate(words)} | {"<|startoftext|>": 48, "<|endoftext|>": 49}
+    vocabulary = {word: k for k, word in enumerate(words)} | {
+        "<|startoftext|>": 48,
+        "<|endoftext|>": 49,
+    }
     (folder / "vocab.json").write_text(json.dumps(vocabulary))
     (folder / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=12)
+    tokenizer = CLIPTokenizer(
+        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=12
+    )
     images = CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
     return CLIPProcessor(images, tokenizer)
 
@@ -178,10 +218,16 @@ def test_pairs_for_a_processor_of_transformers(tmp_path: Path) -> None:
 
     processor = clip_processor(tmp_path)
     random.seed(0)
-    images = [Image.frombytes("RGB", (10, 9), bytes(random.randrange(256) for _ in range(270))) for _ in range(5)]
+    images = [
+        Image.frombytes("RGB", (10, 9), bytes(random.randrange(256) for _ in range(270)))
+        for _ in range(5)
+    ]
     images[0].save(tmp_path / "first.png")
     loader = from_pairs(
-        [tmp_path / "first.png", *images[1:]], ["a b", "c", "d e f", "g", "h i"], processor, batch_size=3
+        [tmp_path / "first.png", *images[1:]],
+        ["a b", "c", "d e f", "g", "h i"],
+        processor,
+        batch_size=3,
     )
     whole = from_pairs(images, ["a b", "c", "d e f", "g", "h i"], processor, batch_size=3)
     assert Batches(loader, CPU).digest == Batches(whole, CPU).digest
@@ -200,13 +246,17 @@ def test_image_text_losses() -> None:
     assert float(alignment(nn.Module(), batch)) == pytest.approx(float(1 - cosine.mean()), rel=1e-6)
     unit = [functional.normalize(side, dim=-1) for side in (image, text)]
     centered = functional.cosine_similarity(*(side - side.mean(0) for side in unit))
-    assert float(centered_alignment(nn.Module(), batch)) == pytest.approx(float(1 - centered.mean()), rel=1e-6)
+    assert float(centered_alignment(nn.Module(), batch)) == pytest.approx(
+        float(1 - centered.mean()), rel=1e-6
+    )
     for scale in (None, 2.0):
         model = nn.Module()
         if scale is not None:
             model.logit_scale = nn.Parameter(torch.tensor(scale))
         logits = (unit[0] @ unit[1].T) * (1 / 0.07 if scale is None else torch.tensor(scale).exp())
-        wanted = -(logits.log_softmax(1).diagonal().mean() + logits.log_softmax(0).diagonal().mean()) / 2
+        wanted = (
+            -(logits.log_softmax(1).diagonal().mean() + logits.log_softmax(0).diagonal().mean()) / 2
+        )
         assert float(contrastive(model, batch)) == pytest.approx(float(wanted), rel=1e-5)
     with pytest.raises(AnchorError, match="need images"):
         alignment(models.clip(), {"input_ids": torch.ones(1, 4, dtype=torch.long)})
@@ -220,14 +270,20 @@ def test_the_models_own_loss() -> None:
         labels = ids.masked_fill((batch["attention_mask"] == 0) | (ids == models.IMAGE_TOKEN), -100)
         assert int((labels != -100).sum()) == 7 * len(ids)
         logits = model(**batch).logits[:, :-1]
-        wanted = functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+        wanted = functional.cross_entropy(
+            logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100
+        )
         assert float(language_modeling(model, batch)) == pytest.approx(float(wanted), rel=1e-5)
         assert torch.equal(batch["input_ids"], ids)
         assert "labels" not in batch
         own = labels.clone()
         own[:, :8] = -100
-        wanted = functional.cross_entropy(logits.flatten(0, 1), own[:, 1:].flatten(), ignore_index=-100)
-        assert float(language_modeling(model, {**batch, "labels": own})) == pytest.approx(float(wanted), rel=1e-5)
+        wanted = functional.cross_entropy(
+            logits.flatten(0, 1), own[:, 1:].flatten(), ignore_index=-100
+        )
+        assert float(language_modeling(model, {**batch, "labels": own})) == pytest.approx(
+            float(wanted), rel=1e-5
+        )
     with pytest.raises(AnchorError, match="returns no loss"):
         language_modeling(models.clip(), models.pairs()[0])
     with pytest.raises(AnchorError, match="dict batches"):
@@ -256,4 +312,7 @@ def test_a_users_loss_is_named() -> None:
     model, loader = models.clip(), models.pairs()
     adapters, _ = models.adapters(model, [models.VISION_TARGETS] * 2)
     assert models.merge(adapters, loader, model, loss=Mine()).report.notes["loss"] == "Mine"
-    assert models.merge(adapters, loader, model, loss=sm.contrastive).report.notes["loss"] == "contrastive"
+    assert (
+        models.merge(adapters, loader, model, loss=sm.contrastive).report.notes["loss"]
+        == "contrastive"
+    )

@@ -17,7 +17,11 @@ from sapmerge.anchors import runner as passes
 from sapmerge.errors import AnchorError
 from tests.anchors import models
 
-TARGETS = [r".*vision_model.*(q_proj|v_proj)", r".*vision_model.*(q_proj|fc1)", r".*text_model.*v_proj"]
+TARGETS = [
+    r".*vision_model.*(q_proj|v_proj)",
+    r".*vision_model.*(q_proj|fc1)",
+    r".*text_model.*v_proj",
+]
 
 PRUNING = sm.sap(0.9)
 """A method that takes gradients, as the default does not."""
@@ -45,7 +49,9 @@ def updates_of(merged: sm.Merged) -> dict[str, Tensor]:
     return {name: update.dense() for name, update in merged.updates()}
 
 
-def test_the_second_run_needs_no_pass_and_gives_the_same_bits(tmp_path: Path, counted: list[int | None]) -> None:
+def test_the_second_run_needs_no_pass_and_gives_the_same_bits(
+    tmp_path: Path, counted: list[int | None]
+) -> None:
     base = models.clip()
     made, _ = models.adapters(base, TARGETS)
     plain = merge(made, models.pairs(), base)
@@ -53,14 +59,21 @@ def test_the_second_run_needs_no_pass_and_gives_the_same_bits(tmp_path: Path, co
     first = merge(made, models.pairs(), base, cache=tmp_path / "cache")
     assert len(counted) == 6
     again = merge(made[::-1], models.pairs(), base, cache=tmp_path / "cache")
-    other_density = merge(made, models.pairs(), base, method=sm.sap(density=0.5), cache=tmp_path / "cache")
+    other_density = merge(
+        made, models.pairs(), base, method=sm.sap(density=0.5), cache=tmp_path / "cache"
+    )
     assert len(counted) == 6
     for name, update in updates_of(plain).items():
         assert torch.equal(update, updates_of(first)[name])
         assert torch.equal(update, updates_of(again)[name])
     fresh = merge(made, models.pairs(), base, method=sm.sap(density=0.5))
-    assert all(torch.equal(update, updates_of(fresh)[name]) for name, update in updates_of(other_density).items())
-    assert again.report.notes["anchor loss"] == pytest.approx(plain.report.notes["anchor loss"], rel=1e-6)
+    assert all(
+        torch.equal(update, updates_of(fresh)[name])
+        for name, update in updates_of(other_density).items()
+    )
+    assert again.report.notes["anchor loss"] == pytest.approx(
+        plain.report.notes["anchor loss"], rel=1e-6
+    )
 
 
 LEFT = {"calls": 0}
@@ -89,8 +102,12 @@ def test_a_run_that_died_goes_on_with_the_adapters_that_are_missing(
     assert len(counted) == 1
 
 
-@pytest.mark.parametrize("what", ["adapter", "base", "anchors", "loss", "statistic", "units", "frames"])
-def test_a_changed_input_is_not_reused(tmp_path: Path, counted: list[int | None], what: str) -> None:
+@pytest.mark.parametrize(
+    "what", ["adapter", "base", "anchors", "loss", "statistic", "units", "frames"]
+)
+def test_a_changed_input_is_not_reused(
+    tmp_path: Path, counted: list[int | None], what: str
+) -> None:
     base, anchors, method = models.clip(), models.pairs(), PRUNING
     loss: Callable[..., Tensor] = sm.alignment
     made, live = models.adapters(base, TARGETS[:2], (3, 2))
@@ -154,9 +171,18 @@ def _default(factor: float) -> Any:
 
 
 @pytest.mark.parametrize(
-    "make", [_closure, _default, Weighted, lambda f: Weighted(f).method, lambda f: partial(weighted, factor=f)]
+    "make",
+    [
+        _closure,
+        _default,
+        Weighted,
+        lambda f: Weighted(f).method,
+        lambda f: partial(weighted, factor=f),
+    ],
 )
-def test_what_a_loss_holds_is_a_part_of_it(tmp_path: Path, counted: list[int | None], make: Any) -> None:
+def test_what_a_loss_holds_is_a_part_of_it(
+    tmp_path: Path, counted: list[int | None], make: Any
+) -> None:
     base = models.clip()
     made, _ = models.adapters(base, TARGETS[:1], (3,))
     for factor in (1.0, 2.0, 1.0):

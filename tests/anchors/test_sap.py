@@ -21,15 +21,27 @@ LLAVA_LANGUAGE = r".*language_model.*(v_proj|up_proj)"
 CASES = {
     "clip, vision": (models.clip, models.pairs, alignment, [models.VISION_TARGETS] * 2),
     "clip, text": (models.clip, models.pairs, contrastive, [models.TEXT_TARGETS] * 2),
-    "clip, one each": (models.clip, models.pairs, alignment, [models.VISION_TARGETS, models.TEXT_TARGETS]),
+    "clip, one each": (
+        models.clip,
+        models.pairs,
+        alignment,
+        [models.VISION_TARGETS, models.TEXT_TARGETS],
+    ),
     "clip, both": (models.clip, models.pairs, alignment, [models.BOTH_TARGETS] * 2),
     "llava, vision": (models.llava, models.prompts, language_modeling, [LLAVA_VISION] * 2),
     "llava, language": (models.llava, models.prompts, language_modeling, [LLAVA_LANGUAGE] * 2),
-    "llava, both": (models.llava, models.prompts, language_modeling, [f"{LLAVA_VISION}|{LLAVA_LANGUAGE}"] * 2),
+    "llava, both": (
+        models.llava,
+        models.prompts,
+        language_modeling,
+        [f"{LLAVA_VISION}|{LLAVA_LANGUAGE}"] * 2,
+    ),
 }
 
 
-def peft_gradients(peft: Any, adapter: sm.Adapter, batches: list[Any], loss: Any) -> dict[tuple[str, str], Tensor]:
+def peft_gradients(
+    peft: Any, adapter: sm.Adapter, batches: list[Any], loss: Any
+) -> dict[tuple[str, str], Tensor]:
     """w dL/dw of the LoRA parameters in balanced form, by plain autograd through PEFT."""
     peft = copy.deepcopy(peft)
     parameters: dict[tuple[str, str], nn.Parameter] = {}
@@ -38,19 +50,26 @@ def peft_gradients(peft: Any, adapter: sm.Adapter, batches: list[Any], loss: Any
         layer = peft.get_base_model().get_submodule(module.spelled)
         layer.lora_A["default"].weight.data = even.A.clone()
         layer.lora_B["default"].weight.data = even.B / module.scaling
-        parameters[name, "A"], parameters[name, "B"] = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        parameters[name, "A"], parameters[name, "B"] = (
+            layer.lora_A["default"].weight,
+            layer.lora_B["default"].weight,
+        )
     for parameter in peft.parameters():
         parameter.requires_grad_(False)
     for parameter in parameters.values():
         parameter.requires_grad_(True)
     size = [len(batch["input_ids"]) for batch in batches]
-    total = sum(n * loss(peft.get_base_model(), batch) for n, batch in zip(size, batches)) / sum(size)
+    total = sum(n * loss(peft.get_base_model(), batch) for n, batch in zip(size, batches)) / sum(
+        size
+    )
     grads = torch.autograd.grad(total, list(parameters.values()))
     return {key: (p * g).detach() for (key, p), g in zip(parameters.items(), grads)}
 
 
 @pytest.mark.parametrize(("build", "batches", "loss", "targets"), CASES.values(), ids=CASES)
-def test_scores_equal_autograd_through_peft(build: Any, batches: Any, loss: Any, targets: list[Any]) -> None:
+def test_scores_equal_autograd_through_peft(
+    build: Any, batches: Any, loss: Any, targets: list[Any]
+) -> None:
     model, loader = build(), batches()
     adapters, pefts = models.adapters(model, targets)
     spy = models.Spy()
@@ -86,16 +105,21 @@ def top(scores: Tensor, density: float) -> Tensor:
 
 @pytest.mark.parametrize("density", [0.5, 0.23])
 def test_sap_original_step_by_step(density: float) -> None:
-    """Scores through PEFT, masks, the norm given back, the mean; and what the report says about them."""
+    """Scores through PEFT, masks, the norm given back, the mean;
+    and what the report says about them.
+    """
     model, loader = models.clip(), models.pairs()
-    adapters, pefts = models.adapters(model, [models.VISION_TARGETS, models.BOTH_TARGETS, models.VISION_TARGETS])
+    adapters, pefts = models.adapters(
+        model, [models.VISION_TARGETS, models.BOTH_TARGETS, models.VISION_TARGETS]
+    )
     merged = models.merge(adapters, loader, model, method=sm.sap_original(density=density))
     updates, rows = dict(merged.updates()), {row.name: row for row in merged.report.layers}
     total: dict[str, Any] = dict.fromkeys(updates, 0.0)
     for adapter, peft in zip(adapters, pefts):
         scores = {k: v.abs() for k, v in peft_gradients(peft, adapter, loader, alignment).items()}
         one, other = (
-            {k: v.abs() for k, v in peft_gradients(peft, adapter, half, alignment).items()} for half in halves(loader)
+            {k: v.abs() for k, v in peft_gradients(peft, adapter, half, alignment).items()}
+            for half in halves(loader)
         )
         for name in adapter.modules:
             even, original = adapter.update(name).balanced, adapter.update(name).dense()
@@ -109,7 +133,9 @@ def test_sap_original_step_by_step(density: float) -> None:
                 float(scores[name, p].sum()) for p in "AB"
             )
             assert notes["score_kept"] == pytest.approx(share, rel=1e-5)
-            first, second = ({p: top(half[name, p], density) for p in "AB"} for half in (one, other))
+            first, second = (
+                {p: top(half[name, p], density) for p in "AB"} for half in (one, other)
+            )
             both = sum(int((first[p] & second[p]).sum()) for p in "AB")
             assert notes["anchor_stability"] == pytest.approx(both / kept, rel=1e-12)
     assert updates.keys() == total.keys()
@@ -119,15 +145,21 @@ def test_sap_original_step_by_step(density: float) -> None:
 
 def test_sap_original_without_pruning_is_the_mean() -> None:
     model, loader = models.clip(), models.pairs()
-    adapters, _ = models.adapters(model, [models.BOTH_TARGETS, models.VISION_TARGETS, models.TEXT_TARGETS])
+    adapters, _ = models.adapters(
+        model, [models.BOTH_TARGETS, models.VISION_TARGETS, models.TEXT_TARGETS]
+    )
     mean = dict(models.merge(adapters, model=model, method=sm.mean()).updates())
-    for name, update in models.merge(adapters, loader, model, method=sm.sap_original(density=1.0)).updates():
+    for name, update in models.merge(
+        adapters, loader, model, method=sm.sap_original(density=1.0)
+    ).updates():
         assert error(update.dense(), mean[name].dense()) < 1e-6
 
 
 def test_sap_that_prunes_is_the_original_with_its_energy_matched() -> None:
     model, loader = models.clip(), models.pairs()
-    adapters, _ = models.adapters(model, [models.BOTH_TARGETS, models.VISION_TARGETS, models.TEXT_TARGETS])
+    adapters, _ = models.adapters(
+        model, [models.BOTH_TARGETS, models.VISION_TARGETS, models.TEXT_TARGETS]
+    )
     plain = sm.MatchEnergy(sm.sap_original(density=0.6))
     wanted = dict(models.merge(adapters, loader, model, method=plain).updates())
     method = sm.sap(density=0.6)
@@ -144,7 +176,9 @@ def test_sap_keeps_the_count_and_gives_the_norm_back(units: Any) -> None:
     for row in merged.report.layers:
         m, n = row.shape
         for label, rank in zip(("a0", "a1", "a2"), (3, 2, 4)):
-            sizes = {"Factors": (rank * m, rank * n), "Directions": (rank,), "Entries": (m * n,)}[type(units).__name__]
+            sizes = {"Factors": (rank * m, rank * n), "Directions": (rank,), "Entries": (m * n,)}[
+                type(units).__name__
+            ]
             kept = sum(max(1, math.floor(0.7 * size + 1e-9)) for size in sizes)
             assert row.notes["density"][label] == pytest.approx(kept / sum(sizes), rel=1e-12)
     norms = [math.sqrt(sum(a.update(name).norm() ** 2 for name in a.modules)) for a in adapters]
@@ -155,7 +189,12 @@ def test_sap_keeps_the_count_and_gives_the_norm_back(units: Any) -> None:
 @pytest.mark.parametrize("kind", ["clip", "llava"])
 def test_losses_in_the_report_are_those_of_peft(kind: str, tmp_path: Any) -> None:
     if kind == "clip":
-        model, loader, loss, targets = models.clip(), models.pairs(), alignment, [models.BOTH_TARGETS] * 2
+        model, loader, loss, targets = (
+            models.clip(),
+            models.pairs(),
+            alignment,
+            [models.BOTH_TARGETS] * 2,
+        )
     else:
         model, loader, loss, targets = (
             models.llava(),
@@ -173,7 +212,9 @@ def test_losses_in_the_report_are_those_of_peft(kind: str, tmp_path: Any) -> Non
         "base model": models.mean_loss(model, loader, loss),
         "a0": models.mean_loss(pefts[0].get_base_model(), loader, loss),
         "a1": models.mean_loss(pefts[1].get_base_model(), loader, loss),
-        "merged adapter": models.mean_loss(models.load(model, tmp_path / "out").get_base_model(), loader, loss),
+        "merged adapter": models.mean_loss(
+            models.load(model, tmp_path / "out").get_base_model(), loader, loss
+        ),
     }
     assert dict(notes["anchor loss"]) == pytest.approx(wanted, rel=2e-5)
     assert len({round(value, 5) for value in wanted.values()}) == 4
@@ -190,12 +231,16 @@ def test_weights_by_anchors(loss: Any, margin: float) -> None:
     adapters, pefts = models.adapters(model, [models.BOTH_TARGETS] * 3)
     method = sm.WeighByAnchors(sm.mean(), loss=loss, temperature=0.3, margin=margin)
     merged = models.merge(adapters, loader, model, method=method, weights=[1.0, 2.0, 1.0])
-    losses = torch.tensor([models.mean_loss(p.get_base_model(), loader, loss or centered_alignment) for p in pefts])
+    losses = torch.tensor(
+        [models.mean_loss(p.get_base_model(), loader, loss or centered_alignment) for p in pefts]
+    )
     shares = torch.softmax(-torch.relu(losses - min(losses) - margin) / 0.3, 0)
     assert (max(shares) - min(shares) < 1e-6) == (margin == math.inf)
     weights = shares * torch.tensor([1.0, 2.0, 1.0])
     for row in merged.report.layers:
-        assert row.notes["anchor_weights"] == pytest.approx({f"a{k}": float(s) for k, s in enumerate(shares)}, rel=1e-4)
+        assert row.notes["anchor_weights"] == pytest.approx(
+            {f"a{k}": float(s) for k, s in enumerate(shares)}, rel=1e-4
+        )
     for name, update in merged.updates():
         wanted = sum(w * a.update(name).dense() for w, a in zip(weights, adapters)) / weights.sum()
         assert error(update.dense(), wanted) < 1e-4
@@ -204,11 +249,19 @@ def test_weights_by_anchors(loss: Any, margin: float) -> None:
 def test_weights_by_anchors_around_sap() -> None:
     model, loader = models.clip(), models.pairs()
     adapters, _ = models.adapters(model, [models.VISION_TARGETS] * 2)
-    plain = models.merge(adapters, loader, model, method=sm.WeighByAnchors(sm.mean())).report.layers[0]
+    plain = models.merge(
+        adapters, loader, model, method=sm.WeighByAnchors(sm.mean())
+    ).report.layers[0]
     method = sm.WeighByAnchors(sm.ScaleByAnchors(sm.sap_original(0.9)))
     around = models.merge(adapters, loader, model, method=method).report.layers[0]
     assert around.notes["anchor_weights"] == plain.notes["anchor_weights"]
-    assert {"score_kept", "anchor_stability", "energy_factor", "density", "length"} <= around.notes.keys()
+    assert {
+        "score_kept",
+        "anchor_stability",
+        "energy_factor",
+        "density",
+        "length",
+    } <= around.notes.keys()
     for temperature in (0, -1.0, math.nan):
         with pytest.raises(MethodError, match="temperature must be positive"):
             sm.WeighByAnchors(sm.mean(), temperature=temperature)
@@ -234,15 +287,21 @@ def test_who_has_no_weight_is_not_weighed_by_anchors() -> None:
 def test_one_threshold_for_a_whole_adapter() -> None:
     model, loader = models.clip(), models.pairs()
     adapters, pefts = models.adapters(model, [models.VISION_TARGETS] * 2)
-    method = sm.Chain(sm.Prune(sm.Taylor(), sm.TopFraction(0.3, scope="adapter"), units=sm.Factors()), sm.Mean())
+    method = sm.Chain(
+        sm.Prune(sm.Taylor(), sm.TopFraction(0.3, scope="adapter"), units=sm.Factors()), sm.Mean()
+    )
     rows = models.merge(adapters, loader, model, method=method).report.layers
     for adapter, peft in zip(adapters, pefts):
         scores = {k: v.abs() for k, v in peft_gradients(peft, adapter, loader, alignment).items()}
-        every = torch.cat([score.flatten() for score in scores.values()]).sort(descending=True).values
+        every = (
+            torch.cat([score.flatten() for score in scores.values()]).sort(descending=True).values
+        )
         cut = every[math.floor(0.3 * len(every) + 1e-9) - 1] * (1 - 1e-5)
         for row in rows:
             parts = [scores[row.name, part] for part in "AB"]
-            wanted = sum(int((part >= cut).sum()) for part in parts) / sum(part.numel() for part in parts)
+            wanted = sum(int((part >= cut).sum()) for part in parts) / sum(
+                part.numel() for part in parts
+            )
             assert row.notes["density"][adapter.label] == pytest.approx(wanted, abs=2e-2)
 
 
@@ -255,7 +314,9 @@ def test_a_criterion_of_ones_own() -> None:
 
     def masks(scorer: Any) -> dict[str, Tensor]:
         method = sm.Chain(sm.Prune(scorer, sm.TopFraction(0.4), units=sm.Factors()), sm.Mean())
-        return {n: u.dense() for n, u in models.merge(adapters, loader, model, method=method).updates()}
+        return {
+            n: u.dense() for n, u in models.merge(adapters, loader, model, method=method).updates()
+        }
 
     theirs = masks(sm.Taylor())
     for name, update in masks(mine).items():
@@ -265,7 +326,9 @@ def test_a_criterion_of_ones_own() -> None:
 def test_a_signed_score_share_stays_a_share() -> None:
     model, loader = models.clip(), models.pairs()
     adapters, _ = models.adapters(model, [models.VISION_TARGETS] * 2)
-    method = sm.Chain(sm.Prune(sm.SignedTaylor(), sm.TopFraction(0.5), units=sm.Factors()), sm.Mean())
+    method = sm.Chain(
+        sm.Prune(sm.SignedTaylor(), sm.TopFraction(0.5), units=sm.Factors()), sm.Mean()
+    )
     for row in models.merge(adapters, loader, model, method=method).report.layers:
         assert all(0 < share < 1 for share in row.notes["score_kept"].values())
 
@@ -281,7 +344,9 @@ def test_what_is_missing_is_said_before_any_work() -> None:
         models.merge(adapters, None, model, method=sm.sap())
     with pytest.raises(MethodError, match="anchors need a model"):
         models.merge(adapters, loader)
-    twice = sm.Chain(*[sm.Prune(sm.Taylor(), sm.TopFraction(0.5), units=sm.Factors())] * 2, sm.Mean())
+    twice = sm.Chain(
+        *[sm.Prune(sm.Taylor(), sm.TopFraction(0.5), units=sm.Factors())] * 2, sm.Mean()
+    )
     with pytest.raises(MethodError, match="first Prune of a chain"):
         models.merge(adapters, loader, model, method=twice)
     assert not calls
@@ -309,7 +374,9 @@ def test_the_order_of_adapters_changes_no_bit(order: tuple[int, ...]) -> None:
     model, loader = models.clip(), models.pairs()
     adapters, _ = models.adapters(model, [models.VISION_TARGETS] * 3)
     first = dict(models.merge(adapters, loader, model, method=sm.sap(0.9)).updates())
-    for name, update in models.merge([adapters[k] for k in order], loader, model, method=sm.sap(0.9)).updates():
+    for name, update in models.merge(
+        [adapters[k] for k in order], loader, model, method=sm.sap(0.9)
+    ).updates():
         assert torch.equal(update.dense(), first[name].dense())
 
 
@@ -347,7 +414,9 @@ def test_a_plain_module_needs_a_loss(tmp_path: Any) -> None:
 def test_inside_inference_mode() -> None:
     model = models.clip()
     made, _ = models.adapters(model, [models.BOTH_TARGETS] * 2)
-    wanted = {name: update.dense() for name, update in models.merge(made, models.pairs(), model).updates()}
+    wanted = {
+        name: update.dense() for name, update in models.merge(made, models.pairs(), model).updates()
+    }
     with torch.inference_mode():
         loader = [{key: value.clone() for key, value in batch.items()} for batch in models.pairs()]
         for name, update in models.merge(made, loader, model).updates():

@@ -18,7 +18,9 @@ from tests.anchors import models
 STEPS = 2.0 ** (np.arange(-3, 3) / 2)
 
 
-def dense_loss(model: nn.Module, loader: list[Any], deltas: dict[str, torch.Tensor], loss: Any) -> float:
+def dense_loss(
+    model: nn.Module, loader: list[Any], deltas: dict[str, torch.Tensor], loss: Any
+) -> float:
     moved = copy.deepcopy(model)
     with torch.no_grad():
         for name, delta in deltas.items():
@@ -46,7 +48,12 @@ def test_length_is_where_the_anchors_stop(price: float, trust: float) -> None:
     spelled = {name: module.spelled for name, module in matched.run.stream.modules.items()}
     deltas = {spelled[name]: update.dense() for name, update in matched.updates()}
     losses = [
-        dense_loss(model, loader, {name: float(s) * delta for name, delta in deltas.items()}, sm.centered_alignment)
+        dense_loss(
+            model,
+            loader,
+            {name: float(s) * delta for name, delta in deltas.items()},
+            sm.centered_alignment,
+        )
         for s in STEPS
     ]
     wanted = chosen(losses, price) ** trust

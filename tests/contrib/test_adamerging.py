@@ -20,9 +20,14 @@ from tests.conftest import changed, error, make_layers
 WEIGHTS = (1.0, 0.5)
 
 
-def plain(weights: tuple[float, ...] = WEIGHTS) -> tuple[Any, list[sm.Layer], nn.Module, list[Any], list[Any]]:
+def plain(
+    weights: tuple[float, ...] = WEIGHTS,
+) -> tuple[Any, list[sm.Layer], nn.Module, list[Any], list[Any]]:
     model = models.Plain().double()
-    loader = [{k: v.double() if v.is_floating_point() else v for k, v in b.items()} for b in models.plain_batches()]
+    loader = [
+        {k: v.double() if v.is_floating_point() else v for k, v in b.items()}
+        for b in models.plain_batches()
+    ]
     updates = [random_updates(model, ["conv", "line", "twice", "head", "words"], 2, 1)]
     updates.append(random_updates(model, ["line", "twice", "head"], 3, 2))
     anchors, layers = anchored(model, loader, updates, models.plain_loss)
@@ -30,7 +35,9 @@ def plain(weights: tuple[float, ...] = WEIGHTS) -> tuple[Any, list[sm.Layer], nn
     return anchors, layers, model, loader, updates
 
 
-def by_autograd(model: nn.Module, loader: Any, layers: list[sm.Layer], c: Tensor, loss: Any) -> tuple[Tensor, Tensor]:
+def by_autograd(
+    model: nn.Module, loader: Any, layers: list[sm.Layer], c: Tensor, loss: Any
+) -> tuple[Tensor, Tensor]:
     """The loss at base + sum c w D, and its gradient in c (layers, K), through `torch.func`."""
     c = c.clone().requires_grad_()
     parameters = {name: value.detach() for name, value in model.named_parameters()}
@@ -53,12 +60,15 @@ def by_autograd(model: nn.Module, loader: Any, layers: list[sm.Layer], c: Tensor
 def test_slopes_are_the_gradient(dense: bool) -> None:
     anchors, layers, model, loader, _ = plain()
     if dense:
-        layers = [changed(layer, updates=tuple(sm.Dense(u.dense()) for u in layer)) for layer in layers]
+        layers = [
+            changed(layer, updates=tuple(sm.Dense(u.dense()) for u in layer)) for layer in layers
+        ]
     c = torch.rand(len(layers), 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     model.words.padding_idx = None  # autograd leaves the padding row out, as the anchors do
     value, wanted = by_autograd(model, loader, layers, c, models.plain_loss)
     updates = {
-        x.name: sm.Dense(sum(k * w * u.dense() for k, w, u in zip(row, x.weights, x))) for row, x in zip(c, layers)
+        x.name: sm.Dense(sum(k * w * u.dense() for k, w, u in zip(row, x.weights, x)))
+        for row, x in zip(c, layers)
     }
     loss, slopes = anchors.slopes(updates, {x.name: list(x) for x in layers})
     assert abs(loss - float(value)) < 1e-10
@@ -74,10 +84,14 @@ def test_steps_are_those_of_adam(scope: str) -> None:
     found: dict[str, Any] = {}
     method = sm.adamerging(scope, init=0.3, lr=0.05, steps=6)
     prepared = sm.prepare(method, layers)
-    c = torch.full((len(layers) if scope == "layer" else 1, 2), 0.3, dtype=torch.float64).requires_grad_()
+    c = torch.full(
+        (len(layers) if scope == "layer" else 1, 2), 0.3, dtype=torch.float64
+    ).requires_grad_()
     adam, losses = torch.optim.Adam([c], lr=0.05), []
     for _ in range(6):
-        value, gradient = by_autograd(model, loader, layers, c.detach().expand(len(layers), 2), models.plain_loss)
+        value, gradient = by_autograd(
+            model, loader, layers, c.detach().expand(len(layers), 2), models.plain_loss
+        )
         losses.append(float(value))
         c.grad = gradient if scope == "layer" else gradient.sum(0, keepdim=True)
         adam.step()
@@ -86,7 +100,9 @@ def test_steps_are_those_of_adam(scope: str) -> None:
         got = prepared(changed(layer, record=found.__setitem__)).dense()
         wanted = sum(x * w * u.dense() for x, w, u in zip(row, layer.weights, layer))
         assert error(got, wanted) < 1e-8, layer.name
-        assert found["coefficients"] == pytest.approx(dict(zip(layer.adapters, row.tolist())), abs=1e-8)
+        assert found["coefficients"] == pytest.approx(
+            dict(zip(layer.adapters, row.tolist())), abs=1e-8
+        )
         assert found["fit_loss"] == pytest.approx(losses, abs=1e-9)
 
 
@@ -97,7 +113,9 @@ def test_it_learns_whom_to_trust() -> None:
     head = nn.Sequential()
     head.add_module("head", copy.deepcopy(model.head))
     x = torch.randn(16, 6, generator=torch.Generator().manual_seed(0)).double()
-    y = nn.functional.linear(x, head.head.weight.detach() + updates[0]["head"].dense(), head.head.bias.detach())
+    y = nn.functional.linear(
+        x, head.head.weight.detach() + updates[0]["head"].dense(), head.head.bias.detach()
+    )
 
     def loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         return (model(batch["x"]) - batch["y"]).square().mean()

@@ -26,7 +26,19 @@ def gradient(layer: sm.Layer) -> Tensor:
     return sum(conftest._gradient(layer.name, layer.shape, half) for half in (1, 2)) / 2
 
 
-# --- LoRAPrune --------------------------------------------------------------------------------------------------------
+# --- LoRAPrune
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+# ----------------------------------------------------------------------------------------
 
 
 def test_sensitivity_is_loraprune() -> None:
@@ -36,7 +48,9 @@ def test_sensitivity_is_loraprune() -> None:
     assert error(rows / rows.norm(), tensor("loraprune/toy/s_lora")) < 1e-6
     assert error(found.sum(0), tensor("loraprune/toy/s_lora_T_nonorm")) < 1e-6
     assert error(sensitivity(W0, A, B, gA, gB), sensitivity(W0, A, B, gA, gB, 1).square()) < 1e-12
-    step = (B - 1.0 * gB) @ (A - 1.0 * gA) - B @ A  # the bracket is minus a step of gradient descent
+    step = (B - 1.0 * gB) @ (
+        A - 1.0 * gA
+    ) - B @ A  # the bracket is minus a step of gradient descent
     assert error(sensitivity(torch.ones(24, 16).double(), A, B, gA, gB, 1), step.abs()) < 1e-9
 
 
@@ -44,7 +58,9 @@ def test_sensitivity_is_loraprune() -> None:
 @pytest.mark.parametrize("power", [1, 2])
 def test_the_groups_that_are_kept(axis: str, power: int) -> None:
     layers = with_anchors(make_layers([2, 0, 3]))
-    method = sm.loraprune(0.4, axis, power, rescaler=sm.Keep(), merger=lambda layer: layer.updates[2])
+    method = sm.loraprune(
+        0.4, axis, power, rescaler=sm.Keep(), merger=lambda layer: layer.updates[2]
+    )
     notes: dict[str, Any] = {}
     prepared = sm.prepare(method, layers)
     for layer in layers:
@@ -61,12 +77,18 @@ def test_the_groups_that_are_kept(axis: str, power: int) -> None:
 
 
 def test_loraprune_scales_with_the_adapter() -> None:
-    """f(c u) = c f(u) for c > 0; the sign of gB gA alone follows that of the update, so f(-u) may keep other rows."""
+    """f(c u) = c f(u) for c > 0; the sign of gB gA alone follows that of the update,
+    so f(-u) may keep other rows.
+    """
     layers = make_layers()
     for factor in (3.0, 1e6, 1e-6):
-        scaled = [changed(layer, updates=tuple(u.scaled(factor) for u in layer)) for layer in layers]
+        scaled = [
+            changed(layer, updates=tuple(u.scaled(factor) for u in layer)) for layer in layers
+        ]
         got, wanted = run(sm.loraprune(), scaled), run(sm.loraprune(), layers)
-        assert all(error(got[name].dense(), wanted[name].dense() * factor) < 1e-9 for name in wanted)
+        assert all(
+            error(got[name].dense(), wanted[name].dense() * factor) < 1e-9 for name in wanted
+        )
 
 
 def test_loraprune_with_a_threshold_for_the_whole_adapter() -> None:
@@ -75,10 +97,24 @@ def test_loraprune_with_a_threshold_for_the_whole_adapter() -> None:
     prepared = sm.prepare(sm.Chain(prune, sm.Mean()), layers).steps[0]
     total = sum(layer.shape[0] for layer in layers)
     for k in range(2):
-        assert sum(int(prepared.kept[layer.name, k].sum()) for layer in layers) == oracles.count(0.3, total)
+        assert sum(int(prepared.kept[layer.name, k].sum()) for layer in layers) == oracles.count(
+            0.3, total
+        )
 
 
-# --- GradPruner -------------------------------------------------------------------------------------------------------
+# --- GradPruner
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+# ----------------------------------------------------------------------------------------
 
 
 def test_initial_importance_is_gradpruner() -> None:
@@ -86,7 +122,8 @@ def test_initial_importance_is_gradpruner() -> None:
     found = initial_importance(gA, gB)
     assert error(found.square(), tensor("gradpruner_product/igia")) < 1e-9
     B, A = 2.0 * tensor("s3/t0/layers.0.q_proj/B"), tensor("s3/t0/layers.0.q_proj/A")
-    assert error(found, 4.0 * G @ (A.T @ B.T / 2.0) @ G) < 1e-9  # s^2 G A^T B^T G: quadratic in the gradient
+    # s^2 G A^T B^T G: quadratic in the gradient
+    assert error(found, 4.0 * G @ (A.T @ B.T / 2.0) @ G) < 1e-9
     assert error(G, tensor("gradpruner_product/true_first_order")) < 1e-12
     assert abs(float(found.norm()) - float(tensor("gradpruner_product/layer_norm"))) < 1e-9
 
@@ -110,11 +147,15 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("by", ["block", "module"])
-@pytest.mark.parametrize("score", [sm.GradientProduct(), sm.Summed(sm.Taylor()), sm.Summed(sm.Magnitude())])
+@pytest.mark.parametrize(
+    "score", [sm.GradientProduct(), sm.Summed(sm.Taylor()), sm.Summed(sm.Magnitude())]
+)
 def test_the_layers_that_are_kept(by: str, score: Any) -> None:
     layers = with_anchors(make_layers([2, 0, 3], SHAPES))
     notes: dict[str, Any] = {}
-    prepared = sm.prepare(sm.gradpruner(0.5, score, by, merger=lambda layer: layer.updates[2]), layers)
+    prepared = sm.prepare(
+        sm.gradpruner(0.5, score, by, merger=lambda layer: layer.updates[2]), layers
+    )
     kept, scores = set(), {}
     for layer in layers:
         update = prepared(changed(layer, record=notes.__setitem__))
@@ -135,7 +176,11 @@ def test_the_layers_that_are_kept(by: str, score: Any) -> None:
         group = name.rpartition(".")[0] or name if by == "block" else name
         groups[group] = groups.get(group, 0.0) + value
     best = sorted(groups, key=groups.__getitem__)[-oracles.count(0.5, len(groups)) :]
-    assert kept == {name for name in SHAPES if (name.rpartition(".")[0] or name if by == "block" else name) in best}
+    assert kept == {
+        name
+        for name in SHAPES
+        if (name.rpartition(".")[0] or name if by == "block" else name) in best
+    }
 
 
 def test_layer_pruning_without_data() -> None:
@@ -147,10 +192,24 @@ def test_layer_pruning_without_data() -> None:
     with pytest.raises(NonFiniteError):
         sm.prepare(sm.PruneLayers(lambda parts: float("nan"), 0.5), layers)
     with pytest.raises(MethodError, match="Factors"):
-        sm.prepare(sm.PruneLayers(sm.GradientProduct(), 0.5, units=sm.Entries()), with_anchors(layers))
+        sm.prepare(
+            sm.PruneLayers(sm.GradientProduct(), 0.5, units=sm.Entries()), with_anchors(layers)
+        )
 
 
-# --- movement ---------------------------------------------------------------------------------------------------------
+# --- movement
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+# ----------------------------------------------------------------------------------------
 
 
 def checkpoints() -> list[sm.Layer]:
@@ -215,7 +274,10 @@ def test_wrong_arguments_are_named() -> None:
         sm.prepare(sm.movement(score=sm.LossDecrease()), layers)
     with pytest.raises(MethodError, match="anchors and a model"):
         sm.prepare(sm.loraprune(), layers)
-    dense = [changed(layer, updates=(sm.Dense(low_rank(layer.shape, 2, 0).dense()),) * 2) for layer in layers]
+    dense = [
+        changed(layer, updates=(sm.Dense(low_rank(layer.shape, 2, 0).dense()),) * 2)
+        for layer in layers
+    ]
     for method in (sm.loraprune(), sm.gradpruner()):
         with pytest.raises(MethodError, match="dense"):
             sm.prepare(method, with_anchors(dense))
@@ -229,5 +291,10 @@ def test_wrong_arguments_are_named() -> None:
     ):
         with pytest.raises(MethodError):
             make()
-    for method in (sm.loraprune(), sm.gradpruner(), sm.movement([("a", "b"), ("c",)]), sm.movement()):
+    for method in (
+        sm.loraprune(),
+        sm.gradpruner(),
+        sm.movement([("a", "b"), ("c",)]),
+        sm.movement(),
+    ):
         assert repr(sm.parse(repr(method))) == repr(method)

@@ -17,7 +17,9 @@ def sharing(factor: str) -> list[sm.Layer]:
     out = []
     for layer in s3_layers():
         first = layer.updates[0]
-        updates = [sm.LowRank(first.B, u.A) if factor == "B" else sm.LowRank(u.B, first.A) for u in layer]
+        updates = [
+            sm.LowRank(first.B, u.A) if factor == "B" else sm.LowRank(u.B, first.A) for u in layer
+        ]
         out.append(changed(layer, updates=tuple(updates)))
     return out
 
@@ -31,13 +33,21 @@ def test_official_numbers(factor: str, alpha: str) -> None:
     for layer in layers:
         merged = prepared(layer)
         assert isinstance(merged, sm.LowRank)
-        assert error(getattr(merged, factor), tensor(f"lorm_{factor}/s3/alpha{alpha}/{layer.name}/{factor}")) < 1e-5
+        assert (
+            error(
+                getattr(merged, factor),
+                tensor(f"lorm_{factor}/s3/alpha{alpha}/{layer.name}/{factor}"),
+            )
+            < 1e-5
+        )
         assert torch.equal(getattr(merged, other), getattr(layer.updates[0], other))
 
 
 def test_merging_A_is_regmean() -> None:
     layers = [changed(layer, weights=(1.0, 0.5, -0.7)) for layer in sharing("B")]
-    lorm, regmean = (sm.prepare(m, layers) for m in (sm.lorm("A", 0.9, given()), sm.regmean(0.9, given())))
+    lorm, regmean = (
+        sm.prepare(m, layers) for m in (sm.lorm("A", 0.9, given()), sm.regmean(0.9, given()))
+    )
     for layer in layers:
         assert error(lorm(layer).dense(), regmean(layer).dense()) < 1e-9
         assert lorm(layer).rank == 4
@@ -49,24 +59,36 @@ def test_merging_B_has_the_least_error_of_outputs() -> None:
 
     def loss(X: Tensor, layer: sm.Layer) -> float:
         terms = zip(layer.adapters, layer, layer.weights)
-        return sum(w * float(((X - u.dense()) @ grams[a][layer.name] * (X - u.dense())).sum()) for a, u, w in terms)
+        return sum(
+            w * float(((X - u.dense()) @ grams[a][layer.name] * (X - u.dense())).sum())
+            for a, u, w in terms
+        )
 
     for layer in layers:
         merged = prepared(layer)
         for seed in range(5):
-            near = sm.LowRank(merged.B + 0.01 * low_rank((layer.shape[0], 4), 4, seed).dense(), merged.A)
+            near = sm.LowRank(
+                merged.B + 0.01 * low_rank((layer.shape[0], 4), 4, seed).dense(), merged.A
+            )
             assert loss(near.dense(), layer) > loss(merged.dense(), layer)
 
 
 def test_an_adapter_without_the_layer_counts_as_zero() -> None:
     for factor, other in (("A", "B"), ("B", "A")):
         layer = sharing(other)[0]
-        zero = sm.LowRank(layer.updates[2].B * (factor == "A"), layer.updates[2].A * (factor == "B"))
+        zero = sm.LowRank(
+            layer.updates[2].B * (factor == "A"), layer.updates[2].A * (factor == "B")
+        )
         zero = sm.LowRank(zero.B, zero.A)
         with_zero = changed(layer, updates=(*layer.updates[:2], zero))
         without = changed(layer, updates=(*layer.updates[:2], sm.absent(layer.shape, zero.A)))
         method = sm.lorm(factor, 0.5, given())
-        assert error(sm.on_one_layer(method, with_zero).dense(), sm.on_one_layer(method, without).dense()) < 1e-9
+        assert (
+            error(
+                sm.on_one_layer(method, with_zero).dense(), sm.on_one_layer(method, without).dense()
+            )
+            < 1e-9
+        )
         none = changed(layer, updates=(sm.absent(layer.shape, zero.A),) * 3)
         assert sm.on_one_layer(method, none).rank == 0
 

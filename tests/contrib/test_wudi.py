@@ -15,14 +15,20 @@ from tests import test_laws as laws
 from tests.conftest import changed, error, low_rank, make_layers, run
 from tests.test_goldens import HERE, INDEX
 
-ENTRIES = {entry["key"]: entry for entry in json.loads((HERE / "lora_native.json").read_text())["entries"]}
-NUMBERS, INPUTS = load_file(HERE / "lora_native.safetensors"), load_file(HERE / "inputs.safetensors")
+ENTRIES = {
+    entry["key"]: entry for entry in json.loads((HERE / "lora_native.json").read_text())["entries"]
+}
+NUMBERS, INPUTS = (
+    load_file(HERE / "lora_native.safetensors"),
+    load_file(HERE / "inputs.safetensors"),
+)
 
 
 def loss(X: Tensor, layer: sm.Layer) -> float:
     terms = zip((u.dense() for u in layer), layer.weights)
     return sum(
-        abs(w) * float(((X - (1 if w > 0 else -1) * D) @ D.T).square().sum() / D.square().sum()) for D, w in terms
+        abs(w) * float(((X - (1 if w > 0 else -1) * D) @ D.T).square().sum() / D.square().sum())
+        for D, w in terms
     )
 
 
@@ -31,7 +37,9 @@ def closed(layer: sm.Layer) -> Tensor:
     D, w = [u.dense().double() for u in layer], layer.weights
     G = [d.T @ d / d.square().sum() for d in D]
     left = sum(k * d @ g for k, d, g in zip(w, D, G))
-    return left @ torch.linalg.pinv(sum(abs(k) * g for k, g in zip(w, G)), rtol=1e-11, hermitian=True)
+    return left @ torch.linalg.pinv(
+        sum(abs(k) * g for k, g in zip(w, G)), rtol=1e-11, hermitian=True
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -39,7 +47,10 @@ def closed(layer: sm.Layer) -> Tensor:
 def test_official_numbers(key: str, dtype: torch.dtype) -> None:
     for name in INDEX["input_sets"]["s3"]["layers"]:
         if "/s3/" in key:
-            updates = [sm.LowRank(*(INPUTS[f"s3/t{k}/{name}/{p}"].to(dtype) for p in "BA")) for k in range(3)]
+            updates = [
+                sm.LowRank(*(INPUTS[f"s3/t{k}/{name}/{p}"].to(dtype) for p in "BA"))
+                for k in range(3)
+            ]
         else:
             updates = [sm.Dense(INPUTS[f"d3/t{k}/{name}/dW"].to(dtype)) for k in range(3)]
         merged = sm.WUDISteps()(sm.Layer(name, tuple(updates)))
@@ -48,7 +59,9 @@ def test_official_numbers(key: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (1.0, 0.5, 0.7), (1.0, -0.5, 0.7)])
 @pytest.mark.parametrize("ranks", [(4, 4, 4), (2, 4, 6), (9, 9, 9), (1, 1, 1)])
-def test_closed_form_is_the_formula_and_the_minimum(weights: tuple[float, ...], ranks: tuple[int, ...]) -> None:
+def test_closed_form_is_the_formula_and_the_minimum(
+    weights: tuple[float, ...], ranks: tuple[int, ...]
+) -> None:
     for layer in make_layers(ranks, {"wide": (9, 20), "tall": (20, 9)}, weights=weights):
         merged = sm.wudi()(layer)
         assert isinstance(merged, sm.LowRank)
@@ -56,7 +69,9 @@ def test_closed_form_is_the_formula_and_the_minimum(weights: tuple[float, ...], 
         X = merged.dense()
         assert error(X, closed(layer)) < 1e-8
         for seed in range(3):
-            assert loss(X + 0.01 * low_rank(layer.shape, 3, seed).dense(), layer) >= loss(X, layer) * (1 - 1e-9)
+            assert loss(X + 0.01 * low_rank(layer.shape, 3, seed).dense(), layer) >= loss(
+                X, layer
+            ) * (1 - 1e-9)
         plain = sum(w * u.dense() for w, u in zip(weights, layer))
         assert loss(X, layer) < loss(plain, layer)
 
@@ -141,7 +156,11 @@ def test_steps_in_float32_and_float64_agree() -> None:
 
 
 def test_wrong_arguments_are_named() -> None:
-    for make in (lambda: sm.WUDI(0.0), lambda: sm.WUDISteps(lr=-1.0), lambda: sm.WUDISteps(steps=0)):
+    for make in (
+        lambda: sm.WUDI(0.0),
+        lambda: sm.WUDISteps(lr=-1.0),
+        lambda: sm.WUDISteps(steps=0),
+    ):
         with pytest.raises(MethodError):
             make()
     assert repr(sm.parse(repr(sm.wudi()))) == repr(sm.wudi())

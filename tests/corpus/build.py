@@ -1,4 +1,6 @@
-"""What the cases are made of: numpy, json and bytes, so that nothing under test takes part in making them."""
+"""What the cases are made of: numpy, json and bytes,
+so that nothing under test takes part in making them.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,18 @@ import numpy as np
 PREFIX = "base_model.model."
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 CANARY = "CANARY"
-SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4, "I8": 1, "U8": 1}
+SIZES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "I64": 8,
+    "I32": 4,
+    "I8": 1,
+    "U8": 1,
+}
 Build = Callable[[Path], None]
 
 
@@ -33,7 +46,8 @@ class Case:
         build: fills an empty folder; pairs fill `a` and `b` in it.
         verdict: "refuse", "warn" or "accept".
         words: what the message of a refusal or a warning must contain.
-        action: "load", "pickle" (load with allow_pickle_weights), "merge" (a and b), "base" (merge it on a model).
+        action: "load", "pickle" (load with allow_pickle_weights), "merge" (a and b), "base" (merge
+            it on a model).
         target: what is loaded, relative to the folder.
         truth: where the right update comes from: the files, or the good adapter.
     """
@@ -103,7 +117,9 @@ def random(shape: tuple[int, ...], seed: int, scale: float = 1.0, dtype: str = "
     return raw(np.random.default_rng(seed).standard_normal(shape) * scale, dtype)
 
 
-def pair(name: str, out: int, into: int, rank: int = 4, seed: int = 0, dtype: str = "F32") -> dict[str, Raw]:
+def pair(
+    name: str, out: int, into: int, rank: int = 4, seed: int = 0, dtype: str = "F32"
+) -> dict[str, Raw]:
     return {
         f"{PREFIX}{name}.lora_A.weight": random((rank, into), seed, dtype=dtype),
         f"{PREFIX}{name}.lora_B.weight": random((out, rank), seed + 1, dtype=dtype),
@@ -114,7 +130,9 @@ def good_tensors(seed: int = 0, dtype: str = "F32", rank: int = 4) -> dict[str, 
     tensors: dict[str, Raw] = {}
     for layer in (0, 1):
         for number, (part, out) in enumerate((("q_proj", 16), ("v_proj", 8))):
-            tensors |= pair(module(layer, part), out, 16, rank, 100 * seed + 10 * layer + 4 * number, dtype)
+            tensors |= pair(
+                module(layer, part), out, 16, rank, 100 * seed + 10 * layer + 4 * number, dtype
+            )
     return tensors
 
 
@@ -136,7 +154,9 @@ def container(header: object, data: bytes = b"") -> bytes:
     if isinstance(header, bytes):
         text = header
     else:
-        text = (header if isinstance(header, str) else json.dumps(header, separators=(",", ":"))).encode()
+        text = (
+            header if isinstance(header, str) else json.dumps(header, separators=(",", ":"))
+        ).encode()
     return len(text).to_bytes(8, "little") + text + data
 
 
@@ -154,7 +174,9 @@ def write(folder: Path, config: object = None, weights: object = None) -> None:
     config = good_config() if config is None else config
     weights = good_tensors() if weights is None else weights
     if config is not ...:
-        (folder / CONFIG).write_bytes(config if isinstance(config, bytes) else json.dumps(config).encode())
+        (folder / CONFIG).write_bytes(
+            config if isinstance(config, bytes) else json.dumps(config).encode()
+        )
     if weights is not ...:
         assert isinstance(weights, bytes | dict)
         (folder / WEIGHTS).write_bytes(weights if isinstance(weights, bytes) else stored(weights))
@@ -171,13 +193,21 @@ def changed(**changes: object) -> Build:
 
 def with_tensors(changes: Mapping[str, Raw | None], **config: object) -> Build:
     """The good adapter with tensors added, replaced, or (None) dropped."""
-    tensors = {name: tensor for name, tensor in (good_tensors() | dict(changes)).items() if tensor is not None}
+    tensors = {
+        name: tensor
+        for name, tensor in (good_tensors() | dict(changes)).items()
+        if tensor is not None
+    }
     return files(good_config(**config), tensors)
 
 
 def scaled(a: float, b: float, dtype: str = "F32") -> dict[str, Raw]:
     """The good tensors with A times a, and B times b."""
     return {
-        name: raw(np.frombuffer(tensor.data, "<f4").reshape(tensor.shape) * (a if "lora_A" in name else b), dtype)
+        name: raw(
+            np.frombuffer(tensor.data, "<f4").reshape(tensor.shape)
+            * (a if "lora_A" in name else b),
+            dtype,
+        )
         for name, tensor in good_tensors().items()
     }

@@ -1,4 +1,6 @@
-"""`adapter_config.json`: what is no JSON, wrong numbers, patterns that hang, and configs that mean another adapter."""
+"""`adapter_config.json`: what is no JSON, wrong numbers, patterns that hang,
+and configs that mean another adapter.
+"""
 
 # ruff: noqa: E501  a case per line
 
@@ -55,7 +57,9 @@ EXPERTS = PREFIX + "model.layers.0.mlp.experts"
 def magnitudes(size: int | None = None, columns: int = 1) -> dict[str, Raw]:
     """Magnitudes of DoRA for the good adapter; of the right size by default."""
     return {
-        f"{name}.lora_magnitude_vector": raw(np.ones((size or (16 if "q_proj" in name else 8), columns)).squeeze())
+        f"{name}.lora_magnitude_vector": raw(
+            np.ones((size or (16 if "q_proj" in name else 8), columns)).squeeze()
+        )
         for name in LAYERS
     }
 
@@ -70,7 +74,10 @@ def bank(nest: str, rows: int, columns: int | None = None) -> dict[str, Raw]:
 
 def experts(tensors: dict[str, Raw] | None = None, **config: object) -> Build:
     """The good adapter with experts in it."""
-    settings = {"peft_version": "0.21.2", "target_parameters": ["mlp.experts.gate_up_proj"]} | config
+    settings = {
+        "peft_version": "0.21.2",
+        "target_parameters": ["mlp.experts.gate_up_proj"],
+    } | config
     return with_tensors(bank("", 8) if tensors is None else tensors, **settings)
 
 
@@ -91,7 +98,14 @@ def fields(bomb: str) -> dict[str, dict[str, object]]:
 
 
 BOMB = r"(([a-z_.0-9])+.)+[A-Z]([a-z])+$"
-BOMBS = (r"(.*)*(.*)*(.*)*X", r"(\w+\.?)+#", r"(\w|\w\w|\.)+X", ".*.*.*.*.*.*.*.*.*.*z", r"(.*a){25}", r"(.?){40}Z")
+BOMBS = (
+    r"(.*)*(.*)*(.*)*X",
+    r"(\w+\.?)+#",
+    r"(\w|\w\w|\.)+X",
+    ".*.*.*.*.*.*.*.*.*.*z",
+    r"(.*a){25}",
+    r"(.?){40}Z",
+)
 LEGAL = (
     r".*\.self_attn\.(q|v)_proj",
     r"^(?!.*vision).*\.(?:q|v)_proj$",
@@ -131,7 +145,8 @@ CASES = [
     text("a key twice, in a table", GOOD[:-1] + ', "alpha_pattern": {"q_proj": 1, "q_proj": 2}}', "q_proj", "twice"),
     text("a key twice, spelled with an escape", GOOD[:-1] + ', "\\u0072": 8}', "'r'", "twice"),
     text("4 MB of spaces", GOOD + " " * 4_000_000, "at most"),
-    text("4 MB of a neutral key", GOOD[:-1] + ', "peft_version": "' + "x" * 4_000_000 + '"}', "at most"),
+    text("4 MB of a neutral key", GOOD[:-1] + ', "peft_version": "' + "x" * 4_000_000 + '"}', "at "
+                                                                                              "most"),
     text("git lfs pointer", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "JSON"),
     text("html page", "<!DOCTYPE html><html></html>", "JSON"),
     text("a pickle", b"\x80\x04\x95\x00\x00.", "UTF-8"),
@@ -174,7 +189,8 @@ CASES = [
     number("layers_to_transform a text", "layers_to_transform", "0", "a layer number"),
     number("layers_to_transform negative", "layers_to_transform", [-1]),
     refuse("numbers", "alpha 1e300", changed(lora_alpha=1e300), "not finite"),
-    refuse("numbers", "an alpha_pattern of 1e300", changed(alpha_pattern={"q_proj": 1e300}), "not finite"),
+    refuse("numbers", "an alpha_pattern of 1e300", changed(alpha_pattern={"q_proj": 1e300}), "not "
+                                                                                             "finite"),
     warn("numbers", "alpha zero", changed(lora_alpha=0), CONFIG, "lora_alpha"),
     warn("numbers", "alpha negative", changed(lora_alpha=-8), CONFIG, "lora_alpha"),
     warn("numbers", "alpha times 1,000", changed(lora_alpha=8000), CONFIG, "lora_alpha"),
@@ -265,7 +281,8 @@ CASES = [
     *(meaning(f"target_parameters {value!r}", "target_parameters", value) for value in ("experts.w", [1], ["../w"], ["a b"])),
     refuse("meaning", "experts without a version", experts(peft_version=...), "peft_version"),
     refuse("meaning", "experts in a layout nobody knows", experts(lora_B_layout="diagonal"), "lora_B_layout"),
-    refuse("meaning", "experts, rows that are no multiple of the rank", experts(bank("", 9)), "9 rows"),
+    refuse("meaning", "experts, rows that are no multiple of the rank", experts(bank("", 9)), "9 "
+                                                                                              "rows"),
     refuse("meaning", "experts, other rows in B", experts(bank("", 8, 12)), "rank 8 in A, 12 in B"),
     refuse("meaning", "experts with half a nest", experts(bank(".base_layer", 8)), "nested"),
     refuse("meaning", "experts, three nested where two are named", experts(bank("", 8) | bank(".base_layer", 8) | bank(".base_layer.base_layer", 8)), "target_parameters"),

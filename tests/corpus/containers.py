@@ -53,29 +53,46 @@ def sparse(size: int, claimed: int) -> Any:
 
 def many_empty(folder: Path) -> None:
     names = ",".join(
-        f'"{PREFIX}x{i}.lora_A.weight":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for i in range(100_000)
+        f'"{PREFIX}x{i}.lora_A.weight":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}'
+        for i in range(100_000)
     )
     write(folder, weights=container("{" + names + "}"))
 
 
 def many_names(count: int) -> Any:
     def build(folder: Path) -> None:
-        names = ",".join(f'"x{i}":{{"dtype":"U8","shape":[1],"data_offsets":[{i},{i + 1}]}}' for i in range(count))
+        names = ",".join(
+            f'"x{i}":{{"dtype":"U8","shape":[1],"data_offsets":[{i},{i + 1}]}}'
+            for i in range(count)
+        )
         write(folder, weights=container("{" + names + "}", bytes(count)))
 
     return build
 
 
 def alphabets(folder: Path) -> None:
-    write(folder, weights=container('{"__metadata__":{"a":"' + "\U0001f600" * 5_000_000 + '"},' + TEXT[1:], DATA))
+    write(
+        folder,
+        weights=container(
+            '{"__metadata__":{"a":"' + "\U0001f600" * 5_000_000 + '"},' + TEXT[1:], DATA
+        ),
+    )
 
 
 def escapes(folder: Path) -> None:
-    write(folder, weights=container('{"__metadata__":{"a":"' + "a" * 20_000_000 + '\\ud83d\\ude00"},' + TEXT[1:], DATA))
+    write(
+        folder,
+        weights=container(
+            '{"__metadata__":{"a":"' + "a" * 20_000_000 + '\\ud83d\\ude00"},' + TEXT[1:], DATA
+        ),
+    )
 
 
 def lots(folder: Path) -> None:
-    write(folder, weights=container('{"__metadata__":{"a":"' + "a" * 20_000_000 + '"},' + TEXT[1:], DATA))
+    write(
+        folder,
+        weights=container('{"__metadata__":{"a":"' + "a" * 20_000_000 + '"},' + TEXT[1:], DATA),
+    )
 
 
 def bad(name: str, weights: bytes, *words: str) -> Case:
@@ -99,7 +116,8 @@ CASES = [
     bad("trailing byte", WHOLE + b"\0", "after the last"),
     bad("trailing copy of itself", WHOLE + WHOLE, "after the last"),
     bad("trailing zip archive", WHOLE + b"PK\x05\x06" + bytes(18), "after the last"),
-    bad("offsets beyond the end", entry(LAST, data_offsets=[10**6, 10**6 + 128]), LAST, "leaves a hole"),
+    bad("offsets beyond the end", entry(LAST, data_offsets=[10**6, 10**6 + 128]), LAST, "leaves a "
+                                                                                        "hole"),
     bad("header longer than the file", struct.pack("<Q", 10**5) + TEXT.encode(), "header"),
     bad("header of 2^64-1", struct.pack("<Q", 2**64 - 1) + TEXT.encode() + DATA, "header"),
     bad("header of 2^63", struct.pack("<Q", 2**63) + TEXT.encode() + DATA, "header"),
@@ -107,7 +125,8 @@ CASES = [
     refuse("container", "header of 200 MB, sparse", sparse(200_000_008, 200_000_000), WEIGHTS, "header", "header has"),
     refuse("container", "header of 200 MB, claimed", sparse(1000, 200_000_000), WEIGHTS, "header"),
     refuse("container", "header of 90 MB of zeros", sparse(90_000_008, 90_000_000), WEIGHTS, "header"),
-    bad("git lfs pointer", b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "LFS"),
+    bad("git lfs pointer", b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize "
+                           b"12345\n", "LFS"),
     bad("html page", b"<!DOCTYPE html>\n<html><head><title>404</title></head></html>", "HTML"),
     bad("html page in small letters", b"\n <html>" + b" " * 80 + b"</html>", "HTML"),
     bad("xml error page", b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "HTML"),
@@ -197,7 +216,8 @@ CASES = [
     accept("container", "header padded with 100 kB", files(weights=padded(TEXT, 100_000))),
     accept("container", "header with spaces", files(weights=container(json.dumps(HEADER, indent=1), DATA))),
     accept("container", "header that begins like a pickle", files(weights=padded(TEXT, 0x0480))),
-    accept("container", "metadata", files(weights=stored(GOOD, {"format": "pt", "note": "ü \U0001f600 \n"}))),
+    accept("container", "metadata", files(weights=stored(GOOD, {"format": "pt", "note": "ü "
+                                                                                        "\U0001f600 \n"}))),
     accept("container", "names in any order", files(weights=stored(dict(reversed(GOOD.items()))))),
     accept("container", "fields in any order", files(weights=container({name: dict(reversed(info.items())) for name, info in HEADER.items()}, DATA))),
     accept("container", "escaped letters in a name", files(weights=container(TEXT.replace('"base_model', '"\\u0062ase_model'), DATA))),

@@ -1,4 +1,6 @@
-"""Writes the corpus: `python -m tests.corpus.make OUT`. A folder per case, and a table of verdicts."""
+"""Writes the corpus: `python -m tests.corpus.make OUT`.
+A folder per case, and a table of verdicts.
+"""
 
 from __future__ import annotations
 

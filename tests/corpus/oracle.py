@@ -21,7 +21,11 @@ def read(path: Path) -> dict[str, Raw]:
     body = data[8 + length :]
     header = json.loads(data[8 : 8 + length])
     return {
-        name: Raw(info["dtype"], tuple(info["shape"]), body[info["data_offsets"][0] : info["data_offsets"][1]])
+        name: Raw(
+            info["dtype"],
+            tuple(info["shape"]),
+            body[info["data_offsets"][0] : info["data_offsets"][1]],
+        )
         for name, info in header.items()
         if name != "__metadata__"
     }
@@ -29,7 +33,12 @@ def read(path: Path) -> dict[str, Raw]:
 
 def numbers(tensor: Raw) -> Matrix:
     if tensor.dtype == "BF16":
-        return (np.frombuffer(tensor.data, "<u2").astype("<u4") << 16).view("<f4").astype(float).reshape(tensor.shape)
+        return (
+            (np.frombuffer(tensor.data, "<u2").astype("<u4") << 16)
+            .view("<f4")
+            .astype(float)
+            .reshape(tensor.shape)
+        )
     if tensor.dtype.startswith("F8"):  # of zeros, in this corpus
         assert not any(tensor.data)
         return np.zeros(tensor.shape)
@@ -41,7 +50,9 @@ def numbers(tensor: Raw) -> Matrix:
 
 
 def by_pattern(table: Mapping[str, Any], name: str, default: Any) -> Any:
-    return next((value for key, value in table.items() if re.match(rf"(.*\.)?({key})$", name)), default)
+    return next(
+        (value for key, value in table.items() if re.match(rf"(.*\.)?({key})$", name)), default
+    )
 
 
 def updates(config: Mapping[str, Any], tensors: Mapping[str, Raw]) -> dict[str, Matrix]:
@@ -53,7 +64,9 @@ def updates(config: Mapping[str, Any], tensors: Mapping[str, Raw]) -> dict[str, 
         name = a_name.removeprefix(PREFIX).rpartition(".lora_")[0]
         a, b = (
             numbers(tensors[a_name]),
-            numbers(tensors[a_name.replace("lora_A", "lora_B").replace("_embedding_A", "_embedding_B")]),
+            numbers(
+                tensors[a_name.replace("lora_A", "lora_B").replace("_embedding_A", "_embedding_B")]
+            ),
         )
         rank = by_pattern(config.get("rank_pattern") or {}, name, config["r"])
         alpha = by_pattern(config.get("alpha_pattern") or {}, name, config["lora_alpha"])
@@ -63,7 +76,9 @@ def updates(config: Mapping[str, Any], tensors: Mapping[str, Raw]) -> dict[str, 
 
 
 def of_folder(folder: Path) -> dict[str, Matrix]:
-    return updates(json.loads((folder / CONFIG).read_bytes().decode("utf-8-sig")), read(folder / WEIGHTS))
+    return updates(
+        json.loads((folder / CONFIG).read_bytes().decode("utf-8-sig")), read(folder / WEIGHTS)
+    )
 
 
 def of_good() -> dict[str, Matrix]:
@@ -72,7 +87,10 @@ def of_good() -> dict[str, Matrix]:
 
 def mean(each: list[dict[str, Matrix]]) -> dict[str, Matrix]:
     names = {name: one[name].shape for one in each for name in one}
-    return {name: sum(one.get(name, np.zeros(shape)) for one in each) / len(each) for name, shape in names.items()}
+    return {
+        name: sum(one.get(name, np.zeros(shape)) for one in each) / len(each)
+        for name, shape in names.items()
+    }
 
 
 def error(got: Mapping[str, Matrix], wanted: Mapping[str, Matrix]) -> float:
@@ -80,6 +98,9 @@ def error(got: Mapping[str, Matrix], wanted: Mapping[str, Matrix]) -> float:
     if got.keys() != wanted.keys():
         return float("inf")
     return max(
-        (np.linalg.norm(got[name] - wanted[name]) / (np.linalg.norm(wanted[name]) or 1.0) for name in wanted),
+        (
+            np.linalg.norm(got[name] - wanted[name]) / (np.linalg.norm(wanted[name]) or 1.0)
+            for name in wanted
+        ),
         default=0.0,
     )

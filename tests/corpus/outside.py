@@ -59,7 +59,9 @@ def good() -> dict[str, Any]:
     }
 
 
-def archive(content: Callable[[Path], object], change: Callable[[bytes], bytes] = bytes, **options: Any) -> Build:
+def archive(
+    content: Callable[[Path], object], change: Callable[[bytes], bytes] = bytes, **options: Any
+) -> Build:
     """A folder with adapter_model.bin as torch.save writes it."""
 
     def build(folder: Path) -> None:
@@ -94,7 +96,10 @@ def zipped(names: dict[str, bytes], compression: int = zipfile.ZIP_DEFLATED) -> 
 def repacked(data: bytes) -> bytes:
     """The same archive, with compressed members."""
     stream = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(data)) as source, zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as target:
+    with (
+        zipfile.ZipFile(io.BytesIO(data)) as source,
+        zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as target,
+    ):
         for info in source.infolist():
             target.writestr(info.filename, source.read(info))
     return stream.getvalue()
@@ -134,7 +139,9 @@ def sparse(_: Path) -> object:
 
     indices = torch.tensor([[0, 10**6], [0, 10**6]])
     with torch.sparse.check_sparse_tensor_invariants(enable=False):
-        return good() | {QA: torch.sparse_coo_tensor(indices, torch.ones(2), (4, 16), check_invariants=False)}
+        return good() | {
+            QA: torch.sparse_coo_tensor(indices, torch.ones(2), (4, 16), check_invariants=False)
+        }
 
 
 def allowed(name: str, build: Build, *words: str) -> Case:

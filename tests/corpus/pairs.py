@@ -1,4 +1,6 @@
-"""Two adapters, each fine, that may not belong together; and one adapter on the model it claims to be for."""
+"""Two adapters, each fine, that may not belong together;
+and one adapter on the model it claims to be for.
+"""
 
 # ruff: noqa: E501  a case per line
 
@@ -7,15 +9,35 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .build import PREFIX, Build, Case, accept, good_config, good_tensors, module, pair, random, refuse, warn, write
+from .build import (
+    PREFIX,
+    Build,
+    Case,
+    accept,
+    good_config,
+    good_tensors,
+    module,
+    pair,
+    random,
+    refuse,
+    warn,
+    write,
+)
 
 
 def two(
-    second: dict[str, object], tensors: Any = None, first: dict[str, object] | None = None, left: Any = None
+    second: dict[str, object],
+    tensors: Any = None,
+    first: dict[str, object] | None = None,
+    left: Any = None,
 ) -> Build:
     def build(folder: Path) -> None:
         write(folder / "a", good_config(**(first or {})), left)
-        write(folder / "b", good_config(**second), good_tensors(seed=1) if tensors is None else tensors)
+        write(
+            folder / "b",
+            good_config(**second),
+            good_tensors(seed=1) if tensors is None else tensors,
+        )
 
     return build
 
@@ -57,7 +79,8 @@ LAYER1 = {name: tensor for name, tensor in good_tensors().items() if ".layers.1.
 QUERY = {name: tensor for name, tensor in good_tensors(1).items() if "q_proj" in name}
 AT, CT = {"target_modules": ["embed_tokens"]}, {"target_modules": ["conv"]}
 CASES = [
-    pairs("different base models", two({"base_model_name_or_path": "evil/other-base"}), "base models", "evil/other-base"),
+    pairs("different base models", two({"base_model_name_or_path": "evil/other-base"}), "base "
+                                                                                        "models", "evil/other-base"),
     pairs("different revisions", two({"revision": "v2"}, first={"revision": "v1"}), "revisions"),
     pairs("a revision and none", two({"revision": "abc123"}), "revisions"),
     pairs("different inputs", two({}, WIDE), "q_proj"),

@@ -43,13 +43,20 @@ def pefts(case: Case, target: Path) -> Mapping[str, Any]:
     said = [item for item in caught if issubclass(item.category, UserWarning)]
     if case.verdict != "refuse":
         right = wanted(case, target)
-        # PEFT fills what the config targets and the file lacks with updates of zero, and has no float64.
+        # PEFT fills what the config targets and the file lacks with updates of zero, and has no
+        # float64.
         got = {name: update for name, update in got.items() if name in right or update.any()}
-        right = {name: update if abs(update).max() > 1e-37 else 0 * update for name, update in right.items()}
+        right = {
+            name: update if abs(update).max() > 1e-37 else 0 * update
+            for name, update in right.items()
+        }
         off = oracle.error(got, right)
         if not off <= TOLERANCE:
             return {"verdict": "wrong", "message": f"{off:g}"}
-    return {"verdict": "warn" if said else "accept", "message": "; ".join(str(item.message) for item in said)[:3000]}
+    return {
+        "verdict": "warn" if said else "accept",
+        "message": "; ".join(str(item.message) for item in said)[:3000],
+    }
 
 
 def _updates(case: Case, target: Path) -> dict[str, Any]:
@@ -69,14 +76,20 @@ def _updates(case: Case, target: Path) -> dict[str, Any]:
     for path, layer in model.base_model.model.named_modules():
         if hasattr(layer, "get_delta_weight") and name in getattr(layer, "scaling", {}):
             delta = layer.get_delta_weight(name).detach().double()
-            delta = delta.T if type(layer.get_base_layer()).__name__ == "Embedding" else delta.flatten(1)
+            delta = (
+                delta.T
+                if type(layer.get_base_layer()).__name__ == "Embedding"
+                else delta.flatten(1)
+            )
             found[path] = delta.numpy()
     return found
 
 
 def main() -> None:
     """Run every case with both, in a fork each, and print Markdown."""
-    os.environ.update(HF_HUB_DISABLE_TELEMETRY="1", HF_HUB_DOWNLOAD_TIMEOUT="2", HF_HUB_ETAG_TIMEOUT="2")
+    os.environ.update(
+        HF_HUB_DISABLE_TELEMETRY="1", HF_HUB_DOWNLOAD_TIMEOUT="2", HF_HUB_ETAG_TIMEOUT="2"
+    )
     import peft
 
     import sapmerge  # noqa: F401
@@ -95,12 +108,16 @@ def main() -> None:
             row[theirs.verdict] += 1
             if "-v" in sys.argv:
                 print(
-                    f"{case.group:12} {case.verdict:7} {theirs.verdict:8} {case.name[:60]!r:64} {theirs.error}",
+                    f"{case.group:12} {case.verdict:7} {theirs.verdict:8} {case.name[:60]!r:64} "
+                    f"{theirs.error}",
                     file=sys.stderr,
                 )
     keys = ("refuse", "warn", "accept", "wrong", "hung")
     total: dict[str, Counter[str]] = {}
-    print("| group | must | cases | sapmerge right | PEFT refuses | warns | is silent | is wrong | hangs |")
+    print(
+        "| group | must | cases | sapmerge right | PEFT refuses | warns | is silent | is wrong | "
+        "hangs |"
+    )
     print("|---|---|---:|---:|---:|---:|---:|---:|---:|")
     rows = [(group, verdict) for group in GROUPS for verdict in ("refuse", "warn", "accept")]
     for group, verdict in rows:
@@ -115,7 +132,9 @@ def main() -> None:
 
 def _line(group: str, verdict: str, row: Counter[str], keys: tuple[str, ...]) -> str:
     return (
-        f"| {group} | {verdict} | {row['cases']} | {row['ours']} | " + " | ".join(str(row[key]) for key in keys) + " |"
+        f"| {group} | {verdict} | {row['cases']} | {row['ours']} | "
+        + " | ".join(str(row[key]) for key in keys)
+        + " |"
     )
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from . import oracle
 from .build import CANARY, CONFIG, PICKLE, WEIGHTS, Case, write
 
-SECONDS = 120.0
+SECONDS = 60.0
 HEADROOM = 64 << 20
 TOLERANCE = 1e-6
 
@@ -28,8 +28,8 @@ class Outcome:
     """What happened.
 
     Args:
-        verdict: "refuse", "warn", "accept"; or "wrong" (another update), "raised" (an error that is not of sapmerge),
-            "hung", "died", "code" (the canary is there).
+        verdict: "refuse", "warn", "accept"; or "wrong" (another update), "raised" (an error that is
+            not of sapmerge), "hung", "died", "code" (the canary is there).
         message: of the error, or of all warnings.
         seconds: of processor time.
     """
@@ -49,7 +49,9 @@ def build(case: Case, place: Path) -> Path:
     return Path(f"{folder}/{case.target}")
 
 
-def run(case: Case, place: Path, act: Callable[[Case, Path], Mapping[str, Any]] | None = None) -> Outcome:
+def run(
+    case: Case, place: Path, act: Callable[[Case, Path], Mapping[str, Any]] | None = None
+) -> Outcome:
     """Build and run one case below `place`, which has to be empty of canaries."""
     target = build(case, place)
     outcome = forked(lambda: (act or ours)(case, target))
@@ -61,7 +63,7 @@ def run(case: Case, place: Path, act: Callable[[Case, Path], Mapping[str, Any]] 
 
 
 def forked(work: Callable[[], Mapping[str, Any]]) -> Outcome:
-    """What `work` returns in a child that is killed after two minutes."""
+    """What `work` returns in a child that is killed after a minute."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -72,7 +74,9 @@ def forked(work: Callable[[], Mapping[str, Any]]) -> Outcome:
                 result = result[os.write(writer, result) :]
             os._exit(0)
         except BaseException as error:
-            os.write(writer, json.dumps({"verdict": "died", "message": repr(error)[:3000]}).encode())
+            os.write(
+                writer, json.dumps({"verdict": "died", "message": repr(error)[:3000]}).encode()
+            )
             os._exit(1)
     os.close(writer)
     data, end = b"", time.monotonic() + SECONDS
@@ -108,7 +112,9 @@ def on_disk(target: Path) -> int:
 
 
 def ours(case: Case, target: Path) -> Mapping[str, Any]:
-    """Load, or merge, with sapmerge; three times the bytes on disk plus 64 MB is all the memory there is."""
+    """Load, or merge, with sapmerge; three times the bytes on disk plus 64 MB is all the
+    memory there is.
+    """
     _warm_up(case)
     if case.action == "load":
         try:
@@ -139,7 +145,9 @@ def judged(case: Case, target: Path) -> Outcome:
     off = oracle.error(found, wanted(case, target))
     if not off <= TOLERANCE:
         return Outcome("wrong", f"the update is off by {off:g}")
-    return Outcome("warn" if said else "accept", "; ".join(str(item.message) for item in said), seconds=seconds)
+    return Outcome(
+        "warn" if said else "accept", "; ".join(str(item.message) for item in said), seconds=seconds
+    )
 
 
 def wanted(case: Case, target: Path) -> dict[str, Any]:
@@ -192,9 +200,13 @@ def _warm_up(case: Case) -> None:
 
 def problems(case: Case, outcome: Outcome) -> list[str]:
     """What is wrong with an outcome; nothing if the case passed."""
-    found = [] if outcome.verdict == case.verdict else [f"{outcome.verdict}, expected {case.verdict}"]
+    found = (
+        [] if outcome.verdict == case.verdict else [f"{outcome.verdict}, expected {case.verdict}"]
+    )
     if case.verdict != "accept" and not found:
-        found += [f"the message lacks {word!r}" for word in case.words if word not in outcome.message]
+        found += [
+            f"the message lacks {word!r}" for word in case.words if word not in outcome.message
+        ]
         if len(outcome.message) > 2000:
             found.append(f"the message has {len(outcome.message)} characters")
         if not outcome.message.isprintable():

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -35,8 +36,17 @@ from .build import (
 ONES = raw(np.ones((4, 16)))
 
 
-def stray(name: str, tensor: str, *words: str, shape: tuple[int, ...] = (4, 16), **config: object) -> Case:
-    return refuse("tensors", name, with_tensors({tensor: raw(np.ones(shape))}, **config), WEIGHTS, tensor, *words)
+def stray(
+    name: str, tensor: str, *words: str, shape: tuple[int, ...] = (4, 16), **config: object
+) -> Case:
+    return refuse(
+        "tensors",
+        name,
+        with_tensors({tensor: raw(np.ones(shape))}, **config),
+        WEIGHTS,
+        tensor,
+        *words,
+    )
 
 
 def shaped(name: str, a: tuple[int, ...], b: tuple[int, ...], *words: str) -> Case:
@@ -49,24 +59,38 @@ def value(name: str, number: float, which: str = QA, dtype: str = "F32") -> Case
     shape = tensors[which].shape
     values = np.zeros(shape)
     values[-1, 1] = number
-    return refuse("numbers", name, files(weights=tensors | {which: raw(values, dtype)}), which, "NaN or infinite")
+    return refuse(
+        "numbers",
+        name,
+        files(weights=tensors | {which: raw(values, dtype)}),
+        which,
+        "NaN or infinite",
+    )
 
 
 def typed(dtype: str) -> Case:
-    return refuse("tensors", f"factors of {dtype}", with_tensors({QA: raw(np.ones((4, 16)), dtype)}), QA, "dtype")
+    return refuse(
+        "tensors",
+        f"factors of {dtype}",
+        with_tensors({QA: raw(np.ones((4, 16)), dtype)}),
+        QA,
+        "dtype",
+    )
 
 
 def renamed(old: str, new: str) -> dict[str, Raw]:
     return {name.replace(old, new): tensor for name, tensor in good_tensors().items()}
 
 
-def bombs(count: int, config: dict[str, object]) -> object:
+def bombs(count: int, config: dict[str, object]) -> Callable[[Path], None]:
     def build(folder: Path) -> None:
         tensors: dict[str, Raw] = {}
         one = raw(np.ones((1, 1)))
         for i in range(count // 2):
             for part in "AB":
-                tensors[f"{PREFIX}model.layers.{i // 400}.mlp.experts.{i % 400}.up_proj.lora_{part}.weight"] = one
+                tensors[
+                    f"{PREFIX}model.layers.{i // 400}.mlp.experts.{i % 400}.up_proj.lora_{part}.weight"
+                ] = one
         write(folder, config, tensors)
 
     return build
@@ -92,7 +116,8 @@ CASES = [
     accept("tensors", "embeddings of a resized base", with_tensors({PREFIX + "model.embed_tokens.weight": random((32, 16), 55)})),
     accept("tensors", "lm_head, not declared", with_tensors(HEAD)),
     stray("a module in lm_head", PREFIX + "lm_head.dense.weight", "base model", shape=(32, 16)),
-    stray("a tensor of an embedding that is no weight", PREFIX + "model.embed_tokens.scale", "base model"),
+    stray("a tensor of an embedding that is no weight", PREFIX + "model.embed_tokens.scale", "base "
+                                                                                             "model"),
     stray("a copy of a base layer that is no embedding", Q + ".base_layer.weight", "base model"),
     stray("a head where another is declared", PREFIX + "score.weight", "base model", modules_to_save=["lm_head"]),
     stray("a name without prefix", "model.norm.weight", "begin with", shape=(16,)),
@@ -121,7 +146,8 @@ CASES = [
     stray("layer 99, one half", PREFIX + module(99, "q_proj") + ".lora_A.weight", "lora_B"),
     stray("a module that target_modules does not name", PREFIX + module(0, "k_proj") + ".lora_A.weight"),
     refuse("tensors", "kohya names", files(weights=renamed("lora_A", "lora_down")), WEIGHTS, "lora_down"),
-    refuse("tensors", "wrong prefix", files(weights=renamed("base_model.", "")), WEIGHTS, "begin with"),
+    refuse("tensors", "wrong prefix", files(weights=renamed("base_model.", "")), WEIGHTS, "begin "
+                                                                                          "with"),
     refuse("tensors", "diffusers prefix", files(weights=renamed("base_model.model", "unet")), WEIGHTS, "unet"),
     accept("tensors", "names of a live model", files(weights=renamed(".weight", ".default.weight")), truth="good"),
     refuse("tensors", "A without B", with_tensors({QB: None}), QA, "lora_B"),

@@ -121,7 +121,15 @@ def test_bombs_are_told_by_their_form(bomb: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "pattern", [*LEGAL, r"[a-z_]+(\.[a-z_0-9]+)+", "(q|k|v)_proj", r"(ab|cd)*x", r"layers\.\d{1,3}\..*", "q.?_proj"]
+    "pattern",
+    [
+        *LEGAL,
+        r"[a-z_]+(\.[a-z_0-9]+)+",
+        "(q|k|v)_proj",
+        r"(ab|cd)*x",
+        r"layers\.\d{1,3}\..*",
+        "q.?_proj",
+    ],
 )
 def test_useful_patterns_are_not(pattern: str) -> None:
     assert why_slow(pattern) is None
@@ -147,7 +155,9 @@ def test_a_disk_that_fails(tmp_path: Path) -> None:
         real.close()
 
 
-def test_a_file_that_becomes_a_fifo_between_two_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_becomes_a_fifo_between_two_looks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write(tmp_path)
     os.mkfifo(tmp_path / "fifo")
     real = os.open
@@ -170,7 +180,9 @@ def test_in_memory_tensors_that_are_not_plain() -> None:
             Adapter.from_state_dict(good_config(), state(**{QA: tensor}))
 
 
-def test_a_repository_that_changes_between_two_downloads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_repository_that_changes_between_two_downloads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import huggingface_hub
 
     def download(repo_id: str, filename: str, **_: Any) -> str:

@@ -26,7 +26,9 @@ def upload(seed: int) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     state = {}
     for name in MODULES:
         state[f"base_model.model.{name}.lora_A.weight"] = torch.randn(2, 6, generator=generator)
-        state[f"base_model.model.{name}.lora_B.weight"] = torch.randn(6, 2, generator=generator).bfloat16()
+        state[f"base_model.model.{name}.lora_B.weight"] = torch.randn(
+            6, 2, generator=generator
+        ).bfloat16()
     return config, state
 
 
@@ -51,7 +53,9 @@ def client() -> ClientApp:
     @app.train()
     def answer(message: Any, context: Any) -> Any:
         which = context.node_config["partition-id"]
-        return train_app(train, str(FOLDER / f"keep{which}"), client=f"client{which}")(message, context)
+        return train_app(train, str(FOLDER / f"keep{which}"), client=f"client{which}")(
+            message, context
+        )
 
     return app
 
@@ -61,7 +65,9 @@ def server() -> ServerApp:
 
     @app.main()
     def main(grid: Any, context: Any) -> None:
-        inbox = Inbox(FOLDER / "round", manifest={name: [6, 6] for name in MODULES}, max_rank=2, quorum=2)
+        inbox = Inbox(
+            FOLDER / "round", manifest={name: [6, 6] for name in MODULES}, max_rank=2, quorum=2
+        )
         patience = Patience(first=120, rest=60, pull=20, pause=0.5)
         strategy = OneShot(inbox, method=sm.mean(), nodes=4, patience=patience)
         result = strategy.start(grid)

@@ -1,4 +1,6 @@
-"""Kills processes that add to a round, between every two system calls, and races two of them. Run as a script."""
+"""Kills processes that add to a round, between every two system calls, and races two of them.
+Run as a script.
+"""
 
 from __future__ import annotations
 
@@ -31,15 +33,26 @@ def digest(seed: int) -> str:
 
 
 def whole(folder: Path, promised: dict[str, int], possible: dict[str, set[int]]) -> dict[str, str]:
-    """What a round holds after a kill: everything promised, nothing torn, nothing left over; and it can be merged."""
+    """What a round holds after a kill: everything promised, nothing torn, nothing left over;
+    and it can be merged.
+    """
     box = Inbox(folder)
-    kept = {entry.label: entry.digest for entry in box.merge(method=sm.mean()).adapters} if box.clients else {}
+    kept = (
+        {entry.label: entry.digest for entry in box.merge(method=sm.mean()).adapters}
+        if box.clients
+        else {}
+    )
     for client, seed in promised.items():
         assert client in kept, f"{client} was lost"
-        assert kept[client] in {digest(s) for s in possible.get(client, {seed})}, f"{client} is torn"
+        assert kept[client] in {digest(s) for s in possible.get(client, {seed})}, (
+            f"{client} is torn"
+        )
     stray = set(kept) - set(promised) - set(possible)
     assert not stray, stray
-    assert all(kept[client] in {digest(s) for s in possible[client]} for client in set(kept) - set(promised))
+    assert all(
+        kept[client] in {digest(s) for s in possible[client]}
+        for client in set(kept) - set(promised)
+    )
     folders = sorted(path.name for path in (folder / "kept").iterdir())
     assert len(folders) == len(set(kept.values())), folders
     hidden = [p.name for p in folder.rglob(".*") if p.name != ".lock"]
@@ -48,7 +61,9 @@ def whole(folder: Path, promised: dict[str, int], possible: dict[str, set[int]])
 
 
 def kills_in_add(folder: Path) -> Counter[str]:
-    """Three situations: a new client, a client's second upload, a client who leaves; the state is kept, too."""
+    """Three situations: a new client, a client's second upload, a client who leaves;
+    the state is kept, too.
+    """
     seen: Counter[str] = Counter()
     for task in ("new", "again", "remove"):
         for number in range(1, 1000):
@@ -81,7 +96,10 @@ def kills_in_add(folder: Path) -> Counter[str]:
                 done = "two" not in kept
             box = Inbox(folder)
             fresh, running = dict(box.merge(method=sm.mean()).updates()), box.state().mean()
-            assert torch.allclose(fresh["q"].dense(), running["q"].dense(), atol=1e-5), (task, number)
+            assert torch.allclose(fresh["q"].dense(), running["q"].dense(), atol=1e-5), (
+                task,
+                number,
+            )
             seen[f"{task}: {'done' if done else 'not done'}"] += 1
             if not killed:
                 assert done, (task, number)
@@ -92,7 +110,9 @@ def kills_in_add(folder: Path) -> Counter[str]:
 
 
 def race(folder: Path, count: int) -> Counter[str]:
-    """Two processes add at once: clients of their own, one that both claim, and one content that both send."""
+    """Two processes add at once: clients of their own, one that both claim,
+    and one content that both send.
+    """
     Inbox(folder, manifest=manifest())
 
     def act(which: int) -> None:
@@ -112,7 +132,10 @@ def race(folder: Path, count: int) -> Counter[str]:
     assert {digest(10 * k + which) for k in range(count) for which in (1, 2)} <= contents
     assert len(contents) == 4 * count
     assert len(list((folder / "kept").iterdir())) == 4 * count
-    history = [json.loads((folder / "clients" / f"both.{k}.json").read_text())["history"] for k in range(count)]
+    history = [
+        json.loads((folder / "clients" / f"both.{k}.json").read_text())["history"]
+        for k in range(count)
+    ]
     assert all(len(entries) == 2 for entries in history)
     return Counter(clients=len(clients))
 

@@ -26,7 +26,10 @@ def golden_layers(found: dict[str, Tensor], prefix: str, layers: int, count: int
     return [
         sm.Layer(
             str(number),
-            tuple(sm.LowRank(found[f"{prefix}{number}.{k}.B"], found[f"{prefix}{number}.{k}.A"]) for k in range(count)),
+            tuple(
+                sm.LowRank(found[f"{prefix}{number}.{k}.B"], found[f"{prefix}{number}.{k}.A"])
+                for k in range(count)
+            ),
         )
         for number in range(layers)
     ]
@@ -44,7 +47,9 @@ def flagged(method: sm.FlagContaminated) -> list[int]:
 def test_the_calibrated_test(case: str, wanted: list[int]) -> None:
     """'dense' is too small to flag anybody: the median z is 4."""
     method = prepared(golden_layers(LOO, f"{case}.", 2, 8), tests=("shared",))
-    z = torch.tensor([method.findings["shared_z"][f"adapter{k}"] for k in range(8)], dtype=torch.float64)
+    z = torch.tensor(
+        [method.findings["shared_z"][f"adapter{k}"] for k in range(8)], dtype=torch.float64
+    )
     assert torch.allclose(z, LOO[f"{case}.z"], atol=1e-6)
     for name, U in method.bases.items():
         assert torch.allclose(U @ U.T, LOO[f"{case}.{name}.projector"], atol=1e-6)
@@ -54,26 +59,41 @@ def test_the_calibrated_test(case: str, wanted: list[int]) -> None:
 def test_the_convex_program() -> None:
     layers = golden_layers(CONVEX, "", 3, 12)
     method = prepared(layers, tests=("shared",), form="convex", price=float(CONVEX["lam"]))
-    share = torch.tensor([method.findings["own_share"][f"adapter{k}"] for k in range(12)], dtype=torch.float64)
+    share = torch.tensor(
+        [method.findings["own_share"][f"adapter{k}"] for k in range(12)], dtype=torch.float64
+    )
     assert torch.allclose(share, CONVEX["share"], atol=1e-6)
     assert flagged(method) == [8, 9, 10, 11]
     for layer in layers:
         U = method.bases[layer.name]
         assert torch.allclose(U @ U.T, CONVEX[f"{layer.name}.subspace_projector"], atol=1e-6)
-        assert torch.allclose(method(layer).dense(), CONVEX[f"{layer.name}.mean_benign"], atol=1e-10)
-    assert flagged(prepared(layers, tests=("shared",), form="convex")) == [8, 9, 10, 11]  # it finds a price
+        assert torch.allclose(
+            method(layer).dense(), CONVEX[f"{layer.name}.mean_benign"], atol=1e-10
+        )
+    # it finds a price
+    assert flagged(prepared(layers, tests=("shared",), form="convex")) == [
+        8,
+        9,
+        10,
+        11,
+    ]
 
 
 def test_the_refinement() -> None:
     clients = [
-        adapter({str(n): (CONVEX[f"{n}.{k}.B"], CONVEX[f"{n}.{k}.A"]) for n in range(3)}, f"c{k}", 4) for k in range(12)
+        adapter(
+            {str(n): (CONVEX[f"{n}.{k}.B"], CONVEX[f"{n}.{k}.A"]) for n in range(3)}, f"c{k}", 4
+        )
+        for k in range(12)
     ]
     made = fed.refine(clients, sm.clair(form="convex", price=float(CONVEX["lam"])))
     assert list(made) == [f"c{k}" for k in range(8)]
     for name, update in dense(made["c0"]).items():
         assert torch.allclose(update, CONVEX[f"{name}.refined0"], atol=1e-5)
     mean = {name: sum(dense(made[label])[name] for label in made) / 8 for name in "012"}
-    assert all(torch.allclose(mean[name], CONVEX[f"{name}.mean_benign"], atol=1e-5) for name in mean)
+    assert all(
+        torch.allclose(mean[name], CONVEX[f"{name}.mean_benign"], atol=1e-5) for name in mean
+    )
     with pytest.raises(sm.MethodError, match="does not look for any"):
         fed.refine(clients, sm.FlagContaminated(sm.mean(), tests=("norm",)))
 
@@ -82,7 +102,9 @@ def test_the_refinement() -> None:
 
 
 def clients(seed: int, count: int = 12, energy: float = 1.0, layers: int = 3) -> list[sm.Layer]:
-    """Updates of rank 4 whose columns lie in a common plane with this share of their energy; a common mean in it."""
+    """Updates of rank 4 whose columns lie in a common plane with this share of their energy;
+    a common mean in it.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> Tensor:
@@ -95,14 +117,19 @@ def clients(seed: int, count: int = 12, energy: float = 1.0, layers: int = 3) ->
         updates = []
         for _ in range(count):
             inside, own = U @ (common + random(2, 20)), random(24, 2) @ random(2, 20)
-            matrix = math.sqrt(energy) * inside / inside.norm() + math.sqrt(1 - energy) * own / own.norm()
+            matrix = (
+                math.sqrt(energy) * inside / inside.norm()
+                + math.sqrt(1 - energy) * own / own.norm()
+            )
             left, sigma, right = torch.linalg.svd(matrix, full_matrices=False)
             updates.append(sm.LowRank(left[:, :4] * sigma[:4], right[:4]))
         out.append(sm.Layer(f"layer{number}", tuple(updates)))
     return out
 
 
-def spoilt(layers: list[sm.Layer], bad: Sequence[int], how: Callable[[sm.LowRank, int], sm.LowRank]) -> list[sm.Layer]:
+def spoilt(
+    layers: list[sm.Layer], bad: Sequence[int], how: Callable[[sm.LowRank, int], sm.LowRank]
+) -> list[sm.Layer]:
     return [
         replace(layer, updates=tuple(how(u, n) if k in bad else u for k, u in enumerate(layer)))  # type: ignore[arg-type]
         for n, layer in enumerate(layers)
@@ -118,7 +145,11 @@ def noise(update: sm.LowRank, seed: int) -> sm.LowRank:
 def common_lie(update: sm.LowRank, layer: int) -> sm.LowRank:
     generator = torch.Generator().manual_seed(100 + layer)
     B = torch.randn(update.shape[0], 2, generator=generator, dtype=torch.float64)
-    A = torch.randn(2, update.shape[1], generator=torch.Generator().manual_seed(hash(float(update.norm())) % 2**31))
+    A = torch.randn(
+        2,
+        update.shape[1],
+        generator=torch.Generator().manual_seed(hash(float(update.norm())) % 2**31),
+    )
     made = sm.LowRank(B, A.double())
     return made.scaled(update.norm() / made.norm())
 
@@ -126,10 +157,18 @@ def common_lie(update: sm.LowRank, layer: int) -> sm.LowRank:
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize(
     ("how", "energy"),
-    [(noise, 1.0), (noise, 0.7), (noise, 0.5), (lambda u, n: noise(u, n).scaled(10), 1.0), (common_lie, 1.0)],
+    [
+        (noise, 1.0),
+        (noise, 0.7),
+        (noise, 0.5),
+        (lambda u, n: noise(u, n).scaled(10), 1.0),
+        (common_lie, 1.0),
+    ],
     ids=["noise", "noise .7", "noise .5", "ten times too long", "colluding"],
 )
-def test_planted_contamination_is_found(how: Callable[[sm.LowRank, int], sm.LowRank], energy: float, seed: int) -> None:
+def test_planted_contamination_is_found(
+    how: Callable[[sm.LowRank, int], sm.LowRank], energy: float, seed: int
+) -> None:
     layers = spoilt(clients(seed, energy=energy), [1, 4, 7, 10], how)
     assert flagged(prepared(layers, tests=("shared",))) == [1, 4, 7, 10]
 
@@ -141,7 +180,9 @@ def test_no_good_client_is_flagged(energy: float, seed: int) -> None:
     assert flagged(prepared(layers)) == []
     plain = sm.mean()
     for layer in layers:
-        assert torch.equal(prepared(layers, tests=("shared", "norm"))(layer).dense(), plain(layer).dense())
+        assert torch.equal(
+            prepared(layers, tests=("shared", "norm"))(layer).dense(), plain(layer).dense()
+        )
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -171,7 +212,8 @@ def test_the_longest_is_flagged_by_its_norm() -> None:
     method = prepared(layers)
     assert flagged(method) == [5]
     assert method.findings["contaminated"]["adapter5"]["tests"] == ["norm"]
-    assert flagged(prepared(spoilt(clients(0), [5], lambda u, _: u.scaled(0.01)))) == []  # short ones do no harm
+    # short ones do no harm
+    assert flagged(prepared(spoilt(clients(0), [5], lambda u, _: u.scaled(0.01)))) == []
 
 
 def test_a_camp_counts_as_one() -> None:
@@ -181,7 +223,9 @@ def test_a_camp_counts_as_one() -> None:
     lies = [torch.randn(24, 20, generator=generator, dtype=torch.float64) for _ in layers]
 
     def lie(update: sm.LowRank, number: int) -> sm.LowRank:
-        left, sigma, right = torch.linalg.svd(lies[number] / lies[number].norm() + 0.3 * update.dense())
+        left, sigma, right = torch.linalg.svd(
+            lies[number] / lies[number].norm() + 0.3 * update.dense()
+        )
         return sm.LowRank(left[:, :4] * sigma[:4], right[:4])
 
     method = prepared(spoilt(layers, [0, 2, 4, 6], lie), tests=("camp",))
@@ -204,7 +248,8 @@ def test_absent_zero_and_weightless_adapters_take_no_part() -> None:
     layers = spoilt(clients(0), [11], noise)
     layers = [replace(x, weights=(1.0,) * 10 + (0.0, 1.0)) for x in layers]
     layers[0] = replace(
-        layers[0], updates=(*layers[0].updates[:1], layers[0].updates[1].scaled(0.0), *layers[0].updates[2:])
+        layers[0],
+        updates=(*layers[0].updates[:1], layers[0].updates[1].scaled(0.0), *layers[0].updates[2:]),
     )
     method = prepared(layers, tests=("shared",))
     assert flagged(method) == [11]
@@ -241,11 +286,15 @@ def test_the_report_names_them() -> None:
     assert len(merged.report.notes["shared_z"]) == 12
     assert merged.report.notes["subspace"]["layer0"]["rank"] == 2
     good = sm.merge([a for a in adapters if a.label != "c4"], method=sm.mean())
-    assert all(torch.allclose(dense(merged)[name], dense(good)[name], atol=1e-6) for name in dense(good))
+    assert all(
+        torch.allclose(dense(merged)[name], dense(good)[name], atol=1e-6) for name in dense(good)
+    )
     assert repr(sm.parse(repr(sm.clair()))) == repr(sm.clair())
 
 
-@pytest.mark.parametrize("options", [{"tests": ()}, {"tests": ("luck",)}, {"rank": 0}, {"side": "top"}, {"form": "x"}])
+@pytest.mark.parametrize(
+    "options", [{"tests": ()}, {"tests": ("luck",)}, {"rank": 0}, {"side": "top"}, {"form": "x"}]
+)
 def test_wrong_arguments(options: dict[str, object]) -> None:
     with pytest.raises(sm.MethodError):
         sm.FlagContaminated(sm.mean(), **options)  # type: ignore[arg-type]

@@ -1,4 +1,6 @@
-"""Asking nodes and taking what comes, with a grid of our own; and what a client does before it uploads."""
+"""Asking nodes and taking what comes, with a grid of our own;
+and what a client does before it uploads.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ QUICK = Patience(first=2.0, rest=1.2, pull=0.3, pause=0.02)
 
 
 class Grid:
-    """Nodes that answer a request, or do not: node -> function(number of the request) -> reply or None."""
+    """Nodes that answer a request, or do not: node -> function(number of the request)
+    -> reply or None.
+    """
 
     def __init__(self, nodes: dict[int, Callable[[int], Any]]) -> None:
         self.nodes, self.sent, self.asked = nodes, dict[str, tuple[int, int]](), dict[int, int]()
@@ -64,9 +68,19 @@ def silent(_: int) -> None:
     return None
 
 
-def run(folder: Path, nodes: dict[int, Callable[[int], Any]], patience: Patience = QUICK) -> tuple[Any, Inbox, Grid]:
+def run(
+    folder: Path, nodes: dict[int, Callable[[int], Any]], patience: Patience = QUICK
+) -> tuple[Any, Inbox, Grid]:
     box, grid = Inbox(folder / "round", model=zoo()), Grid(nodes)
-    found = collect(grid, sorted(nodes), lambda node: node, box, lambda content: content, patience, lambda _: None)
+    found = collect(
+        grid,
+        sorted(nodes),
+        lambda node: node,
+        box,
+        lambda content: content,
+        patience,
+        lambda _: None,
+    )
     return found, box, grid
 
 
@@ -78,7 +92,9 @@ def test_the_table_of_faults(tmp_path: Path) -> None:
         11: good(1, "art"),
         12: good(2),
         13: lambda _: SimpleNamespace(has_error=lambda: False, content=((config, nan), "nan", 5)),
-        14: lambda _: SimpleNamespace(has_error=lambda: False, content=((config, short), "shape", 5)),
+        14: lambda _: SimpleNamespace(
+            has_error=lambda: False, content=((config, short), "shape", 5)
+        ),
         15: failed,
         16: silent,
         17: lambda _: SimpleNamespace(has_error=lambda: False, content="not even three things"),

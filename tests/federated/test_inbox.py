@@ -34,7 +34,10 @@ def merged_bytes(box: Inbox, out: Path, **options: Any) -> bytes:
 
 def test_every_form_of_an_upload_is_the_same_upload(tmp_path: Path) -> None:
     [folder] = uploads(tmp_path, 1)
-    config, weights = ((folder / name).read_bytes() for name in ("adapter_config.json", "adapter_model.safetensors"))
+    config, weights = (
+        (folder / name).read_bytes()
+        for name in ("adapter_config.json", "adapter_model.safetensors")
+    )
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("adapter_config.json", config)
@@ -64,7 +67,9 @@ def test_a_merge_is_the_mean_by_samples(tmp_path: Path) -> None:
         assert box.add(folder, folder.name, samples)
     found = dict(box.merge(method=sm.mean()).updates())
     for name, update in found.items():
-        wanted = sum(w * products(folder, 2.0)[name] for w, folder in zip((1 / 6, 1 / 2, 1 / 3), folders))
+        wanted = sum(
+            w * products(folder, 2.0)[name] for w, folder in zip((1 / 6, 1 / 2, 1 / 3), folders)
+        )
         assert torch.allclose(update.dense().double(), wanted, atol=1e-6)
     assert box.clients == {"client0": 100, "client1": 300, "client2": 200}
     assert box.missing(["client1", "client7"]) == ["client7"]
@@ -84,7 +89,9 @@ def test_a_merge_is_the_mean_by_samples(tmp_path: Path) -> None:
         ((6, 3, 2, 1), 0.5, (6, 3, 2, 1)),
     ],
 )
-def test_samples_are_capped(samples: tuple[int, ...], share: float, wanted: tuple[float, ...]) -> None:
+def test_samples_are_capped(
+    samples: tuple[int, ...], share: float, wanted: tuple[float, ...]
+) -> None:
     assert capped(samples, share) == pytest.approx(wanted)
 
 
@@ -98,7 +105,9 @@ def test_bytes_do_not_depend_on_the_order_of_arrival(tmp_path: Path) -> None:
         box.add(tmp_path / "nowhere", "late")
         config, state = pair(9)
         for _ in range(2):
-            outcome = box.add((config, {name: tensor * float("nan") for name, tensor in state.items()}), "bad")
+            outcome = box.add(
+                (config, {name: tensor * float("nan") for name, tensor in state.items()}), "bad"
+            )
             assert not outcome
             assert outcome.reason.startswith("the upload, adapter_model.safetensors: tensor")
         assert len(box.report.refused) == 2
@@ -112,7 +121,9 @@ def test_an_adapter_of_the_round_comes_back_as_it_was(tmp_path: Path) -> None:
     box = inbox(tmp_path)
     box.add(folder, "only", 17)
     box.merge(method=sm.mean()).save_pretrained(tmp_path / "out")
-    before, after = (products(path, scaling) for path, scaling in ((folder, 2.0), (tmp_path / "out", 1.0)))
+    before, after = (
+        products(path, scaling) for path, scaling in ((folder, 2.0), (tmp_path / "out", 1.0))
+    )
     assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
 
 
@@ -173,7 +184,9 @@ def test_a_long_adapter_is_left_out_of_the_merge(tmp_path: Path) -> None:
     assert "times the median" in str(box.report)
 
 
-@pytest.mark.filterwarnings("ignore::sapmerge.errors.SapmergeWarning")  # random adapters agree by chance
+@pytest.mark.filterwarnings(
+    "ignore::sapmerge.errors.SapmergeWarning"
+)  # random adapters agree by chance
 def test_anchors_and_a_model_merge_by_sap(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, batches = zoo(), [torch.arange(10).reshape(2, 5), torch.arange(5, 15).reshape(2, 5)]
@@ -200,7 +213,10 @@ def test_anchors_and_a_model_merge_by_sap(tmp_path: Path) -> None:
 def test_a_wrong_first_upload_does_not_spoil_the_round(tmp_path: Path) -> None:
     good = uploads(tmp_path, 2)
     config, state = pair(7)
-    wrong = {name: torch.zeros(t.shape[0] + 1, t.shape[1]) if "lora_B" in name else t for name, t in state.items()}
+    wrong = {
+        name: torch.zeros(t.shape[0] + 1, t.shape[1]) if "lora_B" in name else t
+        for name, t in state.items()
+    }
     box = inbox(tmp_path)
     outcome = box.add((config, wrong), "first")
     assert not outcome
@@ -219,8 +235,12 @@ def test_every_kind_of_module_passes(tmp_path: Path) -> None:
 def test_a_manifest_can_stand_for_the_model(tmp_path: Path) -> None:
     [folder] = uploads(tmp_path, 1)
     manifest = tmp_path / "manifest.json"
-    manifest.write_text(json.dumps({"q": [12, 12], "enc.q": {"shape": [12, 12]}, "layers.1.v": [12, 12]}))
-    for number, given in enumerate((manifest, folder, sm.Adapter.load(folder), json.loads(manifest.read_text()))):
+    manifest.write_text(
+        json.dumps({"q": [12, 12], "enc.q": {"shape": [12, 12]}, "layers.1.v": [12, 12]})
+    )
+    for number, given in enumerate(
+        (manifest, folder, sm.Adapter.load(folder), json.loads(manifest.read_text()))
+    ):
         box = Inbox(tmp_path / f"r{number}", manifest=given)
         assert set(box.contract.modules) == {"q", "enc.q", "layers.1.v"}
         assert box.add(folder, "a")
@@ -236,7 +256,9 @@ def test_a_manifest_can_stand_for_the_model(tmp_path: Path) -> None:
         ({"max_bytes": 2000}, "bytes; at most 2000"),
     ],
 )
-def test_what_the_contract_forbids_is_refused(tmp_path: Path, options: dict[str, Any], reason: str) -> None:
+def test_what_the_contract_forbids_is_refused(
+    tmp_path: Path, options: dict[str, Any], reason: str
+) -> None:
     [folder] = uploads(tmp_path, 1)
     box = inbox(tmp_path, **options)
     outcome = box.add(folder, "a")
@@ -249,11 +271,19 @@ def test_what_the_contract_forbids_is_refused(tmp_path: Path, options: dict[str,
 def test_only_plain_lora_is_taken(tmp_path: Path) -> None:
     config, tensors = pair(1, targets=("q",))
     box = inbox(tmp_path)
-    biases = {n.replace("lora_B.weight", "lora_B.bias"): t[:, 0] for n, t in tensors.items() if "lora_B" in n}
+    biases = {
+        n.replace("lora_B.weight", "lora_B.bias"): t[:, 0]
+        for n, t in tensors.items()
+        if "lora_B" in n
+    }
     outcome = box.add((config | {"lora_bias": True}, tensors | biases), "a")
     assert not outcome
     assert "q.bias' of the base" in outcome.reason
-    magnitudes = {n.replace("lora_B.weight", "lora_magnitude_vector"): t[:, 0] for n, t in tensors.items() if "_B" in n}
+    magnitudes = {
+        n.replace("lora_B.weight", "lora_magnitude_vector"): t[:, 0]
+        for n, t in tensors.items()
+        if "_B" in n
+    }
     outcome = box.add((config | {"use_dora": True}, tensors | magnitudes), "b")
     assert not outcome
     assert "plain LoRA only" in outcome.reason
@@ -270,7 +300,9 @@ def test_heads_are_taken_if_the_round_says_so(tmp_path: Path) -> None:
     merged = box.merge(method=sm.mean(), modules_to_save="mean")
     merged.save_pretrained(tmp_path / "out")
     before, after = (load_file(p / "adapter_model.safetensors") for p in (folder, tmp_path / "out"))
-    assert torch.equal(before["base_model.model.head.weight"], after["base_model.model.head.weight"])
+    assert torch.equal(
+        before["base_model.model.head.weight"], after["base_model.model.head.weight"]
+    )
 
 
 def test_a_round_is_opened_again_only_as_what_it_is(tmp_path: Path) -> None:
@@ -292,7 +324,9 @@ def test_a_round_is_opened_again_only_as_what_it_is(tmp_path: Path) -> None:
         Inbox(tmp_path / "round")
 
 
-@pytest.mark.parametrize("options", [{"quorum": 0}, {"max_rank": True}, {"max_share": 0.0}, {"max_norm_ratio": 0.5}])
+@pytest.mark.parametrize(
+    "options", [{"quorum": 0}, {"max_rank": True}, {"max_share": 0.0}, {"max_norm_ratio": 0.5}]
+)
 def test_a_contract_has_sane_numbers(tmp_path: Path, options: dict[str, Any]) -> None:
     with pytest.raises(sm.MethodError):
         inbox(tmp_path, **options)
@@ -315,7 +349,9 @@ def test_a_damaged_upload_is_named(tmp_path: Path) -> None:
 # Hostile uploads.
 
 
-def _hostile(chance: random.Random, config: dict[str, Any], state: dict[str, torch.Tensor]) -> tuple[object, str, Any]:
+def _hostile(
+    chance: random.Random, config: dict[str, Any], state: dict[str, torch.Tensor]
+) -> tuple[object, str, Any]:
     """(upload, client, samples), each with something wrong."""
     config, state = dict(config), dict(state)
     name = chance.choice(sorted(state))
@@ -337,24 +373,51 @@ def _hostile(chance: random.Random, config: dict[str, Any], state: dict[str, tor
     elif kind == 7:
         config["peft_type"] = chance.choice(["IA3", "PROMPT_TUNING", 7, None])
     elif kind == 8:
-        return (config, state), chance.choice(["", "..", "../x", "a/b", "x" * 65, ".hidden", "a\0b", "a\nb"]), 1
+        return (
+            (config, state),
+            chance.choice(["", "..", "../x", "a/b", "x" * 65, ".hidden", "a\0b", "a\nb"]),
+            1,
+        )
     elif kind == 9:
-        return (config, state), "c", chance.choice([0, -5, 10**13, 1.5, True, "7", None, float("nan")])
+        return (
+            (config, state),
+            "c",
+            chance.choice([0, -5, 10**13, 1.5, True, "7", None, float("nan")]),
+        )
     elif kind == 10:
         data = bytearray(save(state))
         for _ in range(chance.randrange(1, 20)):
             data[chance.randrange(200)] ^= 1 << chance.randrange(8)
-        return (json.dumps(config, default=sorted), bytes(data[: chance.randrange(len(data))])), "c", 1
+        return (
+            (json.dumps(config, default=sorted), bytes(data[: chance.randrange(len(data))])),
+            "c",
+            1,
+        )
     elif kind == 11:
         return (
-            chance.choice([None, 7, b"", b"PK\x03\x04" + bytes(40), (), (1, 2, 3), ("{", b""), "\0", {}, object()]),
+            chance.choice(
+                [
+                    None,
+                    7,
+                    b"",
+                    b"PK\x03\x04" + bytes(40),
+                    (),
+                    (1, 2, 3),
+                    ("{", b""),
+                    "\0",
+                    {},
+                    object(),
+                ]
+            ),
             "c",
             1,
         )
     elif kind == 12:
         config["base_model_name_or_path"] = "elsewhere/model"
     else:
-        state[name] = state[name].to(torch.complex64) if chance.random() < 0.5 else state[name].to_sparse()
+        state[name] = (
+            state[name].to(torch.complex64) if chance.random() < 0.5 else state[name].to_sparse()
+        )
     return (config, state), "c", 1
 
 
@@ -373,7 +436,10 @@ def test_200_hostile_uploads_and_none_gets_in(tmp_path: Path) -> None:
         assert str(tmp_path / "round") not in outcome.reason
     assert [*box.clients] == ["client0", "client1", "client2", "client3"]
     assert len(list((tmp_path / "round" / "kept").iterdir())) == 4
-    assert sorted(p.name for p in tmp_path.iterdir()) == [*(f"client{k}" for k in range(4)), "round"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        *(f"client{k}" for k in range(4)),
+        "round",
+    ]
     assert len(dict(box.merge(method=sm.mean()).updates())) == 3
     assert box.report.refused
 
@@ -394,7 +460,16 @@ def test_a_zip_bomb_is_refused(tmp_path: Path) -> None:
 def test_late_and_leaving_clients_move_the_running_state(tmp_path: Path) -> None:
     folders = uploads(tmp_path, 5)
     box = inbox(tmp_path)
-    steps = [("add", 0), ("add", 1), ("add", 2), ("remove", 1), ("add", 3), ("add", 4), ("remove", 0), ("add", 1)]
+    steps = [
+        ("add", 0),
+        ("add", 1),
+        ("add", 2),
+        ("remove", 1),
+        ("add", 3),
+        ("add", 4),
+        ("remove", 0),
+        ("add", 1),
+    ]
     for step, k in steps:
         if step == "add":
             box.add(folders[k], f"c{k}", 10 + k)
@@ -415,7 +490,9 @@ def test_late_and_leaving_clients_move_the_running_state(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
-def test_two_half_states_are_the_whole(tmp_path: Path, dtype: torch.dtype, tolerance: float) -> None:
+def test_two_half_states_are_the_whole(
+    tmp_path: Path, dtype: torch.dtype, tolerance: float
+) -> None:
     adapters = [sm.Adapter.load(folder) for folder in uploads(tmp_path, 6, targets=ALL)]
     whole, halves = MergeState(dtype), [MergeState(dtype), MergeState(dtype)]
     for k, adapter in enumerate(adapters):
@@ -424,13 +501,18 @@ def test_two_half_states_are_the_whole(tmp_path: Path, dtype: torch.dtype, toler
     both = halves[0].combined(halves[1])
     assert both.members == whole.members
     for name, update in whole.mean().items():
-        dense = sum((k + 1) / 21 * a.update(name).to(dtype=torch.float64).dense() for k, a in enumerate(adapters))
+        dense = sum(
+            (k + 1) / 21 * a.update(name).to(dtype=torch.float64).dense()
+            for k, a in enumerate(adapters)
+        )
         for found in (
             update,
             both.mean()[name],
             whole.plus(*_other(tmp_path)).without(_other(tmp_path)[0]).mean()[name],
         ):
-            assert torch.linalg.norm(found.dense().double() - dense) <= tolerance * torch.linalg.norm(dense)
+            assert torch.linalg.norm(
+                found.dense().double() - dense
+            ) <= tolerance * torch.linalg.norm(dense)
     with pytest.raises(sm.MethodError, match="in both"):
         whole.combined(halves[0])
     with pytest.raises(sm.MethodError, match="already"):
@@ -448,17 +530,35 @@ def _other(folder: Path) -> tuple[sm.Adapter, float]:
 # On the command line.
 
 
-def test_a_round_from_the_shell(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+def test_a_round_from_the_shell(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    small = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     text = {**small, "vocab_size": 64, "max_position_embeddings": 16, "eos_token_id": 2}
-    config = CLIPConfig(text_config=text, vision_config={**small, "image_size": 32, "patch_size": 16}, projection_dim=8)
+    config = CLIPConfig(
+        text_config=text,
+        vision_config={**small, "image_size": 32, "patch_size": 16},
+        projection_dim=8,
+    )
     config.architectures = ["CLIPModel"]
     config.save_pretrained("base")
     for k in range(2):
-        save_lora(Path(f"c{k}"), k, CLIPModel(config), targets=["q_proj"], base_model_name_or_path="some/clip")
+        save_lora(
+            Path(f"c{k}"),
+            k,
+            CLIPModel(config),
+            targets=["q_proj"],
+            base_model_name_or_path="some/clip",
+        )
     commands = [
-        "round new r --model base --base-model some/clip --modules q_proj --quorum 2 --max-share 0.9",
+        "round new r --model base --base-model some/clip --modules q_proj --quorum 2 --max-share "
+        "0.9",
         "round add r c0 --client art --samples 10",
         "round add r c1 --client sketch --samples 30",
         "round list r --expected art photo",

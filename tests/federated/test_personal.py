@@ -1,4 +1,6 @@
-"""FedIT's family and results for single clients: goldens, laws against dense updates, degenerate inputs."""
+"""FedIT's family and results for single clients:
+goldens, laws against dense updates, degenerate inputs.
+"""
 
 from __future__ import annotations
 
@@ -73,7 +75,9 @@ def test_hetlora() -> None:
 
 def test_ffa_is_the_mean_where_A_is_shared() -> None:
     layer = golden_layer("in", 4, SAMPLES)
-    shared = sm.Layer("q", tuple(sm.LowRank(u.B, layer.updates[0].A) for u in layer), weights=SAMPLES)  # type: ignore[union-attr]
+    shared = sm.Layer(
+        "q", tuple(sm.LowRank(u.B, layer.updates[0].A) for u in layer), weights=SAMPLES
+    )  # type: ignore[union-attr]
     found = fed.ffa()(shared)
     assert found.rank == 3
     assert torch.allclose(found.dense(), sm.mean()(shared).dense(), atol=1e-13)
@@ -92,7 +96,9 @@ def test_fedrpca_separates_what_is_common_from_single_entries() -> None:
     layer = sm.Layer("q", tuple(updates))
     low = fed.fedrpca(beta=0.0)(layer).dense()
     assert torch.linalg.norm(low - common) < 1e-3 * torch.linalg.norm(common)
-    assert torch.linalg.norm(fed.fedrpca()(layer).dense() - common) > 0.2 * torch.linalg.norm(common)
+    assert torch.linalg.norm(fed.fedrpca()(layer).dense() - common) > 0.2 * torch.linalg.norm(
+        common
+    )
 
 
 @quiet
@@ -106,7 +112,8 @@ def test_fedex_is_two_adapters_that_are_the_mean(tmp_path: Path) -> None:
     made.residual.save_pretrained(tmp_path / "residual")
     stored = [products(tmp_path / name, 1.0)["q"] for name in ("adapter", "residual")]
     assert torch.allclose(stored[0] + stored[1], LORA["mean"], atol=1e-5)
-    assert sm.Adapter.load(tmp_path / "residual").modules["q"].rank <= 8  # min(m, n), below (K + 1) r
+    # min(m, n), below (K + 1) r
+    assert sm.Adapter.load(tmp_path / "residual").modules["q"].rank <= 8
 
 
 def test_flex_gives_every_client_its_rank(tmp_path: Path) -> None:
@@ -127,7 +134,11 @@ N = (100, 300, 50, 80, 80, 400)
 
 def pilot_clients(count: int = 6) -> list[sm.Adapter]:
     return [
-        adapter({name: (PILOT[f"in.{k}.{name}.B"], PILOT[f"in.{k}.{name}.A"]) for name in "ab"}, f"c{k}", 3)
+        adapter(
+            {name: (PILOT[f"in.{k}.{name}.B"], PILOT[f"in.{k}.{name}.A"]) for name in "ab"},
+            f"c{k}",
+            3,
+        )
         for k in range(count)
     ]
 
@@ -166,13 +177,20 @@ def test_laws_of_neighbours(distance: Any) -> None:
     clients = pilot_clients()
     W = fed.neighbours(clients, 2, N, distance=distance)
     order = [3, 0, 5, 1, 4, 2]
-    permuted = fed.neighbours([clients[k] for k in order], 2, [N[k] for k in order], distance=distance)
+    permuted = fed.neighbours(
+        [clients[k] for k in order], 2, [N[k] for k in order], distance=distance
+    )
     assert torch.equal(permuted, W[order][:, order])
     torch.manual_seed(1)
     R = torch.randn(3, 3).double() + 3 * torch.eye(3).double()
     again = [
         adapter(
-            {n: (PILOT[f"in.{k}.{n}.B"] @ R, torch.linalg.solve(R, PILOT[f"in.{k}.{n}.A"])) for n in "ab"}, f"c{k}", 3
+            {
+                n: (PILOT[f"in.{k}.{n}.B"] @ R, torch.linalg.solve(R, PILOT[f"in.{k}.{n}.A"]))
+                for n in "ab"
+            },
+            f"c{k}",
+            3,
         )
         for k in range(6)
     ]
@@ -185,7 +203,9 @@ def test_what_neighbours_warns_of_and_refuses() -> None:
     clients = pilot_clients(3)
     long = adapter({n: (10 * PILOT[f"in.5.{n}.B"], PILOT[f"in.5.{n}.A"]) for n in "ab"}, "long", 3)
     zero = adapter({n: (0 * PILOT[f"in.5.{n}.B"], PILOT[f"in.5.{n}.A"]) for n in "ab"}, "zero", 3)
-    with pytest.warns(sm.SapmergeWarning, match="the nearest by euclidean distance are the shortest"):
+    with pytest.warns(
+        sm.SapmergeWarning, match="the nearest by euclidean distance are the shortest"
+    ):
         fed.neighbours([*clients, long])
     with pytest.warns(sm.SapmergeWarning, match="near to everybody"):
         fed.neighbours([*clients, zero])
@@ -199,7 +219,11 @@ def test_what_neighbours_warns_of_and_refuses() -> None:
 def test_cosine_does_not_see_norms() -> None:
     clients = pilot_clients(4)
     scaled = [
-        adapter({n: ((k + 1) * PILOT[f"in.{k}.{n}.B"], PILOT[f"in.{k}.{n}.A"]) for n in "ab"}, f"c{k}", 3)
+        adapter(
+            {n: ((k + 1) * PILOT[f"in.{k}.{n}.B"], PILOT[f"in.{k}.{n}.A"]) for n in "ab"},
+            f"c{k}",
+            3,
+        )
         for k in range(4)
     ]
     one, other = (fed.neighbours(some, 2, distance="cosine") for some in (clients, scaled))
@@ -230,11 +254,19 @@ def test_every_update_is_read_once_for_all_rows(tmp_path: Path, monkeypatch) -> 
     made = fed.personalize(clients, torch.full((4, 4), 0.25))
     reads: list[tuple[str, str]] = []
     real = sm.Adapter.update
-    monkeypatch.setattr(sm.Adapter, "update", lambda self, name: reads.append((self.digest, name)) or real(self, name))
+    monkeypatch.setattr(
+        sm.Adapter,
+        "update",
+        lambda self, name: reads.append((self.digest, name)) or real(self, name),
+    )
     made.save_pretrained(tmp_path / "out")
-    assert sorted(reads) == sorted((client.digest, name) for client in clients for name in client.modules)
+    assert sorted(reads) == sorted(
+        (client.digest, name) for client in clients for name in client.modules
+    )
     load(tmp_path / "out" / "client0")  # PEFT reads it
-    first, last = ((tmp_path / "out" / f"client{k}" / "adapter_model.safetensors").read_bytes() for k in (0, 3))
+    first, last = (
+        (tmp_path / "out" / f"client{k}" / "adapter_model.safetensors").read_bytes() for k in (0, 3)
+    )
     alone = sm.merge(clients, method=sm.mean(), weights=[0.25] * 4)
     alone.save_pretrained(tmp_path / "alone")
     assert first == last == (tmp_path / "alone" / "adapter_model.safetensors").read_bytes()
@@ -249,7 +281,9 @@ def test_a_method_can_be_personalised(tmp_path: Path) -> None:
         assert all(torch.equal(dense(made[name])[key], wanted[key]) for key in wanted)
 
 
-@pytest.mark.parametrize("W", [[[1.0, 0.0]], [[0.6, 0.6], [0.5, 0.5]], [[float("nan"), 1.0], [0.5, 0.5]]])
+@pytest.mark.parametrize(
+    "W", [[[1.0, 0.0]], [[0.6, 0.6], [0.5, 0.5]], [[float("nan"), 1.0], [0.5, 0.5]]]
+)
 def test_a_wrong_matrix_is_refused(W: list[list[float]]) -> None:
     with pytest.raises(sm.MethodError):
         fed.personalize(pilot_clients(2), W)
@@ -274,7 +308,9 @@ def test_one_mean_per_task() -> None:
     made = fed.by_task(pilot_clients(), ["t0", "t0", "t0", "t1", "t1", "t1"], N)
     for task in (0, 1):
         for name in "ab":
-            assert torch.allclose(dense(made[f"t{task}"])[name], PILOT[f"task{task}.{name}"], atol=1e-5)
+            assert torch.allclose(
+                dense(made[f"t{task}"])[name], PILOT[f"task{task}.{name}"], atol=1e-5
+            )
     with pytest.raises(sm.MethodError, match="as many tasks"):
         fed.by_task(pilot_clients(), ["t0"])
 
@@ -287,19 +323,26 @@ def connected(folder: Path, count: int) -> list[Path]:
 
 def test_pilot_takes_text_from_neighbours_and_the_connector_from_the_task(tmp_path: Path) -> None:
     folders = connected(tmp_path, 4)
-    W = torch.tensor([[0.5, 0, 0.5, 0], [0, 1, 0, 0], [0.25, 0.25, 0.25, 0.25], [0, 0.5, 0, 0.5]]).double()
+    W = torch.tensor(
+        [[0.5, 0, 0.5, 0], [0, 1, 0, 0], [0.25, 0.25, 0.25, 0.25], [0, 0.5, 0, 0.5]]
+    ).double()
     tasks, samples = ["x", "x", "y", "y"], [1, 3, 1, 1]
     made = fed.pilot(folders, tasks, W, samples, connector="layers.1.v")
     made.save_pretrained(tmp_path / "out")
     own = [products(folder, 2.0) for folder in folders]
-    heads = [load_file(folder / "adapter_model.safetensors")["base_model.model.narrow.weight"] for folder in folders]
+    heads = [
+        load_file(folder / "adapter_model.safetensors")["base_model.model.narrow.weight"]
+        for folder in folders
+    ]
     for k, task in enumerate(([0.25, 0.75, 0, 0],) * 2 + ([0, 0, 0.5, 0.5],) * 2):
         found = products(tmp_path / "out" / f"c{k}", 1.0)
         text = sum(float(W[k, i]) * own[i]["q"] for i in range(4))
         connector = sum(task[i] * own[i]["layers.1.v"] for i in range(4))
         assert torch.allclose(found["q"], text, atol=1e-5)
         assert torch.allclose(found["layers.1.v"], connector, atol=1e-5)
-        head = load_file(tmp_path / "out" / f"c{k}" / "adapter_model.safetensors")["base_model.model.narrow.weight"]
+        head = load_file(tmp_path / "out" / f"c{k}" / "adapter_model.safetensors")[
+            "base_model.model.narrow.weight"
+        ]
         assert torch.allclose(head, sum(task[i] * heads[i] for i in range(4)), atol=1e-6)
 
 

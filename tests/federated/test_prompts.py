@@ -29,9 +29,15 @@ SAMPLES = [100, 300, 50]
 def checkpoint(kind: str, k: int) -> Any:
     tensor = GOLDEN[f"in.{kind}.{k}"]
     if kind == "ctx":
-        return {"ctx": tensor, "token_prefix": torch.randn(7, 1, 16), "token_suffix": torch.randn(7, 70, 16)}
+        return {
+            "ctx": tensor,
+            "token_prefix": torch.randn(7, 1, 16),
+            "token_suffix": torch.randn(7, 70, 16),
+        }
     peft_type = "PREFIX_TUNING" if kind == "prefix" else "PROMPT_TUNING"
-    return {"peft_type": peft_type, "num_virtual_tokens": 5, "token_dim": 32}, {"prompt_embeddings": tensor}
+    return {"peft_type": peft_type, "num_virtual_tokens": 5, "token_dim": 32}, {
+        "prompt_embeddings": tensor
+    }
 
 
 @pytest.mark.parametrize("kind", ["prompt", "prefix", "ctx"])
@@ -48,7 +54,9 @@ def test_goldens(kind: str, weighted: bool) -> None:
     )
     assert torch.equal(*(next(iter(p.tensors.values())) for p in (one, two)))
     thrice = average_prompts([checkpoint(kind, k) for k in range(3)], [7.0 * n for n in SAMPLES])
-    assert torch.allclose(next(iter(thrice.tensors.values())), next(iter(one.tensors.values())), atol=1e-7)
+    assert torch.allclose(
+        next(iter(thrice.tensors.values())), next(iter(one.tensors.values())), atol=1e-7
+    )
 
 
 def tiny() -> LlamaForCausalLM:
@@ -67,7 +75,9 @@ def tiny() -> LlamaForCausalLM:
 
 KINDS = {
     "prompt": lambda: PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=5),
-    "p": lambda: PromptEncoderConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=5, encoder_hidden_size=16),
+    "p": lambda: PromptEncoderConfig(
+        task_type=TaskType.CAUSAL_LM, num_virtual_tokens=5, encoder_hidden_size=16
+    ),
     "prefix": lambda: PrefixTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=5),
 }
 
@@ -80,7 +90,9 @@ def test_peft_reads_the_mean(kind: str, tmp_path: Path) -> None:
         torch.manual_seed(k)
         model = get_peft_model(tiny(), KINDS[kind]())
         model.save_pretrained(tmp_path / f"c{k}")
-        prompts.append(load_file(tmp_path / f"c{k}" / "adapter_model.safetensors")["prompt_embeddings"])
+        prompts.append(
+            load_file(tmp_path / f"c{k}" / "adapter_model.safetensors")["prompt_embeddings"]
+        )
     made = average_prompts([tmp_path / f"c{k}" for k in range(3)], SAMPLES)
     made.save_pretrained(tmp_path / "mean")
     wanted = sum(n / 450 * prompt.double() for n, prompt in zip(SAMPLES, prompts)).float()
@@ -119,10 +131,22 @@ def changed(config: dict[str, Any] | None = None, **tensors: Tensor) -> Any:
     ("other", "error", "match"),
     [
         (changed({"peft_type": "P_TUNING"}), sm.IncompatibleAdaptersError, "differ in peft_type"),
-        (changed({"num_virtual_tokens": 6}), sm.IncompatibleAdaptersError, "differ in num_virtual_tokens"),
-        (changed({"base_model_name_or_path": "x"}), sm.IncompatibleAdaptersError, "differ in base_model"),
+        (
+            changed({"num_virtual_tokens": 6}),
+            sm.IncompatibleAdaptersError,
+            "differ in num_virtual_tokens",
+        ),
+        (
+            changed({"base_model_name_or_path": "x"}),
+            sm.IncompatibleAdaptersError,
+            "differ in base_model",
+        ),
         (changed(prompt_embeddings=torch.zeros(4, 32)), sm.IncompatibleAdaptersError, r"\(4, 32\)"),
-        (changed(prompt_embeddings=torch.full((5, 32), float("nan"))), sm.NonFiniteError, "prompt_embeddings"),
+        (
+            changed(prompt_embeddings=torch.full((5, 32), float("nan"))),
+            sm.NonFiniteError,
+            "prompt_embeddings",
+        ),
         (changed(surprise=torch.zeros(1)), sm.AdapterFormatError, "'surprise' has no place"),
         (changed({"peft_type": "LORA"}), sm.AdapterConfigError, "is no prompt"),
         (changed({"peft_type": "MULTITASK_PROMPT_TUNING"}), sm.AdapterConfigError, "multitask"),

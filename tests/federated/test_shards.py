@@ -1,4 +1,6 @@
-"""Scoring by shards: the same bytes as one process, no model in the end, and what is missing is said."""
+"""Scoring by shards: the same bytes as one process, no model in the end,
+and what is missing is said.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ import sapmerge as sm
 from sapmerge import federated as fed
 from tests.federated.helpers import uploads, zoo
 
-pytestmark = pytest.mark.filterwarnings("ignore::sapmerge.errors.SapmergeWarning")  # random adapters
+# random adapters
+pytestmark = pytest.mark.filterwarnings("ignore::sapmerge.errors.SapmergeWarning")
 
 
 class Counted:
@@ -51,9 +54,13 @@ def test_shards_and_one_process_make_the_same_bytes(name: str, tmp_path: Path) -
     cache, passes = tmp_path / "cache", []
     for number in (2, 0, 1):
         Counted.passes = 0
-        complete = fed.score(folders, BATCHES, zoo(), method, cache=cache, shard=(number, 3), loss=loss)
+        complete = fed.score(
+            folders, BATCHES, zoo(), method, cache=cache, shard=(number, 3), loss=loss
+        )
         passes.append(Counted.passes)
-        assert complete == (number == 1), "the last one finds the others' results, and does what needs all"
+        assert complete == (number == 1), (
+            "the last one finds the others' results, and does what needs all"
+        )
     assert min(passes) > 0
     assert sum(passes) <= alone, "nothing runs twice"
     Counted.passes = 0
@@ -77,7 +84,8 @@ def test_what_the_cache_lacks_is_said(tmp_path: Path) -> None:
     with pytest.raises(sm.AnchorError, match="the cache lacks gradients at adapter 'client"):
         merged(folders, tmp_path / "out", sm.sap_original(), cache=cache, cache_only=True)
     fed.score(folders, BATCHES, zoo(), sm.sap_original(), cache=cache, loss=loss)
-    with pytest.raises(sm.AnchorError, match="the cache lacks"):  # other adapters beside them change nothing of these
+    # other adapters beside them change nothing of these
+    with pytest.raises(sm.AnchorError, match="the cache lacks"):
         merged(
             [*folders, uploads(tmp_path / "more", 4)[3]],
             tmp_path / "out",

@@ -1,7 +1,8 @@
-"""Drives one target: `python -m tests.fuzz.drive config --seconds 600`, under atheris where it is installed.
+"""Drives one target: `python -m tests.fuzz.drive config --seconds 600`,
+under atheris where it is installed.
 
-The plain driver needs nothing: it mutates a pool that starts with a good input and keeps what was accepted or was
-refused with words not seen before.
+The plain driver needs nothing: it mutates a pool that starts with a good input and keeps what was
+accepted or was refused with words not seen before.
 """
 
 from __future__ import annotations
@@ -20,11 +21,15 @@ from typing import Any
 from .mutators import mutate
 from .targets import TARGETS, seed
 
-FINDINGS = Path(os.environ.get("FUZZ_FINDINGS") or Path(tempfile.gettempdir()) / "sapmerge-fuzz-findings")
+FINDINGS = Path(
+    os.environ.get("FUZZ_FINDINGS") or Path(tempfile.gettempdir()) / "sapmerge-fuzz-findings"
+)
 
 
 def run(target: str, seconds: float, start: int = 0) -> int:
-    """Mutate and try for so long; returns the number of executions, and raises at a finding, which is kept."""
+    """Mutate and try for so long; returns the number of executions, and raises at a finding,
+    which is kept.
+    """
     rng, function, pool = random.Random(start), TARGETS[target], [seed(target)]
     seen: set[str] = set()
     count, end = 0, time.monotonic() + seconds
@@ -91,12 +96,20 @@ def guided(target: str, seconds: int) -> None:
 
     def custom(data: bytes, most: int, number: int) -> bytes:
         rng = random.Random(number)
-        return instrumented_mutate(target, data if data and rng.random() < 0.8 else seed(target), rng)[:most]
+        return instrumented_mutate(
+            target, data if data and rng.random() < 0.8 else seed(target), rng
+        )[:most]
 
     corpus = Path(tempfile.mkdtemp(prefix=f"fuzz-{target}-"))
     (corpus / "seed").write_bytes(seed(target))
     FINDINGS.mkdir(parents=True, exist_ok=True)
-    limits = ["-max_len=65536", "-len_control=0", "-reduce_inputs=0", "-timeout=10", "-rss_limit_mb=4096"]
+    limits = [
+        "-max_len=65536",
+        "-len_control=0",
+        "-reduce_inputs=0",
+        "-timeout=10",
+        "-rss_limit_mb=4096",
+    ]
     shown = ["-verbosity=0", "-print_final_stats=1", f"-artifact_prefix={FINDINGS}/{target}-"]
     options = [sys.argv[0], f"-max_total_time={seconds}", *limits, *shown, str(corpus)]
     atheris.Setup(options, instrumented[target], custom_mutator=custom)
@@ -106,7 +119,9 @@ def guided(target: str, seconds: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("target", choices=[*TARGETS, "replay"])
-    parser.add_argument("file", nargs="*", type=Path, help="with replay: findings, called TARGET-...")
+    parser.add_argument(
+        "file", nargs="*", type=Path, help="with replay: findings, called TARGET-..."
+    )
     parser.add_argument("--seconds", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plain", action="store_true", help="without atheris")
@@ -122,7 +137,10 @@ def main() -> None:
         except ImportError:
             print("atheris is not installed (extra `fuzz`): the plain driver it is")
     if found is None:
-        print(f"{options.target}: {run(options.target, options.seconds, options.seed)} executions, no finding")
+        print(
+            f"{options.target}: {run(options.target, options.seconds, options.seed)} executions, "
+            "no finding"
+        )
     else:
         guided(options.target, options.seconds)
 

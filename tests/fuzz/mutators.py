@@ -139,11 +139,17 @@ def _value(rng: random.Random, old: Any = None, depth: int = 0) -> Any:
     if kind == 3:
         return {rng.choice(PATTERNS + WORDS): rng.choice(NUMBERS) for _ in range(rng.randrange(4))}
     if kind == 4 and depth < 40:
-        return [_value(rng, old, depth + 1)] if rng.random() < 0.5 else {"a": _value(rng, old, depth + 1)}
+        return (
+            [_value(rng, old, depth + 1)]
+            if rng.random() < 0.5
+            else {"a": _value(rng, old, depth + 1)}
+        )
     if kind == 5 and isinstance(old, int | float) and abs(old) < 1e100:
         return old * rng.choice((-1, 0, 2, 0.5, 1000, 1e30)) + rng.choice((0, 1, -1))
     if kind == 6 and isinstance(old, list):
-        return rng.sample(old, rng.randrange(len(old) + 1)) + rng.choice(([], [rng.choice(WORDS)], old))
+        return rng.sample(old, rng.randrange(len(old) + 1)) + rng.choice(
+            ([], [rng.choice(WORDS)], old)
+        )
     if kind == 7 and isinstance(old, str):
         at = rng.randrange(len(old) + 1)
         return old[:at] + rng.choice(WORDS + PATTERNS) + old[at + rng.randrange(3) :]
@@ -161,11 +167,16 @@ def _config_table(table: Any, rng: random.Random) -> None:
         table[key] = _value(rng, table[key])
     elif kind == 2:
         table[rng.choice(("rank_pattern", "alpha_pattern"))] = {
-            rng.choice(PATTERNS + WORDS): rng.choice((4, 4, 8, 0.5, -1, 2)) for _ in range(rng.randrange(5))
+            rng.choice(PATTERNS + WORDS): rng.choice((4, 4, 8, 0.5, -1, 2))
+            for _ in range(rng.randrange(5))
         }
     elif kind == 3:
         table["target_modules"] = rng.choice(
-            [rng.choice(PATTERNS), rng.choice(PATTERNS) + rng.choice(PATTERNS), rng.sample(WORDS, 3)]
+            [
+                rng.choice(PATTERNS),
+                rng.choice(PATTERNS) + rng.choice(PATTERNS),
+                rng.sample(WORDS, 3),
+            ]
         )
     else:
         key = rng.choice(KEYS)
@@ -178,7 +189,9 @@ def _config(data: bytes, rng: random.Random) -> bytes:
         _config_table(table, rng)
     except (ValueError, RecursionError):
         return _raw(data, rng)
-    return json.dumps(table, allow_nan=True, ensure_ascii=rng.random() < 0.7).encode("utf-8", "surrogatepass")
+    return json.dumps(table, allow_nan=True, ensure_ascii=rng.random() < 0.7).encode(
+        "utf-8", "surrogatepass"
+    )
 
 
 def _name(old: str, rng: random.Random) -> str:
@@ -220,7 +233,9 @@ def _header(data: bytes, rng: random.Random) -> bytes:
         entry = table[name]
         kind = rng.randrange(9)
         if kind == 0:
-            table = {(_name(own, rng) if own == name else own): value for own, value in table.items()}
+            table = {
+                (_name(own, rng) if own == name else own): value for own, value in table.items()
+            }
         elif kind == 1:
             entry["dtype"] = rng.choice([*TYPES, "F128", "f32", "", 3])
         elif kind == 2:
@@ -230,18 +245,32 @@ def _header(data: bytes, rng: random.Random) -> bytes:
                 value + rng.choice((0, 1, -1, 4, 64, -64, 2**63)) for value in entry["data_offsets"]
             ]
         elif kind == 4:
-            table["__metadata__"] = rng.choice(({}, {"format": "pt"}, {"a": 1}, {"a": "é" * 9}, [], {"a": {}}))
+            table["__metadata__"] = rng.choice(
+                ({}, {"format": "pt"}, {"a": 1}, {"a": "é" * 9}, [], {"a": {}})
+            )
         elif kind == 5:
             other = rng.choice(names)
             table[name], table[other] = table[other], table[name]
         elif kind == 6:
             del table[name]
         elif kind == 7:
-            entry[rng.choice(("strides", "dtype", "shape"))] = rng.choice((None, [], {}, "F32", [1, 2], 0))
-        text = json.dumps(table, separators=rng.choice(((",", ":"), (", ", ": "), (" ,\n", "\t: "))))
+            entry[rng.choice(("strides", "dtype", "shape"))] = rng.choice(
+                (None, [], {}, "F32", [1, 2], 0)
+            )
+        text = json.dumps(
+            table, separators=rng.choice(((",", ":"), (", ", ": "), (" ,\n", "\t: ")))
+        )
         if kind == 8:  # the same name twice, which no table can hold
             text = text[:-1] + "," + json.dumps({rng.choice((name, _name(name, rng))): entry})[1:]
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError, OverflowError):
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        IndexError,
+        AttributeError,
+        RecursionError,
+        OverflowError,
+    ):
         return _raw(data, rng)
     return (text + " " * rng.choice((0, 0, 1, 8))).encode("utf-8", "surrogatepass")
 
@@ -266,7 +295,11 @@ def _keys(data: bytes, rng: random.Random) -> bytes:
                 listed.append([_name(listed[at][0], rng), "F32", listed[at][2]])
             else:  # a whole module under another name
                 old, new = listed[at][0].split(".")[-3], rng.choice(WORDS)
-                listed += [[name.replace(old, new), dtype, shape] for name, dtype, shape in listed if old in name]
+                listed += [
+                    [name.replace(old, new), dtype, shape]
+                    for name, dtype, shape in listed
+                    if old in name
+                ]
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
         return _raw(data, rng)
     return json.dumps([table, listed]).encode()
@@ -287,7 +320,14 @@ def _folder(data: bytes, rng: random.Random) -> bytes:
     if kind == 2 and len(body) >= 4:
         at = rng.randrange(len(body) // 4) * 4
         number = rng.choice(
-            (b"\0\0\xc0\x7f", b"\0\0\x80\x7f", b"\xff\xff\x7f\x7f", b"\1\0\0\0", bytes(4), b"\0\0\x80\xff")
+            (
+                b"\0\0\xc0\x7f",
+                b"\0\0\x80\x7f",
+                b"\xff\xff\x7f\x7f",
+                b"\1\0\0\0",
+                bytes(4),
+                b"\0\0\x80\xff",
+            )
         )
         return config + SPLIT + weights[: 8 + length] + body[:at] + number + body[at + 4 :]
     return config + SPLIT + _raw(weights, rng)

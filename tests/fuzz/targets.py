@@ -1,6 +1,8 @@
-"""What is fuzzed: four functions of bytes. Each returns quietly, or raises because a promise was broken.
+"""What is fuzzed: four functions of bytes. Each returns quietly,
+or raises because a promise was broken.
 
-A `SapmergeError` is no finding; any other exception, a message that is no fit, and a wrong result are.
+A `SapmergeError` is no finding; any other exception, a message that is no fit,
+and a wrong result are.
 """
 
 from __future__ import annotations
@@ -28,8 +30,12 @@ from tests.corpus import oracle
 from tests.corpus.build import CONFIG, WEIGHTS, good_config, good_tensors
 
 SPLIT = b"\0\0SPLIT\0\0"
-_folder = Path(tempfile.mkdtemp(prefix="fuzz-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
-_held = HeldWeights({name: torch.ones(tensor.shape) for name, tensor in good_tensors().items()}, "weights")
+_folder = Path(
+    tempfile.mkdtemp(prefix="fuzz-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
+)
+_held = HeldWeights(
+    {name: torch.ones(tensor.shape) for name, tensor in good_tensors().items()}, "weights"
+)
 
 
 class Broken(AssertionError):
@@ -65,11 +71,15 @@ def config(data: bytes) -> None:
         contents = sort_contents(_held, settings(table, "config"), table, "config", DEFAULT_LIMITS)
         for module in contents.modules.values():
             rank = oracle.by_pattern(_table(table, "rank_pattern"), module.spelled, table["r"])
-            alpha = oracle.by_pattern(_table(table, "alpha_pattern"), module.spelled, table["lora_alpha"])
+            alpha = oracle.by_pattern(
+                _table(table, "alpha_pattern"), module.spelled, table["lora_alpha"]
+            )
             if rank != module.rank or abs(
                 module.scaling - alpha / (rank**0.5 if table.get("use_rslora") else rank)
             ) > 1e-12 * abs(module.scaling):
-                raise Broken(f"{module.spelled} has scaling {module.scaling}, alpha {alpha}, rank {rank}")
+                raise Broken(
+                    f"{module.spelled} has scaling {module.scaling}, alpha {alpha}, rank {rank}"
+                )
 
     quiet(work)
 
@@ -80,7 +90,9 @@ def _table(config: Mapping[str, object], key: str) -> Mapping[str, object]:
 
 
 def header(data: bytes) -> None:
-    """The text of a header, with zeros for the tensors. What is accepted, safetensors accepts, and sees the same."""
+    """The text of a header, with zeros for the tensors.
+    What is accepted, safetensors accepts, and sees the same.
+    """
     path = _folder / "header"
     size = 4096 if len(data) % 3 else 2304
     content = len(data).to_bytes(8, "little") + data + bytes(size)
@@ -90,7 +102,10 @@ def header(data: bytes) -> None:
     def work() -> None:
         with RegularFile(str(path), "weights") as file:
             seen.update(
-                {name: entry.shape for name, entry in open_weights(file, str(path), DEFAULT_LIMITS).entries.items()}
+                {
+                    name: entry.shape
+                    for name, entry in open_weights(file, str(path), DEFAULT_LIMITS).entries.items()
+                }
             )
 
     if quiet(work):
@@ -110,20 +125,26 @@ class _Headers:
 
 
 def keys(data: bytes) -> None:
-    """[[name, dtype, shape], ...] and a config. Accepted: every tensor is used, and no tensor twice."""
+    """[[name, dtype, shape], ...] and a config. Accepted:
+    every tensor is used, and no tensor twice.
+    """
     try:
         table, listed = json.loads(data)
         entries = {name: Entry(DTYPES[dtype], tuple(shape), 0, 0) for name, dtype, shape in listed}
     except (ValueError, TypeError, KeyError, RecursionError):
         return
-    if not all(isinstance(size, int) and size >= 0 for entry in entries.values() for size in entry.shape):
+    if not all(
+        isinstance(size, int) and size >= 0 for entry in entries.values() for size in entry.shape
+    ):
         return
     if not all(isinstance(name, str) for name in entries):
         return
 
     def work() -> None:
         config = parse(json.dumps(table).encode(), "config", DEFAULT_LIMITS)
-        contents = sort_contents(_Headers(entries), settings(config, "config"), config, "config", DEFAULT_LIMITS)  # type: ignore[arg-type]
+        contents = sort_contents(
+            _Headers(entries), settings(config, "config"), config, "config", DEFAULT_LIMITS
+        )  # type: ignore[arg-type]
         used = [name for names in contents.tensors.values() for name in names]
         if sorted(used) != sorted(entries):
             raise Broken(f"used {sorted(used)} of {sorted(entries)}")
@@ -146,13 +167,21 @@ def folder(data: bytes) -> None:
             update = adapter.update(name)
             got = (update.B.double() @ update.A.double()).numpy()
             size = float(np.linalg.norm(wanted[module.spelled]))
-            if not np.isfinite(got).all() or np.linalg.norm(got - wanted[module.spelled]) > 1e-5 * size + 1e-37:
+            if (
+                not np.isfinite(got).all()
+                or np.linalg.norm(got - wanted[module.spelled]) > 1e-5 * size + 1e-37
+            ):
                 raise Broken(f"the update of {name} is wrong")
 
     quiet(work)
 
 
-TARGETS: Mapping[str, Callable[[bytes], None]] = {"config": config, "header": header, "keys": keys, "folder": folder}
+TARGETS: Mapping[str, Callable[[bytes], None]] = {
+    "config": config,
+    "header": header,
+    "keys": keys,
+    "folder": folder,
+}
 
 
 def seed(target: str) -> bytes:

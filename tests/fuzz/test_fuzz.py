@@ -28,7 +28,9 @@ def test_mutation_is_reproducible(target: str) -> None:
 
 
 def test_a_broken_promise_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The targets can fail: a reader that gives a wrong scaling, and one that raises the wrong error."""
+    """The targets can fail: a reader that gives a wrong scaling,
+    and one that raises the wrong error.
+    """
     from tests.corpus import oracle
 
     from . import targets

@@ -1,7 +1,9 @@
-"""Small real adapters of every kind, and an oracle that knows nothing of sapmerge: what PEFT makes of the base.
+"""Small real adapters of every kind, and an oracle that knows nothing of sapmerge:
+what PEFT makes of the base.
 
-For any kind of adapter k, delta_k = state_dict(merge_and_unload(base + k)) - state_dict(base), and a merge by `mean` is
-base + sum_k w_k delta_k / sum_k w_k: B A, biases, token rows, magnitudes and experts alike.
+For any kind of adapter k, delta_k = state_dict(merge_and_unload(base + k)) - state_dict(base), and
+a merge by `mean` is base + sum_k w_k delta_k / sum_k w_k:
+B A, biases, token rows, magnitudes and experts alike.
 """
 
 from __future__ import annotations
@@ -50,14 +52,19 @@ def gpt2() -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=16))
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=16)
+    )
 
 
 def bert() -> nn.Module:
     from transformers import BertConfig, BertForSequenceClassification
 
     torch.manual_seed(0)
-    small = {key: SMALL[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")}
+    small = {
+        key: SMALL[key]
+        for key in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
+    }
     return BertForSequenceClassification(BertConfig(**small, num_hidden_layers=2, num_labels=3))
 
 
@@ -65,7 +72,12 @@ def qwen_moe(**more: Any) -> nn.Module:
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     torch.manual_seed(0)
-    sizes = {"moe_intermediate_size": 20, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 8} | more
+    sizes = {
+        "moe_intermediate_size": 20,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "head_dim": 8,
+    } | more
     return Qwen3MoeForCausalLM(Qwen3MoeConfig(**SMALL, **sizes))
 
 
@@ -87,7 +99,9 @@ def gpt_oss() -> nn.Module:
 
     torch.manual_seed(0)
     sizes = {"num_local_experts": 3, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 8}
-    return GptOssForCausalLM(GptOssConfig(**SMALL, **sizes, layer_types=["full_attention", "sliding_attention"]))
+    return GptOssForCausalLM(
+        GptOssConfig(**SMALL, **sizes, layer_types=["full_attention", "sliding_attention"])
+    )
 
 
 class _Block(nn.Module):
@@ -96,7 +110,9 @@ class _Block(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
-        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(x, x, x, need_weights=False)[0]
@@ -140,9 +156,16 @@ def mixed() -> nn.Module:
 
 
 def train(
-    folder: Path, make: Make, seed: int, spread: float = 0.1, config: type[Any] = LoraConfig, **settings: Any
+    folder: Path,
+    make: Make,
+    seed: int,
+    spread: float = 0.1,
+    config: type[Any] = LoraConfig,
+    **settings: Any,
 ) -> Path:
-    """A folder saved by PEFT; every trainable parameter moved away from its start, as training does."""
+    """A folder saved by PEFT; every trainable parameter moved away from its start,
+    as training does.
+    """
     if config is LoraConfig:
         settings.setdefault("init_lora_weights", False)
     with warnings.catch_warnings():
@@ -170,7 +193,10 @@ def edit(
     held = load_file(path / "adapter_model.safetensors")
     (out / "adapter_config.json").write_text(json.dumps(config(settings) if config else settings))
     changed = tensors(held) if tensors else held
-    save_file({name: value.contiguous() for name, value in changed.items()}, out / "adapter_model.safetensors")
+    save_file(
+        {name: value.contiguous() for name, value in changed.items()},
+        out / "adapter_model.safetensors",
+    )
     return out
 
 
@@ -203,13 +229,19 @@ def target(
     }
 
 
-def compare(make: Make, got: Mapping[str, Tensor], wanted: Mapping[str, Tensor], tolerance: float = 1e-5) -> None:
-    """Every delta is right, relative to its own size; what must not move does not; and something moves."""
+def compare(
+    make: Make, got: Mapping[str, Tensor], wanted: Mapping[str, Tensor], tolerance: float = 1e-5
+) -> None:
+    """Every delta is right, relative to its own size; what must not move does not;
+    and something moves.
+    """
     base, moved = state(make()), 0
     for key, value in wanted.items():
         size, error = float((value - base[key]).norm()), float((got[key] - value).norm())
         moved += size > 1e-9
-        assert error <= tolerance * max(size, 0.05), f"{key} is off by {error / max(size, 1e-9):.1e}"
+        assert error <= tolerance * max(size, 0.05), (
+            f"{key} is off by {error / max(size, 1e-9):.1e}"
+        )
     assert moved
 
 
@@ -232,7 +264,9 @@ def check_sinks(
     live: bool = True,
     **settings: Any,
 ) -> sm.Merged:
-    """A mean (or sum) applied to the base, saved and loaded by PEFT, and added to a live model, against the oracle."""
+    """A mean (or sum) applied to the base, saved and loaded by PEFT, and added to a live model,
+    against the oracle.
+    """
     wanted = target(make, paths, weights, total)
     done = merged(paths, sm.task_arithmetic() if total else sm.mean(), weights=weights, **settings)
     with warnings.catch_warnings():

@@ -1,4 +1,6 @@
-"""Gradients and losses at base + adapter, for kinds that no forward hook shows, against autograd on the weights."""
+"""Gradients and losses at base + adapter, for kinds that no forward hook shows,
+against autograd on the weights.
+"""
 
 from __future__ import annotations
 
@@ -39,9 +41,14 @@ UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
 CASES: dict[str, Any] = {
     "attention": (h.tower, {"target_modules": ["attn", "mlp.0"]}, _images, _square),
     "experts": (h.qwen_moe, {"target_modules": QV, "target_parameters": [UP, DOWN]}, _tokens, _own),
-    "transposed experts": (h.gpt_oss, {"target_modules": QV, "target_parameters": [UP]}, _tokens, _own),
+    "transposed experts": (
+        h.gpt_oss,
+        {"target_modules": QV, "target_parameters": [UP]},
+        _tokens,
+        _own,
+    ),
     "dora": (h.llama, {"target_modules": QV, "use_dora": True}, _tokens, _own),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -51,9 +58,16 @@ def test_gradients_at_base_and_adapter(case: str, tmp_path: Path) -> None:
     [adapter] = with_base([sm.Adapter.load(path)], model)
     loader = batches()
     anchors = Anchors(
-        model, loader, adapter.modules, [("a", lambda: {n: adapter.update(n) for n in adapter.modules})], loss
+        model,
+        loader,
+        adapter.modules,
+        [("a", lambda: {n: adapter.update(n) for n in adapter.modules})],
+        loss,
     )
-    found = {name: torch.zeros(module.shape, dtype=torch.float64) for name, module in adapter.modules.items()}
+    found = {
+        name: torch.zeros(module.shape, dtype=torch.float64)
+        for name, module in adapter.modules.items()
+    }
     before = h.state(model)
 
     def sink(name: str) -> Any:
@@ -65,7 +79,9 @@ def test_gradients_at_base_and_adapter(case: str, tmp_path: Path) -> None:
     count = anchors.backward(0, {name: sink(name) for name in adapter.modules})
     # The same by autograd, on a model into which PEFT has merged the adapter.
     other: Any = make()
-    other.load_state_dict({key: value.float() for key, value in h.unloaded(make, path).items()}, strict=False)
+    other.load_state_dict(
+        {key: value.float() for key, value in h.unloaded(make, path).items()}, strict=False
+    )
     other.eval()
     total = sum(loss(other, batch) * 3 for batch in loader)
     total.backward()
@@ -80,11 +96,14 @@ def test_gradients_at_base_and_adapter(case: str, tmp_path: Path) -> None:
     assert anchors.loss_at(0) == pytest.approx(float(total) / count, rel=1e-4)
     after = h.state(model)
     assert all(torch.equal(before[key], after[key]) for key in before)
-    assert not any(isinstance(value, Tensor) for module in model.modules() for value in vars(module).values())
+    assert not any(
+        isinstance(value, Tensor) for module in model.modules() for value in vars(module).values()
+    )
 
 
 @pytest.mark.parametrize(
-    "method", [sm.sap(), sm.Chain(sm.Prune(sm.Taylor(), sm.TopFraction(0.5), units=sm.Entries()), sm.Mean())]
+    "method",
+    [sm.sap(), sm.Chain(sm.Prune(sm.Taylor(), sm.TopFraction(0.5), units=sm.Entries()), sm.Mean())],
 )
 @pytest.mark.parametrize("case", ["attention", "experts"])
 def test_methods_that_read_gradients(case: str, method: Any, tmp_path: Path) -> None:
@@ -101,4 +120,6 @@ def test_inputs_of_experts_cannot_be_seen(tmp_path: Path) -> None:
     make, settings, batches, loss = CASES["experts"]
     paths = [train(tmp_path, make, k, r=2, **settings) for k in (1, 2)]
     with pytest.raises(sm.AnchorError, match="cannot be seen"):
-        merged(paths, sm.regmean(), anchor_loader=batches(), model=make(), loss=loss).save_pretrained(tmp_path / "out")
+        merged(
+            paths, sm.regmean(), anchor_loader=batches(), model=make(), loss=loss
+        ).save_pretrained(tmp_path / "out")

@@ -15,14 +15,21 @@ EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 @pytest.mark.parametrize("make", [h.tower, h.wide_tower])
 def test_multihead_attention(make: h.Make, tmp_path: Path) -> None:
-    paths = [train(tmp_path, make, k, r=2 * k, lora_alpha=8, target_modules=["attn", "mlp.0"]) for k in (1, 2, 3)]
+    paths = [
+        train(tmp_path, make, k, r=2 * k, lora_alpha=8, target_modules=["attn", "mlp.0"])
+        for k in (1, 2, 3)
+    ]
     check_sinks(make, paths, tmp_path, weights=[1.0, 2.0, 0.5])
 
 
 def test_peft_applies_the_update_of_out_proj_twice(tmp_path: Path) -> None:
     # If this fails, PEFT was mended: TWICE depends on its version then.
     path = train(tmp_path, h.tower, 1, r=4, lora_alpha=8, target_modules=["attn"])
-    held, base, found = h.load_file(path / "adapter_model.safetensors"), h.state(h.tower()), h.unloaded(h.tower, path)
+    held, base, found = (
+        h.load_file(path / "adapter_model.safetensors"),
+        h.state(h.tower()),
+        h.unloaded(h.tower, path),
+    )
     name = "base_model.model.resblocks.0.attn.base_layer.out_proj"
     stored = 2.0 * held[f"{name}.lora_B.weight"].double() @ held[f"{name}.lora_A.weight"].double()
     delta = found["resblocks.0.attn.out_proj.weight"] - base["resblocks.0.attn.out_proj.weight"]
@@ -44,7 +51,16 @@ def test_peft_applies_the_update_of_out_proj_twice(tmp_path: Path) -> None:
 )
 def test_experts(make: h.Make, parameters: list[str], tmp_path: Path) -> None:
     paths = [
-        train(tmp_path, make, k, r=k, lora_alpha=4 * k, target_modules=QV, target_parameters=parameters) for k in (1, 2)
+        train(
+            tmp_path,
+            make,
+            k,
+            r=k,
+            lora_alpha=4 * k,
+            target_modules=QV,
+            target_parameters=parameters,
+        )
+        for k in (1, 2)
     ]
     check_sinks(make, paths, tmp_path, weights=[1.0, 3.0])
 
@@ -52,7 +68,10 @@ def test_experts(make: h.Make, parameters: list[str], tmp_path: Path) -> None:
 def test_experts_without_target_modules_and_with_rank_patterns(tmp_path: Path) -> None:
     settings = {"r": 3, "target_modules": [], "target_parameters": EXPERTS, "use_rslora": True}
     patterns = {"rank_pattern": {"gate_up_proj": 2}, "alpha_pattern": {"experts.down_proj": 20}}
-    paths = [train(tmp_path, h.qwen_moe, 1, **settings), train(tmp_path, h.qwen_moe, 2, **settings, **patterns)]
+    paths = [
+        train(tmp_path, h.qwen_moe, 1, **settings),
+        train(tmp_path, h.qwen_moe, 2, **settings, **patterns),
+    ]
     check_sinks(h.qwen_moe, paths, tmp_path)
 
 
@@ -61,7 +80,10 @@ def test_experts_without_target_modules_and_with_rank_patterns(tmp_path: Path) -
     [(h.llama, [*QV, "up_proj"]), (h.gpt2, ["c_attn", "c_fc"]), (h.mixed, ["embed", "conv", "fc"])],
 )
 def test_dora(make: h.Make, targets: list[str], tmp_path: Path) -> None:
-    paths = [train(tmp_path, make, k, r=2 * k, lora_alpha=6, target_modules=targets, use_dora=True) for k in (1, 2, 3)]
+    paths = [
+        train(tmp_path, make, k, r=2 * k, lora_alpha=6, target_modules=targets, use_dora=True)
+        for k in (1, 2, 3)
+    ]
     check_sinks(make, paths, tmp_path, weights=[1.0, 2.0, 0.5], model=make(), tolerance=1e-4)
 
 
@@ -70,12 +92,16 @@ def test_dora_beside_plain_lora_and_as_a_sum(tmp_path: Path) -> None:
         train(tmp_path, h.llama, 1, r=4, target_modules=QV, use_dora=True),
         train(tmp_path, h.llama, 2, r=4, target_modules=[*QV, "k_proj"]),
     ]
-    check_sinks(h.llama, paths, tmp_path, total=True, weights=[0.5, -0.25], model=h.llama(), tolerance=1e-4)
+    check_sinks(
+        h.llama, paths, tmp_path, total=True, weights=[0.5, -0.25], model=h.llama(), tolerance=1e-4
+    )
 
 
 @pytest.mark.parametrize("start", ["pissa", "olora"])
 @pytest.mark.parametrize(("make", "targets"), [(h.llama, QV), (h.gpt2, ["c_attn", "c_proj"])])
-def test_starts_that_are_subtracted_from_the_base(start: str, make: h.Make, targets: list[str], tmp_path: Path) -> None:
+def test_starts_that_are_subtracted_from_the_base(
+    start: str, make: h.Make, targets: list[str], tmp_path: Path
+) -> None:
     settings = {"lora_alpha": 8, "target_modules": targets, "init_lora_weights": start}
     if make is h.gpt2 and start == "olora":
         pytest.skip("PEFT 0.21 cannot start OLoRA on a Conv1D")
@@ -110,7 +136,9 @@ def test_trained_biases(tmp_path: Path) -> None:
 
 
 def test_trained_biases_of_all_adapters_need_no_base_in_a_mean(tmp_path: Path) -> None:
-    paths = [train(tmp_path, h.biased_llama, k, r=4, target_modules=QV, bias="lora_only") for k in (1, 2)]
+    paths = [
+        train(tmp_path, h.biased_llama, k, r=4, target_modules=QV, bias="lora_only") for k in (1, 2)
+    ]
     check_sinks(h.biased_llama, paths, tmp_path, weights=[1.0, 3.0], live=False)
     with pytest.raises(h.sm.MethodError, match=r"q_proj\.bias.*model=model"):
         h.merged(paths, h.sm.task_arithmetic())
@@ -119,9 +147,18 @@ def test_trained_biases_of_all_adapters_need_no_base_in_a_mean(tmp_path: Path) -
 
 
 def test_trained_biases_as_a_sum_and_in_a_live_model(tmp_path: Path) -> None:
-    paths = [train(tmp_path, h.biased_llama, k, r=4, target_modules=QV, bias="lora_only") for k in (1, 2)]
+    paths = [
+        train(tmp_path, h.biased_llama, k, r=4, target_modules=QV, bias="lora_only") for k in (1, 2)
+    ]
     paths.append(train(tmp_path, h.biased_llama, 3, r=4, target_modules=QV))
-    check_sinks(h.biased_llama, paths[::-1], tmp_path, total=True, weights=[0.5, 1.0, -0.5], model=h.biased_llama())
+    check_sinks(
+        h.biased_llama,
+        paths[::-1],
+        tmp_path,
+        total=True,
+        weights=[0.5, 1.0, -0.5],
+        model=h.biased_llama(),
+    )
 
 
 def test_bert_with_biases_and_a_head(tmp_path: Path) -> None:
@@ -134,7 +171,14 @@ def test_bert_with_biases_and_a_head(tmp_path: Path) -> None:
 def test_token_rows(make: h.Make, tmp_path: Path) -> None:
     rows = ([1, 2, 3], [3, 4])
     paths = [
-        train(tmp_path, make, k, r=4, target_modules=QV, trainable_token_indices={"embed_tokens": rows[k]})
+        train(
+            tmp_path,
+            make,
+            k,
+            r=4,
+            target_modules=QV,
+            trainable_token_indices={"embed_tokens": rows[k]},
+        )
         for k in (0, 1)
     ]
     check_sinks(make, paths, tmp_path, model=make(), weights=[1.0, 3.0])
@@ -145,7 +189,9 @@ def test_token_rows(make: h.Make, tmp_path: Path) -> None:
 def test_the_same_token_rows_need_no_base_in_a_mean(tmp_path: Path) -> None:
     settings = {"r": 4, "target_modules": QV, "trainable_token_indices": [5, 2]}
     check_sinks(h.llama, [train(tmp_path, h.llama, k, **settings) for k in (1, 2)], tmp_path)
-    done = train(tmp_path, h.gpt2, 3, r=4, target_modules=["c_attn"], trainable_token_indices={"wte": [7]})
+    done = train(
+        tmp_path, h.gpt2, 3, r=4, target_modules=["c_attn"], trainable_token_indices={"wte": [7]}
+    )
     check_sinks(h.gpt2, [done], done, live=False)
 
 

@@ -1,4 +1,6 @@
-"""What is read beside plain LoRA: layouts of experts, AdaLoRA, embeddings, names, small gates, keys of trainers."""
+"""What is read beside plain LoRA: layouts of experts, AdaLoRA, embeddings, names, small gates,
+keys of trainers.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ def _experts_only(change: Any) -> Any:
 
 
 def _by_expert(rank: int, experts: int) -> Any:
-    return _experts_only(lambda a, b: (a, b.reshape(len(b), rank, experts).transpose(1, 2).reshape(b.shape)))
+    return _experts_only(
+        lambda a, b: (a, b.reshape(len(b), rank, experts).transpose(1, 2).reshape(b.shape))
+    )
 
 
 def _flipped(rank: int, experts: int) -> Any:
@@ -70,12 +74,17 @@ def test_three_layouts_of_one_update(make: h.Make, tmp_path: Path) -> None:
 def test_older_layout_of_a_model_that_stores_its_experts_transposed(tmp_path: Path) -> None:
     # PEFT 0.18 read (experts, in, out), which GPT-OSS has: the factors are the same as today's.
     path = train(tmp_path, h.gpt_oss, 1, r=2, target_modules=["q_proj"], target_parameters=EXPERTS)
-    old = edit(path, lambda c: c | {"peft_version": "0.18.1", "base_model_name_or_path": "openai/gpt-oss-20b"})
+    old = edit(
+        path,
+        lambda c: c | {"peft_version": "0.18.1", "base_model_name_or_path": "openai/gpt-oss-20b"},
+    )
     merged([old]).save_pretrained(tmp_path / "out")
     h.compare(h.gpt_oss, h.unloaded(h.gpt_oss, tmp_path / "out"), h.unloaded(h.gpt_oss, path))
 
 
-def test_a_bank_is_read_once_for_all_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bank_is_read_once_for_all_experts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from sapmerge.io.files import StoredWeights
 
     path = train(tmp_path, h.qwen_moe, 1, r=2, target_modules=[], target_parameters=EXPERTS)
@@ -96,16 +105,32 @@ def test_a_bank_is_read_once_for_all_experts(tmp_path: Path, monkeypatch: pytest
 def test_adalora(alpha: int, tmp_path: Path) -> None:
     paths = [
         train(
-            tmp_path, h.llama, k, config=AdaLoraConfig, target_modules=QV, init_r=6, target_r=3, lora_alpha=alpha * k,
+            tmp_path,
+            h.llama,
+            k,
+            config=AdaLoraConfig,
+            target_modules=QV,
+            init_r=6,
+            target_r=3,
+            lora_alpha=alpha * k,
             total_step=10,
         )
         for k in (1, 2)
-    ]  # fmt: skip
+    ]
     check_sinks(h.llama, paths, tmp_path, live=False, tolerance=1e-4)
 
 
 def test_adalora_after_its_ranks_were_cut(tmp_path: Path) -> None:
-    path = train(tmp_path, h.llama, 1, config=AdaLoraConfig, target_modules=QV, init_r=4, target_r=2, total_step=10)
+    path = train(
+        tmp_path,
+        h.llama,
+        1,
+        config=AdaLoraConfig,
+        target_modules=QV,
+        init_r=4,
+        target_r=2,
+        total_step=10,
+    )
     whole = load_file(path / "adapter_model.safetensors")
     masks = {}
     for number, name in enumerate(sorted(n for n in whole if n.endswith(".lora_E"))):
@@ -124,7 +149,8 @@ def test_adalora_after_its_ranks_were_cut(tmp_path: Path) -> None:
     got, held = sm.Adapter.load(small), load_file(small / "adapter_model.safetensors")
     for name, module in got.modules.items():
         b, a, e = (held[f"base_model.model.{name}.lora_{part}"].double() for part in "BAE")
-        wanted = b @ (a * e) * 8 / (4 + 1e-5)  # PEFT: lora_alpha / (init_r + 1e-5), whatever is left of the rank
+        # PEFT: lora_alpha / (init_r + 1e-5), whatever is left of the rank
+        wanted = b @ (a * e) * 8 / (4 + 1e-5)
         assert module.rank == a.shape[0]
         torch.testing.assert_close(got.update(name).dense().double(), wanted, rtol=1e-5, atol=1e-6)
 
@@ -132,13 +158,23 @@ def test_adalora_after_its_ranks_were_cut(tmp_path: Path) -> None:
 def test_factors_of_eight_bits(tmp_path: Path) -> None:
     path = train(tmp_path, h.llama, 1, r=4, target_modules=QV)
     for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
-        small = edit(path, tensors=lambda t, d=dtype: {name: value.to(d) for name, value in t.items()})
-        rounded = edit(path, tensors=lambda t, d=dtype: {name: value.to(d).float() for name, value in t.items()})
+        small = edit(
+            path, tensors=lambda t, d=dtype: {name: value.to(d) for name, value in t.items()}
+        )
+        rounded = edit(
+            path,
+            tensors=lambda t, d=dtype: {name: value.to(d).float() for name, value in t.items()},
+        )
         done = merged([small])
         assert done.run.dtype == torch.float32
         done.save_pretrained(tmp_path / str(dtype))
         h.compare(h.llama, h.unloaded(h.llama, tmp_path / str(dtype)), h.unloaded(h.llama, rounded))
-        bad = edit(path, tensors=lambda t, d=dtype: {n: torch.full_like(v, float("nan")).to(d) for n, v in t.items()})
+        bad = edit(
+            path,
+            tensors=lambda t, d=dtype: {
+                n: torch.full_like(v, float("nan")).to(d) for n, v in t.items()
+            },
+        )
         with pytest.raises(sm.NonFiniteError):
             sm.Adapter.load(bad)
 
@@ -148,10 +184,13 @@ def test_one_adapter_name_inside_says_nothing(tmp_path: Path) -> None:
 
     def named(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return {
-            name.replace(".weight", ".medic.weight") if ".lora_" in name and name.endswith(".weight")
-            else f"{name}.medic" if ".lora_" in name else name: value
+            name.replace(".weight", ".medic.weight")
+            if ".lora_" in name and name.endswith(".weight")
+            else f"{name}.medic"
+            if ".lora_" in name
+            else name: value
             for name, value in tensors.items()
-        }  # fmt: skip
+        }
 
     inside = edit(path, tensors=named)
     with pytest.warns(sm.SapmergeWarning, match="copies"):
@@ -165,7 +204,11 @@ def test_one_adapter_name_inside_says_nothing(tmp_path: Path) -> None:
 class _Gates(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.q_proj, self.gate, self.router = nn.Linear(32, 32), nn.Linear(32, 1, bias=False), nn.Linear(32, 4)
+        self.q_proj, self.gate, self.router = (
+            nn.Linear(32, 32),
+            nn.Linear(32, 1, bias=False),
+            nn.Linear(32, 4),
+        )
 
 
 def _gates() -> nn.Module:
@@ -174,7 +217,10 @@ def _gates() -> nn.Module:
 
 
 def test_a_rank_above_the_rows_of_a_gate(tmp_path: Path) -> None:
-    paths = [train(tmp_path, _gates, k, r=8 * k, target_modules=["q_proj", "gate", "router"]) for k in (1, 2)]
+    paths = [
+        train(tmp_path, _gates, k, r=8 * k, target_modules=["q_proj", "gate", "router"])
+        for k in (1, 2)
+    ]
     check_sinks(_gates, paths, tmp_path)
     command = [
         sys.executable,
@@ -199,7 +245,9 @@ def test_embeddings_of_a_longer_vocabulary(policy: str, shift: float, tmp_path: 
 
     paths = []
     for k in (1, 2):
-        model: Any = h.get_peft_model(longer(), h.LoraConfig(r=4, target_modules=QV, init_lora_weights=False))
+        model: Any = h.get_peft_model(
+            longer(), h.LoraConfig(r=4, target_modules=QV, init_lora_weights=False)
+        )
         model.base_model.model.model.embed_tokens.weight.data += k
         model.save_pretrained(str(tmp_path / f"a{k}"), save_embedding_layers=True)
         paths.append(tmp_path / f"a{k}")
@@ -212,12 +260,19 @@ def test_embeddings_of_a_longer_vocabulary(policy: str, shift: float, tmp_path: 
 
 
 def test_tied_embeddings_saved_whole(tmp_path: Path) -> None:
-    settings = {"r": 4, "target_modules": QV, "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
+    settings = {
+        "r": 4,
+        "target_modules": QV,
+        "modules_to_save": ["embed_tokens"],
+        "ensure_weight_tying": True,
+    }
     paths = [train(tmp_path, h.tied_llama, k, **settings) for k in (1, 2)]
     name = "base_model.model.model.embed_tokens.weight"
     wanted = sum(load_file(path / "adapter_model.safetensors")[name] for path in paths) / 2
     merged(paths, modules_to_save="mean").save_pretrained(tmp_path / "out")
-    model: Any = h.PeftModel.from_pretrained(h.tied_llama(), str(tmp_path / "out")).merge_and_unload()
+    model: Any = h.PeftModel.from_pretrained(
+        h.tied_llama(), str(tmp_path / "out")
+    ).merge_and_unload()
     torch.testing.assert_close(model.model.embed_tokens.weight, wanted)
     torch.testing.assert_close(model.lm_head.weight, wanted)
 
@@ -240,9 +295,15 @@ def test_copies_of_embeddings_must_agree(tmp_path: Path) -> None:
 def test_harmless_keys_of_trainers(tmp_path: Path) -> None:
     path = train(tmp_path, h.llama, 1, r=4, target_modules=QV)
     wanted = sm.Adapter.load(path).digest
-    for key, value in {"lorap_emb_lr": 1e-6, "lorap_lr_ratio": 16.0, "lora_dtype": "bfloat16"}.items():
+    for key, value in {
+        "lorap_emb_lr": 1e-6,
+        "lorap_lr_ratio": 16.0,
+        "lora_dtype": "bfloat16",
+    }.items():
         with pytest.warns(sm.SapmergeWarning, match=key):
-            assert sm.Adapter.load(edit(path, lambda c, k=key, v=value: c | {k: v})).digest == wanted
+            assert (
+                sm.Adapter.load(edit(path, lambda c, k=key, v=value: c | {k: v})).digest == wanted
+            )
     for key, value in {"lora_scaling": 3.0, "use_something_new": True}.items():
         with pytest.raises(sm.AdapterConfigError, match=key):
             sm.Adapter.load(edit(path, lambda c, k=key, v=value: c | {k: v}))
@@ -254,7 +315,9 @@ def test_a_shared_factor_stays_shared(tmp_path: Path) -> None:
     paths = [first] + [
         edit(
             train(tmp_path, h.llama, k, r=4, lora_alpha=k, target_modules=QV),
-            tensors=lambda t: {name: held[name] if "lora_A" in name else value for name, value in t.items()},
+            tensors=lambda t: {
+                name: held[name] if "lora_A" in name else value for name, value in t.items()
+            },
         )
         for k in (2, 3, 4)
     ]

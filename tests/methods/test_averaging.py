@@ -23,7 +23,9 @@ GOLDENS = Path(__file__).parents[1] / "goldens"
 def stack(layer: sm.Layer) -> tuple[np.ndarray, np.ndarray]:
     """The updates times the signs of their weights, and the shares of |w|."""
     w = np.asarray(layer.weights)
-    return np.stack([u.dense().numpy() * s for u, s in zip(layer, np.sign(w))]), np.abs(w) / np.abs(w).sum()
+    return np.stack([u.dense().numpy() * s for u, s in zip(layer, np.sign(w))]), np.abs(w) / np.abs(
+        w
+    ).sum()
 
 
 def matches(got: sm.Update, wanted: np.ndarray, tolerance: float = 1e-10) -> None:
@@ -56,7 +58,12 @@ def test_slerp_keeps_the_norm_of_equal_norms() -> None:
 def test_slerp_without_an_arc_is_linear() -> None:
     layer = make_layers((2, 3), {"l": (8, 9)}, weights=[1.0, 3.0])[0]
     x = layer.updates[0]
-    for other, wanted in ((x, 1.0), (x.scaled(-1), -0.5), (sm.absent(x.shape, x.A), 0.25), (x.scaled(1e-9), None)):
+    for other, wanted in (
+        (x, 1.0),
+        (x.scaled(-1), -0.5),
+        (sm.absent(x.shape, x.A), 0.25),
+        (x.scaled(1e-9), None),
+    ):
         got = sm.slerp()(changed(layer, updates=(x, other)))
         if wanted is not None:
             matches(got, x.dense().numpy() * wanted, 1e-7)
@@ -68,7 +75,10 @@ def test_slerp_takes_two() -> None:
     with pytest.raises(sm.MethodError, match=r"two adapters; got 3.*mean\(\)"):
         sm.prepare(sm.slerp(), layers)
     two = [changed(layer, weights=(1.0, 0.0, 2.0)) for layer in layers]
-    others = [changed(x, updates=x.updates[::2], adapters=("a", "c"), weights=(1.0, 2.0), digests=()) for x in layers]
+    others = [
+        changed(x, updates=x.updates[::2], adapters=("a", "c"), weights=(1.0, 2.0), digests=())
+        for x in layers
+    ]
     for name, matrix in dense(run(sm.slerp(), two)).items():
         assert torch.equal(matrix, dense(run(sm.slerp(), others))[name])
 
@@ -107,7 +117,11 @@ def test_factors_of_unequal_rank_are_refused(merger: sm.Merger) -> None:
         merger(layer.with_updates([layer.updates[0], sm.Dense(layer.updates[1].dense())]))
 
 
-PEFT = [e for e in json.loads((GOLDENS / "index.json").read_text())["entries"] if e["key"].startswith("peft/linear/")]
+PEFT = [
+    e
+    for e in json.loads((GOLDENS / "index.json").read_text())["entries"]
+    if e["key"].startswith("peft/linear/")
+]
 
 
 @pytest.mark.parametrize("entry", PEFT, ids=lambda entry: entry["key"])
@@ -121,9 +135,14 @@ def test_factor_sum_is_what_peft_calls_linear(entry: dict) -> None:
     for layer in ("layers.0.q_proj", "layers.1.v_proj"):
         updates = []
         for k, (alpha, rank) in enumerate(zip(p["lora_alpha"], p["ranks"])):
-            A, B = (inputs[f"{entry['set']}/t{k}/{layer}/{part}"].double() * math.sqrt(alpha / rank) for part in "AB")
+            A, B = (
+                inputs[f"{entry['set']}/t{k}/{layer}/{part}"].double() * math.sqrt(alpha / rank)
+                for part in "AB"
+            )
             updates.append(sm.LowRank(B, A))
-        merged = sm.Chain(sm.FactorSum())(sm.Layer(layer, tuple(updates), weights=tuple(p["weights"])))
+        merged = sm.Chain(sm.FactorSum())(
+            sm.Layer(layer, tuple(updates), weights=tuple(p["weights"]))
+        )
         assert error(merged.dense(), outputs[entry["outputs"][f"{layer}/dW"]]) < 1e-5
 
 
@@ -136,16 +155,18 @@ def test_model_stock_is_the_formula(weights: list[float]) -> None:
         D, p = stack(layer)
         unit = D / np.linalg.norm(D, axis=(1, 2), keepdims=True)
         pairs = [(i, j) for i in range(4) for j in range(i)]
-        c = sum(p[i] * p[j] * (unit[i] * unit[j]).sum() for i, j in pairs) / sum(p[i] * p[j] for i, j in pairs)
+        c = sum(p[i] * p[j] * (unit[i] * unit[j]).sum() for i, j in pairs) / sum(
+            p[i] * p[j] for i, j in pairs
+        )
         N = 1 / (p**2).sum()
         got = sm.model_stock()(layer)
         matches(got, N * c / (1 + (N - 1) * c) * np.tensordot(p, D, 1))
         assert isinstance(got, sm.LowRank)
         rows = np.stack(
             [
-                sm.model_stock()(changed(layer, updates=tuple(sm.Dense(u.dense()[i : i + 1]) for u in layer))).dense()[
-                    0
-                ]
+                sm.model_stock()(
+                    changed(layer, updates=tuple(sm.Dense(u.dense()[i : i + 1]) for u in layer))
+                ).dense()[0]
                 for i in range(layer.shape[0])
             ]
         )
@@ -197,11 +218,16 @@ def test_geometric_median_at_an_adapter_and_between_two() -> None:
     matches(run(sm.geometric_median(), heavy)["l"], layers[0].updates[1].dense().numpy(), 1e-15)
     two = make_layers((2, 3), {"l": (6, 7)})
     matches(run(sm.geometric_median(), two)["l"], sm.mean()(two[0]).dense().numpy(), 1e-15)
-    twice = [changed(x, updates=(*x.updates, x.updates[0]), adapters=(), weights=(), digests=()) for x in two]
+    twice = [
+        changed(x, updates=(*x.updates, x.updates[0]), adapters=(), weights=(), digests=())
+        for x in two
+    ]
     matches(run(sm.geometric_median(), twice)["l"], two[0].updates[0].dense().numpy(), 1e-12)
 
 
-@pytest.mark.parametrize("method", [sm.geometric_median(), sm.coordinate_median(), sm.trimmed_mean(0.34), sm.krum()])
+@pytest.mark.parametrize(
+    "method", [sm.geometric_median(), sm.coordinate_median(), sm.trimmed_mean(0.34), sm.krum()]
+)
 def test_one_bad_adapter_of_five_does_not_move_the_result_far(method: sm.Method) -> None:
     centre = low_rank((8, 9), 3, 1)
     near = [sm.Dense(centre.dense() + 0.1 * low_rank((8, 9), 8, 10 + k).dense()) for k in range(4)]
@@ -242,7 +268,9 @@ def test_trimmed_mean_reports_what_it_trims() -> None:
             sm.trimmed_mean(wrong)
 
 
-@pytest.mark.parametrize("method", [sm.geometric_median(), sm.krum(), sm.model_stock(), sm.coordinate_median()])
+@pytest.mark.parametrize(
+    "method", [sm.geometric_median(), sm.krum(), sm.model_stock(), sm.coordinate_median()]
+)
 def test_no_weights_at_all_is_an_error(method: sm.Method) -> None:
     with pytest.raises(sm.MethodError, match="all zero"):
         run(method, make_layers((2, 2), weights=[0.0, 0.0]))
@@ -252,7 +280,9 @@ def test_no_weights_at_all_is_an_error(method: sm.Method) -> None:
 
 
 def krum(layers: list[sm.Layer], f: int, select: int) -> list[np.ndarray]:
-    """The paper, over all layers together: scores from the K - f - 2 nearest, ties at the cut all taken."""
+    """The paper, over all layers together: scores from the K - f - 2 nearest,
+    ties at the cut all taken.
+    """
     D = np.concatenate([stack(layer)[0].reshape(len(layer), -1) for layer in layers], 1)
     squares = ((D[:, None] - D[None]) ** 2).sum(-1)
     scores = np.sort(squares + np.diag([np.inf] * len(D)), 1)[:, : max(1, len(D) - f - 2)].sum(1)
@@ -269,7 +299,9 @@ def test_krum_is_the_paper(byzantine: int | None, select: int, weights: tuple[fl
     for layer, matrix in zip(layers, krum(layers, 2 if byzantine is None else byzantine, select)):
         matches(merged[layer.name], matrix)
     if select == 1:
-        assert [u.rank for u in merged.values()] == [merged["model.0.q_proj"].rank] * 3, "one adapter, in every layer"
+        assert [u.rank for u in merged.values()] == [merged["model.0.q_proj"].rank] * 3, (
+            "one adapter, in every layer"
+        )
 
 
 def test_krum_of_three_is_the_mean_of_the_closest_pair() -> None:

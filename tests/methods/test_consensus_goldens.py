@@ -1,4 +1,6 @@
-"""DELLA, Breadcrumbs, SCE, TALL masks, PCB, EMR and Model Stock against the numbers of the official codes."""
+"""DELLA, Breadcrumbs, SCE, TALL masks, PCB, EMR and Model Stock against the numbers of the
+official codes.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,13 @@ def check(key: str, *pairs: tuple[Tensor, Tensor]) -> None:
 
 
 def check_merged(key: str, method: sm.Method) -> None:
-    check(key, *((update.dense(), output(key, f"{name}/dW")) for name, update in run(method, layers_of(key)).items()))
+    check(
+        key,
+        *(
+            (update.dense(), output(key, f"{name}/dW"))
+            for name, update in run(method, layers_of(key)).items()
+        ),
+    )
 
 
 class _Nothing:
@@ -76,27 +84,37 @@ def test_every_entry_is_used() -> None:
 
 @pytest.mark.parametrize("key", keys("della/"))
 def test_della_chances_and_rescaling(key: str) -> None:
-    """Our chances are the recorded ones; with the recorded masks, the pruned updates are the official ones."""
+    """Our chances are the recorded ones; with the recorded masks,
+    the pruned updates are the official ones.
+    """
     p = parameters(key)
     if "magnitude_sample" in key:
         chance = sm.MagnitudeChance(p["density"], p["window_size"])
     else:
         chance = sm.RankChance(
-            p["density"], p["window_size"], scope="row" if key.split("/")[1].endswith("row") else "layer"
+            p["density"],
+            p["window_size"],
+            scope="row" if key.split("/")[1].endswith("row") else "layer",
         )
     pairs = []
     for layer in layers_of(key):
         for k, update in enumerate(layer):
-            prob, mask, out = (output(key, f"t{k}/{layer.name}/{what}") for what in ("prob", "mask", "out"))
+            prob, mask, out = (
+                output(key, f"t{k}/{layer.name}/{what}") for what in ("prob", "mask", "out")
+            )
             pairs.append((chance(update.dense(), _Nothing()), prob))
-            prune = sm.Prune(lambda values, stats, mask=mask: chance(values, stats) * mask, sm.Reciprocal())
+            prune = sm.Prune(
+                lambda values, stats, mask=mask: chance(values, stats) * mask, sm.Reciprocal()
+            )
             pairs.append((sm.Chain(prune, sm.DisjointMean())(alone(layer, k)).dense(), out))
     check(key, *pairs)
 
 
 @pytest.mark.parametrize("key", keys("mergekit/della"))
 def test_mergekit_della_matches_the_sum_of_magnitudes(key: str) -> None:
-    """mergekit does not divide by p: recorded masks, L1 rescaling, then election and mean (or, "linear", a sum)."""
+    """mergekit does not divide by p: recorded masks, L1 rescaling, then election and mean (or,
+    "linear", a sum).
+    """
     layers = layers_of(key)
     masks = {(f"t{k}", name): output(key, f"{name}/mask_t{k}") for k in range(3) for name in NAMES}
 
@@ -109,8 +127,12 @@ def test_mergekit_della_matches_the_sum_of_magnitudes(key: str) -> None:
     p = parameters(key)
     chance = sm.RankChance(p["density"], 2 * p["epsilon"])
     drawn = torch.cat([masks["t0", name].flatten() for name in NAMES]).double()
-    expected = torch.cat([chance(layer.updates[0].dense(), _Nothing()).flatten() for layer in layers])
-    assert abs(float((drawn - expected).sum())) < 5 * float((expected * (1 - expected)).sum().sqrt())
+    expected = torch.cat(
+        [chance(layer.updates[0].dense(), _Nothing()).flatten() for layer in layers]
+    )
+    assert abs(float((drawn - expected).sum())) < 5 * float(
+        (expected * (1 - expected)).sum().sqrt()
+    )
     assert float((drawn * (expected - expected.mean())).sum()) > 0, "epsilon is half our window"
 
 
@@ -138,11 +160,17 @@ def test_mergekit_breadcrumbs_empties_tensors_without_outliers() -> None:
 def test_official_breadcrumbs_prunes_rows(key: str) -> None:
     p = parameters(key)
     method = sm.breadcrumbs(
-        p["top_k_keep"], p["top_k_remove"], scope="row", first="drop" if p["remove_first"] else "keep"
+        p["top_k_keep"],
+        p["top_k_remove"],
+        scope="row",
+        first="drop" if p["remove_first"] else "keep",
     )
     pairs = []
     for layer in layers_of(key):
-        pairs += [(method(alone(layer, k)).dense(), output(key, f"t{k}/{layer.name}/out")) for k in range(3)]
+        pairs += [
+            (method(alone(layer, k)).dense(), output(key, f"t{k}/{layer.name}/out"))
+            for k in range(3)
+        ]
     check(key, *pairs)
 
 
@@ -158,7 +186,10 @@ def test_official_sce_selects_for_the_weights_alone(key: str) -> None:
     check_merged(key, method)
     for layer in layers_of(key):
         weighed = sm.WeighByEnergy(of=select)(layer)
-        assert error(torch.tensor(weighed.weights), output(key, f"{layer.name}/weights").flatten()) < TOLERANCE
+        assert (
+            error(torch.tensor(weighed.weights), output(key, f"{layer.name}/weights").flatten())
+            < TOLERANCE
+        )
 
 
 @pytest.mark.parametrize("key", keys("misc/tall"))
@@ -189,7 +220,9 @@ def test_official_emr(key: str) -> None:
     method, pairs = sm.prepare(sm.emr(), layers), []
     for layer in layers:
         notes = recorded.setdefault(layer.name, {})
-        unified = method(sm.Layer(layer.name, layer.updates, layer.adapters, record=notes.__setitem__))
+        unified = method(
+            sm.Layer(layer.name, layer.updates, layer.adapters, record=notes.__setitem__)
+        )
         pairs.append((unified.dense(), output(key, f"{layer.name}/unified")))
         scalars = torch.tensor([notes["emr_scalar"][adapter] for adapter in layer.adapters])
         pairs.append((scalars, output(key, "rescalers")))
@@ -198,7 +231,9 @@ def test_official_emr(key: str) -> None:
         torch.testing.assert_close(shares.double(), masks.flatten(1).mean(1), rtol=1e-6, atol=0)
         for k, update in enumerate(layer):
             restored = sm.Unify.restore(unified, update, float(scalars[k]))
-            pairs.append((restored.dense(), unified.dense() * masks[k] * output(key, "rescalers")[k]))
+            pairs.append(
+                (restored.dense(), unified.dense() * masks[k] * output(key, "rescalers")[k])
+            )
     check(key, *pairs)
 
 

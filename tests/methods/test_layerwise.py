@@ -15,14 +15,24 @@ from sapmerge.parts.scaling import block_of, magnitudes
 from tests.conftest import changed, dense, error, make_layers, run
 from tests.test_goldens import HERE
 
-ENTRY = next(e for e in json.loads((HERE / "lora_native.json").read_text())["entries"] if e["key"] == "misc/lines/toy")
+ENTRY = next(
+    e
+    for e in json.loads((HERE / "lora_native.json").read_text())["entries"]
+    if e["key"] == "misc/lines/toy"
+)
 NUMBERS = load_file(HERE / "lora_native.safetensors")
 
 
 def test_official_numbers() -> None:
-    """Task vectors of ones times (i + 1) in block i of four, ones in a projection outside of the blocks."""
-    names = {f"visual.transformer.resblocks.{i}.mlp.w": i + 1.0 for i in range(4)} | {"visual.proj": 1.0}
-    layers = [sm.Layer(name, (sm.Dense(torch.full((2, 2), value)),)) for name, value in names.items()]
+    """Task vectors of ones times (i + 1) in block i of four,
+    ones in a projection outside of the blocks.
+    """
+    names = {f"visual.transformer.resblocks.{i}.mlp.w": i + 1.0 for i in range(4)} | {
+        "visual.proj": 1.0
+    }
+    layers = [
+        sm.Layer(name, (sm.Dense(torch.full((2, 2), value)),)) for name, value in names.items()
+    ]
     p = ENTRY["hyperparameters"]
     for name, update in run(sm.lines(alpha=p["alpha"], beta=p["beta"]), layers).items():
         assert error(update.dense(), NUMBERS[ENTRY["outputs"][name.replace(".", "_")]]) < 1e-6
@@ -39,7 +49,10 @@ def test_official_numbers() -> None:
         ("blocks.10.attn.qkv", ("blocks", 10)),
         ("model.layers.1.mlp.experts.12.up_proj", ("model.layers", 1)),
         ("encoder.block.5.layer.1.DenseReluDense.wo", ("encoder.block", 5)),
-        ("vision_tower.vision_model.encoder.layers.4.mlp.fc1", ("vision_tower.vision_model.encoder.layers", 4)),
+        (
+            "vision_tower.vision_model.encoder.layers.4.mlp.fc1",
+            ("vision_tower.vision_model.encoder.layers", 4),
+        ),
         ("visual_projection", None),
         ("multi_modal_projector.linear_1", None),
         ("mm_projector.2", None),
@@ -55,10 +68,17 @@ def test_block_of(name: str, block: tuple[str, int] | None) -> None:
 
 
 def test_every_tower_has_its_own_depth() -> None:
-    shapes = {f"vision.layers.{i}.q": (4, 3) for i in range(3)} | {f"text.layers.{i}.q": (4, 3) for i in range(5)}
+    shapes = {f"vision.layers.{i}.q": (4, 3) for i in range(3)} | {
+        f"text.layers.{i}.q": (4, 3) for i in range(5)
+    }
     layers = make_layers([2, 2], shapes | {"projection": (4, 3)})
     merged, plain = run(sm.lines(alpha=0.2, beta=0.6), layers), run(sm.task_arithmetic(), layers)
-    factors = {"vision.layers.1.q": 0.5, "text.layers.1.q": 0.35, "text.layers.4.q": 0.8, "projection": 0.2}
+    factors = {
+        "vision.layers.1.q": 0.5,
+        "text.layers.1.q": 0.35,
+        "text.layers.4.q": 0.8,
+        "projection": 0.2,
+    }
     for name, factor in factors.items():
         assert error(merged[name].dense(), plain[name].dense() * factor) < 1e-12
 
@@ -75,11 +95,17 @@ def test_a_gap_is_a_gap() -> None:
 def test_one_block_is_alpha() -> None:
     layers = make_layers([2, 3], {"layers.0.q": (4, 3)})
     assert (
-        error(run(sm.lines(alpha=0.3), layers)["layers.0.q"].dense(), 0.3 * sm.task_arithmetic()(layers[0]).dense())
+        error(
+            run(sm.lines(alpha=0.3), layers)["layers.0.q"].dense(),
+            0.3 * sm.task_arithmetic()(layers[0]).dense(),
+        )
         < 1e-12
     )
     assert (
-        error(sm.on_one_layer(sm.lines(alpha=0.3), layers[0]).dense(), 0.3 * sm.task_arithmetic()(layers[0]).dense())
+        error(
+            sm.on_one_layer(sm.lines(alpha=0.3), layers[0]).dense(),
+            0.3 * sm.task_arithmetic()(layers[0]).dense(),
+        )
         < 1e-12
     )
 
@@ -87,7 +113,9 @@ def test_one_block_is_alpha() -> None:
 @pytest.mark.parametrize("method", [sm.task_arithmetic(), sm.mean(), sm.ties(0.3), sm.knots()])
 @pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (1.0, -0.5, 0.7)])
 def test_norm_matched_alpha(method: sm.Method, weights: tuple[float, ...]) -> None:
-    """alpha = |sum w D|_1 / |merged|_1 / K over the whole adapter, as the authors do for several tasks."""
+    """alpha = |sum w D|_1 / |merged|_1 / K over the whole adapter,
+    as the authors do for several tasks.
+    """
     layers = make_layers([2, 3, 1], {f"layers.{i}.q": (6, 5) for i in range(3)}, weights=weights)
     plain = dense(run(method, layers))
     total = sum(float(sum(w * u.dense() for w, u in zip(weights, x)).abs().sum()) for x in layers)

@@ -1,4 +1,6 @@
-"""RobustMerge and LoRA-LEGO: the official numbers, the formulas written out, and what the laws do not say."""
+"""RobustMerge and LoRA-LEGO: the official numbers, the formulas written out,
+and what the laws do not say.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from tests.test_goldens import HERE, INDEX
 
 NUMBERS = load_file(HERE / "lora_native.safetensors")
 INPUTS = load_file(HERE / "inputs.safetensors")
-ENTRIES = {entry["key"]: entry for entry in json.loads((HERE / "lora_native.json").read_text())["entries"]}
+ENTRIES = {
+    entry["key"]: entry for entry in json.loads((HERE / "lora_native.json").read_text())["entries"]
+}
 NAMES = list(INDEX["input_sets"]["s3"]["layers"])
 
 
@@ -34,7 +38,9 @@ def kept(matrix: Tensor, density: float) -> Tensor:
     return torch.where(matrix.abs() >= cut, matrix, 0.0)
 
 
-def official(pairs: list[tuple[Tensor, Tensor]], density: float, top: float, factor: float) -> Tensor:
+def official(
+    pairs: list[tuple[Tensor, Tensor]], density: float, top: float, factor: float
+) -> Tensor:
     """The authors' code, written out for adapters of one rank."""
     A, B, c = [], [], []
     for b, a in pairs:
@@ -54,12 +60,16 @@ def paper(pairs: list[tuple[Tensor, Tensor]], density: float) -> Tensor:
     return sum(b @ torch.diag(s) @ a for (b, a), s in zip(trimmed, share))
 
 
-# The codes keep n - int(0.8 n) + 1 or n - (n - int(0.2 n)) + 1 entries; these densities keep as many of 64 and of 96.
+# The codes keep n - int(0.8 n) + 1 or n - (n - int(0.2 n)) + 1 entries; these densities keep as
+# many of 64 and of 96.
 @pytest.mark.parametrize(
     ("key", "method"),
     [
         ("robustmerge/robustmerge/s3", sm.RobustFactors(density=21 / 96)),
-        ("ctm/robustmerge_thirdparty/s3/top20", sm.RobustFactors(density=20 / 96, top_ranks=1.0, factor=1.0)),
+        (
+            "ctm/robustmerge_thirdparty/s3/top20",
+            sm.RobustFactors(density=20 / 96, top_ranks=1.0, factor=1.0),
+        ),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -90,20 +100,26 @@ def test_a_row_that_is_pruned_whole_is_dropped_where_the_code_returns_nan() -> N
         assert rest.shape == alone.shape
 
 
-@pytest.mark.parametrize(("shape", "rank"), [((24, 16), 4), ((64, 48), 16), ((9, 30), 5), ((40, 7), 1)])
+@pytest.mark.parametrize(
+    ("shape", "rank"), [((24, 16), 4), ((64, 48), 16), ((9, 30), 5), ((40, 7), 1)]
+)
 @pytest.mark.parametrize("density", [0.2, 0.55, 1.0])
 def test_both_forms_are_what_they_say(shape: tuple[int, int], rank: int, density: float) -> None:
     layer = make_layers([rank] * 3, {"l": shape})[0]
     pairs = [(u.B, u.A) for u in layer.updates]
     assert error(sm.robustmerge(density)(layer).dense(), paper(pairs, density)) < 1e-12
-    assert error(sm.RobustFactors(density)(layer).dense(), official(pairs, density, 0.2, 2.0)) < 1e-12
+    assert (
+        error(sm.RobustFactors(density)(layer).dense(), official(pairs, density, 0.2, 2.0)) < 1e-12
+    )
     cross = sm.RobustFactors(density, 1.0, 1.0)(layer).dense()
     assert error(cross, official(pairs, density, 1.0, 1.0)) < 1e-12
     assert error(cross, paper(pairs, density)) > 0.3, "cross terms B_i A_j"
 
 
 def test_zero_and_identical_adapters_in_both_forms() -> None:
-    """The code counts an adapter with B = 0, whose A enters the cross terms; in the paper's form ours has no vote."""
+    """The code counts an adapter with B = 0, whose A enters the cross terms;
+    in the paper's form ours has no vote.
+    """
     layer = make_layers([8, 8, 8], {"l": (24, 16)})[0]
     first, second, third = layer.updates
     zero = changed(layer, updates=(first, second, sm.LowRank(third.B * 0, third.A)))
@@ -132,7 +148,9 @@ def test_ranks_that_differ_share_what_they_have() -> None:
     assert merged.rank == 9
     # With density 1 every S is 1, so rank k is the mean over those that have it.
     wanted = sum(
-        u.B[:, k : k + 1] @ u.A[k : k + 1] / sum(v.rank > k for v in layer) for u in layer for k in range(u.rank)
+        u.B[:, k : k + 1] @ u.A[k : k + 1] / sum(v.rank > k for v in layer)
+        for u in layer
+        for k in range(u.rank)
     )
     assert error(merged.dense(), wanted) < 1e-12
     assert error(sm.robustmerge(1.0)(alone).dense(), alone.updates[0].dense()) < 1e-12
@@ -140,12 +158,16 @@ def test_ranks_that_differ_share_what_they_have() -> None:
     assert error(sm.RobustFactors(1.0, factor=1.0)(layer).B[:, 3:], last.B) < 1e-12
 
 
-@pytest.mark.parametrize("method", [sm.robustmerge(0.3), sm.robustmerge(0.3, balance=True), sm.lora_lego()])
+@pytest.mark.parametrize(
+    "method", [sm.robustmerge(0.3), sm.robustmerge(0.3, balance=True), sm.lora_lego()]
+)
 def test_negative_and_scaled_weights(method: sm.Method) -> None:
     """The weights are those of a mean, with the sign of each on its adapter."""
     layer = make_layers([3, 3], {"l": (9, 8)}, weights=[1.0, -0.5])[0]
     twice = changed(layer, weights=(2.0, -1.0))
-    flipped = changed(layer, updates=(layer.updates[0], layer.updates[1].scaled(-1)), weights=(1.0, 0.5))
+    flipped = changed(
+        layer, updates=(layer.updates[0], layer.updates[1].scaled(-1)), weights=(1.0, 0.5)
+    )
     assert error(method(twice).dense(), method(layer).dense()) < 1e-12
     assert error(method(flipped).dense(), method(layer).dense()) < 1e-12
 
@@ -153,16 +175,24 @@ def test_negative_and_scaled_weights(method: sm.Method) -> None:
 def test_balanced_robustmerge_depends_on_the_updates_alone() -> None:
     layer = make_layers([4, 4, 4], {"l": (24, 16)})[0]
     R = low_rank((4, 4), 4, 5).dense() + 2 * torch.eye(4).double()
-    other = changed(layer, updates=tuple(sm.LowRank(u.B @ torch.linalg.inv(R), R @ u.A) for u in layer))
-    for method, low, high in ((sm.robustmerge(), 0.1, 5.0), (sm.robustmerge(balance=True), 0.0, 1e-9)):
+    other = changed(
+        layer, updates=tuple(sm.LowRank(u.B @ torch.linalg.inv(R), R @ u.A) for u in layer)
+    )
+    for method, low, high in (
+        (sm.robustmerge(), 0.1, 5.0),
+        (sm.robustmerge(balance=True), 0.0, 1e-9),
+    ):
         assert low <= error(method(other).dense(), method(layer).dense()) <= high
 
 
-# --- LoRA-LEGO --------------------------------------------------------------------------------------------------
+# --- LoRA-LEGO
+# ----------------------------------------------------------------------------------------
 
 
 def similar(ranks: list[int], noise: float) -> sm.Layer:
-    """Adapters whose units are noisy copies of the same five far-apart units, shuffled and with random signs."""
+    """Adapters whose units are noisy copies of the same five far-apart units,
+    shuffled and with random signs.
+    """
     generator = torch.Generator().manual_seed(3)
     basis_a = torch.linalg.qr(torch.randn(16, 16, generator=generator).double())[0][:5] * 2
     basis_b = torch.linalg.qr(torch.randn(24, 24, generator=generator).double())[0][:, :5] * 2
@@ -193,29 +223,38 @@ def test_lego_is_k_means_and_its_two_reweightings(k: int) -> None:
     centres = torch.rand(k, 40, generator=generator).double() + 0.3
     updates = []
     for rank in (6, 5, 4):
-        units = centres[torch.arange(rank) % k] * (0.9 + 0.2 * torch.rand(rank, 40, generator=generator).double())
+        units = centres[torch.arange(rank) % k] * (
+            0.9 + 0.2 * torch.rand(rank, 40, generator=generator).double()
+        )
         updates.append(sm.LowRank(units[:, 16:].T, units[:, :16]))
     layer = sm.Layer("l", tuple(updates))
     points = torch.cat([torch.cat([u.A, u.B.T], dim=1) for u in layer])
-    labels = torch.from_numpy(cluster.KMeans(k, n_init=20, random_state=0).fit(points.numpy()).labels_).long()
+    labels = torch.from_numpy(
+        cluster.KMeans(k, n_init=20, random_state=0).fit(points.numpy()).labels_
+    ).long()
     for scale, size in (("adapter", 5), ("all", 15)):
         wanted = torch.zeros(24, 16).double()
         for c in range(k):
             members = points[labels == c]
             centre = members.mean(0) * members.abs().amax(1).mean() / members.mean(0).abs().max()
             wanted += (size / k) ** 0.5 * torch.outer(centre[16:], centre[:16])
-        assert error(sm.lora_lego(k, balance=False, output_scale=scale)(layer).dense(), wanted) < 1e-9
+        assert (
+            error(sm.lora_lego(k, balance=False, output_scale=scale)(layer).dense(), wanted) < 1e-9
+        )
 
 
 def test_kmeans_reaches_the_inertia_of_scikit_learn() -> None:
     cluster = pytest.importorskip("sklearn.cluster")
     generator = torch.Generator().manual_seed(0)
-    points = torch.rand(40, 6, generator=generator).double() + 1.0  # all inner products positive: no sign to choose
+    # all inner products positive: no sign to choose
+    points = torch.rand(40, 6, generator=generator).double() + 1.0
     weights = torch.rand(40, generator=generator).double() + 0.1
     means = signed_kmeans(points @ points.T, weights, 6, seed=1, starts=30)
     centres = means @ points
     inertia = float((weights * torch.cdist(points, centres).square().amin(1)).sum())
-    best = cluster.KMeans(6, n_init=30, random_state=0).fit(points.numpy(), sample_weight=weights.numpy())
+    best = cluster.KMeans(6, n_init=30, random_state=0).fit(
+        points.numpy(), sample_weight=weights.numpy()
+    )
     assert inertia <= best.inertia_ * (1 + 1e-6)
     torch.testing.assert_close(means.abs().sum(1), torch.ones(6).double())
 
@@ -274,7 +313,14 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize(
     "method",
-    [sm.robustmerge(), sm.robustmerge(balance=True), sm.RobustFactors(), sm.lora_lego(), sm.lines(), sm.wudi()],
+    [
+        sm.robustmerge(),
+        sm.robustmerge(balance=True),
+        sm.RobustFactors(),
+        sm.lora_lego(),
+        sm.lines(),
+        sm.wudi(),
+    ],
 )
 def test_no_dense_matrix_is_made(method: sm.Method) -> None:
     layers = make_layers([2, 3, 2], {"model.layers.1.q": (300, 200)}, dtype=torch.float32)
@@ -285,9 +331,13 @@ def test_no_dense_matrix_is_made(method: sm.Method) -> None:
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-6, 1e6])
-@pytest.mark.parametrize("method", [sm.RobustFactors(), sm.ClusterUnits(balance=False, output_scale="all")])
+@pytest.mark.parametrize(
+    "method", [sm.RobustFactors(), sm.ClusterUnits(balance=False, output_scale="all")]
+)
 @pytest.mark.parametrize("ranks", [[1], [1, 1], [3, 3, 3], [2, 0, 5]])
-def test_primitives_are_finite_on_degenerate_inputs(scale: float, method: sm.Merger, ranks: list[int]) -> None:
+def test_primitives_are_finite_on_degenerate_inputs(
+    scale: float, method: sm.Merger, ranks: list[int]
+) -> None:
     shapes = {"one": (1, 1), "row": (1, 6), "column": (5, 1), "square": (4, 4)}
     for layer in make_layers(ranks, shapes, dtype=torch.float32):
         first = layer.updates[0]

@@ -1,4 +1,6 @@
-"""DELLA, Breadcrumbs, SCE, consensus, PCB and EMR against formulas written out in numpy, and their masks."""
+"""DELLA, Breadcrumbs, SCE, consensus, PCB and EMR against formulas written out in numpy,
+and their masks.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ def matches(got: sm.Update, wanted: np.ndarray, tolerance: float = 1e-10) -> Non
 
 scores = st.integers(0, 3).flatmap(
     lambda seed: st.tuples(st.integers(1, 5), st.integers(1, 9)).map(
-        lambda shape: torch.randint(0, 6, shape, generator=torch.Generator().manual_seed(seed)).double()
+        lambda shape: torch.randint(
+            0, 6, shape, generator=torch.Generator().manual_seed(seed)
+        ).double()
     )
 )
 
@@ -65,11 +69,16 @@ def test_n_to_m_keeps_n_of_every_m(values: Tensor, n: int, more: int) -> None:
 
 @given(scores, st.floats(0.01, 1.0), st.floats(0, 0.9), st.sampled_from(["row", "layer"]))
 @settings(max_examples=100, deadline=None)
-def test_drop_outliers_keeps_the_next_largest(values: Tensor, density: float, gamma: float, scope: str) -> None:
+def test_drop_outliers_keeps_the_next_largest(
+    values: Tensor, density: float, gamma: float, scope: str
+) -> None:
     rows = values if scope == "row" else values.reshape(1, -1)
     total = rows.shape[1]
     dropped, kept = math.floor(gamma * total + 1e-9), count(density, total)
-    for first, start, stop in (("drop", dropped, dropped + kept), ("keep", min(dropped, kept - 1), kept)):
+    for first, start, stop in (
+        ("drop", dropped, dropped + kept),
+        ("keep", min(dropped, kept - 1), kept),
+    ):
         mask = sm.DropOutliers(density, gamma, scope, first)(values).reshape(rows.shape)
         for row, keep in zip(rows, mask):
             order = np.argsort(-row.numpy(), kind="stable")[start:stop]
@@ -103,7 +112,9 @@ def test_wrong_values_say_what_to_write(make, message: str) -> None:
         make()
 
 
-@pytest.mark.parametrize("mask", [sm.PerRow(0.5), sm.NtoM(2, 4), sm.DropOutliers(0.5, 0.1), sm.Reciprocal()])
+@pytest.mark.parametrize(
+    "mask", [sm.PerRow(0.5), sm.NtoM(2, 4), sm.DropOutliers(0.5, 0.1), sm.Reciprocal()]
+)
 def test_masks_read_back_from_their_recipe_and_take_nothing(mask: sm.MaskBuilder) -> None:
     assert sm.parse(repr(mask)) == mask
     assert mask(torch.zeros(0, 4)).shape == (0, 4)
@@ -115,7 +126,12 @@ def test_masks_read_back_from_their_recipe_and_take_nothing(mask: sm.MaskBuilder
 
 def test_della_is_unbiased_and_prefers_the_large() -> None:
     layer = make_layers([3], {"l": (6, 5)})[0]
-    whole, total, kept, draws = layer.updates[0].dense(), torch.zeros(6, 5).double(), torch.zeros(6, 5), 400
+    whole, total, kept, draws = (
+        layer.updates[0].dense(),
+        torch.zeros(6, 5).double(),
+        torch.zeros(6, 5),
+        400,
+    )
     chance = sm.RankChance(0.5, 0.6)(whole, None)
     for seed in range(draws):
         pruned = sm.della(0.5, 0.6, seed).steps[0](layer).updates[0].dense()
@@ -129,7 +145,9 @@ def test_della_is_unbiased_and_prefers_the_large() -> None:
     assert chance.amax() == pytest.approx(0.8)
 
 
-@pytest.mark.parametrize("chance", [sm.RankChance(0.6), sm.RankChance(0.6, scope="layer"), sm.MagnitudeChance(0.6)])
+@pytest.mark.parametrize(
+    "chance", [sm.RankChance(0.6), sm.RankChance(0.6, scope="layer"), sm.MagnitudeChance(0.6)]
+)
 def test_chances_of_one_value_and_of_equal_ones(chance: sm.Scorer) -> None:
     """mergekit's formula is 0 / 0 where a row has one entry."""
     assert chance(torch.ones(1, 1), None).item() == pytest.approx(0.6)
@@ -204,7 +222,9 @@ def test_disjoint_max_is_that_of_the_ties_code(entry: dict) -> None:
 # --- PCB
 
 
-def pcb(D: np.ndarray, density: float, clip: float, inter: str, weights: tuple[float, ...]) -> np.ndarray:
+def pcb(
+    D: np.ndarray, density: float, clip: float, inter: str, weights: tuple[float, ...]
+) -> np.ndarray:
     """D (K, n), all layers of each adapter in one vector; signs of the weights in D."""
     K, n = D.shape
     ordered = np.sort(np.abs(D), 1)
@@ -223,15 +243,21 @@ def pcb(D: np.ndarray, density: float, clip: float, inter: str, weights: tuple[f
     scale = (scale - cut) / (scale.max(1, keepdims=True) - cut)
     w = np.abs(weights)[:, None]
     mass = (w * scale).sum(0)
-    return np.where(mass > 0, (w * scale * np.sign(D) * size).sum(0) / np.where(mass > 0, mass, 1), 0)
+    return np.where(
+        mass > 0, (w * scale * np.sign(D) * size).sum(0) / np.where(mass > 0, mass, 1), 0
+    )
 
 
 @every_weight
 @pytest.mark.parametrize("inter", [sm.TanhNormalised(), sm.TanhRaw(), sm.TanhMixed()])
 @pytest.mark.parametrize(("density", "clip"), [(0.05, 0.01), (0.3, 0.1), (0.6, 0.0)])
-def test_pcb_is_the_formula(weights: tuple[float, ...], inter: sm.Inter, density: float, clip: float) -> None:
+def test_pcb_is_the_formula(
+    weights: tuple[float, ...], inter: sm.Inter, density: float, clip: float
+) -> None:
     layers = make_layers([2, 4, 3], weights=weights)
-    flat = np.concatenate([np.stack([u.dense().numpy().ravel() for u in layer]) for layer in layers], 1)
+    flat = np.concatenate(
+        [np.stack([u.dense().numpy().ravel() for u in layer]) for layer in layers], 1
+    )
     wanted = pcb(flat * np.sign(weights)[:, None], density, clip, type(inter).__name__, weights)
     merged = run(sm.pcb(density, clip, inter=inter), layers)
     matches(sm.Dense(torch.cat([u.dense().flatten() for u in merged.values()])[None]), wanted[None])
@@ -246,7 +272,12 @@ def test_pcb_of_a_zero_adapter_and_without_a_pre_pass() -> None:
     assert torch.equal(sm.on_one_layer(sm.pcb(0.3), layers[0]).dense(), wanted)
 
 
-@given(st.integers(0, 10**6), st.sampled_from([torch.float32, torch.float64]), st.floats(0, 1), st.floats(-8, 8))
+@given(
+    st.integers(0, 10**6),
+    st.sampled_from([torch.float32, torch.float64]),
+    st.floats(0, 1),
+    st.floats(-8, 8),
+)
 @settings(max_examples=60, deadline=None)
 def test_kth_largest_is_exact(seed: int, dtype: torch.dtype, where: float, scale: float) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -295,5 +326,14 @@ def test_emr_of_one_and_of_zero() -> None:
     notes: dict[str, dict[str, float]] = {}
     merged = sm.prepare(sm.emr(), layers)(replace(layers[0], record=notes.__setitem__))
     matches(merged, layers[0].updates[0].dense().numpy())
-    assert notes == {"emr_scalar": {"a0": pytest.approx(1.0), "a1": 1.0}, "emr_mask": {"a0": 1.0, "a1": 0.0}}
-    assert error(sm.Unify.restore(merged, layers[0].updates[0], 1.0).dense(), layers[0].updates[0].dense()) < 1e-12
+    assert notes == {
+        "emr_scalar": {"a0": pytest.approx(1.0), "a1": 1.0},
+        "emr_mask": {"a0": 1.0, "a1": 0.0},
+    }
+    assert (
+        error(
+            sm.Unify.restore(merged, layers[0].updates[0], 1.0).dense(),
+            layers[0].updates[0].dense(),
+        )
+        < 1e-12
+    )

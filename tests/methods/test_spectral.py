@@ -1,6 +1,8 @@
-"""TSV, Iso-C, Iso-CTS, CART, DC-Merge and CtM: the official numbers, the formulas, and what they do at the edges.
+"""TSV, Iso-C, Iso-CTS, CART, DC-Merge and CtM:
+the official numbers, the formulas, and what they do at the edges.
 
-`pytest -s` prints the table of goldens. The laws of `test_laws` run over the named methods; here they run over `ctm`.
+`pytest -s` prints the table of goldens. The laws of `test_laws` run over the named methods;
+here they run over `ctm`.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ from tests import test_laws
 from tests.conftest import changed, error, low_rank, make_layers, run
 
 HERE = Path(__file__).parent.parent / "goldens"
-ENTRIES = {entry["key"]: entry for entry in json.loads((HERE / "spectral.json").read_text())["entries"]}
+ENTRIES = {
+    entry["key"]: entry for entry in json.loads((HERE / "spectral.json").read_text())["entries"]
+}
 GOLDEN = load_file(HERE / "spectral.safetensors")
 INPUTS = load_file(HERE / "inputs.safetensors")
 SHAPES = {"layers.0.q_proj": (24, 16), "layers.1.v_proj": (16, 24)}
@@ -49,7 +53,9 @@ def layers_of(entry: dict) -> list[sm.Layer]:
             if f"{where}/dW" in INPUTS:
                 updates.append(sm.Dense(INPUTS[f"{where}/dW"].double()))
             else:
-                updates.append(sm.LowRank(INPUTS[f"{where}/B"].double(), INPUTS[f"{where}/A"].double()))
+                updates.append(
+                    sm.LowRank(INPUTS[f"{where}/B"].double(), INPUTS[f"{where}/A"].double())
+                )
         layers.append(sm.Layer(layer, tuple(updates)))
     return layers
 
@@ -72,7 +78,9 @@ def compare(key: str, method: sm.Method) -> None:
 
 def rule(parameters: dict) -> sm.Method:
     if parameters["merge_method"] == "cart":
-        return sm.cart(parameters.get("cart_pruning_rank", 0.04), parameters.get("cart_scaling_coeffs", 0.1))
+        return sm.cart(
+            parameters.get("cart_pruning_rank", 0.04), parameters.get("cart_scaling_coeffs", 0.1)
+        )
     if parameters["merge_method"] == "ties":
         size = 144
         return sm.ties((int(size * parameters["topK"] / 100) + 1) / size)
@@ -80,15 +88,20 @@ def rule(parameters: dict) -> sm.Method:
 
 
 def in_space(parameters: dict, over: str = "rank") -> sm.Method:
-    """The inner rule in the space of an entry; the code isotropizes inside the core, outside of the other spaces."""
+    """The inner rule in the space of an entry; the code isotropizes inside the core,
+    outside of the other spaces.
+    """
     inner, space = rule(parameters), parameters["merge_space"]
     if space == "core":
-        return sm.core_space(sm.Isotropic(inner, over) if parameters["isotropize"] else inner, balance=False)
+        return sm.core_space(
+            sm.Isotropic(inner, over) if parameters["isotropize"] else inner, balance=False
+        )
     method = inner if space == "full" else sm.In(sm.SharedBasis(scaled=False), inner)
     return sm.Isotropic(method, over) if parameters["isotropize"] else method
 
 
-# --- official numbers ---------------------------------------------------------------------------------------------
+# --- official numbers
+# ----------------------------------------------------------------------------------------
 
 FILLED = [key for key, e in ENTRIES.items() if key.startswith("core_space/") and e["well_posed"]]
 
@@ -99,7 +112,9 @@ def test_core_space_code(key: str) -> None:
     compare(key, in_space(ENTRIES[key]["hyperparameters"]))
 
 
-@pytest.mark.parametrize("key", [key for key in ENTRIES if key.startswith(("tsv_iso/tsvm", "tsv_iso/iso_c/d3"))])
+@pytest.mark.parametrize(
+    "key", [key for key in ENTRIES if key.startswith(("tsv_iso/tsvm", "tsv_iso/iso_c/d3"))]
+)
 def test_tsv_and_iso_code(key: str) -> None:
     compare(key, sm.tsv() if "tsvm" in key else sm.iso_c())
 
@@ -107,14 +122,18 @@ def test_tsv_and_iso_code(key: str) -> None:
 @pytest.mark.parametrize("key", [key for key in ENTRIES if "rankred" in key])
 def test_rank_reduction_is_pruning_of_directions(key: str) -> None:
     """floor(16 / 3) = 5 components of 16 each, and all four of the adapters of rank 4."""
-    prune = sm.Prune(sm.Magnitude(), sm.TopFraction(5 / 16 if "d3" in key else 1.0), units=sm.Directions())
+    prune = sm.Prune(
+        sm.Magnitude(), sm.TopFraction(5 / 16 if "d3" in key else 1.0), units=sm.Directions()
+    )
     compare(key, sm.Chain(prune, sm.Sum()))
 
 
 @pytest.mark.parametrize("key", [key for key in ENTRIES if "tsvc" in key])
 def test_tsv_compression_is_pruning_of_directions(key: str) -> None:
     entry, worst = ENTRIES[key], 0.0
-    prune = sm.Prune(sm.Magnitude(), sm.TopFraction(5 / 16 if "d3" in key else 1.0), units=sm.Directions())
+    prune = sm.Prune(
+        sm.Magnitude(), sm.TopFraction(5 / 16 if "d3" in key else 1.0), units=sm.Directions()
+    )
     for layer in layers_of(entry):
         for k, update in enumerate(prune(layer)):
             worst = max(worst, error(update.dense(), output(entry, f"t{k}/{layer.name}/dW_hat")))
@@ -126,7 +145,9 @@ DRAWN = [key for key, e in ENTRIES.items() if not e["well_posed"] and "iso" in k
 
 @pytest.mark.parametrize("key", DRAWN)
 def test_isotropic_null_space_is_all_that_we_drop(key: str) -> None:
-    """The code gives the mean over all min(m, n) to arbitrary directions too; on the span the two agree."""
+    """The code gives the mean over all min(m, n) to arbitrary directions too;
+    on the span the two agree.
+    """
     entry = ENTRIES[key]
     in_core = "merge_method" in entry["hyperparameters"]
     method = in_space(entry["hyperparameters"], "full") if in_core else sm.Isotropic(over="full")
@@ -143,7 +164,9 @@ def test_isotropic_null_space_is_all_that_we_drop(key: str) -> None:
 
 @pytest.mark.parametrize("key", [key for key in ENTRIES if key.startswith("ctm/")])
 def test_ctm_code(key: str) -> None:
-    """With its stopping rule the code's subspaces; where rounding decides the last round of the code, that round."""
+    """With its stopping rule the code's subspaces;
+    where rounding decides the last round of the code, that round.
+    """
     entry, worst = ENTRIES[key], 0.0
     p = entry["hyperparameters"]
     for layer in layers_of(entry):
@@ -167,7 +190,8 @@ def test_ctm_code(key: str) -> None:
     note(key, worst)
 
 
-# --- formulas, dense, on inputs whose sum has full rank (nothing is drawn from a null space) -------------------------
+# --- formulas, dense, on inputs whose sum has full rank (nothing is drawn from a null space)
+# -------------------------
 
 
 def polar(matrix: np.ndarray) -> np.ndarray:
@@ -178,7 +202,10 @@ def polar(matrix: np.ndarray) -> np.ndarray:
 def textbook_tsv(updates: list[np.ndarray]) -> np.ndarray:
     k = min(updates[0].shape) // len(updates)
     svds = [np.linalg.svd(D, full_matrices=False) for D in updates]
-    left, right = np.hstack([U[:, :k] for U, _, _ in svds]), np.vstack([Vt[:k] for _, _, Vt in svds])
+    left, right = (
+        np.hstack([U[:, :k] for U, _, _ in svds]),
+        np.vstack([Vt[:k] for _, _, Vt in svds]),
+    )
     return polar(left) * np.concatenate([S[:k] for _, S, _ in svds]) @ polar(right)
 
 
@@ -199,10 +226,14 @@ def textbook_iso_cts(updates: list[np.ndarray], fraction: float = 0.8) -> np.nda
         sigmas.append(rest[1][:own])
         rights.append(rest[2][:own])
     mean = np.concatenate([*sigmas, S[:common]]).mean()
-    return mean * polar(np.hstack([*lefts, U[:, :common]])) @ polar(np.vstack([*rights, Vt[:common]]))
+    return (
+        mean * polar(np.hstack([*lefts, U[:, :common]])) @ polar(np.vstack([*rights, Vt[:common]]))
+    )
 
 
-def textbook_cart(updates: list[np.ndarray], fraction: float = 0.04, scale: float = 0.1) -> np.ndarray:
+def textbook_cart(
+    updates: list[np.ndarray], fraction: float = 0.04, scale: float = 0.1
+) -> np.ndarray:
     centre = sum(updates) / len(updates)
     keep, total = math.ceil(fraction * min(centre.shape)), centre.copy()
     for D in updates:
@@ -211,12 +242,21 @@ def textbook_cart(updates: list[np.ndarray], fraction: float = 0.04, scale: floa
     return total
 
 
-def textbook_dc(updates: list[np.ndarray], smoothing: str, rank: int, density: float = 1e-3) -> np.ndarray:
-    svds = [[x[..., :rank] if i < 2 else x[:rank] for i, x in enumerate(np.linalg.svd(D, False))] for D in updates]
+def textbook_dc(
+    updates: list[np.ndarray], smoothing: str, rank: int, density: float = 1e-3
+) -> np.ndarray:
+    svds = [
+        [x[..., :rank] if i < 2 else x[:rank] for i, x in enumerate(np.linalg.svd(D, False))]
+        for D in updates
+    ]
     P, Q = polar(np.hstack([U for U, _, _ in svds])), polar(np.vstack([Vt for _, _, Vt in svds]))
     pruned = []
     for U, S, Vt in svds:
-        share = np.linspace(min(5.0, S[0] / S[-1]), 1.0, rank) if smoothing == "linear" else np.ones(rank)
+        share = (
+            np.linspace(min(5.0, S[0] / S[-1]), 1.0, rank)
+            if smoothing == "linear"
+            else np.ones(rank)
+        )
         smooth = S if smoothing == "none" else S.sum() * share / share.sum()
         M = P.T @ (U * smooth) @ Vt @ Q.T
         cut = np.sort(np.abs(M), axis=None)[-max(1, int(density * M.size))]
@@ -228,11 +268,18 @@ def textbook_dc(updates: list[np.ndarray], smoothing: str, rank: int, density: f
     return P @ (merged * (owner[:, None] == owner)) @ Q
 
 
-FULL = [([4, 4, 4, 4], (24, 16)), ([4, 4, 4, 4], (16, 24)), ([6, 6, 6], (18, 18)), ([16, 16, 16], (64, 48))]
+FULL = [
+    ([4, 4, 4, 4], (24, 16)),
+    ([4, 4, 4, 4], (16, 24)),
+    ([6, 6, 6], (18, 18)),
+    ([16, 16, 16], (64, 48)),
+]
 
 
 @pytest.mark.parametrize(("ranks", "shape"), FULL)
-def test_formulas_where_the_adapters_fill_the_space(ranks: list[int], shape: tuple[int, int]) -> None:
+def test_formulas_where_the_adapters_fill_the_space(
+    ranks: list[int], shape: tuple[int, int]
+) -> None:
     layer = make_layers(ranks, {"l": shape}, seed=3)[0]
     matrices = [update.dense().numpy() for update in layer]
     as_dense = layer.with_updates([sm.Dense(update.dense()) for update in layer])
@@ -257,7 +304,11 @@ def test_formulas_where_the_adapters_fill_the_space(ranks: list[int], shape: tup
 def test_weights_multiply_the_updates() -> None:
     layer = make_layers([4, 4, 4, 4], {"l": (24, 16)}, weights=[1.0, -0.5, 2.0, 0.7])[0]
     matrices = [w * update.dense().numpy() for w, update in zip(layer.weights, layer)]
-    for method, textbook in ((sm.tsv(), textbook_tsv), (sm.iso_c(), textbook_iso_c), (sm.iso_cts(), textbook_iso_cts)):
+    for method, textbook in (
+        (sm.tsv(), textbook_tsv),
+        (sm.iso_c(), textbook_iso_c),
+        (sm.iso_cts(), textbook_iso_cts),
+    ):
         assert error(method(layer).dense(), torch.from_numpy(textbook(matrices))) < 1e-9
 
 
@@ -289,7 +340,9 @@ def test_decorrelated_directions_are_orthogonal() -> None:
 
 @pytest.mark.parametrize("strength", [0.0, 0.25, 0.5, 1.0])
 def test_partly_decorrelated_directions(strength: float) -> None:
-    """X (X^T X)^(-strength / 2), with the power from an eigendecomposition. 12 directions: more than 20 / 3 each."""
+    """X (X^T X)^(-strength / 2), with the power from an eigendecomposition.
+    12 directions: more than 20 / 3 each.
+    """
     ranks = [2, 3, 7 if strength < 1 else 2]
     layer = make_layers(ranks, {"l": (20, 15)})[0]
     pieces = [update.svd() for update in layer]
@@ -333,7 +386,8 @@ def test_copies_share_what_they_have_in_common() -> None:
                 assert error(one.dense(), update.dense() / count**strength) < 1e-10
 
 
-# --- rank, memory -------------------------------------------------------------------------------------------------
+# --- rank, memory
+# ----------------------------------------------------------------------------------------
 
 EVERY: dict[str, sm.Method] = {
     "tsv": sm.tsv(),
@@ -365,7 +419,9 @@ class NoLargeTensor(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         for value in result if isinstance(result, (tuple, list)) else (result,):
-            assert not isinstance(value, Tensor) or value.numel() < self.limit, f"{function} made {tuple(value.shape)}"
+            assert not isinstance(value, Tensor) or value.numel() < self.limit, (
+                f"{function} made {tuple(value.shape)}"
+            )
         return result
 
 
@@ -390,14 +446,29 @@ def test_result_ranks() -> None:
     wanted = {"tsv": 9, "iso_c": 9, "iso_cts": 9, "cart": 9, "ctm": 4, "ctm tsv": 3}
     for name, rank in wanted.items():
         assert int(torch.linalg.matrix_rank(EVERY[name](layer).dense())) == rank, name
-    assert sm.tsv()(make_layers([6, 6, 6], {"l": (10, 8)})[0]).rank == 6  # floor(8 / 3) components each
+    # floor(8 / 3) components each
+    assert sm.tsv()(make_layers([6, 6, 6], {"l": (10, 8)})[0]).rank == 6
 
 
-# --- edges --------------------------------------------------------------------------------------------------------
+# --- edges
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+# ----------------------------------------------------------------------------------------
 
 
 def edges(dtype: torch.dtype) -> dict[str, sm.Layer]:
-    """Inputs on which arbitrary null-space vectors would show as a difference between float32 and float64."""
+    """Inputs on which arbitrary null-space vectors would show as a difference between
+    float32 and float64.
+    """
 
     def layer(*updates: sm.LowRank, weights: tuple[float, ...] = ()) -> sm.Layer:
         return sm.Layer("l", tuple(update.to(dtype=dtype) for update in updates), weights=weights)
@@ -430,12 +501,17 @@ def edges(dtype: torch.dtype) -> dict[str, sm.Layer]:
 def test_no_arbitrary_direction_at_the_edges(method: sm.Method, case: str) -> None:
     if case == "huge and tiny" and "SharedBasis" in repr(method):
         pytest.skip("V divides by singular values that are noise of float32 beside the largest")
-    single, double = run(method, [edges(torch.float32)[case]])["l"], run(method, [edges(torch.float64)[case]])["l"]
+    single, double = (
+        run(method, [edges(torch.float32)[case]])["l"],
+        run(method, [edges(torch.float64)[case]])["l"],
+    )
     assert bool(torch.isfinite(single.dense()).all())
     assert error(single.dense(), double.dense()) < 1e-4
 
 
-@pytest.mark.parametrize("method", [sm.tsv(), sm.iso_c(), sm.iso_cts()], ids=["tsv", "iso_c", "iso_cts"])
+@pytest.mark.parametrize(
+    "method", [sm.tsv(), sm.iso_c(), sm.iso_cts()], ids=["tsv", "iso_c", "iso_cts"]
+)
 def test_opposite_adapters_leave_nothing(method: sm.Method) -> None:
     update = low_rank((12, 10), 3, 8)
     rewritten = update.scaled(-1.0).balanced
@@ -444,10 +520,16 @@ def test_opposite_adapters_leave_nothing(method: sm.Method) -> None:
 
 
 def test_who_counts_among_the_k() -> None:
-    """Three adapters of rank 4 in (12, 12) keep four components each; a fourth that is zero does not make it three."""
+    """Three adapters of rank 4 in (12, 12) keep four components each;
+    a fourth that is zero does not make it three.
+    """
     layer = make_layers([4, 4, 4], {"l": (12, 12)})[0]
     extra = layer.updates[0]
-    for update, weight in ((extra.scaled(0.0), 1.0), (sm.absent((12, 12), extra.A), 1.0), (extra, 0.0)):
+    for update, weight in (
+        (extra.scaled(0.0), 1.0),
+        (sm.absent((12, 12), extra.A), 1.0),
+        (extra, 0.0),
+    ):
         four = sm.Layer("l", (*layer.updates, update), weights=(1.0, 1.0, 1.0, weight))
         for method in (sm.tsv(), sm.iso_cts(), sm.dc_merge()):
             assert error(method(four).dense(), method(layer).dense()) < 1e-10
@@ -477,14 +559,18 @@ def test_core_space_changes_shares_of_the_side_only() -> None:
     layer = make_layers([2, 3], {"l": (24, 20)})[0]
     for method in (sm.iso_c(), sm.iso_cts(), sm.task_arithmetic()):
         for balance in (True, False):
-            assert error(sm.core_space(method, balance)(layer).dense(), method(layer).dense()) < 1e-10
+            assert (
+                error(sm.core_space(method, balance)(layer).dense(), method(layer).dense()) < 1e-10
+            )
     wanted = sm.Chain(sm.Decorrelate(2), sm.Sum())(layer)
     assert error(sm.core_space(sm.tsv())(layer).dense(), wanted.dense()) < 1e-10
     assert error(wanted.dense(), sm.tsv()(layer).dense()) > 0.01
 
 
 def test_opposites_cancel_in_the_cover_space() -> None:
-    """The sum of D and -D is nothing, not the rounding error whose sign an election would follow."""
+    """The sum of D and -D is nothing, not the rounding error whose sign an
+    election would follow.
+    """
     for seed in range(5):
         update, other = low_rank((24, 16), 3, seed), low_rank((24, 16), 2, 90 + seed)
         layer = sm.Layer("l", (update, update.scaled(-1.0), other))
@@ -531,7 +617,8 @@ def test_recipes_read_back(method: sm.Method) -> None:
     assert sm.parse(repr(method)) == method
 
 
-# --- the laws, for ctm --------------------------------------------------------------------------------------------
+# --- the laws, for ctm
+# ----------------------------------------------------------------------------------------
 
 CTM = {"ctm": ctm(), "ctm of rank 2": ctm(2, sm.task_arithmetic(), beta=1.0)}
 
@@ -562,7 +649,9 @@ def test_ctm_of_one_adapter_loses_nothing() -> None:
 @pytest.mark.parametrize("beta", [0.0, 0.01, 0.3, 0.7, 1.0])
 @pytest.mark.parametrize("inner", [sm.task_arithmetic(), sm.mean()])
 def test_subspace_boosting_is_the_formula(beta: float, inner: sm.Method) -> None:
-    """The authors' steps on the dense matrix of full rank: SVD, cumulative share, clamp, product."""
+    """The authors' steps on the dense matrix of full rank:
+    SVD, cumulative share, clamp, product.
+    """
     for layer in make_layers([4, 4, 4], {"q": (11, 9), "v": (8, 12)}, weights=(1.0, 0.5, 2.0)):
         X = inner(layer).dense().numpy()
         U, S, Vh = np.linalg.svd(X, full_matrices=False)
@@ -577,5 +666,7 @@ def test_subspace_boosting_raises_no_direction_of_the_null_space() -> None:
     got = sm.subspace_boosting(beta=0.0)(layer)
     sigma = torch.linalg.svdvals(got.dense())
     assert int((sigma > 1e-9).sum()) == 3
-    assert torch.allclose(sigma[:3], torch.linalg.svdvals(sm.task_arithmetic()(layer).dense())[:1].expand(3))
+    assert torch.allclose(
+        sigma[:3], torch.linalg.svdvals(sm.task_arithmetic()(layer).dense())[:1].expand(3)
+    )
     assert sm.subspace_boosting()(sm.Layer("z", [sm.absent((4, 3), layer.updates[0].A)])).rank == 0

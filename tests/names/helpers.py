@@ -1,4 +1,6 @@
-"""Adapters of tiny transformers models, written under other names, and PEFT as the oracle of what they do."""
+"""Adapters of tiny transformers models, written under other names,
+and PEFT as the oracle of what they do.
+"""
 
 from __future__ import annotations
 
@@ -58,12 +60,16 @@ def qwen_vl() -> nn.Module:
         "patch_size": 4,
     }
     text = dict(TEXT, rope_parameters=rope)
-    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
+    return Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+    )
 
 
 def train(make: Make, path: Path, seed: int, base: str = "org/base", **settings: Any) -> Path:
     """A folder written by PEFT; every trainable parameter was moved."""
-    model = quietly(get_peft_model, make(), LoraConfig(**{"r": 4, "init_lora_weights": False} | settings))
+    model = quietly(
+        get_peft_model, make(), LoraConfig(**{"r": 4, "init_lora_weights": False} | settings)
+    )
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -97,7 +103,11 @@ def modules(path: Path) -> set[str]:
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
-    return {k.replace(".base_layer.", "."): v.double() for k, v in model.state_dict().items() if v.is_floating_point()}
+    return {
+        k.replace(".base_layer.", "."): v.double()
+        for k, v in model.state_dict().items()
+        if v.is_floating_point()
+    }
 
 
 def folded(make: Make, path: Path) -> dict[str, Tensor]:
@@ -108,7 +118,10 @@ def folded(make: Make, path: Path) -> dict[str, Tensor]:
 def mean(make: Make, paths: Sequence[Path]) -> dict[str, Tensor]:
     """base + mean over adapters of (base with it - base)."""
     base, parts = state(make()), [folded(make, path) for path in paths]
-    return {key: value + sum(part[key] - value for part in parts) / len(parts) for key, value in base.items()}
+    return {
+        key: value + sum(part[key] - value for part in parts) / len(parts)
+        for key, value in base.items()
+    }
 
 
 def agree(make: Make, got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:

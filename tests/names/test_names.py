@@ -1,4 +1,6 @@
-"""Keys of modules, held against the classes of transformers and its own table of renamed weights."""
+"""Keys of modules, held against the classes of transformers and its own table of
+renamed weights.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ from sapmerge.io.names import FAMILIES, STYLES, Stem, alike, canonical, plain, r
 from sapmerge.models import Names
 
 transformers = pytest.importorskip("transformers")
-# SAPMERGE_ALL_CLASSES=1 holds the table against every class (four minutes); otherwise every 40th, and these.
+# SAPMERGE_ALL_CLASSES=1 holds the table against every class (four minutes); otherwise every 40th,
+# and these.
 EVERY = 1 if os.environ.get("SAPMERGE_ALL_CLASSES") else 40
 CHOSEN = (
     "ASTForAudioClassification",
@@ -48,9 +51,16 @@ def classes() -> list[str]:
 
     found = set(CHOSEN)
     tables = [
-        table for name, table in vars(modeling_auto).items() if name.startswith("MODEL_") and name.endswith("_NAMES")
+        table
+        for name, table in vars(modeling_auto).items()
+        if name.startswith("MODEL_") and name.endswith("_NAMES")
     ]
-    every = {one for table in tables for name in table.values() for one in ([name] if isinstance(name, str) else name)}
+    every = {
+        one
+        for table in tables
+        for name in table.values()
+        for one in ([name] if isinstance(name, str) else name)
+    }
     return sorted(found | set(sorted(every)[::EVERY]))
 
 
@@ -73,7 +83,9 @@ def true_names(model: nn.Module) -> Iterator[str]:
 
 @pytest.mark.parametrize("name", classes())
 def test_no_true_name_is_taken_for_another(name: str) -> None:
-    """Different modules have different keys, none are taken for two spellings of one, and each is found as itself."""
+    """Different modules have different keys, none are taken for two spellings of one,
+    and each is found as itself.
+    """
     model = built(name)
     names = list(true_names(model))
     keys = {canonical(one): one for one in names}
@@ -82,7 +94,11 @@ def test_no_true_name_is_taken_for_another(name: str) -> None:
     by_path: dict[str, list[str]] = {}
     for key in keys:
         by_path.setdefault(stem(key).path, []).append(key)
-    assert [group for group in by_path.values() if any(alike(a, b) for a in group for b in group if a != b)] == []
+    assert [
+        group
+        for group in by_path.values()
+        if any(alike(a, b) for a in group for b in group if a != b)
+    ] == []
     own = Names(model)
     assert own.locate(dict.fromkeys(keys)) == {key: key for key in keys}
     assert {key: own.plain[own.paths[key]] for key in keys} == keys
@@ -90,7 +106,9 @@ def test_no_true_name_is_taken_for_another(name: str) -> None:
 
 @pytest.mark.parametrize("name", CHOSEN)
 def test_the_table_agrees_with_that_of_transformers(name: str) -> None:
-    """What transformers calls a weight in a file of version 4 leads to the module that has it now."""
+    """What transformers calls a weight in a file of version 4 leads to the module
+    that has it now.
+    """
     loading = pytest.importorskip("transformers.core_model_loading")
     if not hasattr(loading, "revert_weight_conversion"):
         pytest.skip("the installed transformers renames nothing")
@@ -113,7 +131,10 @@ def test_the_table_agrees_with_that_of_transformers(name: str) -> None:
         ("module.model.layers.0.mlp.up_proj", "model.layers.0.mlp.up_proj"),
         ("_orig_mod.module.model.layers.0.mlp.up_proj", "model.layers.0.mlp.up_proj"),
         ("model.layers.0._checkpoint_wrapped_module.mlp.up_proj", "model.layers.0.mlp.up_proj"),
-        ("model.layers.0._fsdp_wrapped_module._checkpoint_wrapped_module.mlp.up_proj", "model.layers.0.mlp.up_proj"),
+        (
+            "model.layers.0._fsdp_wrapped_module._checkpoint_wrapped_module.mlp.up_proj",
+            "model.layers.0.mlp.up_proj",
+        ),
         ("model.layers.0.mlp.up_proj._fsdp_wrapped_module", "model.layers.0.mlp.up_proj"),
         ("tower.module._orig_mod.fc", "tower.fc"),
         ("tower.module.fc", "tower.module.fc"),  # perhaps its true name
@@ -131,9 +152,21 @@ def test_wrappers_are_no_part_of_a_name(spelled: str, name: str) -> None:
         ("vit.layers.0.attention.q_proj", "", "vit.encoder.layer.0.attention.attention.query"),
         ("vit.layers.3.mlp.fc2", "", "vit.encoder.layer.3.output.dense"),
         ("segformer.stages.1.blocks.0.mlp.fc1", "", "segformer.encoder.block.1.0.mlp.dense1"),
-        ("model.language_model.layers.0.mlp.up_proj", "llava", "language_model.model.layers.0.mlp.up_proj"),
-        ("model.vision_tower.encoder.layers.0.mlp.fc1", "llava", "vision_tower.vision_model.encoder.layers.0.mlp.fc1"),
-        ("model.vision_tower.transformer.layers.0.mlp", "llava", "vision_tower.transformer.layers.0.mlp"),
+        (
+            "model.language_model.layers.0.mlp.up_proj",
+            "llava",
+            "language_model.model.layers.0.mlp.up_proj",
+        ),
+        (
+            "model.vision_tower.encoder.layers.0.mlp.fc1",
+            "llava",
+            "vision_tower.vision_model.encoder.layers.0.mlp.fc1",
+        ),
+        (
+            "model.vision_tower.transformer.layers.0.mlp",
+            "llava",
+            "vision_tower.transformer.layers.0.mlp",
+        ),
         ("model.multi_modal_projector.linear_1", "llava", "multi_modal_projector.linear_1"),
         ("lm_head", "llava", "language_model.lm_head"),
         ("model.language_model.layers.0.mlp.up_proj", "qwen", "model.layers.0.mlp.up_proj"),
@@ -162,7 +195,10 @@ def test_older_spellings_lead_back(key: str, family: str, older: str) -> None:
 def test_the_names_of_the_original_llava(original: str, key: str) -> None:
     assert canonical(original) == key
     assert respelled(key, "llava", "llava") == original
-    assert respelled("model.language_model.layers.0.mlp.up_proj", "llava", "llava") == "model.layers.0.mlp.up_proj"
+    assert (
+        respelled("model.language_model.layers.0.mlp.up_proj", "llava", "llava")
+        == "model.layers.0.mlp.up_proj"
+    )
 
 
 def test_towers_are_told_apart() -> None:

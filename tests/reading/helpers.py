@@ -31,11 +31,17 @@ def good_tensors(dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str,
 
 
 def write(
-    folder: Path, config: Mapping[str, object] | None = None, tensors: Mapping[str, Tensor] | None = None
+    folder: Path,
+    config: Mapping[str, object] | None = None,
+    tensors: Mapping[str, Tensor] | None = None,
 ) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "adapter_config.json").write_text(json.dumps(good_config() if config is None else config))
-    save_file(dict(good_tensors() if tensors is None else tensors), folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(
+        json.dumps(good_config() if config is None else config)
+    )
+    save_file(
+        dict(good_tensors() if tensors is None else tensors), folder / "adapter_model.safetensors"
+    )
     return folder
 
 
@@ -45,7 +51,9 @@ def container(header: str | bytes, data: bytes = b"") -> bytes:
     return len(raw).to_bytes(8, "little") + raw + data
 
 
-def refused(path: Path, *words: str, error: type[SapmergeError] = SapmergeError, **options: object) -> str:
+def refused(
+    path: Path, *words: str, error: type[SapmergeError] = SapmergeError, **options: object
+) -> str:
     """Loading raises `error` with a printable message that has all the words."""
     with pytest.raises(error) as caught:
         Adapter.load(path, **options)  # type: ignore[arg-type]
@@ -69,7 +77,9 @@ def warned(path: Path, *words: str, **options: object) -> Adapter:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         adapter = Adapter.load(path, **options)  # type: ignore[arg-type]
-    assert [item.category for item in caught] == [SapmergeWarning], [str(item.message) for item in caught]
+    assert [item.category for item in caught] == [SapmergeWarning], [
+        str(item.message) for item in caught
+    ]
     for word in words:
         assert word in str(caught[0].message), str(caught[0].message)
     return adapter

@@ -85,11 +85,19 @@ def test_pickles(tmp_path: Path) -> None:
     good = good_tensors()
     plain = accepted(write(tmp_path / "safe"))
     folder = save_bin(tmp_path / "bin", good)
-    refused(folder, "adapter_model.bin", "Adapter.load(path, allow_pickle_weights=True)", error=AdapterSecurityError)
+    refused(
+        folder,
+        "adapter_model.bin",
+        "Adapter.load(path, allow_pickle_weights=True)",
+        error=AdapterSecurityError,
+    )
     adapter = warned(folder, "adapter_model.bin", allow_pickle_weights=True)
     assert adapter.digest == plain.digest
     canary = tmp_path / "canary"
-    for name, content in (("rce", {"x": Bomb(str(canary))}), ("pair", good | {"x": Bomb(str(canary))})):
+    for name, content in (
+        ("rce", {"x": Bomb(str(canary))}),
+        ("pair", good | {"x": Bomb(str(canary))}),
+    ):
         message = refused(
             save_bin(tmp_path / name, content),
             "adapter_model.bin",
@@ -113,7 +121,9 @@ def test_pickles(tmp_path: Path) -> None:
         ({PREFIX + "model.norm.weight": torch.ones(16)}, "norm.weight"),
     ],
 )
-def test_pickles_are_checked_like_safetensors(tmp_path: Path, extra: dict[object, object], word: str) -> None:
+def test_pickles_are_checked_like_safetensors(
+    tmp_path: Path, extra: dict[object, object], word: str
+) -> None:
     refused(save_bin(tmp_path, good_tensors() | extra), word, allow_pickle_weights=True)  # type: ignore[operator]
 
 
@@ -158,7 +168,9 @@ def test_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_nothing_heavy_is_imported() -> None:
     heavy = ("peft", "transformers", "regex", "huggingface_hub")
-    code = f"import sys, sapmerge.io.adapter; print([name for name in {heavy} if name in sys.modules])"
+    code = (
+        f"import sys, sapmerge.io.adapter; print([name for name in {heavy} if name in sys.modules])"
+    )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
 
@@ -172,21 +184,38 @@ events = []
 sys.addaudithook(lambda event, args: events.append((event, str(args[0]) if args else "")))
 Adapter.load({str(write(tmp_path / "x"))!r}).update("model.layers.0.self_attn.q_proj")
 watched = ("open", "import", "exec", "compile", "socket")
-print(sorted({{(event, arg.rpartition("/")[2]) for event, arg in events if event.split(".")[0] in watched}}))
+events = [(event, arg) for event, arg in events if event.split(".")[0] in watched]
+print(sorted({{(event, arg.rpartition("/")[2]) for event, arg in events}}))
 """
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "[('open', 'adapter_config.json'), ('open', 'adapter_model.safetensors')]"
+    assert (
+        found.stdout.strip()
+        == "[('open', 'adapter_config.json'), ('open', 'adapter_model.safetensors')]"
+    )
 
 
-# The closed world: whatever is changed, the adapter is refused by the name of it, or it reads differently, or it warns.
-CHANGES = ("add tensor", "rename tensor", "drop tensor", "alter tensor", "add key", "drop key", "alter key")
+# The closed world: whatever is changed, the adapter is refused by the name of it, or it reads
+# differently, or it warns.
+CHANGES = (
+    "add tensor",
+    "rename tensor",
+    "drop tensor",
+    "alter tensor",
+    "add key",
+    "drop key",
+    "alter key",
+)
 NEUTRAL = {"inference_mode", "task_type"}
 # Dropped, these mean their default, which is what they say: the file is then the same adapter.
 SAME = {"bias", "target_modules", "base_model_name_or_path"} | NEUTRAL
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.sampled_from(CHANGES), st.randoms(use_true_random=False), st.text("abcdefgw._AB", min_size=1, max_size=12))
+@given(
+    st.sampled_from(CHANGES),
+    st.randoms(use_true_random=False),
+    st.text("abcdefgw._AB", min_size=1, max_size=12),
+)
 def test_closed_world(change: str, random: object, text: str) -> None:
     import random as module_of_random
 
@@ -198,7 +227,13 @@ def test_closed_world(change: str, random: object, text: str) -> None:
     culprit = name
     if change == "add tensor":
         culprit = random.choice(
-            [PREFIX + text, text, f"{name}.{text}", name.replace("lora_", text), PREFIX + text + ".weight"]
+            [
+                PREFIX + text,
+                text,
+                f"{name}.{text}",
+                name.replace("lora_", text),
+                PREFIX + text + ".weight",
+            ]
         )
         if culprit in tensors:
             return
@@ -212,7 +247,9 @@ def test_closed_world(change: str, random: object, text: str) -> None:
         tensors = {culprit if own == name else own: value for own, value in tensors.items()}
     elif change == "drop tensor":
         del tensors[name]
-        culprit = name.replace("lora_A", "lora_?").replace("lora_B", "lora_?").partition(".lora_")[0]
+        culprit = (
+            name.replace("lora_A", "lora_?").replace("lora_B", "lora_?").partition(".lora_")[0]
+        )
     elif change == "alter tensor":
         tensors[name] = random.choice(
             [
@@ -237,14 +274,19 @@ def test_closed_world(change: str, random: object, text: str) -> None:
         try:
             found = Adapter.from_state_dict(config, tensors)
         except SapmergeError as error:
-            # A half that lost its partner is named by the partner, and a wrong r by the rank of a module.
+            # A half that lost its partner is named by the partner, and a wrong r by the rank of a
+            # module.
             said = str(error)
             words = [
                 culprit,
                 repr(culprit)[1:-1],
                 *(own.removeprefix(PREFIX).split(".lora_")[0] for own in (culprit, name)),
             ]
-            assert any(word in said for word in words) or (culprit == "r" and "rank" in said), (change, culprit, said)
+            assert any(word in said for word in words) or (culprit == "r" and "rank" in said), (
+                change,
+                culprit,
+                said,
+            )
             return
     if any(issubclass(item.category, SapmergeWarning) for item in caught):
         return

@@ -20,7 +20,17 @@ from sapmerge.errors import (
     SapmergeWarning,
 )
 
-from .helpers import PREFIX, SHARED, accepted, good_config, good_tensors, module, refused, warned, write
+from .helpers import (
+    PREFIX,
+    SHARED,
+    accepted,
+    good_config,
+    good_tensors,
+    module,
+    refused,
+    warned,
+    write,
+)
 
 GOOD = json.dumps(good_config())
 
@@ -40,7 +50,12 @@ GOOD = json.dumps(good_config())
         (GOOD.replace('"lora_alpha": 8', '"lora_alpha": NaN').encode(), "NaN"),
         (GOOD.replace('"lora_alpha": 8', '"lora_alpha": -Infinity').encode(), "-Infinity"),
         (GOOD.replace('"lora_alpha": 8', '"lora_alpha": 1e999').encode(), "1e999"),
-        (GOOD.replace('"inference_mode": true', '"auto_mapping": ' + '{"a":' * 40 + "1" + "}" * 40).encode(), "deeper"),
+        (
+            GOOD.replace(
+                '"inference_mode": true', '"auto_mapping": ' + '{"a":' * 40 + "1" + "}" * 40
+            ).encode(),
+            "deeper",
+        ),
         (GOOD.encode() + b" " * 2_000_000, "at most"),
         (b"version https://git-lfs.github.com/spec/v1", "not valid JSON"),
     ],
@@ -136,8 +151,16 @@ def test_a_byte_order_mark_is_accepted(tmp_path: Path) -> None:
 )
 def test_refused_by_name(tmp_path: Path, key: str, value: object) -> None:
     write(tmp_path, good_config(**{key: value}))
-    word = "r" if key == "rank_pattern" else "modules_to_save" if key == "modules_to_save" else key.removeprefix("\x1b")
-    refused(tmp_path, word, error=AdapterSecurityError if key == "megatron_core" else AdapterConfigError)
+    word = (
+        "r"
+        if key == "rank_pattern"
+        else "modules_to_save"
+        if key == "modules_to_save"
+        else key.removeprefix("\x1b")
+    )
+    refused(
+        tmp_path, word, error=AdapterSecurityError if key == "megatron_core" else AdapterConfigError
+    )
 
 
 @pytest.mark.parametrize(
@@ -161,7 +184,10 @@ def test_refused_by_name(tmp_path: Path, key: str, value: object) -> None:
         ("target_modules", "all-linear"),
         ("target_modules", r".*\.self_attn\.(q|v)_proj"),
         ("target_modules", r"(?!.*vision).*_proj"),
-        ("target_modules", [module(layer, part) for layer in (0, 1) for part in ("q_proj", "v_proj")]),
+        (
+            "target_modules",
+            [module(layer, part) for layer in (0, 1) for part in ("q_proj", "v_proj")],
+        ),
         ("exclude_modules", ["k_proj"]),
         ("exclude_modules", ".*k_proj"),
         ("exclude_modules", []),
@@ -216,11 +242,16 @@ def test_rslora(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "field", ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "layers_pattern"]
+    "field",
+    ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "layers_pattern"],
 )
-@pytest.mark.parametrize("bomb", [r"(_*[a-z]*)*X", r"(([a-z.0-9_]+)+)+!", r"(.*)*(.*)*(.*)*(.*)*1X", r"(\w|\w\w|\.)+X"])
+@pytest.mark.parametrize(
+    "bomb", [r"(_*[a-z]*)*X", r"(([a-z.0-9_]+)+)+!", r"(.*)*(.*)*(.*)*(.*)*1X", r"(\w|\w\w|\.)+X"]
+)
 def test_regex_bombs_are_stopped(tmp_path: Path, field: str, bomb: str) -> None:
-    changes: dict[str, object] = {field: {bomb: 4} if field.endswith("_pattern") and field[0] in "ra" else bomb}
+    changes: dict[str, object] = {
+        field: {bomb: 4} if field.endswith("_pattern") and field[0] in "ra" else bomb
+    }
     if field == "layers_pattern":
         changes = {"layers_to_transform": [0], "layers_pattern": bomb}
     write(tmp_path, good_config(**changes))
@@ -252,10 +283,14 @@ def test_overflow_of_the_product_is_refused(tmp_path: Path) -> None:
 
 
 def test_unbalanced_factors_and_denormals(tmp_path: Path) -> None:
-    tensors = {name: value * (1e4 if "lora_A" in name else 1e-4) for name, value in good_tensors().items()}
+    tensors = {
+        name: value * (1e4 if "lora_A" in name else 1e-4) for name, value in good_tensors().items()
+    }
     write(tmp_path, tensors=tensors)
     warned(tmp_path, "4 modules", "norm")
-    tensors = {name: value * (1.0 if "lora_A" in name else 1e-41) for name, value in good_tensors().items()}
+    tensors = {
+        name: value * (1.0 if "lora_A" in name else 1e-41) for name, value in good_tensors().items()
+    }
     write(tmp_path, tensors=tensors)
     accepted(tmp_path)
     write(tmp_path, tensors={name: value.double() for name, value in good_tensors().items()})
@@ -268,7 +303,11 @@ def _tensors_for(config: dict[str, object]) -> dict[str, torch.Tensor]:
     assert isinstance(targets, list)
     rank = config["r"]
     assert isinstance(rank, int)
-    return {f"{PREFIX}m.{name}.lora_{part}.weight": torch.ones(rank, rank) for name in targets for part in "AB"}
+    return {
+        f"{PREFIX}m.{name}.lora_{part}.weight": torch.ones(rank, rank)
+        for name in targets
+        for part in "AB"
+    }
 
 
 OTHER_KINDS = {"dora": "use_dora", "DoRA": "", "kasa": "kasa_config", "bdlora": "use_bdlora"}
@@ -287,7 +326,10 @@ def test_real_configs(tmp_path: Path, path: Path) -> None:
         names = {name.partition(".lora_")[0] for name in _tensors_for(config)}
         rank = config["r"]
         magnitudes = {f"{name}.lora_magnitude_vector": torch.ones(rank) for name in names}
-        heads = {f"{PREFIX}{name}.weight": torch.ones(2, 2) for name in config.get("modules_to_save") or ()}
+        heads = {
+            f"{PREFIX}{name}.weight": torch.ones(2, 2)
+            for name in config.get("modules_to_save") or ()
+        }
         adapter = accepted(write(tmp_path, config, _tensors_for(config) | magnitudes | heads))
         assert all(module.needs_base for module in adapter.modules.values())
     elif word is None:

@@ -48,8 +48,16 @@ def entry(dtype: str = "F32", shape: object = (1,), offsets: object = (0, 4)) ->
         (container("[]"), "does not begin with '{'"),
         (container(b'{"\xff\xfe": 1}'), "UTF-8"),
         (container('{"a":' * 5000), "tensor 'a'"),
-        (container("{" + f'"{A}": {entry()}, "{A}": {entry(shape=[1, 1])}' + "}", b"abcd"), "twice"),
-        (container(f'{{"{A}": {entry(offsets=[0, 4])}, "b": {entry(offsets=[2, 6])}}}', b"abcdef"), "overlaps"),
+        (
+            container("{" + f'"{A}": {entry()}, "{A}": {entry(shape=[1, 1])}' + "}", b"abcd"),
+            "twice",
+        ),
+        (
+            container(
+                f'{{"{A}": {entry(offsets=[0, 4])}, "b": {entry(offsets=[2, 6])}}}', b"abcdef"
+            ),
+            "overlaps",
+        ),
         (container(f'{{"{A}": {entry()}, "b": {entry(offsets=[8, 12])}}}', b"a" * 12), "hole"),
         (container(f'{{"{A}": {entry(offsets=[4, 0])}}}', b"abcd"), "data_offsets"),
         (container(f'{{"{A}": {entry(offsets=[-4, 0])}}}', b"abcd"), "data_offsets"),
@@ -94,7 +102,9 @@ def test_a_header_of_640_bytes_is_not_taken_for_a_pickle(tmp_path: Path) -> None
 
 def test_many_empty_tensors_are_refused_fast(tmp_path: Path) -> None:
     write(tmp_path)
-    names = ", ".join(f'"{PREFIX}x{i}.lora_A.weight": {entry(shape=[0], offsets=[0, 0])}' for i in range(100_000))
+    names = ", ".join(
+        f'"{PREFIX}x{i}.lora_A.weight": {entry(shape=[0], offsets=[0, 0])}' for i in range(100_000)
+    )
     (tmp_path / "adapter_model.safetensors").write_bytes(container("{" + names + "}"))
     start = time.monotonic()
     refused(tmp_path, "is empty")
@@ -106,7 +116,9 @@ def test_many_empty_tensors_are_refused_fast(tmp_path: Path) -> None:
 def test_what_we_accept_safetensors_accepts(
     tmp_path_factory: pytest.TempPathFactory, tail: bytes, at: int, byte: int
 ) -> None:
-    """One byte of a good file is changed, or a few are added: never another exception, never more than safetensors."""
+    """One byte of a good file is changed, or a few are added:
+    never another exception, never more than safetensors.
+    """
     import safetensors
 
     global _raw

@@ -55,7 +55,10 @@ def test_renamed_prefix_and_missing_halves(tmp_path: Path) -> None:
         del tensors[f"{Q}.lora_{part}.weight"]
         write(tmp_path, tensors=tensors)
         refused(tmp_path, f"has no lora_{part}", Q)
-    write(tmp_path, tensors={name.removeprefix("base_model."): value for name, value in good_tensors().items()})
+    write(
+        tmp_path,
+        tensors={name.removeprefix("base_model."): value for name, value in good_tensors().items()},
+    )
     refused(tmp_path, "begin with")
 
 
@@ -73,7 +76,10 @@ def test_renamed_prefix_and_missing_halves(tmp_path: Path) -> None:
     ],
 )
 def test_shapes(tmp_path: Path, a: tuple[int, ...], b: tuple[int, ...], word: str) -> None:
-    tensors = good_tensors() | {f"{Q}.lora_A.weight": torch.zeros(a), f"{Q}.lora_B.weight": torch.zeros(b)}
+    tensors = good_tensors() | {
+        f"{Q}.lora_A.weight": torch.zeros(a),
+        f"{Q}.lora_B.weight": torch.zeros(b),
+    }
     write(tmp_path, tensors=tensors)
     refused(tmp_path, "q_proj", word, error=AdapterFormatError)
 

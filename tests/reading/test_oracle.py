@@ -39,7 +39,9 @@ class Net(nn.Module):
         self.grouped = nn.Conv2d(6, 8, 3, groups=2)
         self.score = nn.Linear(12, 3)
         # The layer numbers of PEFT are found one level down, and the first number counts.
-        self.deep = nn.ModuleDict({"h": nn.ModuleList([nn.ModuleDict({"lin": nn.Linear(5, 6)}) for _ in range(3)])})
+        self.deep = nn.ModuleDict(
+            {"h": nn.ModuleList([nn.ModuleDict({"lin": nn.Linear(5, 6)}) for _ in range(3)])}
+        )
 
 
 def make(**options: Any) -> Any:
@@ -71,7 +73,10 @@ CASES: dict[str, dict[str, Any]] = {
     "convolutions": {"target_modules": ["conv1", "conv2", "conv3", "point"], "r": 3},
     "embedding": {"target_modules": ["embed", "q_proj"]},
     "rslora": {"target_modules": ["q_proj"], "use_rslora": True, "lora_alpha": 5},
-    "rank_pattern": {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"q_proj": 2, "layers.1.v_proj": 5}},
+    "rank_pattern": {
+        "target_modules": ["q_proj", "v_proj"],
+        "rank_pattern": {"q_proj": 2, "layers.1.v_proj": 5},
+    },
     "patterns and rslora": {
         "target_modules": ["q_proj", "v_proj"],
         "rank_pattern": {"^layers.*q_proj": 2},
@@ -79,9 +84,19 @@ CASES: dict[str, dict[str, Any]] = {
         "use_rslora": True,
     },
     "layers_to_transform": {"target_modules": ["lin"], "layers_to_transform": [0, 2]},
-    "one layer of a list": {"target_modules": ["q_proj"], "layers_to_transform": 1, "layers_pattern": "layers"},
-    "exclude_modules": {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["layers.1.v_proj"]},
-    "exclude by pattern": {"target_modules": ["q_proj", "v_proj"], "exclude_modules": r".*\.2\.q_proj"},
+    "one layer of a list": {
+        "target_modules": ["q_proj"],
+        "layers_to_transform": 1,
+        "layers_pattern": "layers",
+    },
+    "exclude_modules": {
+        "target_modules": ["q_proj", "v_proj"],
+        "exclude_modules": ["layers.1.v_proj"],
+    },
+    "exclude by pattern": {
+        "target_modules": ["q_proj", "v_proj"],
+        "exclude_modules": r".*\.2\.q_proj",
+    },
     "modules_to_save": {"target_modules": ["q_proj"], "modules_to_save": ["score"]},
     "all-linear": {"target_modules": "all-linear", "exclude_modules": ["score"], "r": 2},
 }
@@ -105,9 +120,13 @@ def test_the_update_is_pefts(case: str, tmp_path: Path) -> None:
         assert update.shape == module.shape == tuple(delta.shape)
         assert update.rank == module.rank
         assert update.dtype == torch.float32
-        assert torch.allclose(update.dense(), delta, rtol=1e-6, atol=1e-6 * float(delta.abs().max()))
+        assert torch.allclose(
+            update.dense(), delta, rtol=1e-6, atol=1e-6 * float(delta.abs().max())
+        )
     if "modules_to_save" in options:
-        assert torch.equal(adapter.saved_tensor("score.weight"), model.base_model.model.score.weight)
+        assert torch.equal(
+            adapter.saved_tensor("score.weight"), model.base_model.model.score.weight
+        )
         assert list(adapter.saved) == ["score.bias", "score.weight"]
 
 
@@ -122,7 +141,10 @@ def test_kinds_and_stored_shapes(tmp_path: Path) -> None:
     )
     assert modules["conv2"].shape == (8, 36)
     assert (modules["embed"].kind, modules["embed"].shape) == ("embedding", (12, 20))
-    assert (modules["layers.0.v_proj"].kind, modules["layers.0.v_proj"].shape) == ("linear", (7, 12))
+    assert (modules["layers.0.v_proj"].kind, modules["layers.0.v_proj"].shape) == (
+        "linear",
+        (7, 12),
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -137,7 +159,9 @@ def test_half_precision(dtype: torch.dtype, tmp_path: Path) -> None:
     a, b = (part["default"].weight.detach().double() for part in (layer.lora_A, layer.lora_B))
     wanted = b @ a * 2.0
     assert adapter.modules["layers.1.q_proj"].dtype == dtype
-    assert torch.allclose(adapter.update("layers.1.q_proj").dense().double(), wanted, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(
+        adapter.update("layers.1.q_proj").dense().double(), wanted, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_overlapping_patterns_follow_pefts_rule(tmp_path: Path) -> None:

@@ -15,7 +15,9 @@ from sapmerge.io.names import canonical
 from .helpers import SHARED, accepted, refused, warned
 
 ADAPTERS = SHARED / "adapters"
-pytestmark = pytest.mark.skipif(not ADAPTERS.exists(), reason="the shared data is not beside this repository")
+pytestmark = pytest.mark.skipif(
+    not ADAPTERS.exists(), reason="the shared data is not beside this repository"
+)
 
 GPT2 = ["attn.c_attn", "attn.c_proj", "mlp.c_proj"]
 EXPECTED = {
@@ -24,7 +26,12 @@ EXPECTED = {
     "gpt2__gurvineet-checkpoint_epoch_1": (36, 8, 4.0, {"score.weight": (6, 768)}),
     "distilbert__Tashu014-imdb": (12, 8, 2.0, None),
     "distilbert__Karangarg01-hate": (12, 8, 2.0, None),
-    "vit__Yunyi307-best_model": (24, 16, 2.0, {"classifier.bias": (2,), "classifier.weight": (2, 768)}),
+    "vit__Yunyi307-best_model": (
+        24,
+        16,
+        2.0,
+        {"classifier.bias": (2,), "classifier.weight": (2, 768)},
+    ),
     "vit__fanLnen-week2": (60, 8, 2.0, {}),
 }
 DISTILBERT = {
@@ -43,8 +50,12 @@ def test_real_adapters(name: str) -> None:
     adapter = accepted(ADAPTERS / name)
     assert adapter.label == name
     assert len(adapter.modules) == count
-    assert {(module.rank, module.scaling) for module in adapter.modules.values()} == {(rank, scaling)}
-    assert {key: info.shape for key, info in adapter.saved.items()} == (DISTILBERT if saved is None else saved)
+    assert {(module.rank, module.scaling) for module in adapter.modules.values()} == {
+        (rank, scaling)
+    }
+    assert {key: info.shape for key, info in adapter.saved.items()} == (
+        DISTILBERT if saved is None else saved
+    )
     assert adapter.fan_in_fan_out == name.startswith("gpt2")
     raw = load_file(ADAPTERS / name / "adapter_model.safetensors")
     for module in list(adapter.modules.values())[::7]:
@@ -56,7 +67,13 @@ def test_both_vit_adapters_have_names_of_transformers_5() -> None:
     names = {name for label in ("Yunyi307-best_model", "fanLnen-week2") for name in
              Adapter.load(ADAPTERS / f"vit__{label}").modules}  # fmt: skip
     parts = {name.split(".", 3)[3] for name in names}
-    assert parts == {"attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj", "mlp.fc2"}
+    assert parts == {
+        "attention.q_proj",
+        "attention.k_proj",
+        "attention.v_proj",
+        "attention.o_proj",
+        "mlp.fc2",
+    }
     assert {name.split(".")[0:2] == ["vit", "layers"] for name in names} == {True}
     from transformers import ViTConfig, ViTForImageClassification
 
@@ -94,10 +111,19 @@ def test_digests_differ_between_adapters() -> None:
     [
         ("vit.encoder.layer.3.attention.output.dense", "vit.layers.3.attention.o_proj"),
         ("vit.encoder.layer.3.intermediate.dense", "vit.layers.3.mlp.fc1"),
-        ("dinov2.encoder.layer.0.attention.attention.key", "dinov2.encoder.layer.0.attention.k_proj"),
+        (
+            "dinov2.encoder.layer.0.attention.attention.key",
+            "dinov2.encoder.layer.0.attention.k_proj",
+        ),
         ("dinov2.encoder.layer.0.mlp.fc1", "dinov2.encoder.layer.0.mlp.fc1"),
-        ("bert.encoder.layer.0.attention.output.dense", "bert.encoder.layer.0.attention.output.dense"),
-        ("vision_tower.vision_model.encoder.layers.0.mlp.fc1", "model.vision_tower.encoder.layers.0.mlp.fc1"),
+        (
+            "bert.encoder.layer.0.attention.output.dense",
+            "bert.encoder.layer.0.attention.output.dense",
+        ),
+        (
+            "vision_tower.vision_model.encoder.layers.0.mlp.fc1",
+            "model.vision_tower.encoder.layers.0.mlp.fc1",
+        ),
         ("language_model.model.layers.0.mlp.up_proj", "model.language_model.layers.0.mlp.up_proj"),
         ("language_model.lm_head", "lm_head"),
         ("multi_modal_projector.linear_1", "model.multi_modal_projector.linear_1"),
@@ -112,11 +138,20 @@ def test_spelling(old: str, new: str) -> None:
 
 def test_spelling_agrees_with_transformers() -> None:
     """A tiny ViT and LLaVA of the installed transformers have the names that the table gives."""
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+    from transformers import (
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+    )
 
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1),
-        text_config=LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1),
+        vision_config=CLIPVisionConfig(
+            hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+        ),
+        text_config=LlamaConfig(
+            hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+        ),
     )
     with torch.device("meta"):
         names = {name for name, _ in LlavaForConditionalGeneration(config).named_modules()}

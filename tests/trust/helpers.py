@@ -27,12 +27,22 @@ def write_adapter(
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, Tensor] = {}
     for name, (m, n) in shapes.items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = torch.randn(rank, n, generator=generator).to(dtype)
-        tensors[f"base_model.model.{name}.lora_B.weight"] = torch.randn(m, rank, generator=generator).to(dtype)
+        tensors[f"base_model.model.{name}.lora_A.weight"] = torch.randn(
+            rank, n, generator=generator
+        ).to(dtype)
+        tensors[f"base_model.model.{name}.lora_B.weight"] = torch.randn(
+            m, rank, generator=generator
+        ).to(dtype)
     path.mkdir(parents=True)
     save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
     targets = sorted({name.rpartition(".")[2] for name in shapes})
-    written = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": targets, **config}
+    written = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": 2 * rank,
+        "target_modules": targets,
+        **config,
+    }
     (path / "adapter_config.json").write_text(json.dumps(written))
     return path
 
@@ -48,7 +58,8 @@ class Small(nn.Module):
         super().__init__()
         generator = torch.Generator().manual_seed(7)
         self.layers = nn.ModuleList(
-            nn.ModuleDict({p: nn.Linear(8, 12, bias=False) for p in ("q_proj", "v_proj")}) for _ in range(2)
+            nn.ModuleDict({p: nn.Linear(8, 12, bias=False) for p in ("q_proj", "v_proj")})
+            for _ in range(2)
         )
         self.head = nn.Linear(12, 8)
         for parameter in self.parameters():
@@ -76,7 +87,11 @@ def state(model: nn.Module) -> dict[str, Any]:
         "training": {name: module.training for name, module in model.named_modules()},
         "asking": {name: parameter.requires_grad for name, parameter in model.named_parameters()},
         "hooks": {
-            name: (len(module._forward_hooks), len(module._forward_pre_hooks), "forward" in vars(module))
+            name: (
+                len(module._forward_hooks),
+                len(module._forward_pre_hooks),
+                "forward" in vars(module),
+            )
             for name, module in model.named_modules()
         },
     }

@@ -1,4 +1,6 @@
-"""Whatever is given to `merge`, an error is one of ours, and the order of what is given decides on nothing."""
+"""Whatever is given to `merge`, an error is one of ours,
+and the order of what is given decides on nothing.
+"""
 
 from __future__ import annotations
 
@@ -31,15 +33,32 @@ HUGE = 10**5000
     "wrong",
     [
         *({"scale": value} for value in (10**400, HUGE, "1", None, True, [1], float("nan"), 1j)),
-        *({"weights": value} for value in ([10**400, 1, 1], [HUGE, 1, 1], 5, "abc", [1, 2], {1: 1, "a": 2}, {})),
+        *(
+            {"weights": value}
+            for value in ([10**400, 1, 1], [HUGE, 1, 1], 5, "abc", [1, 2], {1: 1, "a": 2}, {})
+        ),
         {"weights": [None] * 3},
-        *({"weights": value} for value in ([1e308] * 3, [1e308, -1e308, 1.0], [2e38] * 3, {"a": 1e39, "b": 1, "c": 1})),
-        *({"adapters": value} for value in (None, 5, [], {}, [None], [1.5], [(1, 2, 3)], "abc", [b"\xff\x00"])),
+        *(
+            {"weights": value}
+            for value in (
+                [1e308] * 3,
+                [1e308, -1e308, 1.0],
+                [2e38] * 3,
+                {"a": 1e39, "b": 1, "c": 1},
+            )
+        ),
+        *(
+            {"adapters": value}
+            for value in (None, 5, [], {}, [None], [1.5], [(1, 2, 3)], "abc", [b"\xff\x00"])
+        ),
         *({"device": value} for value in ([1], "meta", "no such", True, 99, object(), 1.5, "")),
-        *({"rank": value} for value in (0, HUGE - HUGE, -HUGE, "most", 1.0, True, [1], float("nan"))),
+        *(
+            {"rank": value}
+            for value in (0, HUGE - HUGE, -HUGE, "most", 1.0, True, [1], float("nan"))
+        ),
     ],
     ids=lambda value: str(type(next(iter(value.values())))) + next(iter(value)),
-)  # fmt: skip
+)
 def test_wrong_arguments(paths: list[Path], wrong: dict[str, Any]) -> None:
     arguments: dict[str, Any] = {"adapters": paths, "method": sm.mean(), **wrong}
     with pytest.raises(sm.SapmergeError):
@@ -100,7 +119,9 @@ def test_twins_in_any_order(tmp_path: Path, paths: list[Path]) -> None:
     assert len({sm.Adapter.load(path).digest for path in (paths[0], twin, other)}) == 1
     written = set[bytes]()
     for number, order in enumerate(itertools.permutations([paths[0], twin, other, paths[1]])):
-        sm.merge(list(order), method=sm.ties(0.5), rank="exact").save_pretrained(tmp_path / f"out{number}")
+        sm.merge(list(order), method=sm.ties(0.5), rank="exact").save_pretrained(
+            tmp_path / f"out{number}"
+        )
         written.add(tensors_of(tmp_path / f"out{number}"))
     assert len(written) == 1
 
@@ -110,11 +131,26 @@ def test_what_strangers_call_their_folders_does_not_reach_the_terminal(
 ) -> None:
     names = ["\x1b]0;owned\x07\x1b[2J\nfake", "b\x9b31m\u202e"]
     inputs = [write_adapter(tmp_path / name, seed) for seed, name in enumerate(names)]
-    assert main(["merge", *map(str, inputs), "-o", str(tmp_path / "o\x1b[2Jut"), "--method", "mean"]) == 0
+    assert (
+        main(["merge", *map(str, inputs), "-o", str(tmp_path / "o\x1b[2Jut"), "--method", "mean"])
+        == 0
+    )
     assert main(["inspect", *map(str, inputs)]) == 0
     assert main(["verify", str(tmp_path / "o\x1b[2Jut"), "--inputs", *map(str, inputs)]) == 0
     assert main(["verify", str(inputs[0])]) == 2
-    assert main(["merge", str(tmp_path / "no\x1b[1m\nsuch"), "-o", str(tmp_path / "x"), "--method", "mean"]) == 2
+    assert (
+        main(
+            [
+                "merge",
+                str(tmp_path / "no\x1b[1m\nsuch"),
+                "-o",
+                str(tmp_path / "x"),
+                "--method",
+                "mean",
+            ]
+        )
+        == 2
+    )
     said = "".join(capsys.readouterr())
     assert all(letter.isprintable() or letter == "\n" for letter in said)
     assert "\nfake" not in said
@@ -124,12 +160,27 @@ def test_what_strangers_call_their_folders_does_not_reach_the_terminal(
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
 def test_a_terminal_that_lacks_letters_is_no_error(tmp_path: Path, encoding: str) -> None:
     inputs = [
-        str(write_adapter(tmp_path / name, seed, base_model_name_or_path="модель/😀")) for seed, name in enumerate("ab")
+        str(write_adapter(tmp_path / name, seed, base_model_name_or_path="модель/😀"))
+        for seed, name in enumerate("ab")
     ]
     done = subprocess.run(
-        [sys.executable, "-m", "sapmerge", "merge", *inputs, "-o", str(tmp_path / "o"), "--method", "mean"],
+        [
+            sys.executable,
+            "-m",
+            "sapmerge",
+            "merge",
+            *inputs,
+            "-o",
+            str(tmp_path / "o"),
+            "--method",
+            "mean",
+        ],
         capture_output=True,
-        env={"PYTHONIOENCODING": encoding, "PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1"},
+        env={
+            "PYTHONIOENCODING": encoding,
+            "PYTHONPATH": ":".join(sys.path),
+            "OMP_NUM_THREADS": "1",
+        },
     )
     assert (done.returncode, done.stderr) == (0, b"")
     assert b"\\u043c" in done.stdout
@@ -158,9 +209,14 @@ def test_what_exists_is_a_folder_whatever_is_in_its_name(
     assert "mine" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["😀/base", 'quo"te\\back', "модель: {x}", "a # b", "'", "日本/モデル", "é", "- x"])
+@pytest.mark.parametrize(
+    "name", ["😀/base", 'quo"te\\back', "модель: {x}", "a # b", "'", "日本/モデル", "é", "- x"]
+)
 def test_the_card_names_the_base_as_it_is(tmp_path: Path, name: str) -> None:
-    inputs = [write_adapter(tmp_path / label, seed, base_model_name_or_path=name) for seed, label in enumerate("ab")]
+    inputs = [
+        write_adapter(tmp_path / label, seed, base_model_name_or_path=name)
+        for seed, label in enumerate("ab")
+    ]
     sm.merge(inputs, method=sm.mean()).save_pretrained(tmp_path / "out")
     assert ModelCard.load(tmp_path / "out" / "README.md").data.base_model == name
 

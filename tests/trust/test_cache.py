@@ -27,7 +27,11 @@ def test_any_digit_of_what_is_kept_counts(tmp_path: Path) -> None:
     (file,) = tmp_path.iterdir()
     with safe_open(file, "pt") as opened:
         metadata, tensors = opened.metadata(), {"x": opened.get_tensor("x")}
-    for key, notes in [("key", {"loss": 0.26, "number": 0}), ("key", {"loss": 0.25}), ("other", None)]:
+    for key, notes in [
+        ("key", {"loss": 0.26, "number": 0}),
+        ("key", {"loss": 0.25}),
+        ("other", None),
+    ]:
         changed = {**metadata, "key": key}
         changed["notes"] = metadata["notes"] if notes is None else json.dumps(notes)
         save_file(tensors, file, changed)
@@ -80,7 +84,9 @@ def test_scratch_files_of_killed_writers_go(tmp_path: Path) -> None:
     assert foreign.exists()
 
 
-def test_a_scratch_file_that_is_swept_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_scratch_file_that_is_swept_is_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real, swept = os.fsync, list[str]()
 
     def fsync(file: int) -> None:

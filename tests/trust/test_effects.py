@@ -24,7 +24,18 @@ from sapmerge.io.files import DEFAULT_LIMITS
 from sapmerge.io.held_values import HeldValues
 from sapmerge.io.patterns import Budget, Tails
 from sapmerge.merging.texts import _told_apart
-from tests.trust.helpers import SHAPES, Small, batches, interrupted, lines, loss, same, state, tensors_of, write_adapter
+from tests.trust.helpers import (
+    SHAPES,
+    Small,
+    batches,
+    interrupted,
+    lines,
+    loss,
+    same,
+    state,
+    tensors_of,
+    write_adapter,
+)
 
 FIRST = "layers.0.q_proj"
 
@@ -44,7 +55,8 @@ def expected(paths: list[Path], model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-# ---------------------------------------------------------------------------------------------- what fails comes first
+# ----------------------------------------------------------------------------------------
+# what fails comes first
 
 
 class Failing:
@@ -59,18 +71,26 @@ class Failing:
         return loss(model, batch)
 
 
-def test_the_users_loss_does_not_run_on_the_merged_model_before_it_is_asked_for(paths: list[Path]) -> None:
+def test_the_users_loss_does_not_run_on_the_merged_model_before_it_is_asked_for(
+    paths: list[Path],
+) -> None:
     model = Small()
-    merged = sm.merge(paths, batches(), model, loss=Failing(model), method=sm.sap_original(density=1.0))
+    merged = sm.merge(
+        paths, batches(), model, loss=Failing(model), method=sm.sap_original(density=1.0)
+    )
     merged.apply_to(model)
     before = Small().state_dict()
-    changed = [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])]
+    changed = [
+        name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])
+    ]
     assert sorted(changed) == sorted(f"{name}.weight" for name in SHAPES)
     with pytest.raises(ValueError, match="another model"):
         _ = merged.report
 
 
-def test_the_losses_are_measured_before_the_output_is_there(paths: list[Path], tmp_path: Path) -> None:
+def test_the_losses_are_measured_before_the_output_is_there(
+    paths: list[Path], tmp_path: Path
+) -> None:
     model, out = Small(), tmp_path / "out"
 
     def fails_late(model: nn.Module, batch: Tensor) -> Tensor:
@@ -84,9 +104,13 @@ def test_the_losses_are_measured_before_the_output_is_there(paths: list[Path], t
     assert merged.report.notes["anchor loss"]["merged adapter"] > 0  # measured before
 
 
-def test_a_loss_that_fails_with_the_merged_adapter_leaves_no_output(paths: list[Path], tmp_path: Path) -> None:
+def test_a_loss_that_fails_with_the_merged_adapter_leaves_no_output(
+    paths: list[Path], tmp_path: Path
+) -> None:
     model, last = Small(), list[float]()
-    sm.merge(paths, batches(), model, loss=loss, method=sm.sap_original()).save_pretrained(tmp_path / "counted")
+    sm.merge(paths, batches(), model, loss=loss, method=sm.sap_original()).save_pretrained(
+        tmp_path / "counted"
+    )
 
     def fails(model: nn.Module, batch: Tensor) -> Tensor:
         last.append(0.0)
@@ -102,11 +126,15 @@ def test_a_loss_that_fails_with_the_merged_adapter_leaves_no_output(paths: list[
     assert not (tmp_path / "out").exists()
     calls = 10**6
     merged.save_pretrained(tmp_path / "out")
-    wanted, got = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("counted", "out"))
+    wanted, got = (
+        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("counted", "out")
+    )
     assert all(torch.equal(got[name], tensor) for name, tensor in wanted.items())
 
 
-def test_the_loss_at_the_merged_adapter_is_measured_when_the_report_is_read(paths: list[Path], tmp_path: Path) -> None:
+def test_the_loss_at_the_merged_adapter_is_measured_when_the_report_is_read(
+    paths: list[Path], tmp_path: Path
+) -> None:
     model = Small()
     merged = sm.merge(paths, batches(), model, loss=loss, method=sm.sap_original(density=1.0))
     merged.apply_to(model)
@@ -128,7 +156,9 @@ def sinks(tmp_path: Path) -> dict[str, tuple[nn.Module, Callable[[sm.Merged, nn.
 
 
 @pytest.mark.parametrize("name", ["save", "add"])
-def test_a_warning_that_is_an_error_leaves_nothing_behind(paths: list[Path], tmp_path: Path, name: str) -> None:
+def test_a_warning_that_is_an_error_leaves_nothing_behind(
+    paths: list[Path], tmp_path: Path, name: str
+) -> None:
     model, sink = sinks(tmp_path)[name]
     before, merged = state(model), sm.merge(paths, method=sm.ties(0.3))
     with warnings.catch_warnings():
@@ -145,11 +175,17 @@ def test_a_warning_that_is_an_error_leaves_nothing_behind(paths: list[Path], tmp
 
 @pytest.mark.parametrize("name", ["apply", "save", "add"])
 @pytest.mark.parametrize("file", ["merging/sinks.py", "merging/merge.py", "io/held_values.py"])
-def test_ctrl_c_at_any_line_of_a_sink(paths: list[Path], tmp_path: Path, name: str, file: str) -> None:
+def test_ctrl_c_at_any_line_of_a_sink(
+    paths: list[Path], tmp_path: Path, name: str, file: str
+) -> None:
     model, sink = sinks(tmp_path)[name]
     merged = sm.merge(paths[:2], method=sm.mean())
     before = state(model)
-    count = lines(lambda: sink(merged, sinks(tmp_path / "other")[name][0]), (file,)) if name != "save" else 60
+    count = (
+        lines(lambda: sink(merged, sinks(tmp_path / "other")[name][0]), (file,))
+        if name != "save"
+        else 60
+    )
     if name == "save" and (tmp_path / "out").exists():
         raise AssertionError
     step = max(1, count // 25)
@@ -183,7 +219,8 @@ def test_adding_that_fails_in_peft_leaves_the_model_as_it_was(
     assert {name: after[name] for name in before["asking"]} == before["asking"]
 
 
-# ------------------------------------------------------------------------------------------- where a weight really is
+# ------------------------------------------------------------------------------------------- where
+# a weight really is
 
 
 class Deaf(Tensor):
@@ -251,25 +288,43 @@ def _with_a_buffer(model: Small) -> None:
 
 
 def _with_another_dtype(model: Small) -> None:
-    model.register_buffer("bytes", model.layers[0]["q_proj"].weight.data.view(torch.uint8)[2:3, 5:6])
+    model.register_buffer(
+        "bytes", model.layers[0]["q_proj"].weight.data.view(torch.uint8)[2:3, 5:6]
+    )
 
 
 REFUSED: list[Callable[[Small], object]] = [
-    *(_deaf, _hook, _expanded, _overlapping, _meta, _inference, _one_storage, _shifted, _with_a_buffer),
+    *(
+        _deaf,
+        _hook,
+        _expanded,
+        _overlapping,
+        _meta,
+        _inference,
+        _one_storage,
+        _shifted,
+        _with_a_buffer,
+    ),
     _with_another_dtype,
     lambda model: parametrizations.weight_norm(model.layers[0]["q_proj"]),
     lambda model: parametrizations.spectral_norm(model.layers[0]["q_proj"]),
     lambda model: parametrizations.orthogonal(model.layers[0]["q_proj"]),
-    lambda model: parametrize.register_parametrization(model.layers[0]["q_proj"], "weight", Doubling()),
+    lambda model: parametrize.register_parametrization(
+        model.layers[0]["q_proj"], "weight", Doubling()
+    ),
     lambda model: prune.l1_unstructured(model.layers[0]["q_proj"], "weight", 0.5),
 ]
 
 
 @pytest.mark.parametrize("change", REFUSED, ids=lambda change: change.__code__.co_names[-1])
-def test_weights_that_a_write_would_miss_are_refused(paths: list[Path], change: Callable[[Small], object]) -> None:
+def test_weights_that_a_write_would_miss_are_refused(
+    paths: list[Path], change: Callable[[Small], object]
+) -> None:
     model = Small().eval()  # spectral norm changes in training whenever one looks at it
     change(model)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items() if not tensor.is_meta}
+    before = {
+        name: tensor.clone() for name, tensor in model.state_dict().items() if not tensor.is_meta
+    }
     with pytest.raises(sm.ModelMismatchError):
         sm.merge(paths, method=sm.mean()).apply_to(model)
     after = model.state_dict()
@@ -299,7 +354,9 @@ def _transposed(model: Small) -> None:
 
 
 @pytest.mark.parametrize("change", [_rows, _columns, _every_other, _transposed])
-def test_views_without_a_common_entry_are_written(paths: list[Path], change: Callable[[Small], object]) -> None:
+def test_views_without_a_common_entry_are_written(
+    paths: list[Path], change: Callable[[Small], object]
+) -> None:
     model = Small()
     change(model)
     wanted = expected(paths, model)
@@ -308,11 +365,26 @@ def test_views_without_a_common_entry_are_written(paths: list[Path], change: Cal
         assert torch.allclose(tensor.double(), wanted[name], atol=1e-5), name
 
 
-# ------------------------------------------------------------------------------------------------------- undo on disk
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+# ----------------------------------------------------------------------------------------
+# undo on disk
 
 
 @pytest.mark.parametrize("in_memory", [0, 100, 1 << 20])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.bool])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.bool]
+)
 def test_held_values_come_back(in_memory: int, dtype: torch.dtype) -> None:
     tensors = [torch.randn(shape).mul(3).to(dtype) for shape in ((3, 5), (), (0, 2), (40,))]
     tensors.append(torch.randn(6, 4).to(dtype).T)
@@ -348,11 +420,14 @@ def test_a_full_disk_is_an_error_before_anything_is_lost(
     assert same(before, state(model))
 
 
-# ----------------------------------------------------------------------------------- what is written is what is told
+# ----------------------------------------------------------------------------------- what is
+# written is what is told
 
 
 def test_energy_is_told_after_the_cast(tmp_path: Path) -> None:
-    paths = [write_adapter(tmp_path / name, seed, dtype=torch.float16) for seed, name in enumerate("ab")]
+    paths = [
+        write_adapter(tmp_path / name, seed, dtype=torch.float16) for seed, name in enumerate("ab")
+    ]
     merged = sm.merge(paths, method=sm.mean(), scale=1e-8)
     exact = {name: update.dense() for name, update in merged.updates()}
     with warnings.catch_warnings():
@@ -361,14 +436,17 @@ def test_energy_is_told_after_the_cast(tmp_path: Path) -> None:
     stored = sm.Adapter.load(tmp_path / "out")
     total = sum(float(update.double().square().sum()) for update in exact.values())
     lost = sum(
-        float((update.double() - stored.update(name).dense().double()).square().sum()) for name, update in exact.items()
+        float((update.double() - stored.update(name).dense().double()).square().sum())
+        for name, update in exact.items()
     )
     assert lost / total > 0.5
     assert merged.report.energy_kept == pytest.approx(1 - lost / total, abs=1e-3)
 
 
 def test_what_is_written_can_be_read(tmp_path: Path) -> None:
-    paths = [write_adapter(tmp_path / f"a{seed}", seed, {"l.q": (12, 10)}, rank=3) for seed in range(3)]
+    paths = [
+        write_adapter(tmp_path / f"a{seed}", seed, {"l.q": (12, 10)}, rank=3) for seed in range(3)
+    ]
     told = {"written": 0, "refused": 0}
     for exponent in range(360, 386, 2):
         out = tmp_path / f"out{exponent}"
@@ -387,10 +465,14 @@ def test_what_is_written_can_be_read(tmp_path: Path) -> None:
 
 
 def test_many_ranks_can_be_read_again(tmp_path: Path) -> None:
-    """rank=0.9 gives many layers ranks of their own; readers allow few patterns that are no plain names."""
+    """rank=0.9 gives many layers ranks of their own;
+    readers allow few patterns that are no plain names.
+    """
     shapes = {f"model.layers.{i}.self_attn.q_proj": (8, 8) for i in range(700)}
     path = write_adapter(tmp_path / "a", 0, shapes, rank=5)
-    sm.merge([path], method=sm.mean(), rank=0.9).save_pretrained(tmp_path / "out", uniform_rank=False)
+    sm.merge([path], method=sm.mean(), rank=0.9).save_pretrained(
+        tmp_path / "out", uniform_rank=False
+    )
     stored = sm.Adapter.load(tmp_path / "out")
     assert len({module.rank for module in stored.modules.values()}) > 1
     assert {module.scaling for module in stored.modules.values()} == {1.0}
@@ -404,7 +486,8 @@ def test_names_that_are_told_apart_as_they_are() -> None:
     assert _told_apart(["odd[0]"]) == set()
 
 
-# ------------------------------------------------------------------------------------------ inputs and working folder
+# ------------------------------------------------------------------------------------------ inputs
+# and working folder
 
 
 def test_an_input_inside_the_output_is_refused(paths: list[Path], tmp_path: Path) -> None:
@@ -437,14 +520,21 @@ def test_an_input_stays_an_input_when_the_working_folder_changes(
     assert sm.verify(tmp_path / "elsewhere" / "out", paths[:2]) == []
 
 
-# -------------------------------------------------------------------------------------------------- other processes
+# ----------------------------------------------------------------------------------------
+# other processes
 
 
 def test_adapters_and_merges_can_be_pickled(paths: list[Path], tmp_path: Path) -> None:
     adapter = pickle.loads(pickle.dumps(sm.Adapter.load(paths[0])))
     fresh = sm.Adapter.load(paths[0])
-    assert (adapter.digest, adapter.files, adapter.label) == (fresh.digest, fresh.files, fresh.label)
-    assert all(torch.equal(adapter.update(name).dense(), fresh.update(name).dense()) for name in SHAPES)
+    assert (adapter.digest, adapter.files, adapter.label) == (
+        fresh.digest,
+        fresh.files,
+        fresh.label,
+    )
+    assert all(
+        torch.equal(adapter.update(name).dense(), fresh.update(name).dense()) for name in SHAPES
+    )
     merged = pickle.loads(pickle.dumps(sm.merge(paths, method=sm.knots(0.5), rank="exact")))
     merged.save_pretrained(tmp_path / "one")
     sm.merge(paths, method=sm.knots(0.5), rank="exact").save_pretrained(tmp_path / "two")
@@ -467,7 +557,9 @@ def test_plain_patterns_mean_what_they_mean_to_peft() -> None:
         keys = {word(4): 1 for _ in range(5)}
         tails = Tails(keys, "rank_pattern", Budget(DEFAULT_LIMITS, "here"))
         for name in [word(7) for _ in range(6)]:
-            wanted = [place for place, key in enumerate(keys) if re.match(rf"(.*\.)?({key})$", name)]
+            wanted = [
+                place for place, key in enumerate(keys) if re.match(rf"(.*\.)?({key})$", name)
+            ]
             assert tails.matching(name) == wanted
             hits += len(wanted)
     assert hits > 500

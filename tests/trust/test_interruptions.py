@@ -1,4 +1,6 @@
-"""Ctrl-C at any line: the model is what it was, outputs are absent, old or new, and a delayed one is not lost."""
+"""Ctrl-C at any line: the model is what it was, outputs are absent, old or new,
+and a delayed one is not lost.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def points(count: int) -> list[int]:
     return sorted({1, 2, *range(max(1, count - 10), count + 1), *spread})
 
 
-@pytest.mark.parametrize("file", ["anchors/freezing.py", "anchors/hooks.py", "anchors/prefix.py", "anchors/towers.py"])
+@pytest.mark.parametrize(
+    "file", ["anchors/freezing.py", "anchors/hooks.py", "anchors/prefix.py", "anchors/towers.py"]
+)
 def test_passes_leave_the_model_as_it_was(paths: list[Path], file: str) -> None:
     model = Small().train()
     model.head.requires_grad_(False)
@@ -40,7 +44,9 @@ def test_passes_leave_the_model_as_it_was(paths: list[Path], file: str) -> None:
     before, threads = state(model), torch.get_num_threads()
 
     def action() -> None:
-        sm.merge(paths, batches(), model, loss=sm.anchors.outputs_only(loss), method=sm.sap_original())
+        sm.merge(
+            paths, batches(), model, loss=sm.anchors.outputs_only(loss), method=sm.sap_original()
+        )
 
     for at in points(lines(action, (file,))):
         interrupted(action, (file,), at)
@@ -50,7 +56,9 @@ def test_passes_leave_the_model_as_it_was(paths: list[Path], file: str) -> None:
 
 
 def test_real_ctrl_c_at_random_moments(paths: list[Path], tmp_path: Path) -> None:
-    """At any instruction, also in the locks and in torch's settings, where Python itself looks for signals."""
+    """At any instruction, also in the locks and in torch's settings,
+    where Python itself looks for signals.
+    """
     model = peft.get_peft_model(Small(), peft.LoraConfig(r=2, target_modules=["q_proj"])).train()
     before, threads, draw, stopped = state(model), torch.get_num_threads(), random.Random(2), 0
 
@@ -138,7 +146,9 @@ def test_the_callers_own_handler_gets_it() -> None:
 
 
 class Bounded(nn.Module):
-    """Its embedding shortens the rows that it looks up, and it counts its calls in a buffer, also in eval mode."""
+    """Its embedding shortens the rows that it looks up, and it counts its calls in a buffer,
+    also in eval mode.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -151,7 +161,11 @@ class Bounded(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.calls += 1
-        return sum(block[p](self.emb(x)).square().mean() for block in self.layers for p in ("q_proj", "v_proj"))
+        return sum(
+            block[p](self.emb(x)).square().mean()
+            for block in self.layers
+            for p in ("q_proj", "v_proj")
+        )
 
 
 def test_what_a_forward_pass_changes_is_put_back(paths: list[Path]) -> None:

@@ -1,4 +1,6 @@
-"""What an output says about itself is a claim: it is read by one schema, and told from what was checked."""
+"""What an output says about itself is a claim:
+it is read by one schema, and told from what was checked.
+"""
 
 from __future__ import annotations
 
@@ -39,22 +41,60 @@ def metadata_of(out: Path) -> dict[str, str]:
 
 def forge(out: Path, tensors: dict[str, torch.Tensor] | None = None, **changes: Any) -> Path:
     """The output with other metadata: text as it comes, anything else as JSON."""
-    written = {f"sapmerge.{key}": text if isinstance(text, str) else json.dumps(text) for key, text in changes.items()}
+    written = {
+        f"sapmerge.{key}": text if isinstance(text, str) else json.dumps(text)
+        for key, text in changes.items()
+    }
     file = out / "adapter_model.safetensors"
     tensors, metadata = tensors or load_file(file), metadata_of(out) | written
-    save_file(tensors, file, metadata={key: text for key, text in metadata.items() if text != "absent"})
+    save_file(
+        tensors, file, metadata={key: text for key, text in metadata.items() if text != "absent"}
+    )
     return out
 
 
 HUGE = 10**400
 RECIPES: list[Any] = [
-    *("null", "[1]", "{}", "", "{", "1", '"mean()"', "absent", '{"method": "mean()", "method": "mean()"}'),
-    *({"method": value} for value in (None, 1, ["mean()"], "Magnitude()", "alignment", "Chain(1,2)", "x" * 10_000)),
-    *({"method": value} for value in ("Sum", "Chain()", "Prune(1, 2)", "os.system('x')", "mean(1, 2, 3)", "", "Mean(")),
+    *(
+        "null",
+        "[1]",
+        "{}",
+        "",
+        "{",
+        "1",
+        '"mean()"',
+        "absent",
+        '{"method": "mean()", "method": "mean()"}',
+    ),
+    *(
+        {"method": value}
+        for value in (None, 1, ["mean()"], "Magnitude()", "alignment", "Chain(1,2)", "x" * 10_000)
+    ),
+    *(
+        {"method": value}
+        for value in (
+            "Sum",
+            "Chain()",
+            "Prune(1, 2)",
+            "os.system('x')",
+            "mean(1, 2, 3)",
+            "",
+            "Mean(",
+        )
+    ),
     *({"scale": value} for value in (HUGE, "1", None, True, [1])),
     *({"rank": value} for value in (0, -1, 1.5, "most", True, [4], HUGE)),
-    *({"weights": value} for value in (None, [1, 2], {"a": "x", "b": 1}, {"a": HUGE, "b": 1}, {"a": 1.0}, {"a/b": 1})),
-    *({"base_model": 1}, {"modules_to_save": 1}, {"modules_to_save": {"head": 1}}, {"loss": 3}, {"unknown": 1}),
+    *(
+        {"weights": value}
+        for value in (None, [1, 2], {"a": "x", "b": 1}, {"a": HUGE, "b": 1}, {"a": 1.0}, {"a/b": 1})
+    ),
+    *(
+        {"base_model": 1},
+        {"modules_to_save": 1},
+        {"modules_to_save": {"head": 1}},
+        {"loss": 3},
+        {"unknown": 1},
+    ),
 ]
 
 
@@ -85,7 +125,9 @@ def _told(problems: list[str]) -> None:
     ],
     ids=lambda value: str(value)[:30],
 )
-def test_a_forged_list_of_inputs_is_an_error_of_ours(out: Path, inputs: list[Path], change: Any) -> None:
+def test_a_forged_list_of_inputs_is_an_error_of_ours(
+    out: Path, inputs: list[Path], change: Any
+) -> None:
     entries = json.loads(metadata_of(out)["sapmerge.inputs"])
     forge(out, inputs=change if isinstance(change, str) else [entry | change for entry in entries])
     for check in (sm.verify, sm.reproduce):
@@ -105,8 +147,13 @@ def test_claims_are_called_claims_and_reproducing_is_the_proof(
     out: Path, inputs: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Tensors times 3 under a recipe of somebody else's, all digests made to fit."""
-    tensors = {name: tensor * 3 for name, tensor in load_file(out / "adapter_model.safetensors").items()}
-    digests = {name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for name, tensor in tensors.items()}
+    tensors = {
+        name: tensor * 3 for name, tensor in load_file(out / "adapter_model.safetensors").items()
+    }
+    digests = {
+        name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
+        for name, tensor in tensors.items()
+    }
     recipe = json.loads(metadata_of(out)["sapmerge.recipe"]) | {"method": "ties(density=0.2)"}
     forge(out, tensors, recipe=recipe, tensors_sha256=digest_of(digests))
     assert sm.verify(out, inputs) == []
@@ -122,7 +169,8 @@ def test_the_digests_of_the_updates_are_compared_too(out: Path, inputs: list[Pat
     entries = json.loads(metadata_of(out)["sapmerge.inputs"])
     forge(out, inputs=[entry | {"digest": "0" * 64} for entry in entries])
     assert sorted(sm.verify(out, inputs)) == [
-        f"the metadata has another digest of the update of {label!r} than its files give" for label in "ab"
+        f"the metadata has another digest of the update of {label!r} than its files give"
+        for label in "ab"
     ]
 
 
@@ -139,13 +187,16 @@ def test_a_huge_list_of_inputs_takes_no_memory(out: Path, piece: str) -> None:
     forge(out, inputs="[" + f"{piece}," * (12_000_000 // (len(piece) + 1)) + f"{piece}]")
     program = (
         "import sys, sapmerge as sm\n"
-        "def line(key): return int([x for x in open('/proc/self/status') if x.startswith(key)][0].split()[1])\n"
+        "def line(key): return int([x for x in open('/proc/self/status') if "
+        "x.startswith(key)][0].split()[1])\n"
         "open('/proc/self/clear_refs', 'w').write('5')\n"
         "start = line('VmRSS')\n"
         "try: sm.verify(sys.argv[1])\n"
         "except sm.SapmergeError: print(line('VmHWM') - start)"
     )
-    done = subprocess.run([sys.executable, "-c", program, str(out)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(out)], capture_output=True, text=True, check=True
+    )
     assert int(done.stdout) * 1024 < 3 * file.stat().st_size + (64 << 20)
 
 

@@ -1,4 +1,6 @@
-"""What a caller has set in torch decides on no bit, in one thread or in several, and is what it was afterwards."""
+"""What a caller has set in torch decides on no bit, in one thread or in several,
+and is what it was afterwards.
+"""
 
 from __future__ import annotations
 
@@ -35,9 +37,21 @@ BATCHES = batches()
 
 def seen() -> tuple[object, ...]:
     return (
-        *(torch.get_default_dtype(), torch.get_default_device(), torch.get_float32_matmul_precision()),
-        *(torch.is_autocast_enabled("cpu"), torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
-        *(torch.get_num_threads(), torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark),
+        *(
+            torch.get_default_dtype(),
+            torch.get_default_device(),
+            torch.get_float32_matmul_precision(),
+        ),
+        *(
+            torch.is_autocast_enabled("cpu"),
+            torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
+        ),
+        *(
+            torch.get_num_threads(),
+            torch.backends.cudnn.deterministic,
+            torch.backends.cudnn.benchmark,
+        ),
     )
 
 
@@ -97,7 +111,15 @@ def test_applying_and_looking(paths: list[Path], name: str) -> None:
 def test_the_state_inside() -> None:
     with torch.autocast("cpu", torch.bfloat16), torch.inference_mode(), torch.device("meta"):
         with pinned_state(), pinned_state():
-            assert seen()[:7] == (torch.float32, torch.device("cpu"), "highest", False, False, False, 1)
+            assert seen()[:7] == (
+                torch.float32,
+                torch.device("cpu"),
+                "highest",
+                False,
+                False,
+                False,
+                1,
+            )
             assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
         assert torch.is_autocast_enabled("cpu")
     torch.set_num_threads(3)
@@ -112,7 +134,20 @@ def test_the_state_inside() -> None:
     assert torch.get_num_threads() == 3
 
 
-# -------------------------------------------------------------------------------------------------------------- threads
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+# ----------------------------------------------------------------------------------------
+# threads
 
 
 def together(*actions: Callable[[], object]) -> list[BaseException]:
@@ -144,7 +179,9 @@ def test_merges_in_threads_leave_torch_with_its_threads(paths: list[Path], tmp_p
     for number in range(6):
 
         def save(k: int, number: int = number) -> Callable[[], None]:
-            return lambda: sm.merge(opened, method=sm.mean()).save_pretrained(tmp_path / f"{number}-{k}")
+            return lambda: sm.merge(opened, method=sm.mean()).save_pretrained(
+                tmp_path / f"{number}-{k}"
+            )
 
         assert not together(*map(save, range(3)))
         assert (fresh_threads(), torch.get_num_threads()) == (2, 2)

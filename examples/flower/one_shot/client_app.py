@@ -21,4 +21,6 @@ def answer(message: Any, context: Any) -> Any:
     def train(_: Any, config: Any) -> tuple[object, int]:
         return task.train(folder, which, left_out)
 
-    return train_app(train, keep=str(folder / f"keep{which}"), client=f"client{which}")(message, context)
+    return train_app(train, keep=str(folder / f"keep{which}"), client=f"client{which}")(
+        message, context
+    )

@@ -22,8 +22,12 @@ def main(grid: Any, context: Any) -> None:
     folder, left_out = Path(task.setting(context, "folder")), task.setting(context, "left-out")
     nodes = int(task.setting(context, "nodes"))
     base = task.base_model(folder)
-    inbox = Inbox(folder / "round", base_model="digits-clip", model=base, max_rank=8, quorum=nodes // 2)
-    strategy = OneShot(inbox, task.anchors(), base, nodes=nodes, patience=Patience(first=1200, rest=900))
+    inbox = Inbox(
+        folder / "round", base_model="digits-clip", model=base, max_rank=8, quorum=nodes // 2
+    )
+    strategy = OneShot(
+        inbox, task.anchors(), base, nodes=nodes, patience=Patience(first=1200, rest=900)
+    )
     strategy.start(grid)
     found = {"base": task.test(base, left_out)}
     for name, merged in (("sap", strategy.merged), ("mean", inbox.merge(method=sm.mean()))):

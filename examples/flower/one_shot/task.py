@@ -20,8 +20,12 @@ SEED = 0
 
 
 def setting(context: Any, name: str) -> str:
-    """Of the run; in one process, which has no run config, of the environment: ONE_SHOT_LEFT_OUT for "left-out"."""
-    return os.environ.get("ONE_SHOT_" + name.upper().replace("-", "_")) or str(context.run_config[name])
+    """Of the run; in one process, which has no run config, of the environment:
+    ONE_SHOT_LEFT_OUT for "left-out".
+    """
+    return os.environ.get("ONE_SHOT_" + name.upper().replace("-", "_")) or str(
+        context.run_config[name]
+    )
 
 
 def sources(left_out: str) -> list[str]:
@@ -47,11 +51,16 @@ def train(folder: Path, client: int, left_out: str) -> tuple[Path, int]:
     indices = split(digits.labels, 32, SEED).sources[name]
     mine = digits.take(indices[client // len(names) :: 3])  # clients of one domain share no image
     if client == 6:
-        mine = replace(mine, labels=mine.labels[torch.randperm(len(mine.labels), generator=generator(SEED, "lie"))])
+        mine = replace(
+            mine,
+            labels=mine.labels[torch.randperm(len(mine.labels), generator=generator(SEED, "lie"))],
+        )
     out = folder / "clients" / f"client{client}"
     out.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(FileExistsError):
-        adapted = train_adapter(base_model(folder), mine, DOMAINS[name], f"{name}{client}", PLAN, SEED, out)
+        adapted = train_adapter(
+            base_model(folder), mine, DOMAINS[name], f"{name}{client}", PLAN, SEED, out
+        )
         if client == 7:
             next(p for n, p in adapted.named_parameters() if "lora_B" in n).data.fill_(float("nan"))
             adapted.save_pretrained(str(out), save_embedding_layers=False)
@@ -66,4 +75,8 @@ def anchors() -> list[dict[str, torch.Tensor]]:
 def test(model: Any, left_out: str) -> float:
     digits = load_digits()
     unseen = digits.take(split(digits.labels, 32, SEED).test)
-    return accuracy(model, render(unseen.images, DOMAINS[left_out], generator(SEED, "test", left_out)), unseen.labels)
+    return accuracy(
+        model,
+        render(unseen.images, DOMAINS[left_out], generator(SEED, "test", left_out)),
+        unseen.labels,
+    )

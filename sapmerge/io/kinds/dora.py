@@ -1,7 +1,8 @@
-"""DoRA: W' = m (W + s B A) / ||W + s B A||, with one norm per output. As an update of W it is dense, and needs W.
+"""DoRA: W' = m (W + s B A) / ||W + s B A||, with one norm per output.
+As an update of W it is dense, and needs W.
 
-Source: Liu et al., "DoRA", https://arxiv.org/abs/2402.09353; as PEFT merges it. The rows of a convolution are its
-kernels, those of an embedding its dimensions.
+Source: Liu et al., "DoRA", https://arxiv.org/abs/2402.09353; as PEFT merges it. The rows of a
+convolution are its kernels, those of an embedding its dimensions.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ class Dora:
         magnitude = weights.read(self.magnitude).float().reshape(-1).to(weight.device)
         if bool((norms == 0).any()):
             raise NonFiniteError(
-                f"{weights.where}: tensor {shown(self.magnitude)}: a row of the base's weight and its update cancel, "
+                f"{weights.where}: tensor {shown(self.magnitude)}: a row of the base's weight and "
+                "its update cancel, "
                 "so it has no direction to scale"
             )
         return Dense(moved * (magnitude / norms)[:, None] - weight)

@@ -1,13 +1,17 @@
-"""LoRA on parameters (`target_parameters`): mixture of experts, one B A per expert in one pair of tensors.
+"""LoRA on parameters (`target_parameters`): mixture of experts,
+one B A per expert in one pair of tensors.
 
-PEFT wraps the module that owns a three-dimensional parameter (experts, out, in) in a `ParamWrapper`. A second parameter
-of the same module is wrapped around the first, so the file has "experts.base_layer.lora_A" for the first and
-"experts.lora_A" for the last one, in the order in which the module defines its parameters.
+PEFT wraps the module that owns a three-dimensional parameter (experts, out, in) in a
+`ParamWrapper`. A second parameter of the same module is wrapped around the first, so the file has
+"experts.base_layer.lora_A" for the first and "experts.lora_A" for the last one,
+in the order in which the module defines its parameters.
 
 The same update has been written in three layouts that shapes cannot tell apart:
 
-    peft >= 0.19.1   A (E r, in), rows by expert; B (out, r E), columns by rank first:  D_e = B_e A_e
-    older peft       the parameter was read as (experts, in, out):                      D_e = (B_e A_e)^T
+    peft >= 0.19.1   A (E r, in), rows by expert; B (out, r E), columns by rank first:  D_e = B_e
+    A_e
+    older peft       the parameter was read as (experts, in, out):                      D_e = (B_e
+    A_e)^T
     "expert_major"   columns of B by expert first; a trainer says so in `lora_B_layout`
 """
 
@@ -27,14 +31,35 @@ from sapmerge.io.files import Weights, shown
 from sapmerge.io.kinds.reading import BaseMatrix
 from sapmerge.io.measuring import Facts
 
-__all__ = ["WRITTEN_BY", "Bank", "ExpertFactors", "Layout", "layout_of", "order_of", "packed", "parameters_of"]
+__all__ = [
+    "WRITTEN_BY",
+    "Bank",
+    "ExpertFactors",
+    "Layout",
+    "layout_of",
+    "order_of",
+    "packed",
+    "parameters_of",
+]
 
 WRITTEN_BY = "0.19.1"
 """The oldest PEFT that reads the banks we write; the output's `peft_version`."""
 
-# Modules of transformers define their expert parameters in this order (biases behind their weights).
-_ORDER = ("gate_up_proj", "gate_up_proj_bias", "w1", "v1", "gate_proj", "up_proj", "w2", "down_proj", "down_proj_bias")
-# Their parameters are stored (experts, in, out) and say so (`is_transposed`): older PEFT read them as newer does.
+# Modules of transformers define their expert parameters in this order (biases behind their
+# weights).
+_ORDER = (
+    "gate_up_proj",
+    "gate_up_proj_bias",
+    "w1",
+    "v1",
+    "gate_proj",
+    "up_proj",
+    "w2",
+    "down_proj",
+    "down_proj_bias",
+)
+# Their parameters are stored (experts, in, out) and say so (`is_transposed`): older PEFT read them
+# as newer does.
 _TRANSPOSED = re.compile(r"\bgpt-oss|\baria\b|\baria(?:for|text)|privacy-?filter")
 
 
@@ -55,14 +80,16 @@ def layout_of(config: Mapping[str, object], where: str) -> Layout:
     if marker is not None:
         if marker not in ("expert_major", "rank_major"):
             raise AdapterConfigError(
-                f"{where}: lora_B_layout is {shown(marker)}, expected 'expert_major' or 'rank_major'"
+                f"{where}: lora_B_layout is {shown(marker)}, expected 'expert_major' or "
+                "'rank_major'"
             )
         return Layout(expert_major=marker == "expert_major")
     version = config.get("peft_version")
     found = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", version) if isinstance(version, str) else None
     if found is None:
         raise AdapterConfigError(
-            f"{where}: target_parameters without peft_version: PEFT before 0.19.1 stored experts in another layout "
+            f"{where}: target_parameters without peft_version: PEFT before 0.19.1 stored experts "
+            "in another layout "
             f"of the same shapes; add the version that wrote the file to adapter_config.json, e.g. "
             f'"peft_version": "{WRITTEN_BY}"'
         )
@@ -76,11 +103,16 @@ def _family(config: Mapping[str, object]) -> str:
     """What the config says about the class of the base."""
     auto = config.get("auto_mapping")
     written = auto.get("base_model_class") if isinstance(auto, Mapping) else ""  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType]
-    return f"{config.get('base_model_name_or_path')} {written}".lower().replace("_", "-").replace("gptoss", "gpt-oss")
+    return (
+        f"{config.get('base_model_name_or_path')} {written}".lower()
+        .replace("_", "-")
+        .replace("gptoss", "gpt-oss")
+    )
 
 
 def parameters_of(module: str, targets: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The parameters of a module that `target_parameters` names: those with the module's name, and bare ones.
+    """The parameters of a module that `target_parameters` names:
+    those with the module's name, and bare ones.
 
     Args:
         module: its path.
@@ -105,16 +137,19 @@ def order_of(parameters: Sequence[str], module: str, where: str) -> list[str]:
     unknown = [name for name in parameters if name not in _ORDER]
     if len(parameters) > 1 and unknown:
         raise AdapterConfigError(
-            f"{where}: target_parameters names {shown(sorted(parameters))} of module {shown(module)}; in which order "
+            f"{where}: target_parameters names {shown(sorted(parameters))} of module "
+            f"{shown(module)}; in which order "
             f"its model defines {shown(unknown)} is not known, so the tensors cannot be told apart"
         )
     return sorted(parameters, key=lambda name: _ORDER.index(name) if name in _ORDER else 0)
 
 
 class Bank:
-    """Reads two tensors for all experts at once: each is read and verified whole, and the experts come one by one.
+    """Reads two tensors for all experts at once: each is read and verified whole,
+    and the experts come one by one.
 
-    What was read is held until it was asked for once per expert, which is how often a pass over the layers asks.
+    What was read is held until it was asked for once per expert,
+    which is how often a pass over the layers asks.
     """
 
     def __init__(self, a: str, b: str) -> None:
@@ -171,7 +206,9 @@ class ExpertFactors:
         if self.layout.expert_major:
             b = stored_b.reshape(stored_b.shape[0], self.experts, self.rank)[:, self.expert].float()
         else:
-            b = stored_b.reshape(stored_b.shape[0], self.rank, self.experts)[:, :, self.expert].float()
+            b = stored_b.reshape(stored_b.shape[0], self.rank, self.experts)[
+                :, :, self.expert
+            ].float()
         left, right = (a.T, b.T) if self.layout.flipped else (b, a)
         return LowRank((left * self.scaling).contiguous(), right.contiguous())
 
@@ -184,7 +221,9 @@ class ExpertFactors:
 
 
 def packed(experts: Sequence[LowRank], rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A (E r, in) and B (out, r E) of all experts, as PEFT has them from 0.19.1 on; padded with zeros to `rank`."""
+    """A (E r, in) and B (out, r E) of all experts, as PEFT has them from 0.19.1 on;
+    padded with zeros to `rank`.
+    """
     a = torch.stack([_padded(update.A, rank, 0) for update in experts])
     b = torch.stack([_padded(update.B, rank, 1) for update in experts])
     return a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)

@@ -16,7 +16,9 @@ __all__ = ["BaseMatrix", "Factors", "Reading"]
 
 
 class BaseMatrix(Protocol):
-    """Gives the weight of the base that an update belongs to, as an (outputs, inputs) matrix in float32."""
+    """Gives the weight of the base that an update belongs to, as an (outputs, inputs)
+    matrix in float32.
+    """
 
     def __call__(self) -> Tensor: ...
 
@@ -39,7 +41,9 @@ class Reading(Protocol):
         ...
 
     def bound(self, facts: Mapping[str, Facts]) -> float:
-        """No entry of the update or of its factors is larger; infinite where that cannot be told from norms."""
+        """No entry of the update or of its factors is larger;
+        infinite where that cannot be told from norms.
+        """
         ...
 
     def mark(self) -> tuple[object, ...]:

@@ -1,10 +1,12 @@
-"""PiSSA and OLoRA: training starts at a B0 A0 made of the base's weight, which is subtracted from the base.
+"""PiSSA and OLoRA: training starts at a B0 A0 made of the base's weight,
+which is subtracted from the base.
 
-Relative to the base as it is published the update is s (B A - B0 A0), and PEFT makes B0 A0 again from the weight of the
-base when it loads the adapter: the best approximation of rank r (PiSSA), or the first r columns and rows of the QR
-decomposition (OLoRA).
+Relative to the base as it is published the update is s (B A - B0 A0), and PEFT makes B0 A0 again
+from the weight of the base when it loads the adapter: the best approximation of rank r (PiSSA), or
+the first r columns and rows of the QR decomposition (OLoRA).
 
-Source: Meng et al., "PiSSA", https://arxiv.org/abs/2404.02948; Büyükakyüz, "OLoRA", https://arxiv.org/abs/2406.01775
+Source: Meng et al., "PiSSA", https://arxiv.org/abs/2404.02948;
+Büyükakyüz, "OLoRA", https://arxiv.org/abs/2406.01775
 """
 
 from __future__ import annotations

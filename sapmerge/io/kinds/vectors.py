@@ -65,19 +65,25 @@ def replaced_biases(weights: Weights, biases: Mapping[str, str]) -> Iterator[Vec
     for module, tensor in biases.items():
         entry = weights.entries[tensor]
         if len(entry.shape) != 1:
-            raise AdapterFormatError(f"{weights.where}: tensor {shown(tensor)} is no bias: shape {entry.shape}")
+            raise AdapterFormatError(
+                f"{weights.where}: tensor {shown(tensor)} is no bias: shape {entry.shape}"
+            )
         name = f"{module}.bias"
         yield Vector(name, name, tensor, "replaces", entry.shape, entry.dtype)
 
 
 def token_rows(
-    weights: Weights, tokens: Mapping[str, str], wanted: Mapping[str, Sequence[int]] | None, where: str
+    weights: Weights,
+    tokens: Mapping[str, str],
+    wanted: Mapping[str, Sequence[int]] | None,
+    where: str,
 ) -> Iterator[Vector]:
     """The rows of embeddings that a file replaces.
 
     Args:
         tokens: module -> tensor name.
-        wanted: `trainable_token_indices`: the end of a module's name, or "" for the input embedding -> rows.
+        wanted: `trainable_token_indices`: the end of a module's name, or "" for the input embedding
+            -> rows.
         where: how messages name the config.
 
     Raises:
@@ -88,19 +94,22 @@ def token_rows(
         hits = [module for module in rest if not end or f".{module}".endswith(f".{end}")]
         if len(hits) != 1:
             raise AdapterConfigError(
-                f"{where}: trainable_token_indices names {shown(end or 'the input embedding')}, the file has rows of "
+                f"{where}: trainable_token_indices names {shown(end or 'the input embedding')}, "
+                "the file has rows of "
                 f"{shown(sorted(tokens))}; config and weights do not belong together"
             )
         tensor = rest.pop(hits[0])
         entry = weights.entries[tensor]
         if len(entry.shape) != 2 or entry.shape[0] != len(rows):
             raise AdapterFormatError(
-                f"{weights.where}: tensor {shown(tensor)} has shape {entry.shape}; trainable_token_indices names "
+                f"{weights.where}: tensor {shown(tensor)} has shape {entry.shape}; "
+                "trainable_token_indices names "
                 f"{len(rows)} rows"
             )
         name = f"{hits[0]}.weight"
         yield Vector(name, name, tensor, "rows", entry.shape, entry.dtype, rows=tuple(rows))
     if rest:
         raise AdapterConfigError(
-            f"{where}: the file has rows of {shown(sorted(rest))}, which trainable_token_indices does not name"
+            f"{where}: the file has rows of {shown(sorted(rest))}, which trainable_token_indices "
+            "does not name"
         )

@@ -1,6 +1,8 @@
-"""Subspaces made for all adapters at once: the cover space of DC-Merge and the Tucker subspaces of CtM.
+"""Subspaces made for all adapters at once: the cover space of DC-Merge and the Tucker
+subspaces of CtM.
 
-Both are found on the cores of the updates (see `cores`), in float64; no (m, n) matrix is made for low-rank updates.
+Both are found on the cores of the updates (see `cores`), in float64;
+no (m, n) matrix is made for low-rank updates.
 """
 
 from __future__ import annotations
@@ -23,10 +25,12 @@ __all__ = ["InCoverSpace"]
 
 @part
 class InCoverSpace:
-    """Run a method in the cover space of DC-Merge and keep, of its result, what stays within one adapter's block.
+    """Run a method in the cover space of DC-Merge and keep, of its result,
+    what stays within one adapter's block.
 
-    The frames are the polar factors of the stacked singular vectors, as in `Decorrelate`: each adapter owns a block of
-    coordinates, in which its update is nearly diagonal. The method sees P^T D_k Q of the updates cut as there.
+    The frames are the polar factors of the stacked singular vectors, as in `Decorrelate`: each
+    adapter owns a block of coordinates, in which its update is nearly diagonal.
+    The method sees P^T D_k Q of the updates cut as there.
 
     Args:
         method: any method.
@@ -67,6 +71,11 @@ class InCoverSpace:
         updates: list[Update] = [absent((size, size), left) for _ in layer]
         for piece in pieces:
             updates[piece.adapter] = LowRank(left.T @ (piece.U * piece.sigma), piece.Vh @ right)
-        owner = torch.cat([torch.full((len(piece.sigma),), piece.adapter) for piece in pieces]).to(left.device)
-        frames = Frames(U=left if core.U is None else core.U @ left, V=right if core.V is None else core.V @ right)
+        owner = torch.cat([torch.full((len(piece.sigma),), piece.adapter) for piece in pieces]).to(
+            left.device
+        )
+        frames = Frames(
+            U=left if core.U is None else core.U @ left,
+            V=right if core.V is None else core.V @ right,
+        )
         return frames, owner, layer.inside(frames, updates)

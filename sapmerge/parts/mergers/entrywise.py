@@ -16,7 +16,8 @@ __all__ = ["CoordinateMedian", "TrimmedMean"]
 
 @part
 class CoordinateMedian:
-    """The median of every entry; between two middle ones, their mean. With weights, the weighted median.
+    """The median of every entry; between two middle ones, their mean.
+    With weights, the weighted median.
 
     Source: Yin et al., "Byzantine-robust distributed learning", https://arxiv.org/abs/1803.01498
     """
@@ -32,9 +33,11 @@ class CoordinateMedian:
 
 @part
 class TrimmedMean:
-    """The mean of every entry without its extremes: at each end, adapters are dropped up to a share of the weight.
+    """The mean of every entry without its extremes:
+    at each end, adapters are dropped up to a share of the weight.
 
-    With equal weights floor(trim K) adapters at each end: none for K < 1 / trim (the report says what was trimmed).
+    With equal weights floor(trim K) adapters at each end:
+    none for K < 1 / trim (the report says what was trimmed).
 
     Args:
         trim: the share dropped at each end, in [0, 0.5).
@@ -47,7 +50,9 @@ class TrimmedMean:
     def __post_init__(self) -> None:
         if not 0 <= self.trim < 0.5:
             hint = f"; for {self.trim:g} % write {self.trim / 100:g}" if 1 <= self.trim < 50 else ""
-            raise MethodError(f"trim is the share dropped at each end, in [0, 0.5); got {self.trim!r}{hint}")
+            raise MethodError(
+                f"trim is the share dropped at each end, in [0, 0.5); got {self.trim!r}{hint}"
+            )
 
     def __call__(self, layer: Layer) -> Update:
         stack, weights = _stack(layer)
@@ -66,7 +71,9 @@ def _stack(layer: Layer) -> tuple[Tensor, Tensor]:
 
 
 def _lowest(stack: Tensor, shares: Tensor, trim: float) -> Tensor:
-    """Which adapters are dropped at the low end of each entry; of equal values the lighter ones first."""
+    """Which adapters are dropped at the low end of each entry;
+    of equal values the lighter ones first.
+    """
     lighter = torch.argsort(shares, stable=True)
     order = lighter[torch.argsort(stack[lighter], dim=0, stable=True)]
     dropped = shares[order].cumsum(0) <= trim + 1e-9

@@ -1,6 +1,8 @@
-"""Mergers that look at the r rank-one units b_k a_k of an adapter: columns of B with their rows of A.
+"""Mergers that look at the r rank-one units b_k a_k of an adapter:
+columns of B with their rows of A.
 
-The units are those of the factors as they are, or of the balanced form, which depends on the update alone.
+The units are those of the factors as they are, or of the balanced form,
+which depends on the update alone.
 """
 
 from __future__ import annotations
@@ -26,15 +28,18 @@ __all__ = ["ClusterUnits", "RobustFactors", "RobustSum"]
 class RobustSum:
     """RobustMerge of the paper: sum_t B~_t diag(S^_t) A~_t, without cross terms.
 
-    A~ and B~ are the factors with only their largest entries kept; S_t[k] = |A_t[k]|_1 / |A~_t[k]|_1 gives row k of A
-    its weight back, and S^_t = w_t S_t / sum_i |w_i| S_i, rank by rank. So the sum is a mean over the adapters.
+    A~ and B~ are the factors with only their largest entries kept; S_t[k] =
+    |A_t[k]|_1 / |A~_t[k]|_1 gives row k of A its weight back, and S^_t = w_t S_t / sum_i |w_i| S_i,
+    rank by rank. So the sum is a mean over the adapters.
 
     Args:
         density: the fraction of entries kept, per factor.
-        balance: take the balanced factors instead of those that were trained. The published numbers need False; then
-            the result depends on how B A is split into factors, beyond a common scale (B / c, c A).
+        balance: take the balanced factors instead of those that were trained. The published numbers
+            need False; then the result depends on how B A is split into factors,
+            beyond a common scale (B / c, c A).
 
-    A rank that an adapter does not have, whose unit b_k a_k is zero, or whose row of A is pruned whole has S = 0.
+    A rank that an adapter does not have, whose unit b_k a_k is zero,
+    or whose row of A is pruned whole has S = 0.
     """
 
     density: float = 0.2
@@ -48,7 +53,10 @@ class RobustSum:
         if not tasks:
             return zero_of(layer.updates[0])
         total = _per_rank([task.weight * task.scores for task in tasks])
-        shares = [task.sign * _over(task.weight * task.scores, total[: len(task.scores)]) for task in tasks]
+        shares = [
+            task.sign * _over(task.weight * task.scores, total[: len(task.scores)])
+            for task in tasks
+        ]
         return _rounded(
             torch.cat([task.B * share for task, share in zip(tasks, shares, strict=True)], dim=1),
             torch.cat([task.A for task in tasks]),
@@ -60,16 +68,20 @@ class RobustSum:
 class RobustFactors:
     """RobustMerge of the authors' code: merges A and B separately, so cross terms B~_i A~_j enter.
 
-    A' = f sum_t A~_t and B'[:, k] = f sum_t c_t[k] B~_t[:, k] / sum_t c_t[k], with c_t = S_t of `RobustSum`, raised to
-    its own order statistic number floor((1 - top_ranks) r): only the largest `top_ranks` share of scores stay distinct.
+    A' = f sum_t A~_t and B'[:, k] = f sum_t c_t[k] B~_t[:, k] / sum_t c_t[k], with c_t = S_t of
+    `RobustSum`, raised to its own order statistic number floor((1 - top_ranks) r):
+    only the largest `top_ranks` share of scores stay distinct.
 
     Args:
         density: the fraction of entries kept, per factor. The code keeps n - int(0.8 n) + 1 of n.
-        top_ranks: 0.2 in the code; 1.0 does not clamp (the re-implementation in Compress-then-Merge).
-        factor: f, 2.0 in the code, on A' and on B', so the update is 4 times the mean of B~ times the sum of A~.
+        top_ranks: 0.2 in the code; 1.0 does not clamp (the re-implementation in
+            Compress-then-Merge).
+        factor: f, 2.0 in the code, on A' and on B', so the update is 4 times the mean of B~
+            times the sum of A~.
 
-    A weight multiplies c_t (and its sign B~_t); a weight of 0 leaves the adapter out. Shorter adapters are padded with
-    ranks of c = 0. A row of A that is pruned whole gets c = 0; the code divides by zero there and returns NaN.
+    A weight multiplies c_t (and its sign B~_t); a weight of 0 leaves the adapter out. Shorter
+    adapters are padded with ranks of c = 0. A row of A that is pruned whole gets c = 0;
+    the code divides by zero there and returns NaN.
     """
 
     density: float = 0.2
@@ -79,10 +91,14 @@ class RobustFactors:
     def __post_init__(self) -> None:
         check_density(self.density)
         if not 0 < self.top_ranks <= 1:
-            raise MethodError(f"top_ranks is a share of the ranks, in (0, 1]; got {self.top_ranks!r}")
+            raise MethodError(
+                f"top_ranks is a share of the ranks, in (0, 1]; got {self.top_ranks!r}"
+            )
 
     def __call__(self, layer: Layer) -> Update:
-        tasks = [_Task.of(pair, self.density, alive=False) for pair in _factors(layer, balance=False)]
+        tasks = [
+            _Task.of(pair, self.density, alive=False) for pair in _factors(layer, balance=False)
+        ]
         if not tasks:
             return zero_of(layer.updates[0])
         scores = [task.weight * self._clamped(task.scores) for task in tasks]
@@ -106,22 +122,27 @@ class RobustFactors:
 
 @part
 class ClusterUnits:
-    """k-means over the units u = [a; b] of all adapters; the merged adapter has one unit per cluster.
+    """k-means over the units u = [a; b] of all adapters;
+    the merged adapter has one unit per cluster.
 
-    The centroid c = mean u_i is multiplied by mean |u_i|_inf / |c|_inf, which gives back what averaging took, and B by
-    the output scale. (a, b) and (-a, -b) are the same unit: each takes the sign that agrees with its centroid (the
-    largest entry of a is positive where neither does), and distances are min(|u - c|, |u + c|). So neither signs nor
-    the order of units matter.
+    The centroid c = mean u_i is multiplied by mean |u_i|_inf / |c|_inf, which gives back what
+    averaging took, and B by the output scale. (a, b) and (-a, -b) are the same unit: each takes the
+    sign that agrees with its centroid (the largest entry of a is positive where neither does), and
+    distances are min(|u - c|, |u + c|). So neither signs nor the order of units matter.
 
     Args:
         rank: k, the number of clusters; None: the largest number of units of an adapter.
-        balance: take the units of the balanced factors, so that the result depends on the updates alone.
-        output_scale: "adapter": sqrt(r / k) with r the mean number of units of an adapter (TARA-Merge); "all":
-            sqrt(N / k) with N the number of all units (Compress-then-Merge). The second is sqrt(K) larger.
-        starts: of k-means++, seeded by `seed`, the layer's name and the adapters' content; the best is taken.
+        balance: take the units of the balanced factors, so that the result depends on the updates
+            alone.
+        output_scale: "adapter": sqrt(r / k) with r the mean number of units of an adapter
+            (TARA-Merge); "all": sqrt(N / k) with N the number of all units (Compress-then-Merge).
+            The second is sqrt(K) larger.
+        starts: of k-means++, seeded by `seed`, the layer's name and the adapters' content; the best
+            is taken.
         seed: of the starts.
 
-    Weights |w| weigh the units in the means, the sign of w is that of b. Units that are zero are left out.
+    Weights |w| weigh the units in the means, the sign of w is that of b.
+    Units that are zero are left out.
     """
 
     rank: int | None = None
@@ -132,7 +153,9 @@ class ClusterUnits:
 
     def __post_init__(self) -> None:
         if self.rank is not None and (isinstance(self.rank, bool) or self.rank < 1):
-            raise MethodError(f"rank is the number of clusters, at least 1, or None; got {self.rank!r}")
+            raise MethodError(
+                f"rank is the number of clusters, at least 1, or None; got {self.rank!r}"
+            )
         if self.starts < 1:
             raise MethodError(f"starts is at least 1; got {self.starts!r}")
 
@@ -145,7 +168,9 @@ class ClusterUnits:
         A = torch.cat([pair.A for pair in pairs])
         B = torch.cat([pair.B * pair.sign for pair in pairs], dim=1)
         counts = [pair.A.shape[0] for pair in pairs]
-        weights = torch.cat([A.new_full((n,), abs(pair.weight)) for n, pair in zip(counts, pairs, strict=True)])
+        weights = torch.cat(
+            [A.new_full((n,), abs(pair.weight)) for n, pair in zip(counts, pairs, strict=True)]
+        )
         k = min(self.rank or max(counts), sum(counts))
         seed = seed_of(self.seed, layer.name, *(pair.digest for pair in pairs))
         means = signed_kmeans(A @ A.T + B.T @ B, weights, k, seed, self.starts)
@@ -168,8 +193,8 @@ def signed_kmeans(gram: Tensor, weights: Tensor, k: int, seed: int, starts: int)
         starts: how many; the one of least weighted distance is taken.
 
     Returns:
-        (at most k, N): row c holds the signed, normalised weights of the points of cluster c; c's centroid is its
-        product with the points. Fewer rows if there are fewer different points.
+        (at most k, N): row c holds the signed, normalised weights of the points of cluster c; c's
+        centroid is its product with the points. Fewer rows if there are fewer different points.
     """
     if k >= len(gram):
         return torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
@@ -206,7 +231,9 @@ def _plus_plus(gram: Tensor, weights: Tensor, k: int, seed: int) -> Tensor:
 
 
 def _lloyd(gram: Tensor, weights: Tensor, means: Tensor) -> tuple[Tensor, float]:
-    """Assign, average, until nothing moves: the means, and the weighted sum of squared distances."""
+    """Assign, average, until nothing moves: the means,
+    and the weighted sum of squared distances.
+    """
     before: Tensor | None = None
     points = torch.arange(len(gram), device=gram.device)
     while True:
@@ -270,7 +297,9 @@ class _Task:
 
 
 def _factors(layer: Layer, balance: bool) -> list[_Pair]:
-    """The factors of every adapter that has the layer and a weight; a dense update has only balanced ones."""
+    """The factors of every adapter that has the layer and a weight;
+    a dense update has only balanced ones.
+    """
     pairs: list[_Pair] = []
     for member in layer.members:
         if not member.counts:

@@ -25,15 +25,20 @@ _STATISTICS = {"sample": "square", "batch": "batch square"}
 
 @part
 class FisherMean:
-    """sum_k w_k F_k D_k / sum_k |w_k| F_k in every entry, F_k = E[g^2] at base + adapter k on the anchors.
+    """sum_k w_k F_k D_k / sum_k |w_k| F_k in every entry,
+    F_k = E[g^2] at base + adapter k on the anchors.
 
-    The same as merging the weights W0 + D_k, since W0 is common. An adapter without the layer counts with an update of
-    zero, and with the F of the model that it makes. The pre-pass keeps the merged matrix of every layer.
+    The same as merging the weights W0 + D_k, since W0 is common. An adapter without the layer
+    counts with an update of zero, and with the F of the model that it makes.
+    The pre-pass keeps the merged matrix of every layer.
 
     Args:
-        floor: added to F, as a share of its mean over the layer and the adapters; where no F is known, the mean.
-        square: "sample" squares the gradient of every anchor; "batch" that of every batch, summed (MergeLM).
-        normalize: divide F_k by its norm over the whole adapter, so that no adapter is louder than another (MergeLM).
+        floor: added to F, as a share of its mean over the layer and the adapters; where no F is
+            known, the mean.
+        square: "sample" squares the gradient of every anchor; "batch" that of every batch, summed
+            (MergeLM).
+        normalize: divide F_k by its norm over the whole adapter,
+            so that no adapter is louder than another (MergeLM).
 
     Raises:
         MethodError: there are no anchors.
@@ -46,14 +51,18 @@ class FisherMean:
 
     def __post_init__(self) -> None:
         if not self.floor >= 0:
-            raise MethodError(f"FisherMean's floor is a share of the mean of F, at least 0; got {self.floor!r}")
+            raise MethodError(
+                f"FisherMean's floor is a share of the mean of F, at least 0; got {self.floor!r}"
+            )
 
     def prepare(self, layers: LayerStream) -> FisherMean:
         anchors = anchors_of(layers, "FisherMean")
         filled = Mapped(layers, filled_with_zeros, anchors)
         seen = anchors.observe(filled, Entries())
         sizes = self._sizes(filled, seen)
-        return replace(self, merged={layer.name: self._merge(layer, seen, sizes) for layer in filled})
+        return replace(
+            self, merged={layer.name: self._merge(layer, seen, sizes) for layer in filled}
+        )
 
     def __call__(self, layer: Layer) -> Update:
         if self.merged is None:
@@ -66,7 +75,10 @@ class FisherMean:
         for layer in layers:
             for k, F in self._fishers(layer, seen):
                 squares[k] = squares.get(k, 0.0) + (norm(F) ** 2 if self.normalize else 1.0)
-        return [squares.get(k, 0.0) ** 0.5 if self.normalize else 1.0 for k in range(max(squares, default=-1) + 1)]
+        return [
+            squares.get(k, 0.0) ** 0.5 if self.normalize else 1.0
+            for k in range(max(squares, default=-1) + 1)
+        ]
 
     def _fishers(self, layer: Layer, seen: Observation) -> Iterator[tuple[int, Tensor]]:
         """(adapter, F) in float64, of the adapters that have a weight."""
@@ -84,7 +96,11 @@ class FisherMean:
         total = torch.zeros(layer.shape, dtype=torch.float64, device=like.device)
         mass, plain, count = torch.zeros_like(total), torch.zeros_like(total), 0.0
         for k, F in fishers.items():
-            update, weight, share = layer.updates[k].dense().double(), layer.weights[k], F + self.floor * mean
+            update, weight, share = (
+                layer.updates[k].dense().double(),
+                layer.weights[k],
+                F + self.floor * mean,
+            )
             total += weight * share * update
             mass += abs(weight) * share
             plain += weight * update

@@ -1,4 +1,5 @@
-"""Mergers: Layer -> one update. They alone see the weights of the adapters (and ElectSign, which votes).
+"""Mergers: Layer -> one update. They alone see the weights of the adapters (and
+ElectSign, which votes).
 
 A plain function is a merger too: `lambda layer: layer.updates[0]`.
 """
@@ -36,7 +37,9 @@ def total_weight(layer: Layer, advice: str) -> float:
 
 
 def shared_out(weights: Sequence[float], say: Sequence[float]) -> tuple[float, ...]:
-    """The weights times the say of each adapter; those of one sign keep their sum, and stay if none has a say."""
+    """The weights times the say of each adapter; those of one sign keep their sum,
+    and stay if none has a say.
+    """
     out = list(weights)
     for sign in (1, -1):
         group = [k for k, weight in enumerate(weights) if weight * sign > 0]
@@ -89,7 +92,8 @@ class DisjointMean:
                 some = matrix[start : start + rows]
                 block.add_(some, alpha=weight)
                 count.add_(some.sign().abs_(), alpha=abs(weight))
-            block.div_(count.clamp_min_(torch.finfo(count.dtype).tiny))  # where nobody counts, the total is 0
+            # where nobody counts, the total is 0
+            block.div_(count.clamp_min_(torch.finfo(count.dtype).tiny))
         return Dense(total)
 
 
@@ -97,7 +101,8 @@ class DisjointMean:
 class DisjointMax:
     """In every entry the update of largest magnitude, times the sign of its weight.
 
-    After `ElectSign` all candidates of an entry agree: the "max" of the TIES code, and the unified update of EMR.
+    After `ElectSign` all candidates of an entry agree:
+    the "max" of the TIES code, and the unified update of EMR.
     """
 
     def __call__(self, layer: Layer) -> Update:
@@ -112,15 +117,18 @@ class DisjointMax:
 
 @part
 class FactorMean:
-    """The mean of the Bs times the mean of the As: (sum p_k B_k)(sum p_k A_k), p = w / sum w (FedAvg on LoRA, FedIT).
+    """The mean of the Bs times the mean of the As:
+    (sum p_k B_k)(sum p_k A_k), p = w / sum w (FedAvg on LoRA, FedIT).
 
-    Not the mean of the updates: the product contains the cross terms B_i A_j, and depends on how every update is split
-    into factors. alpha / r is folded into B. An adapter without the layer counts with factors of zero.
+    Not the mean of the updates: the product contains the cross terms B_i A_j, and depends on how
+    every update is split into factors. alpha / r is folded into B.
+    An adapter without the layer counts with factors of zero.
 
     Raises:
         MethodError: unequal ranks, a dense update, or weights that sum to zero.
 
-    Source: Zhang et al., "Towards building the federated GPT" (FedIT), https://arxiv.org/abs/2305.05644
+    Source: Zhang et al., "Towards building the federated GPT" (FedIT),
+    https://arxiv.org/abs/2305.05644
     """
 
     def prepare(self, layers: LayerStream) -> FactorMean:
@@ -135,10 +143,11 @@ class FactorMean:
 
 @part
 class FactorSum:
-    """(sum sqrt|w_k| B_k)(sum sign(w_k) sqrt|w_k| A_k): what PEFT's `add_weighted_adapter` calls "linear".
+    """(sum sqrt|w_k| B_k)(sum sign(w_k) sqrt|w_k| A_k):
+    what PEFT's `add_weighted_adapter` calls "linear".
 
-    Not the sum of the updates, for the same reasons as `FactorMean`. PEFT splits alpha / r evenly between the factors;
-    here it is folded into B, which differs where adapters do not share it.
+    Not the sum of the updates, for the same reasons as `FactorMean`. PEFT splits alpha / r evenly
+    between the factors; here it is folded into B, which differs where adapters do not share it.
     """
 
     def prepare(self, layers: LayerStream) -> FactorSum:
@@ -147,7 +156,9 @@ class FactorSum:
 
     def __call__(self, layer: Layer) -> Update:
         roots = [math.sqrt(abs(weight)) for weight in layer.weights]
-        signed = [math.copysign(root, weight) for root, weight in zip(roots, layer.weights, strict=True)]
+        signed = [
+            math.copysign(root, weight) for root, weight in zip(roots, layer.weights, strict=True)
+        ]
         return _apart(layer, roots, signed)
 
 
@@ -155,7 +166,8 @@ def _warn_of_cross_terms(layers: LayerStream) -> None:
     for layer in layers:
         _factors(layer)
     warnings.warn(
-        "A and B are merged apart: the result is not the average of the updates (cross terms B_i A_j enter, and it "
+        "A and B are merged apart: the result is not the average of the updates (cross terms B_i "
+        "A_j enter, and it "
         "depends on how each update is split into factors); mean() averages the updates",
         SapmergeWarning,
         stacklevel=2,
@@ -178,8 +190,13 @@ def _factors(layer: Layer) -> list[tuple[int, LowRank]]:
     present = [(k, update) for k, update in enumerate(layer) if not update.absent]
     low = [(k, update) for k, update in present if isinstance(update, LowRank)]
     if len(low) < len(present):
-        raise MethodError(f"layer {layer.name!r}: an update is dense and has no factors to average; use mean()")
+        raise MethodError(
+            f"layer {layer.name!r}: an update is dense and has no factors to average; use mean()"
+        )
     if len({update.rank for _, update in low}) > 1:
         ranks = ", ".join(f"{layer.adapters[k]}: {update.rank}" for k, update in low)
-        raise MethodError(f"layer {layer.name!r}: factors can only be averaged at one rank; got {ranks}; use mean()")
+        raise MethodError(
+            f"layer {layer.name!r}: factors can only be averaged at one rank; got {ranks}; use "
+            "mean()"
+        )
     return low

@@ -1,4 +1,6 @@
-"""`RegMean`: the update whose outputs are nearest to those of the adapters, each on the inputs that it sees itself."""
+"""`RegMean`: the update whose outputs are nearest to those of the adapters,
+each on the inputs that it sees itself.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ from sapmerge.errors import MethodError
 __all__ = ["NormalEquations", "RegMean", "each_gram"]
 
 RTOL = 1e-12
-"""Of a sum of Gram matrices: eigenvalues below this share of the largest are noise (singular values below 1e-6)."""
+"""Of a sum of Gram matrices: eigenvalues below this share of the largest are noise (singular
+values below 1e-6).
+"""
 
 Grams = Mapping[str, Mapping[str, Tensor]]
 """label of the adapter -> layer -> (n, n), or (n,) for a diagonal one."""
@@ -27,22 +31,27 @@ Grams = Mapping[str, Mapping[str, Tensor]]
 
 @part
 class RegMean:
-    """(sum_k w_k D_k G_k) (sum_k |w_k| G_k)^+: the least sum_k |w_k| E|(X - D_k) x_k|^2, x_k the inputs at adapter k.
+    """(sum_k w_k D_k G_k) (sum_k |w_k| G_k)^+: the least sum_k |w_k| E|(X - D_k) x_k|^2,
+    x_k the inputs at adapter k.
 
-    G_k = E[x x^T] on the anchors, off-diagonals times `reduction`. With W0 common to all, the same as on the weights.
-    Of rank at most the sum of the ranks; the pre-pass keeps factors of that rank. An adapter without the layer counts
-    with an update of zero. The sign of a weight goes with the update.
+    G_k = E[x x^T] on the anchors, off-diagonals times `reduction`. With W0 common to all, the same
+    as on the weights. Of rank at most the sum of the ranks; the pre-pass keeps factors of that
+    rank. An adapter without the layer counts with an update of zero.
+    The sign of a weight goes with the update.
 
     Args:
-        reduction: of off-diagonals, in [0, 1]; below 1, a layer with fewer tokens than inputs is well posed too.
-        unseen: in directions that no anchor excites the result is `unseen` times the mean of the updates: 0 for the
-            pseudo-inverse, 1 for the mean, or between. With an embedding these are the tokens that no anchor has.
-        grams: label -> layer -> (n, n), measured elsewhere, e.g. by each client on its own data; then there is no need
-            of anchors. Scale them alike: sums over rows weigh a client by its number of rows, means do not. Not part of
-            the recipe.
+        reduction: of off-diagonals, in [0, 1]; below 1, a layer with fewer tokens than inputs is
+            well posed too.
+        unseen: in directions that no anchor excites the result is `unseen` times the mean of the
+            updates: 0 for the pseudo-inverse, 1 for the mean, or between. With an embedding these
+            are the tokens that no anchor has.
+        grams: label -> layer -> (n, n), measured elsewhere, e.g. by each client on its own data;
+            then there is no need of anchors. Scale them alike: sums over rows weigh a client by its
+            number of rows, means do not. Not part of the recipe.
 
     Raises:
-        MethodError: there are neither anchors nor Gram matrices; a Gram matrix is missing or of another shape.
+        MethodError: there are neither anchors nor Gram matrices;
+            a Gram matrix is missing or of another shape.
     """
 
     reduction: float = 0.9
@@ -75,7 +84,9 @@ class RegMean:
 
 
 class NormalEquations:
-    """The sums sum_k w_k D_k G_k, kept as B_k and A_k G_k, and `total` = sum_k |w_k| G_k, of one layer; float64."""
+    """The sums sum_k w_k D_k G_k, kept as B_k and A_k G_k, and `total` = sum_k |w_k| G_k,
+    of one layer; float64.
+    """
 
     def __init__(self, reduction: float) -> None:
         self._reduction = reduction
@@ -86,13 +97,19 @@ class NormalEquations:
 
     def add(self, layer: Layer, k: int, gram: Tensor) -> None:
         """Take adapter k into the sums."""
-        update, weight, gram = layer.updates[k], layer.weights[k], reduced(gram.double(), self._reduction)
+        update, weight, gram = (
+            layer.updates[k],
+            layer.weights[k],
+            reduced(gram.double(), self._reduction),
+        )
         if weight == 0:
             return
         self.mass += abs(weight)
         self.total = _plus(self.total, gram * abs(weight))
         if isinstance(update, Dense):
-            self.dense.append((times(update.matrix.double(), gram) * weight, update.matrix.double() * weight))
+            self.dense.append(
+                (times(update.matrix.double(), gram) * weight, update.matrix.double() * weight)
+            )
         elif not update.absent:
             A = update.A.double()
             self.low.append((update.B.double() * weight, times(A, gram), A))
@@ -116,12 +133,16 @@ class NormalEquations:
         return LowRank(B.to(like.dtype), A.to(like.dtype))
 
 
-def each_gram(who: str, layers: LayerStream, grams: Grams | None, fold: Callable[[Layer, int, Tensor], None]) -> None:
-    """Hand every Gram matrix to `fold`, the given ones or those of the anchors, adapter after adapter in each layer."""
+def each_gram(
+    who: str, layers: LayerStream, grams: Grams | None, fold: Callable[[Layer, int, Tensor], None]
+) -> None:
+    """Hand every Gram matrix to `fold`, the given ones or those of the anchors,
+    adapter after adapter in each layer.
+    """
     if grams is None:
-        anchors_of(layers, who, ", and so are the inputs of the layers; or grams={label: {layer: matrix}}").grams(
-            layers, fold
-        )
+        anchors_of(
+            layers, who, ", and so are the inputs of the layers; or grams={label: {layer: matrix}}"
+        ).grams(layers, fold)
         return
     for layer in layers:
         for k, label in enumerate(layer.adapters):
@@ -131,11 +152,14 @@ def each_gram(who: str, layers: LayerStream, grams: Grams | None, fold: Callable
 def _given(who: str, grams: Grams, label: str, layer: Layer) -> Tensor:
     found = grams.get(label, {}).get(layer.name)
     if found is None:
-        raise MethodError(f"{who}: no Gram matrix is given for layer {layer.name!r} of adapter {label!r}")
+        raise MethodError(
+            f"{who}: no Gram matrix is given for layer {layer.name!r} of adapter {label!r}"
+        )
     n = next((frames.V.shape[0] for frames in layer.frames if frames.V is not None), layer.shape[1])
     if tuple(found.shape) not in ((n, n), (n,)) or not bool(torch.isfinite(found).all()):
         raise MethodError(
-            f"{who}: the Gram matrix of layer {layer.name!r} of adapter {label!r} must be finite and ({n}, {n}), or "
+            f"{who}: the Gram matrix of layer {layer.name!r} of adapter {label!r} must be finite "
+            f"and ({n}, {n}), or "
             f"({n},) if it is diagonal; got {tuple(found.shape)}"
         )
     found = found.to(layer.updates[0].device).double()
@@ -149,7 +173,9 @@ def _given(who: str, grams: Grams, label: str, layer: Layer) -> Tensor:
 def check_reduction(reduction: float) -> None:
     """A factor of off-diagonals is in [0, 1]."""
     if not 0 <= reduction <= 1:
-        raise MethodError(f"reduction multiplies the off-diagonals of Gram matrices, in [0, 1]; got {reduction!r}")
+        raise MethodError(
+            f"reduction multiplies the off-diagonals of Gram matrices, in [0, 1]; got {reduction!r}"
+        )
 
 
 def reduced(gram: Tensor, reduction: float) -> Tensor:
@@ -167,7 +193,9 @@ def times(rows: Tensor, gram: Tensor) -> Tensor:
 
 
 def inverse(S: Tensor) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    """rows -> rows S^+, and rows -> rows (I - S S^+), of a symmetric positive semi-definite S, or its diagonal."""
+    """rows -> rows S^+, and rows -> rows (I - S S^+), of a symmetric positive semi-definite S,
+    or its diagonal.
+    """
     if S.ndim == 1:
         seen = RTOL * S.max() < S
         return (lambda rows: rows * torch.where(seen, 1 / torch.where(seen, S, 1.0), 0.0)), (
@@ -181,11 +209,15 @@ def inverse(S: Tensor) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], T
     sigma, V = cast("tuple[Tensor, Tensor]", torch.linalg.eigh(S))  # pyright: ignore[reportUnknownMemberType]
     keep = sigma > max(RTOL * float(sigma[-1]), 0.0)
     size, frame = sigma[keep], V[:, keep]
-    return (lambda rows: (rows @ frame / size) @ frame.T), (lambda rows: rows - (rows @ frame) @ frame.T)
+    return (lambda rows: (rows @ frame / size) @ frame.T), (
+        lambda rows: rows - (rows @ frame) @ frame.T
+    )
 
 
 def _plus(total: Tensor | None, more: Tensor) -> Tensor:
     """total + more; a diagonal is as good as a matrix."""
     if total is None or total.ndim == more.ndim:
         return more if total is None else total + more
-    return (torch.diag(total) if total.ndim == 1 else total) + (torch.diag(more) if more.ndim == 1 else more)
+    return (torch.diag(total) if total.ndim == 1 else total) + (
+        torch.diag(more) if more.ndim == 1 else more
+    )

@@ -1,10 +1,14 @@
-"""Merging by singular vectors: Decorrelate (TSV), Isotropic (Iso-C), IsotropicCommonSpecific (Iso-CTS), CART.
+"""Merging by singular vectors: Decorrelate (TSV), Isotropic (Iso-C),
+IsotropicCommonSpecific (Iso-CTS), CART.
 
-On low-rank updates they run on the cores (see `cores`): exact, in float64, and no (m, n) matrix is made.
+On low-rank updates they run on the cores (see `cores`):
+exact, in float64, and no (m, n) matrix is made.
 
-A low-rank sum has a null space. Its singular vectors are arbitrary (the authors' codes, which use them, give answers 40
-to 120 % apart in float32 and float64), so they are dropped: singular values below `linalg.RTOL` of the largest do not
-count. An adapter that is zero, absent or of weight zero does not count among the K that share min(m, n) directions.
+A low-rank sum has a null space. Its singular vectors are arbitrary (the authors' codes, which use
+them, give answers 40 to 120 % apart in float32 and float64), so they are dropped: singular values
+below `linalg.RTOL` of the largest do not count.
+An adapter that is zero, absent or of weight zero does not count among the K that share
+min(m, n) directions.
 """
 
 from __future__ import annotations
@@ -40,17 +44,19 @@ __all__ = ["CART", "Decorrelate", "Isotropic", "IsotropicCommonSpecific"]
 
 @part
 class Isotropic:
-    """Give every direction of a method's result the mean singular value: X = U S V^T becomes mean(S) U V^T.
+    """Give every direction of a method's result the mean singular value:
+    X = U S V^T becomes mean(S) U V^T.
 
-    Alone it is Iso-C, the sum made isotropic; around another method it is the "+ isotropize" of the core-space code.
-    Only the directions of X are kept, so the result has the rank of X.
+    Alone it is Iso-C, the sum made isotropic; around another method it is the "+ isotropize" of the
+    core-space code. Only the directions of X are kept, so the result has the rank of X.
 
     Args:
         method: any method.
-        over: what the mean runs over. "rank": the rank(X) directions that X has; the sum of the singular values stays
-            what it is. "full": all min(m, n), zeros included, as the authors' code, which also gives the mean to
-            min(m, n) - rank(X) arbitrary directions of the null space. full = rank(X) / min(m, n) * rank, so a scale
-            tuned for one is not one for the other; they agree where X has full rank.
+        over: what the mean runs over. "rank": the rank(X) directions that X has; the sum of the
+            singular values stays what it is. "full": all min(m, n), zeros included, as the authors'
+            code, which also gives the mean to min(m, n) - rank(X) arbitrary directions of the null
+            space. full = rank(X) / min(m, n) * rank, so a scale tuned for one is not one for the
+            other; they agree where X has full rank.
 
     Example:
         >>> import torch, sapmerge as sm
@@ -77,20 +83,23 @@ class Isotropic:
 
 @part
 class Decorrelate:
-    """Make the singular vectors of all adapters orthogonal to each other, at the least change: the heart of TSV-M.
+    """Make the singular vectors of all adapters orthogonal to each other, at the least change:
+    the heart of TSV-M.
 
-    D_k ~ U_k S_k V_k^T, cut to its first floor(min(m, n) / K) components and to its rank. With [P_1 | ... | P_K] the
-    polar factor of [U_1 | ... | U_K], and Q_k likewise of the V_k, D_k becomes P_k S_k Q_k^T. `Sum` then makes TSV-M.
+    D_k ~ U_k S_k V_k^T, cut to its first floor(min(m, n) / K) components and to its rank. With
+    [P_1 | ... | P_K] the polar factor of [U_1 | ... | U_K], and Q_k likewise of the V_k, D_k
+    becomes P_k S_k Q_k^T. `Sum` then makes TSV-M.
 
-    Directions that several adapters share exactly are shared out (a polar factor is not unique there; the part outside
-    the span is dropped), so K copies of an adapter become D / K each. Components whose singular values equal the last
-    one kept (within 1e-5) are kept with it.
+    Directions that several adapters share exactly are shared out (a polar factor is not unique
+    there; the part outside the span is dropped), so K copies of an adapter become D / K each.
+    Components whose singular values equal the last one kept (within 1e-5) are kept with it.
 
     Args:
         rank: components per adapter instead of floor(min(m, n) / K), which is at least 1.
-        strength: how far to go, in [0, 1]: with X = [U_1 | ... | U_K] the P_k are blocks of X (X^T X)^(-strength / 2).
-            0 leaves the vectors as they are; halfway K copies of an adapter become D / sqrt(K) each. Below 1 nothing
-            has to be orthogonal, so all components fit and are kept, unless there is a `rank`.
+        strength: how far to go, in [0, 1]: with X = [U_1 | ... | U_K] the P_k are blocks of X (X^T
+            X)^(-strength / 2). 0 leaves the vectors as they are; halfway K copies of an adapter
+            become D / sqrt(K) each. Below 1 nothing has to be orthogonal,
+            so all components fit and are kept, unless there is a `rank`.
 
     Returns:
         A layer of low-rank updates (dense where they were) with at most that many components each.
@@ -116,26 +125,32 @@ class Decorrelate:
             start = 0
             for piece in pieces:
                 columns = slice(start, start + len(piece.sigma))
-                updates[piece.adapter] = core.outside(left[:, columns] * piece.sigma, right[columns], piece.adapter)
+                updates[piece.adapter] = core.outside(
+                    left[:, columns] * piece.sigma, right[columns], piece.adapter
+                )
                 start = columns.stop
         return layer.with_updates(updates)
 
 
 @part
 class IsotropicCommonSpecific:
-    """Iso-CTS: an isotropic result on the common directions of the sum and a few specific ones of every adapter.
+    """Iso-CTS: an isotropic result on the common directions of the sum and a few specific ones
+    of every adapter.
 
-    X = sum_k w_k D_k has r directions. The last ones make room for t = round((r - int(f r)) / K) per adapter: U_c are
-    the first r - t K left singular vectors of X, and each adapter adds the first t components of D_k - U_c U_c^T D_k.
-    With U, V, S all of these together the result is mean(S) polar(U) polar(V)^T, of rank at most r.
+    X = sum_k w_k D_k has r directions. The last ones make room for t = round((r - int(f r)) / K)
+    per adapter: U_c are the first r - t K left singular vectors of X, and each adapter adds the
+    first t components of D_k - U_c U_c^T D_k. With U, V,
+    S all of these together the result is mean(S) polar(U) polar(V)^T, of rank at most r.
 
     Args:
         common_fraction: f, in [0, 1]; 1 is `Isotropic()`.
-        over: r, and what the mean runs over. "rank": the numerical rank of X; "full": min(m, n), as the authors' code,
-            of which the directions that X and the adapters do not have are dropped. See `Isotropic`.
+        over: r, and what the mean runs over. "rank": the numerical rank of X; "full": min(m, n), as
+            the authors' code, of which the directions that X and the adapters do not have are
+            dropped. See `Isotropic`.
 
-    Source: Marczak et al., "No task left behind", https://arxiv.org/abs/2502.04959. As in the code, only the left side
-    is projected; where the code would ask for more directions than there are, t is floor(r / K).
+    Source: Marczak et al., "No task left behind", https://arxiv.org/abs/2502.04959. As in the code,
+    only the left side is projected; where the code would ask for more directions than there are,
+    t is floor(r / K).
     """
 
     common_fraction: float = 0.8
@@ -146,7 +161,11 @@ class IsotropicCommonSpecific:
 
     def __call__(self, layer: Layer) -> Update:
         core = cores_of(layer)
-        active = [k for k, M in enumerate(core.cores) if layer.weights[k] != 0 and nonzero(M, core.sizes[k])]
+        active = [
+            k
+            for k, M in enumerate(core.cores)
+            if layer.weights[k] != 0 and nonzero(M, core.sizes[k])
+        ]
         weighted = {k: core.cores[k] * layer.weights[k] for k in active}
         if not active:
             return zero_of(layer.updates[0])
@@ -174,11 +193,12 @@ class IsotropicCommonSpecific:
 
 @part
 class CART:
-    """The mean, plus the main components of what every adapter adds to it: D0 + scale sum_k low_rank(D_k - D0).
+    """The mean, plus the main components of what every adapter adds to it:
+    D0 + scale sum_k low_rank(D_k - D0).
 
-    D0 = sum w D / sum w, and low_rank keeps the first ceil(rank_fraction min(m, n)) components; in a core space min(m,
-    n) is the side of the core. With weights the sum runs over K w_k / sum w. A zero adapter counts, as in `Mean`. The
-    result has the rank of all updates together.
+    D0 = sum w D / sum w, and low_rank keeps the first ceil(rank_fraction min(m, n)) components; in
+    a core space min(m, n) is the side of the core. With weights the sum runs over K w_k / sum w. A
+    zero adapter counts, as in `Mean`. The result has the rank of all updates together.
 
     Args:
         rank_fraction: in [0, 1].
@@ -187,7 +207,8 @@ class CART:
     Raises:
         MethodError: the weights sum to zero.
 
-    Source: Choi et al., "Revisiting weight averaging for model merging", https://arxiv.org/abs/2412.12153
+    Source: Choi et al., "Revisiting weight averaging for model merging",
+    https://arxiv.org/abs/2412.12153
     """
 
     rank_fraction: float = 0.04
@@ -212,4 +233,6 @@ class CART:
             share = self.scale * len(members) * layer.weights[k] / total
             merged = merged + share * (U[:, :keep] * sigma[:keep]) @ Vh[:keep]
         eye = torch.eye(min(merged.shape), dtype=merged.dtype, device=merged.device)
-        return core.outside(*((eye, merged) if merged.shape[0] <= merged.shape[1] else (merged, eye)))
+        return core.outside(
+            *((eye, merged) if merged.shape[0] <= merged.shape[1] else (merged, eye))
+        )
