@@ -11,9 +11,9 @@ from torch import Tensor
 
 import sapmerge as sm
 from sapmerge.errors import MethodError
-from tests import test_laws as laws
 from tests.conftest import changed, error, low_rank, make_layers, run
-from tests.test_goldens import HERE, INDEX
+from tests.methods import test_laws as laws
+from tests.methods.test_goldens import HERE, INDEX
 
 ENTRIES = {
     entry["key"]: entry for entry in json.loads((HERE / "lora_native.json").read_text())["entries"]

@@ -14,7 +14,7 @@ import torch
 
 import sapmerge as sm
 from sapmerge.federated import Inbox
-from tests.faults import Faults, in_child, kill_self, was_killed
+from tests.io.faults import Faults, in_child, kill_self, was_killed
 
 
 def manifest() -> dict[str, list[int]]:

@@ -13,7 +13,7 @@ import sapmerge as sm
 from sapmerge.errors import MethodError
 from sapmerge.parts.scaling import block_of, magnitudes
 from tests.conftest import changed, dense, error, make_layers, run
-from tests.test_goldens import HERE
+from tests.methods.test_goldens import HERE
 
 ENTRY = next(
     e

@@ -16,7 +16,7 @@ import sapmerge as sm
 from sapmerge.errors import MethodError
 from sapmerge.parts.mergers.factors import signed_kmeans
 from tests.conftest import changed, error, low_rank, make_layers, run
-from tests.test_goldens import HERE, INDEX
+from tests.methods.test_goldens import HERE, INDEX
 
 NUMBERS = load_file(HERE / "lora_native.safetensors")
 INPUTS = load_file(HERE / "inputs.safetensors")

@@ -22,8 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sapmerge as sm
 from sapmerge.contrib import ctm
-from tests import test_laws
 from tests.conftest import changed, error, low_rank, make_layers, run
+from tests.methods import test_laws
 
 HERE = Path(__file__).parent.parent / "goldens"
 ENTRIES = {
@@ -451,17 +451,6 @@ def test_result_ranks() -> None:
 
 
 # --- edges
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
 # ----------------------------------------------------------------------------------------
 
 

@@ -365,18 +365,6 @@ def test_views_without_a_common_entry_are_written(
         assert torch.allclose(tensor.double(), wanted[name], atol=1e-5), name
 
 
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
 # ----------------------------------------------------------------------------------------
 # undo on disk
 

@@ -24,8 +24,7 @@ from sapmerge.errors import (
 from sapmerge.io.adapter import Adapter
 from sapmerge.io.files import Limits, RegularFile
 from sapmerge.io.header import open_weights
-
-from .helpers import PREFIX, accepted, container, good_tensors, module, refused, write
+from tests.io.helpers import PREFIX, accepted, container, good_tensors, module, refused, write
 
 A = PREFIX + module(0, "q_proj") + ".lora_A.weight"
 
@@ -248,6 +247,6 @@ def test_speed_and_memory(tmp_path: Path) -> None:
 
 
 def good_config_of_one(name: str, rank: int) -> dict[str, object]:
-    from .helpers import good_config
+    from tests.io.helpers import good_config
 
     return good_config(r=rank, lora_alpha=rank, target_modules=[name])

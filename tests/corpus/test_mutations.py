@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from .mutations import mutants, sample
+from tests.corpus.mutations import mutants, sample
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the corpus has cases of Linux")
 

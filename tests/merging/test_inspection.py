@@ -14,8 +14,7 @@ from torch import Tensor, nn
 import sapmerge as sm
 from sapmerge.merging.report import describe
 from tests.conftest import low_rank
-
-from .models import BASE, Block, load, lora, products, save_lora
+from tests.models import BASE, Block, load, lora, products, save_lora
 
 
 class Net(nn.Module):

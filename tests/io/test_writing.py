@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save
 from sapmerge.errors import NonFiniteError, OutputError, OutputExistsError, SapmergeWarning
 from sapmerge.io import atomic, writing
 from sapmerge.io.writing import CheckpointWriter
-from tests.faults import ELEMENTS, Faults, fail_with, read_version, whole_version, write_version
+from tests.io.faults import ELEMENTS, Faults, fail_with, read_version, whole_version, write_version
 
 KILLS = int(os.environ.get("SAPMERGE_KILLS", "40"))
 NATIVE = ["native", "fallback"]
@@ -69,18 +69,6 @@ def system(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     return request.param
 
 
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
 # ----------------------------------------------------------------------------------------
 # the bytes
 
@@ -186,18 +174,6 @@ def test_short_writes_and_reads_are_continued(
     assert whole_version(tmp_path / "out") == 1
 
 
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
 # ----------------------------------------------------------------------------------------
 # refusals
 
@@ -313,18 +289,6 @@ def test_relative_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert os.listdir(tmp_path / "cwd") == ["out"]
 
 
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
 # ----------------------------------------------------------------------------------------
 # the swap
 
@@ -524,18 +488,6 @@ def test_no_descriptor_is_left_open(tmp_path: Path) -> None:
     assert sorted(os.listdir("/proc/self/fd")) == before
 
 
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
 # ----------------------------------------------------------------------------------------
 # leftovers
 
@@ -594,18 +546,6 @@ def test_old_output_left_aside_is_put_back(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["out"]
 
 
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
 # ----------------------------------------------------------------------------------------
 # faults
 
@@ -677,27 +617,15 @@ def test_message_names_path_operation_and_reason(
     assert str(caught.value) == expected
 
 
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
-#
 # ----------------------------------------------------------------------------------------
 # kills
 
 
 def run_script(task: str, folder: Path, amount: float, system: str) -> dict[str, int]:
-    tests = Path(__file__).parent
+    tests = Path(__file__).parents[1]
     search = os.pathsep.join([str(tests.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
-        [sys.executable, str(tests / "faults.py"), task, str(folder), str(amount), system],
+        [sys.executable, str(tests / "io" / "faults.py"), task, str(folder), str(amount), system],
         env={**os.environ, "PYTHONPATH": search, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

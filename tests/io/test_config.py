@@ -19,8 +19,7 @@ from sapmerge.errors import (
     SapmergeError,
     SapmergeWarning,
 )
-
-from .helpers import (
+from tests.io.helpers import (
     PREFIX,
     SHARED,
     accepted,

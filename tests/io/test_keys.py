@@ -15,8 +15,7 @@ from sapmerge.errors import (
     SapmergeError,
 )
 from sapmerge.io.files import Limits
-
-from .helpers import PREFIX, accepted, good_config, good_tensors, module, refused, write
+from tests.io.helpers import PREFIX, accepted, good_config, good_tensors, module, refused, write
 
 Q = PREFIX + module(0, "q_proj")
 

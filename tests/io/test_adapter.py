@@ -26,8 +26,16 @@ from sapmerge.errors import (
     SapmergeWarning,
 )
 from sapmerge.io.adapter import Adapter
-
-from .helpers import PREFIX, accepted, good_config, good_tensors, module, refused, warned, write
+from tests.io.helpers import (
+    PREFIX,
+    accepted,
+    good_config,
+    good_tensors,
+    module,
+    refused,
+    warned,
+    write,
+)
 
 
 def test_labels(tmp_path: Path) -> None:

@@ -94,19 +94,19 @@ def test_keywords_positions_and_white_space() -> None:
 def test_a_users_function_is_resolved_only_when_it_is_passed() -> None:
     method = sm.Chain(sm.Prune(sqrt_magnitude, above_mean), sm.Mean())
     text = repr(method)
-    assert "'tests.test_recipe:sqrt_magnitude'" in text
-    assert "'tests.test_recipe:above_mean'" in text
+    assert "'tests.test_parsing:sqrt_magnitude'" in text
+    assert "'tests.test_parsing:above_mean'" in text
     functions = {
-        "tests.test_recipe:sqrt_magnitude": sqrt_magnitude,
-        "tests.test_recipe:above_mean": above_mean,
+        "tests.test_parsing:sqrt_magnitude": sqrt_magnitude,
+        "tests.test_parsing:above_mean": above_mean,
     }
     again = sm.parse(text, functions=functions)
     assert repr(again) == text
     layers = make_layers([3, 3])
     got, wanted = dense(run(again, layers)), dense(run(method, layers))
     assert all(torch.equal(got[name], wanted[name]) for name in wanted)
-    with pytest.raises(MethodError, match=r"tests\.test_recipe:above_mean.*functions="):
-        sm.parse(text, functions={"tests.test_recipe:sqrt_magnitude": sqrt_magnitude})
+    with pytest.raises(MethodError, match=r"tests\.test_parsing:above_mean.*functions="):
+        sm.parse(text, functions={"tests.test_parsing:sqrt_magnitude": sqrt_magnitude})
     with pytest.raises(MethodError, match="os:system"):
         sm.parse("Chain('os:system')")
 

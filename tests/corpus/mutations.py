@@ -1,7 +1,7 @@
 """Does each check matter? Take one out, and see whether a case of the corpus or a test of the
 reader notices.
 
-`python -m tests.mutations` removes every check of the reader in turn and prints what nobody
+`python -m tests.corpus.mutations` removes every check of the reader in turn and prints what nobody
 noticed; `--tests` also asks the tests in `tests/reading` about what the corpus let pass.
 """
 
@@ -24,7 +24,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 READERS = (
     "config",
     "consistency",

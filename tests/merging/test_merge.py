@@ -20,10 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import sapmerge as sm
-
-from . import oracles
-from .conftest import error
-from .models import (
+from tests import oracles
+from tests.conftest import error
+from tests.models import (
     BASE,
     PREFIX,
     Block,
@@ -739,7 +738,7 @@ def test_hash_seeds_and_threads_change_no_byte(tmp_path: Path) -> None:
             str(tmp_path / f"out{run}"),
             *map(str, adapters),
         ]
-        subprocess.run(command, check=True, env=environment, cwd=Path(__file__).parents[1])
+        subprocess.run(command, check=True, env=environment, cwd=Path(__file__).parents[2])
     for number in range(6):
         first, second = (files(tmp_path / f"out{run}-{number}") for run in (0, 1))
         assert first == second, number

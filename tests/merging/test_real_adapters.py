@@ -31,10 +31,9 @@ from transformers import (
 
 import sapmerge as sm
 from sapmerge.cli import main
-
-from . import oracles
-from .conftest import error
-from .models import DATA, PREFIX, SHARED, copied, files, lazy_deltas, load, same
+from tests import oracles
+from tests.conftest import error
+from tests.models import DATA, PREFIX, SHARED, copied, files, lazy_deltas, load, same
 
 GPT2 = ["gpt2__gurvineet-best", "gpt2__deepbiolab", "gpt2__gurvineet-checkpoint_epoch_1"]
 VIT = ["vit__Yunyi307-best_model", "vit__fanLnen-week2"]

@@ -20,9 +20,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 import sapmerge as sm
-
-from .conftest import error
-from .models import (
+from tests.conftest import error
+from tests.models import (
     BASE,
     IDS,
     KINDS,

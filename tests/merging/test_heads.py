@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from transformers import RobertaConfig, RobertaForSequenceClassification
 
 import sapmerge as sm
-
-from .conftest import error
-from .models import PREFIX, Block, copied, load, same, save_lora
+from tests.conftest import error
+from tests.models import PREFIX, Block, copied, load, same, save_lora
 
 
 class Classifier(nn.Module):

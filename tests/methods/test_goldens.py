@@ -21,7 +21,7 @@ from sapmerge.core.lowrank import truncate
 from tests import oracles
 from tests.conftest import changed, error, run
 
-HERE = Path(__file__).parent / "goldens"
+HERE = Path(__file__).parents[1] / "goldens"
 INDEX = json.loads((HERE / "index.json").read_text())
 ENTRIES = {entry["key"]: entry for entry in INDEX["entries"]}
 FILES = {path.name: load_file(path) for path in HERE.glob("*.safetensors")}

@@ -15,8 +15,7 @@ from transformers.pytorch_utils import Conv1D  # noqa: E402
 
 from sapmerge.errors import AdapterConfigError, AdapterFormatError, MethodError  # noqa: E402
 from sapmerge.io.adapter import Adapter  # noqa: E402
-
-from .helpers import accepted  # noqa: E402
+from tests.io.helpers import accepted  # noqa: E402
 
 
 class Block(nn.Module):

@@ -15,7 +15,7 @@ import torch
 import sapmerge as sm
 from sapmerge.cli import main
 from tests.anchors import models
-from tests.test_verification import write_adapter
+from tests.merging.test_verification import write_adapter
 
 
 @pytest.fixture

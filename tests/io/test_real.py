@@ -11,8 +11,7 @@ import torch
 from sapmerge.errors import AdapterConfigError, AdapterSecurityError
 from sapmerge.io.adapter import Adapter
 from sapmerge.io.names import canonical
-
-from .helpers import SHARED, accepted, refused, warned
+from tests.io.helpers import SHARED, accepted, refused, warned
 
 ADAPTERS = SHARED / "adapters"
 pytestmark = pytest.mark.skipif(

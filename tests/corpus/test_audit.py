@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # The first word of an event, and what may follow it. Everything that is watched and not allowed is
 # a finding.
 WATCHED = (
