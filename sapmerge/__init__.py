@@ -3,7 +3,7 @@ made of composable primitives.
 
 The names below are the public surface. The folders are sentences of the README: `core` (updates and
 layers), `parts` (the primitives), `anchors` (gradients and losses), `io` (files), `methods` and
-`contrib` (the named methods), `merging` (how a merge runs).
+`contrib` (the named methods), `merging` (how a merge runs), `routing` (adapters that stay apart).
 `merging/merge.py` is the place to start reading.
 """
 
@@ -120,6 +120,8 @@ from sapmerge.parts.tuning import Tune
 from sapmerge.parts.units import Directions, Entries, Factors, Layers
 from sapmerge.parts.weighting import WeighByAgreement, WeighByAnchors
 from sapmerge.parts.wrappers import ByModule, Chain, In
+from sapmerge.routing.routed import Routed, routed
+from sapmerge.routing.routers import ArrowRouter, FixedRouter, LearnedRouter
 from sapmerge.version import __version__
 
 __all__ = [
@@ -235,6 +237,12 @@ __all__ = [
     "WeighByAgreement",
     "WeighByAnchors",
     "WeighByEnergy",
+    # adapters that stay apart
+    "ArrowRouter",
+    "FixedRouter",
+    "LearnedRouter",
+    "Routed",
+    "routed",
     # anchors and their losses
     "Anchors",
     "alignment",

@@ -38,7 +38,11 @@ DISK = {
     "merging.sinks": "asks whether the output is one of the inputs",
     "merging.verification": "merges again into a temporary folder",
 }
-AUTOGRAD = {"anchors": "gradients of the anchors' loss", "demo": "trains"}
+AUTOGRAD = {
+    "anchors": "gradients of the anchors' loss",
+    "demo": "trains",
+    "routing.learning": "trains a router",
+}
 CODE = {
     (
         "io.pickles",
