@@ -49,7 +49,7 @@ CODE = {
         "torch.load",
     ): "the one place that unpickles, tensors only, when the user says so",
     ("federated.extras", "importlib"): "packages of the extras, by constant names",
-    ("cli", "importlib"): "a function that the user typed",
+    ("cli.recipes", "importlib"): "a function that the user typed",
     ("demo.extras", "importlib"): "packages of the extra, by constant names",
 }
 NETWORK = {("io.adapter", "huggingface_hub"): "Adapter.from_hub"}

@@ -4,36 +4,22 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 
-from sapmerge.core.protocols import Method
+from sapmerge.cli.arguments import rank_of
+from sapmerge.cli.recipes import method_of
 from sapmerge.errors import MethodError, ModelMismatchError, RoundError, printable
 from sapmerge.federated.inbox import Inbox
 from sapmerge.io.files import shown
 from sapmerge.io.records import is_folder, read_record, write_record
 
-__all__ = ["add_commands"]
+__all__ = ["add_to"]
 
 
-def add_commands(
-    commands: Any,
-    method: Callable[[str, dict[str, Any]], Method],
-    rank: Callable[[str], int | float | str],
-) -> list[argparse.ArgumentParser]:
-    """Add `round` to the commands of the command line.
-
-    Args:
-        commands: of the whole parser.
-        method: text and options -> the method they name.
-        rank: text -> what `merge` takes as its rank.
-
-    Returns:
-        The parsers of the single actions.
-    """
+def add_to(commands: Any) -> list[argparse.ArgumentParser]:
+    """Add the command; returns the parsers of its actions."""
     parser = commands.add_parser(
         "round", help="a one-shot federated round", description="A one-shot federated round."
     )
@@ -105,11 +91,11 @@ def add_commands(
     )
     merge.add_argument("--density", type=float, help="fraction kept, in (0, 1]")
     merge.add_argument(
-        "--rank", type=rank, help="cap on the rank, share of energy in (0, 1), or 'exact'"
+        "--rank", type=rank_of, help="cap on the rank, share of energy in (0, 1), or 'exact'"
     )
     merge.add_argument("--modules-to-save", help="heads: mean or drop")
     merge.add_argument("--overwrite", action="store_true", help="replace an existing output")
-    merge.set_defaults(run=partial(_merge, method=method))
+    merge.set_defaults(run=_merge)
 
     report = actions.add_parser(
         "report", help="every client and every refusal", description="Describe a round."
@@ -198,10 +184,10 @@ def _remove(options: argparse.Namespace) -> None:
     print(f"removed {options.client}")
 
 
-def _merge(options: argparse.Namespace, method: Callable[[str, dict[str, Any]], Method]) -> None:
+def _merge(options: argparse.Namespace) -> None:
     inbox = _opened(options)
     merged = inbox.merge(
-        method=method(options.method, {"density": options.density}),
+        method=method_of(options.method, {"density": options.density}),
         rank=options.rank,
         modules_to_save=options.modules_to_save,
         progress=False,

@@ -1,0 +1,15 @@
+"""The command line: `sapmerge merge`, `inspect`, `verify`, `reproduce`, `round`, `demo`.
+
+program.py     what all commands share: the parser, and errors as one line
+merging.py     merge
+looking.py     inspect
+checking.py    verify, reproduce
+rounds.py      round
+showing.py     demo
+arguments.py   adapters, weights, ranks and policies as they are typed
+recipes.py     methods by name, by recipe, or of a module of the user's
+"""
+
+from sapmerge.cli.program import main
+
+__all__ = ["main"]

@@ -1,0 +1,61 @@
+"""What is typed: adapters, weights, ranks, policies."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from sapmerge.errors import MethodError
+
+__all__ = ["adapters_of", "policy_of", "rank_of", "weights_of"]
+
+
+def adapters_of(arguments: Sequence[str]) -> Any:
+    """Folders, or label=folder for all of them; what exists as it is written is a folder."""
+    pairs = [argument.partition("=") for argument in arguments]
+    if not any(map(os.path.lexists, arguments)) and all(
+        separator and re.fullmatch(r"[A-Za-z0-9._-]{1,64}", label) for label, separator, _ in pairs
+    ):
+        labels = [label for label, _, _ in pairs]
+        repeated = [label for label in labels if labels.count(label) > 1]
+        if repeated:
+            raise MethodError(f"two adapters have the label {repeated[0]!r}")
+        return {label: folder for label, _, folder in pairs}
+    return list(arguments)
+
+
+def policy_of(text: str | None) -> Any:
+    if text is None or "=" not in text:
+        return text
+    return {module: label for module, _, label in (pair.partition("=") for pair in text.split(","))}
+
+
+def rank_of(text: str) -> int | float | str:
+    if text == "exact":
+        return text
+    try:
+        return int(text) if re.fullmatch(r"\d+", text) else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"a number, a share in (0, 1) or 'exact'; got {text!r}"
+        ) from None
+
+
+def weights_of(text: str | None) -> list[float] | dict[str, float] | None:
+    """1,0.5 in the order of the adapters, or label=1,label=0.5."""
+    if text is None:
+        return None
+    pairs = [entry.partition("=") for entry in text.split(",")]
+    if all(separator for _, separator, _ in pairs):
+        return {label: _number(number) for label, _, number in pairs}
+    return [_number(entry) for entry in text.split(",")]
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise MethodError(f"--weights takes numbers separated by commas; got {text!r}") from None

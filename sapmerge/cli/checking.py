@@ -1,0 +1,66 @@
+"""`sapmerge verify` and `sapmerge reproduce`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from sapmerge.cli.recipes import imported
+from sapmerge.errors import OutputError
+from sapmerge.merging import verification
+
+__all__ = ["add_to"]
+
+
+def add_to(commands: Any) -> list[argparse.ArgumentParser]:
+    """Add the commands; returns their parsers."""
+    check = commands.add_parser(
+        "verify", help="check an output against its digests", description="Check an output."
+    )
+    check.add_argument("output", help="folder that sapmerge wrote")
+    check.add_argument(
+        "--inputs", nargs="+", default=[], metavar="DIR", help="the adapters it was made from"
+    )
+    check.set_defaults(run=_verify)
+
+    again = commands.add_parser(
+        "reproduce", help="merge again and compare bits", description="Run the stored recipe."
+    )
+    again.add_argument("output", help="folder that sapmerge wrote")
+    again.add_argument(
+        "--inputs", nargs="+", required=True, metavar="DIR", help="the adapters it was made from"
+    )
+    again.add_argument(
+        "--use",
+        nargs="+",
+        default=[],
+        metavar="MODULE:FUNCTION",
+        help="your functions in the recipe",
+    )
+    again.set_defaults(run=_reproduce)
+    return [check, again]
+
+
+def _verify(options: argparse.Namespace) -> None:
+    problems = verification.verify(options.output, options.inputs)
+    what = "config, weights and inputs" if options.inputs else "config and weights"
+    _report_problems(
+        problems,
+        f"{what} have the digests in the output's metadata. That its recipe gives these weights is "
+        "a claim: "
+        "`sapmerge reproduce` proves it",
+    )
+
+
+def _reproduce(options: argparse.Namespace) -> None:
+    functions = {name: imported(name) for name in options.use}
+    _report_problems(
+        verification.reproduce(options.output, options.inputs, functions), "the same bits again"
+    )
+
+
+def _report_problems(problems: Sequence[str], fine: str) -> None:
+    if problems:
+        raise OutputError("; ".join(problems))
+    print(fine)

@@ -1,0 +1,70 @@
+"""`sapmerge merge`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import sapmerge
+from sapmerge import methods
+from sapmerge.cli.arguments import adapters_of, policy_of, rank_of, weights_of
+from sapmerge.cli.recipes import method_of
+from sapmerge.errors import printable
+from sapmerge.merging.spelling import CHOICES
+
+__all__ = ["add_to"]
+
+
+def add_to(commands: Any) -> list[argparse.ArgumentParser]:
+    """Add the command; returns its parser."""
+    merge = commands.add_parser(
+        "merge", help="merge adapters into one", description="Merge adapters into one."
+    )
+    merge.add_argument(
+        "adapters",
+        nargs="+",
+        metavar="ADAPTER",
+        help="folder of a PEFT LoRA adapter, or label=folder",
+    )
+    merge.add_argument("-o", "--output", required=True, help="folder to write")
+    merge.add_argument(
+        "--method",
+        required=True,
+        help=f"{', '.join(methods.__all__)}; a recipe; or module:function",
+    )
+    merge.add_argument("--density", type=float, help="fraction kept, in (0, 1]")
+    merge.add_argument("--seed", type=int, help="of methods that draw random masks")
+    merge.add_argument("--weights", help="one number per adapter: --weights=1,0.5,-1")
+    merge.add_argument("--scale", type=float, default=1.0, help="multiplies the merged update")
+    merge.add_argument(
+        "--rank", type=rank_of, help="cap on the rank, share of energy in (0, 1), or 'exact'"
+    )
+    merge.add_argument(
+        "--modules-to-save", help="heads: mean, first, drop, or module=adapter[,module=adapter]"
+    )
+    merge.add_argument("--base-model", help="the base model the output is for")
+    merge.add_argument(
+        "--names",
+        choices=CHOICES,
+        help="how the output spells its modules: as the adapters do, or ...",
+    )
+    merge.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    merge.add_argument("--quiet", action="store_true", help="no progress, no report")
+    merge.set_defaults(run=_merge)
+    return [merge]
+
+
+def _merge(options: argparse.Namespace) -> None:
+    merged = sapmerge.merge(
+        adapters_of(options.adapters),
+        method=method_of(options.method, {"density": options.density, "seed": options.seed}),
+        weights=weights_of(options.weights),
+        scale=options.scale,
+        rank=options.rank,
+        modules_to_save=policy_of(options.modules_to_save),
+        base_model=options.base_model,
+        progress=False if options.quiet else None,
+    )
+    merged.save_pretrained(options.output, overwrite=options.overwrite, names=options.names)
+    if not options.quiet:
+        print(f"{merged.report}\n\nwritten to {printable(options.output)}")

@@ -1,0 +1,78 @@
+"""What all commands share. Errors are one line on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import NoReturn
+
+import sapmerge
+from sapmerge.cli import checking, looking, merging, rounds, showing
+from sapmerge.errors import SapmergeError, SapmergeWarning, printable
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code (0, or 2 for an error that is the user's to mend)."""
+    _print_in_any_encoding()
+    options = _parser().parse_args(arguments)
+    warnings.simplefilter("always", SapmergeWarning)
+    warnings.showwarning = _show_warning
+    try:
+        options.run(options)
+        sys.stdout.flush()
+    except (
+        BrokenPipeError
+    ):  # whoever reads had enough, as in `sapmerge ... | head`; what was asked for is done
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if options.debug:
+            raise
+        if isinstance(error, SapmergeError):
+            text = str(error)
+        else:  # of the user's own function, say
+            text = (
+                f"{type(error).__name__}: {printable(' '.join(str(error).split()))} (--debug "
+                "shows where)"
+            )
+        print(f"sapmerge: {text}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _print_in_any_encoding() -> None:
+    """Letters that the terminal's encoding lacks are printed as escapes:
+    a finished merge must not end as an error.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"sapmerge: {message}; see {self.prog} --help\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="sapmerge", description="Merge LoRA adapters.")
+    parser.add_argument("--version", action="version", version=sapmerge.__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for add in (merging, looking, checking, rounds, showing):
+        for command in add.add_to(commands):
+            command.add_argument(
+                "--debug", action="store_true", help="show the traceback of an error"
+            )
+    return parser
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    print(f"sapmerge: warning: {printable(str(message))}", file=sys.stderr)

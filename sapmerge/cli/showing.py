@@ -1,0 +1,31 @@
+"""`sapmerge demo`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+__all__ = ["add_to"]
+
+
+def add_to(commands: Any) -> list[argparse.ArgumentParser]:
+    """Add the command; returns its parser."""
+    demo = commands.add_parser(
+        "demo", help="the mission in small, in about a minute", description="Train, merge, compare."
+    )
+    demo.add_argument(
+        "-o", "--output", default="sapmerge-demo", help="folder to write (default: %(default)s)"
+    )
+    demo.add_argument("--seed", type=int, default=0)
+    demo.set_defaults(run=_demo)
+    return [demo]
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from sapmerge.demo import run
+
+    print(
+        run(Path(options.output), seed=options.seed, say=lambda line: print(line, file=sys.stderr))
+    )

@@ -1,0 +1,80 @@
+"""What all commands share: errors of one line, help, what is imported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import sapmerge as sm
+from sapmerge.cli import main
+
+from .shell import fails, python
+
+
+def test_errors(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    merge = ("merge", "left", "right", "-o", "out", "--method")
+    assert "'nowhere'" in fails(capsys, "merge", "nowhere", "-o", "out", "--method", "mean")
+    assert "there is no method 'tise'" in fails(capsys, *merge, "tise")
+    assert "not Python syntax" in fails(capsys, *merge, "Chain(")
+    assert "'eval'" in fails(capsys, *merge, "eval('1')")
+    assert "got 1" in fails(capsys, *merge, "mean", "--weights", "1")
+    assert "--weights takes numbers" in fails(capsys, *merge, "mean", "--weights", "1,x")
+    assert "'layers.0.q'" in fails(capsys, "merge", "left", "wide", "-o", "out", "--method", "mean")
+    assert "rank" in fails(capsys, *merge, "mean", "--rank", "0")
+    assert "'many'" in fails(capsys, *merge, "mean", "--rank", "many")
+    assert "finite" in fails(capsys, *merge, "mean", "--scale", "nan")
+    assert "--method" in fails(capsys, "merge", "left", "-o", "out")
+    assert "density" in fails(capsys, *merge, "ties", "--density", "much")
+    assert "nowhere" in fails(capsys, "inspect", "nowhere")
+    assert "COMMAND" in fails(capsys)
+    assert "'mrege'" in fails(capsys, "mrege")
+
+
+def test_debug_shows_the_traceback(here: Path) -> None:
+    with pytest.raises(sm.AdapterFormatError):
+        main(["merge", "nowhere", "-o", "out", "--method", "mean", "--debug"])
+    with pytest.raises(sm.AdapterFormatError):
+        main(["inspect", "nowhere", "--debug"])
+
+
+def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, text in (
+        (["--version"], sm.__version__),
+        (["--help"], "inspect"),
+        (["merge", "--help"], "knots"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 0
+        assert text in capsys.readouterr().out
+
+
+def test_as_a_module(here: Path) -> None:
+    done = python(
+        "-m", "sapmerge", "merge", "left", "right", "-o", "out", "--method", "mean", cwd=here
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "written to out" in done.stdout
+    failed = python(
+        "-m", "sapmerge", "merge", "left", "right", "-o", "out", "--method", "mean", cwd=here
+    )
+    assert (failed.returncode, failed.stdout) == (2, "")
+    assert failed.stderr.count("\n") == 1
+    debug = python(
+        "-m", "sapmerge", "merge", "nowhere", "-o", "new", "--method", "mean", "--debug", cwd=here
+    )
+    assert debug.returncode != 0
+    assert "Traceback" in debug.stderr
+    assert "AdapterFormatError" in debug.stderr
+
+
+def test_importing_sapmerge_imports_little(tmp_path: Path) -> None:
+    code = (
+        "import sys, sapmerge, sapmerge.cli\n"
+        "heavy = 'peft transformers regex huggingface_hub sklearn matplotlib safetensors "
+        "PIL'.split()\n"
+        "print([name for name in heavy if name in sys.modules])"
+    )
+    done = python("-c", code, cwd=tmp_path)
+    assert (done.stdout, done.stderr) == ("[]\n", "")
