@@ -6,58 +6,34 @@ from __future__ import annotations
 
 import hashlib
 import os
-import secrets
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
 from sapmerge.core.protocols import Method
-from sapmerge.errors import OutputError, RoundError, SapmergeError, SapmergeWarning
+from sapmerge.errors import OutputError, RoundError, SapmergeWarning
 from sapmerge.federated.contract import Contract, Manifest, contract
 from sapmerge.federated.entries import (
     Entry,
     client_name,
-    entries_of,
-    moment,
     sample_count,
     scaled_to_mean_1,
     votes,
 )
 from sapmerge.federated.outcome import Kept, Outcome, Refused, refusal
 from sapmerge.federated.report import RoundReport, rows_of
+from sapmerge.federated.round_folder import RoundFolder
 from sapmerge.federated.state import MergeState
 from sapmerge.io.adapter import Adapter
 from sapmerge.io.atomic import StagedFolder
-from sapmerge.io.cache import Cache
-from sapmerge.io.files import shown
-from sapmerge.io.records import (
-    Records,
-    folders,
-    is_folder,
-    read_record,
-    remove_folder,
-    write_record,
-)
 from sapmerge.io.uploads import files_of, stage
 from sapmerge.losses import Loss
 from sapmerge.merging.heads import HeadPolicy
 from sapmerge.merging.merge import Merged, merge
 
 __all__ = ["Inbox"]
-
-_ROUND, _KEPT, _CLIENTS, _REFUSED, _STATE, _CACHE = (
-    "round.json",
-    "kept",
-    "clients",
-    "refused",
-    "state",
-    "cache",
-)
-_PARTS = (_KEPT, _CLIENTS, _REFUSED, _STATE)
-_HISTORY = 100
 
 
 class Inbox:
@@ -113,23 +89,18 @@ class Inbox:
         quorum: int = 1,
         max_share: float = 0.5,
     ) -> None:
-        self.path: str = os.path.abspath(os.fspath(folder))
+        self._folder = RoundFolder(folder)
+        self.path: str = self._folder.path
         self._merged: Merged | None = None
         numbers = max_rank, max_bytes, max_norm_ratio, quorum, max_share
-        path = os.path.join(self.path, _ROUND)
-        found = read_record(path) if is_folder(self.path) else None
+        found = self._folder.read()
         if found is None:
-            if is_folder(self.path) and not set(folders(self.path)) <= set(_PARTS):
-                raise RoundError(f"{self.path!r} exists and is no round; give another folder")
             self.contract = contract(
                 base_model, model, manifest, modules, modules_to_save, *numbers
             )
-            self._open()
-            with self._clients.locked():
-                found = read_record(path)  # another process may have been first
-                if found is None:
-                    write_record(path, {**self.contract.to_dict(), "id": secrets.token_hex(8)})
+            found = self._folder.make(self.contract)
         if found is not None:
+            path = self._folder.description
             self.contract = Contract.from_dict(found, path)
             if model is not None or manifest is not None:
                 wanted = contract(base_model, model, manifest, modules, modules_to_save, *numbers)
@@ -138,41 +109,13 @@ class Inbox:
                 raise RoundError(
                     f"{path}: the round is for {self.contract.base_model!r}, not for {base_model!r}"
                 )
-            self._open()
-        with self._clients.locked():
-            self._sweep()
-        with self._states.locked():
-            self._states.sweep()
-
-    def _open(self) -> None:
-        Records(self.path)
-        self._clients, self._refused = (
-            Records(os.path.join(self.path, name)) for name in (_CLIENTS, _REFUSED)
-        )
-        Records(os.path.join(self.path, _KEPT))
-        self._states = Records(os.path.join(self.path, _STATE))
-
-    def _sweep(self) -> None:
-        """Under the lock: remove what killed processes left;
-        nothing that a client's record names.
-        """
-        for records in (self._clients, self._refused, Records(self.path)):
-            records.sweep()
-        used = {entry.key for entry in self._entries()}
-        for key in folders(os.path.join(self.path, _KEPT)):
-            if key not in used:
-                remove_folder(self._kept(key))
-
-    def _kept(self, key: str) -> str:
-        return os.path.join(self.path, _KEPT, key)
-
-    def _entries(self) -> list[Entry]:
-        return entries_of(self._clients)
+            self._folder.open()
+        self._folder.sweep()
 
     @property
     def clients(self) -> dict[str, int]:
         """Client -> samples, of those whose uploads are kept, sorted by name."""
-        return {entry.client: entry.samples for entry in self._entries()}
+        return {entry.client: entry.samples for entry in self._folder.entries()}
 
     def missing(self, expected: Iterable[str]) -> list[str]:
         """Those of the expected clients who have no upload here, sorted."""
@@ -203,7 +146,7 @@ class Inbox:
         key = hashlib.sha256(
             hashlib.sha256(config).digest() + hashlib.sha256(weights).digest()
         ).hexdigest()
-        with StagedFolder(self._kept(key), overwrite=True) as folder:
+        with StagedFolder(self._folder.kept(key), overwrite=True) as folder:
             stage(folder, config, weights)
             try:
                 adapter, checks = self._checked(folder.staged)
@@ -211,19 +154,7 @@ class Inbox:
                 raise
             except Exception as error:
                 return self._refuse(client, error)
-            with self._clients.locked():
-                folder.publish()
-                before = self._clients.get(client) or {}
-                history = [*before.get("history", []), moment(adapter.digest, samples)]
-                record = {
-                    "client": client,
-                    "samples": samples,
-                    "key": key,
-                    "digest": adapter.digest,
-                    "checks": checks,
-                }
-                self._clients.put(client, {**record, "history": history[-_HISTORY:]})
-                self._drop(before)
+            self._folder.put(Entry(client, samples, key, adapter.digest, checks), folder.publish)
         return Kept(client, samples, adapter.digest, checks)
 
     def _checked(self, folder: str) -> tuple[Adapter, dict[str, Any]]:
@@ -241,7 +172,7 @@ class Inbox:
     @property
     def id(self) -> str:
         """A name of the round that no other round has."""
-        return str((read_record(os.path.join(self.path, _ROUND)) or {}).get("id", "round"))
+        return self._folder.id
 
     def refuse(self, client: str, reason: str) -> Refused:
         """Write down that nothing of a client could be taken, for the report."""
@@ -249,23 +180,8 @@ class Inbox:
 
     def _refuse(self, client: object, error: Exception) -> Refused:
         refused = refusal(client, error, self.path)
-        name = hashlib.sha256(f"{refused.client}\0{refused.reason}".encode()).hexdigest()[:32]
-        self._refused.put(name, {"client": refused.client, "reason": refused.reason})
+        self._folder.refuse(refused)
         return refused
-
-    def _drop(self, record: Mapping[str, Any]) -> None:
-        """Under the lock: remove the files of an upload that no client's record names any more."""
-        key = record.get("key")
-        if (
-            key is None
-            or not is_folder(self._kept(key))
-            or any(entry.key == key for entry in self._entries())
-        ):
-            return
-        if all(entry.digest != record["digest"] for entry in self._entries()):
-            with suppress(SapmergeError):  # damaged: the state is summed again
-                self._forget(record["digest"], key)
-        remove_folder(self._kept(key))
 
     def remove(self, client: str) -> None:
         """Take a client out of the round, and its upload from the disk.
@@ -273,15 +189,7 @@ class Inbox:
         Raises:
             RoundError: there is no such client.
         """
-        with self._clients.locked():
-            record = self._clients.get(client) if client in self.clients else None
-            if record is None:
-                raise RoundError(
-                    f"{self.path!r}: there is no client {shown(client)}; the clients are "
-                    f"{[*self.clients]}"
-                )
-            self._clients.remove(client)
-            self._drop(record)
+        self._folder.remove(client)
 
     def merge(
         self,
@@ -326,7 +234,7 @@ class Inbox:
                     f"{client!r} is left out of the merge: {why}", SapmergeWarning, stacklevel=2
                 )
         self._merged = merge(
-            {entry.client: self._load(entry) for entry, _ in entries},
+            {entry.client: self._folder.load(entry) for entry, _ in entries},
             anchor_loader,
             model,
             method=method,
@@ -338,26 +246,9 @@ class Inbox:
             base_model=self.contract.base_model,
             device=device,
             progress=progress,
-            cache=os.path.join(self.path, _CACHE)
-            if cache is None and anchor_loader is not None
-            else cache,
+            cache=self._folder.cache if cache is None and anchor_loader is not None else cache,
         )
         return self._merged
-
-    def _load(self, entry: Entry) -> Adapter:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", SapmergeWarning)  # they stand in the record
-                adapter = Adapter.load(self._kept(entry.key), label=entry.client)
-        except SapmergeError as error:
-            raise RoundError(
-                f"the upload of {entry.client!r} was damaged ({error}); remove the client"
-            ) from error
-        if adapter.digest != entry.digest:
-            raise RoundError(
-                f"the upload of {entry.client!r} is not the one that was kept; remove the client"
-            )
-        return adapter
 
     def state(self) -> MergeState:
         """The running weighted sum of all clients, kept in the round:
@@ -368,32 +259,10 @@ class Inbox:
         Raises:
             RoundError: a kept upload was damaged.
         """
-        with self._states.locked():
-            cache, entries = Cache(self._states.path), self._chosen()[0]
-            wanted = {entry.digest: (entry, weight) for entry, weight in entries}
-            state = before = MergeState.restored(cache.get("sums"))
-            # its files are gone: sum again
-            if any(digest not in wanted for digest in state.members):
-                state = MergeState()
-            for digest, (entry, weight) in wanted.items():
-                if state.members.get(digest) != weight:
-                    state = state.replacing(self._load(entry), weight)
-            if state is not before:
-                cache.put("sums", *state.kept())
-            return state
-
-    def _forget(self, digest: str, key: str) -> None:
-        """Take an upload out of the running state while its files are still there."""
-        with self._states.locked():
-            cache = Cache(self._states.path)
-            state = MergeState.restored(cache.get("sums"))
-            if digest in state.members:
-                cache.put(
-                    "sums", *state.without(Adapter.load(self._kept(key), label="leaving")).kept()
-                )
+        return self._folder.state(self._chosen()[0])
 
     def _chosen(self) -> tuple[list[tuple[Entry, float]], dict[str, str]]:
-        return votes(self._entries(), self.contract.max_norm_ratio, self.contract.max_share)
+        return votes(self._folder.entries(), self.contract.max_norm_ratio, self.contract.max_share)
 
     @property
     def report(self) -> RoundReport:
@@ -402,12 +271,11 @@ class Inbox:
         """
         used, aside = self._chosen()
         rows = rows_of(
-            self._entries(), {entry.client: weight for entry, weight in used}, aside, self._merged
+            self._folder.entries(),
+            {entry.client: weight for entry, weight in used},
+            aside,
+            self._merged,
         )
-        refused = sorted(
-            (r["client"], r["reason"]) for r in map(self._refused.get, self._refused.names()) if r
-        )
+        refused = tuple(self._folder.refusals())
         method = None if self._merged is None else str(self._merged.recipe["method"])
-        return RoundReport(
-            self.contract.base_model, self.contract.quorum, method, rows, tuple(refused)
-        )
+        return RoundReport(self.contract.base_model, self.contract.quorum, method, rows, refused)

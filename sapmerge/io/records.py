@@ -31,6 +31,7 @@ __all__ = [
 
 _LIMITS = Limits(config_bytes=1 << 28)
 _ENDING, _SCRATCH, _CACHE_SCRATCH = ".json", ".part", ".tmp"
+_NOFOLLOW, _DIRECTORY = getattr(os, "O_NOFOLLOW", 0), getattr(os, "O_DIRECTORY", 0)
 _NO_LOCKS = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EBADF}
 
 
@@ -62,7 +63,7 @@ def write_record(path: str, data: Mapping[str, Any]) -> None:
     content = encoded(data)
     with explained(path, "write"):
         try:
-            file = os.open(scratch, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+            file = os.open(scratch, os.O_RDWR | os.O_CREAT | os.O_EXCL | _NOFOLLOW, 0o666)
             try:
                 write_all(file, content, 0)
                 os.fsync(file)
@@ -107,7 +108,7 @@ def remove_folder(path: str) -> None:
 
 
 def _sync(folder: str) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    descriptor = os.open(folder, os.O_RDONLY | _DIRECTORY)
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -176,7 +177,7 @@ class Records:
         """
         path = os.path.join(self.path, ".lock")
         with explained(path, "lock"):
-            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+            file = os.open(path, os.O_RDWR | os.O_CREAT | _NOFOLLOW, 0o666)
         try:
             try:
                 lock(file, wait=True)
