@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sapmerge.errors import ModelMismatchError
 from sapmerge.io.modules import Module
-from sapmerge.naming import Names, base_of
+from sapmerge.naming import Names, base_of, is_transposed, matrix_shape
 
 __all__ = [
     "ModelWeights",
@@ -179,10 +179,10 @@ def _site(module: nn.Module, spec: Module) -> Site:
             f"module {spec.name!r} ({type(module).__name__}) has no floating-point {spec.parameter}"
         )
     if spec.kind != "parameter":
-        matrix_shape(module, parameter)  # refuses grouped convolutions
+        checked_shape(module, parameter)  # refuses grouped convolutions
         hooked = spec.parameter == "weight"
         return Site(
-            module, spec.parameter, parameter, parameter, hooked and _transposed(module), hooked
+            module, spec.parameter, parameter, parameter, hooked and is_transposed(module), hooked
         )
     experts = parameter.shape[0] if parameter.ndim == 3 else 1
     if experts != spec.experts:
@@ -249,24 +249,20 @@ def fused_part(spec: Module, names: Mapping[str, str], base: nn.Module) -> Site 
     return Site(module, name, parameter, parameter[part], False, False, part)
 
 
-def matrix_shape(module: nn.Module, weight: Tensor) -> tuple[int, int]:
-    """(outputs, inputs) of a module's weight, seen as the matrix that an update is added to."""
-    if _transposed(module):
-        return weight.shape[1], weight.shape[0]
+def checked_shape(module: nn.Module, weight: Tensor) -> tuple[int, int]:
+    """`matrix_shape`; grouped convolutions are refused."""
     if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and module.groups != 1:
         raise ModelMismatchError(
             f"{module} has groups: updates of grouped convolutions are not supported"
         )
-    return weight.shape[0], weight.numel() // max(1, weight.shape[0])
+    return matrix_shape(module, weight)
 
 
 def weight_view(module: nn.Module, matrix: Tensor) -> Tensor:
     """An (outputs, inputs) matrix in the layout of the module's weight."""
-    return matrix.T if _transposed(module) else matrix.reshape(cast("Tensor", module.weight).shape)
-
-
-def _transposed(module: nn.Module) -> bool:
-    return isinstance(module, nn.Embedding) or type(module).__name__ == "Conv1D"
+    return (
+        matrix.T if is_transposed(module) else matrix.reshape(cast("Tensor", module.weight).shape)
+    )
 
 
 def find_saved(model: Any, wanted: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sapmerge.io.modules import Module
 from sapmerge.io.names import alike, canonical, stem
 
-__all__ = ["Names", "base_of", "without_wrappers"]
+__all__ = ["Names", "base_of", "matrix_shape", "is_transposed", "without_wrappers"]
 
 
 def without_wrappers(model: Any) -> Any:
@@ -143,9 +143,7 @@ class Names:
         weight = getattr(module, "weight", None)
         if not isinstance(weight, Tensor) or weight.ndim < 2:
             return None
-        if isinstance(module, nn.Embedding) or type(module).__name__ == "Conv1D":
-            return weight.shape[1], weight.shape[0]
-        return weight.shape[0], weight.numel() // max(1, weight.shape[0])
+        return matrix_shape(module, weight)
 
     def _in_transformers(self, key: str) -> str | None:
         """What transformers would rename the module to when it loads it into this model."""
@@ -176,3 +174,15 @@ def _tails(name: str) -> Iterator[str]:
         if parts[at - 1].isdigit():
             return
         yield ".".join(parts[at:])
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether the module's weight is stored as (inputs, outputs)."""
+    return isinstance(module, nn.Embedding) or type(module).__name__ == "Conv1D"
+
+
+def matrix_shape(module: nn.Module, weight: Tensor) -> tuple[int, int]:
+    """(outputs, inputs) of a module's weight, seen as the matrix that an update is added to."""
+    if is_transposed(module):
+        return weight.shape[1], weight.shape[0]
+    return weight.shape[0], weight.numel() // max(1, weight.shape[0])

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from dg.data import Domain
+from dg.training import ALPHA, BATCH, RANK, Regime
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
@@ -18,24 +19,6 @@ from torch.nn import functional
 from bed.half import Half
 
 __all__ = ["REGIMES", "Client", "Regime", "train"]
-
-RANK, ALPHA, BATCH = 8, 16, 32
-
-
-@dataclass(frozen=True)
-class Regime:
-    """How clients train.
-
-    Args:
-        images: per class.
-        epochs: passes over them.
-        rate: the learning rate of AdamW.
-    """
-
-    images: int
-    epochs: float
-    rate: float
-
 
 REGIMES = {"A": Regime(40, 4, 7e-4), "M": Regime(24, 8, 1.5e-3), "B": Regime(14, 16, 3e-3)}
 """A: many images, few steps. B: few images, many steps, large updates. M lies between."""

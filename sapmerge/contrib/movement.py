@@ -172,8 +172,8 @@ def movement(
     """Movement pruning of adapters whose earlier checkpoints are given too;
     the last ones are pruned and averaged.
 
-        S = sum_t D_t (D_t - D_{t-1})   or, on anchors,
-          S = -sum_t (D_t - D_{t-1}) (g_{t-1} + g_t) / 2
+        S = sum_t D_t (D_t - D_{t-1})    or, on anchors,
+        S = -sum_t (D_t - D_{t-1}) (g_{t-1} + g_t) / 2
 
     Args:
         runs: per run the labels of its checkpoints, from the first to the last, all of them among

@@ -83,10 +83,10 @@ class Compete:
     """Score every entry by intra * inter, keep the top share of each adapter,
     and average with the scores as weights.
 
-        t = sign(D) clip(|D|)    n = sign(D) (clip|D| - min)/(max - min)    score = intra(|n|) *
-        inter(D, n)
-        s = (score - cut)/(top - cut) where positive, else 0      result = sum_k w_k s_k t_k /
-        sum_k |w_k| s_k
+        t = sign(D) clip(|D|)    n = sign(D) (clip|D| - min) / (max - min)
+        score = intra(|n|) * inter(D, n)
+        s = (score - cut) / (top - cut) where positive, else 0
+        result = sum_k w_k s_k t_k / sum_k |w_k| s_k
 
     Clipping, minimum, maximum and cut are over the whole adapter, found in a pre-pass. K counts the
     adapters that have a weight and are not zero. With density 1 nothing is cut,

@@ -7,7 +7,7 @@ where the change is a factor, one whose anchors see it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import cast
@@ -62,26 +62,28 @@ class Scaled:
 
     Args:
         layers: the stream.
-        factors: layer -> one factor per adapter; other layers stay as they are.
+        factors: layer -> one factor per adapter.
     """
 
     layers: LayerStream
-    factors: Mapping[str, Sequence[float]]
+    factors: Callable[[Layer], Sequence[float]]
 
     @cached_property
     def anchors(self) -> AnchorPass | None:
-        """The anchors at base + the multiplied adapters."""
+        """The anchors at base + the multiplied adapters; only they need a pass for all factors."""
         anchors = self.layers.anchors
-        return None if anchors is None else anchors.scaled(self.factors)
+        if anchors is None:
+            return None
+        return anchors.scaled({layer.name: self.factors(layer) for layer in self.layers})
 
     def __iter__(self) -> Iterator[Layer]:
         for layer in self.layers:
-            yield scaled(layer, self.factors.get(layer.name))
+            yield scaled(layer, self.factors(layer))
 
 
-def scaled(layer: Layer, factors: Sequence[float] | None) -> Layer:
+def scaled(layer: Layer, factors: Sequence[float]) -> Layer:
     """The layer with its updates multiplied by one factor per adapter."""
-    if factors is None or all(factor == 1 for factor in factors):
+    if all(factor == 1 for factor in factors):
         return layer
     return layer.with_updates(
         [u if f == 1 else u.scaled(f) for u, f in zip(layer, factors, strict=True)]

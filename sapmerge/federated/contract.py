@@ -27,7 +27,7 @@ from sapmerge.io.files import shown
 from sapmerge.io.modules import Module
 from sapmerge.io.names import canonical
 from sapmerge.io.records import is_folder, read_record
-from sapmerge.models import base_of, matrix_shape, model_names
+from sapmerge.models import base_of, checked_shape, model_names
 
 __all__ = ["Contract", "Manifest", "Slot", "contract"]
 
@@ -272,7 +272,7 @@ def _of_model(model: Any) -> Iterable[tuple[str, Slot]]:
         if not isinstance(weight, Tensor) or not (linear or convolution):
             continue
         try:
-            shape = matrix_shape(module, weight)
+            shape = checked_shape(module, weight)
         except ModelMismatchError:  # grouped convolutions, which no adapter of ours has
             continue
         kind = (

@@ -29,12 +29,11 @@ def neighbours(
 ) -> Tensor:
     """Weights of every client for itself and for the clients nearest to it; rows sum to 1.
 
-        W[k, k] = s_k,   W[k, i] = (1 - s_k) (1 / d_ki) / sum_{j near k} 1 / d_kj   for the
-        `count` nearest i
+        W[k, k] = s_k,    W[k, i] = (1 - s_k) (1 / d_ki) / sum_{j near k} 1 / d_kj
 
-    with d the distance between whole updates, and s_k = n_k / (n_k + sum_{i near k} n_i) unless
-    `self_weight` is given. A distance of 0 takes all of 1 - s_k, copies in equal parts.
-    Ties go to the lower content digest.
+    for the `count` nearest i, with d the distance between whole updates, and
+    s_k = n_k / (n_k + sum_{i near k} n_i) unless `self_weight` is given. A distance of 0 takes all
+    of 1 - s_k, copies in equal parts. Ties go to the lower content digest.
 
     Args:
         adapters: as for `merge`, K of them.

@@ -107,8 +107,9 @@ def regmean(
     """RegMean: the update whose outputs are nearest to those of every adapter on the
     inputs that it sees.
 
-        D = (sum_k w_k D_k G_k) (sum_k |w_k| G_k)^+,    G_k = E[x x^T] of the layer's inputs x at
-        base + adapter k
+        D = (sum_k w_k D_k G_k) (sum_k |w_k| G_k)^+
+
+    with G_k = E[x x^T] of the layer's inputs x at base + adapter k.
 
     Args:
         reduction: what the off-diagonals of G are multiplied by: the paper's 0.9 (0.1 for T5), 1 in

@@ -15,8 +15,8 @@ def robustmerge(density: float = 0.2, balance: bool = False) -> Method:
     """RobustMerge: prune A and B by magnitude, give every rank its weight back,
     combine the adapters rank by rank.
 
-        D = sum_t B~_t diag(S^_t) A~_t,    S_t[k] = |A_t[k]|_1 / |A~_t[k]|_1,
-           S^_t = w_t S_t / sum_i |w_i| S_i
+        D = sum_t B~_t diag(S^_t) A~_t
+        S_t[k] = |A_t[k]|_1 / |A~_t[k]|_1,    S^_t = w_t S_t / sum_i |w_i| S_i
 
     Args:
         density: the fraction of entries kept in A and in B (the paper prunes 80 %).
@@ -48,8 +48,8 @@ def lora_lego(
     """LoRA-LEGO: cluster the rank-one units of all adapters;
     the centroids are the merged adapter, of rank k.
 
-        u_i = [a_i; b_i],    c = mean of the u_i of a cluster,    c * mean |u_i|_inf / |c|_inf,
-           B * output scale
+        u_i = [a_i; b_i],    c = mean of the u_i of a cluster
+        c * mean |u_i|_inf / |c|_inf,    B * output scale
 
     Args:
         rank: k; None: the largest number of units of an adapter.

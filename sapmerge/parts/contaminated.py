@@ -88,16 +88,8 @@ class FlagContaminated:
         unknown = [test for test in self.tests if test not in _TESTS]
         if unknown or not self.tests:
             raise MethodError(f"the tests are some of {_TESTS}; got {self.tests!r}")
-        if (
-            self.rank < 1
-            or self.side not in ("left", "right")
-            or self.form not in ("leave-one-out", "convex")
-        ):
-            raise MethodError(
-                "rank is a number from 1 on, side 'left' or 'right', form 'leave-one-out' or "
-                "'convex'; "
-                f"got {self.rank!r}, {self.side!r} and {self.form!r}"
-            )
+        if self.rank < 1:
+            raise MethodError(f"rank is a number from 1 on; got {self.rank!r}")
 
     def prepare(self, layers: LayerStream) -> FlagContaminated:
         gram, one = whole_gram(layers)

@@ -37,8 +37,8 @@ class ExcludeOutliers:
     The ceil(K / 2) adapters with the lowest anchor loss L at base + adapter are the
     reference R. With
 
-        a_k = mean_{j in R} <D_k, D_j> / (|D_k| |D_j|),    b = mean_{i < j in R} <D_i,
-        D_j> / (|D_i| |D_j|),
+        a_k = mean_{j in R} <D_k, D_j> / (|D_k| |D_j|)
+        b = mean_{i < j in R} <D_i, D_j> / (|D_i| |D_j|)
 
     another adapter k gets the weight 0 if a_k < ratio * b, if b - a_k, a sum over layers, is more
     than `significance` of its standard errors, and if L_k is more than `margin` above the
@@ -195,18 +195,14 @@ class ClipNorms:
             )
 
     def prepare(self, layers: LayerStream) -> ClipNorms:
-        names, squares, weights = (
-            list[str](),
-            torch.zeros(0, dtype=torch.float64),
-            tuple[float, ...](),
-        )
+        squares, weights = torch.zeros((), dtype=torch.float64), tuple[float, ...]()
         for layer in layers:
-            energies = torch.tensor([update.norm() ** 2 for update in layer], dtype=torch.float64)
-            squares = squares + energies if names else energies
-            names.append(layer.name)
+            energies = [update.norm() ** 2 for update in layer]
+            squares = squares + torch.tensor(energies, dtype=torch.float64)
             weights = layer.weights
-        done = replace(self, scales=self._scales(squares.sqrt(), weights))
-        clipped = Scaled(layers, dict.fromkeys(names, done.scales or ()))
+        norms = squares.sqrt().expand(len(weights))
+        done = replace(self, scales=self._scales(norms, weights))
+        clipped = Scaled(layers, lambda _: done.scales or ())
         return replace(done, method=prepare(self.method, clipped if done._clips() else layers))
 
     def __call__(self, layer: Layer) -> Update:
@@ -253,8 +249,7 @@ class CapShare:
             )
 
     def prepare(self, layers: LayerStream) -> CapShare:
-        capped = Scaled(layers, {layer.name: self._scales(layer) for layer in layers})
-        return replace(self, method=prepare(self.method, capped))
+        return replace(self, method=prepare(self.method, Scaled(layers, self._scales)))
 
     def __call__(self, layer: Layer) -> Update:
         scales = self._scales(layer)
