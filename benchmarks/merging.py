@@ -142,8 +142,7 @@ def llava_blocks(options: argparse.Namespace, scratch: Path) -> Iterator[str]:
     )
     yield (
         f"PEFT merges one layer of 4096 x 4096, counted {large} times: as if the MLPs, 2.7 times "
-        "as large, took no "
-        "longer, and the vision tower nothing. So its time is a lower bound."
+        "as large, took no longer, and the vision tower nothing. So its time is a lower bound."
     )
     yield table(
         ["method, to rank 64", "who", "seconds", "time / mean of ours", "peak MB", ""], rows

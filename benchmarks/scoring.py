@@ -169,9 +169,8 @@ def _scaled(shape: Shape) -> str:
     said = [f"{shape.anchors} anchors in batches of {shape.size}, rank {RANK}, float32."]
     if shape.anchors < 32:
         said.append(
-            f"Scaled: {shape.anchors} of 32 anchors on both sides. Passes grow linearly with them; "
-            "what we do once "
-            "per adapter or per model does not grow, and weighs more here."
+            f"Scaled: {shape.anchors} of 32 anchors on both sides. Passes grow linearly with "
+            "them; what we do once per adapter or per model does not grow, and weighs more here."
         )
     if shape.adapters[-1] < 16:
         said.append(

@@ -37,7 +37,7 @@ _OURS = ("sapmerge", "contextlib")  # and what stands between its functions and 
 class SapmergeError(Exception):
     """Base of every error that sapmerge raises on purpose.
 
-    What strangers wrote may be in a message: control characters are shown as escapes,
+    Text from untrusted files may be in a message: control characters are shown as escapes,
     and a long message is cut.
     """
 
@@ -110,7 +110,7 @@ class RoundError(SapmergeError):
 
 def printable(text: str) -> str:
     """The text with control characters as escapes:
-    what strangers wrote must not steer a terminal.
+    text from untrusted files must not steer a terminal.
     """
     if text.isprintable():
         return text

@@ -227,9 +227,8 @@ def default_loss(model: nn.Module) -> Loss:
     ):
         return language_modeling
     raise AnchorError(
-        f"{type(model).__name__} is neither a two-tower image-text model nor a language model; say "
-        "which loss its "
-        "anchors have: loss=lambda model, batch: ..."
+        f"{type(model).__name__} is neither a two-tower image-text model nor a language model; "
+        "say which loss its anchors have: loss=lambda model, batch: ..."
     )
 
 

@@ -156,8 +156,7 @@ def find_sites(model: Any, wanted: Mapping[str, Module]) -> dict[str, Site]:
         if shape != spec.shape:
             raise ModelMismatchError(
                 f"module {name!r} has a weight matrix {shape} in {type(base).__name__}, but the "
-                "adapters' update is "
-                f"{spec.shape}"
+                f"adapters' update is {spec.shape}"
             )
         found[name] = site
     return found
@@ -188,8 +187,7 @@ def _site(module: nn.Module, spec: Module) -> Site:
     if experts != spec.experts:
         raise ModelMismatchError(
             f"{spec.parameter} of module {spec.owner!r} holds {experts} matrices in "
-            f"{type(module).__name__}, and the "
-            f"adapters have {spec.experts}"
+            f"{type(module).__name__}, and the adapters have {spec.experts}"
         )
     part = (spec.expert,) if parameter.ndim == 3 else ()
     # As PEFT reads it: see ParamWrapper.

@@ -15,7 +15,8 @@ from sapmerge.core.part import parts, recipe
 from sapmerge.errors import MethodError
 from tests.conftest import Anchored, LinearLoss, dense, make_layers, run
 
-pytestmark = pytest.mark.filterwarnings("ignore:A and B are merged apart")  # factor_average says so
+# factor_average says so
+pytestmark = pytest.mark.filterwarnings("ignore:A and B are merged separately")
 
 
 def sqrt_magnitude(values: Tensor, stats: sm.Stats) -> Tensor:

@@ -20,12 +20,10 @@ __all__ = ["write"]
 FAIR = ("mean", MATCHED)
 READING = (
     "Differences to the mean of all clients with its energy matched, in points of accuracy on the "
-    "domain left out: the "
-    "mean over families, and its 95 % interval (hierarchical bootstrap: families, seeds, images). "
-    "Worst: the family "
-    "with the lowest difference. Energy matched, or a number: the merged update scaled to that "
-    "multiple of the mean "
-    "norm of its inputs. Only trials that have the row are counted."
+    "domain left out: the mean over families, and its 95 % interval (hierarchical bootstrap: "
+    "families, seeds, images). Worst: the family with the lowest difference. Energy matched, or a "
+    "number: the merged update scaled to that multiple of the mean norm of its inputs. Only "
+    "trials that have the row are counted."
 )
 
 Row = Mapping[str, object]

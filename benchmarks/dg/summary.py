@@ -122,8 +122,7 @@ def write(name: str, rows: Sequence[Row], folder: Path = tables.RESULTS) -> None
     path.write_text(json.dumps(kept, indent=1), encoding="utf-8")
     reading = (
         "Accuracy in per cent. Δ: paired difference over seeds, in points, with its 95 % interval "
-        "(Student). Energy "
-        "matched: the merged update scaled to the mean norm of the adapters."
+        "(Student). Energy matched: the merged update scaled to the mean norm of the adapters."
     )
     title = "Accuracy on a domain nobody trained on"
     tables.write(

@@ -81,11 +81,9 @@ def kernel_table(options: argparse.Namespace, scratch: Path) -> Iterator[str]:
     yield f"## Pure kernels: mean of {name}, to rank 16, one thread"
     yield (
         "What reading (as float64), QR, small SVD and writing take by themselves, called in a "
-        "plain loop. The rest is "
-        "what makes the result trustworthy, measured too: hashes of every byte at opening (file "
-        "and tensor) and again "
-        "at reading, and the report; what is left is the interpreter, checks of names and values, "
-        "and conversions."
+        "plain loop. The rest is what makes the result trustworthy, measured too: hashes of every "
+        "byte at opening (file and tensor) and again at reading, and the report; what is left is "
+        "the interpreter, checks of names and values, and conversions."
     )
     rows: list[list[object]] = []
     for count in (4,) if options.quick else (4, 16):

@@ -46,8 +46,7 @@ def frozen(model: Any) -> Generator[nn.Module]:
         if any(getattr(module, "merged", False) is True for module in tuners):
             raise AnchorError(
                 "an adapter of the model is merged into its weights, so these are not the base's: "
-                "unmerge_adapter() "
-                "first"
+                "unmerge_adapter() first"
             )
         undo = Undo()
         try:
@@ -139,10 +138,9 @@ class BaseWeights:
         """
         if self._of(base) != self._seen:
             raise AnchorError(
-                "the base model's weights were changed since the merge began (by a training, or by "
-                "another thread), so "
-                "losses and gradients would be of two models: merge again, with a model that "
-                "nobody changes"
+                "the base model's weights were changed since the merge began (by a training, or "
+                "by another thread), so losses and gradients would be of two models: merge again, "
+                "with a model that nobody changes"
             )
 
     @staticmethod

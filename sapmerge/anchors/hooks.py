@@ -101,9 +101,8 @@ class Watch:
             def received(g: Tensor) -> None:
                 if not self._closed:
                     raise AnchorError(
-                        f"the loss takes gradients itself, through layer {name!r}: what it returns "
-                        "has to depend on "
-                        "the model's outputs, not on their derivatives"
+                        f"the loss takes gradients itself, through layer {name!r}: what it "
+                        "returns has to depend on the model's outputs, not on their derivatives"
                     )
                 if x._version != version:  # pyright: ignore[reportPrivateUsage]
                     raise AnchorError(
@@ -199,8 +198,7 @@ def looked_at(
     if not inputs or not isinstance(inputs[0], Tensor) or not isinstance(output, Tensor):
         raise AnchorError(
             f"anchors cannot look at layer {name!r} ({type(module).__name__}): its first argument "
-            "and its output "
-            "must be tensors"
+            "and its output must be tensors"
         )
     return inputs[0], output
 
@@ -286,10 +284,9 @@ def seeing(
     hidden = next((name for name in watched if not sites[name].hooked), None)
     if hidden is not None:
         raise AnchorError(
-            f"the inputs of layer {hidden!r} cannot be seen: {type(sites[hidden].module).__name__} "
-            "uses its weight "
-            "inside of its own forward pass. Take a method that does not look at inputs, or "
-            "ByModule for the others"
+            f"the inputs of layer {hidden!r} cannot be seen: "
+            f"{type(sites[hidden].module).__name__} uses its weight inside of its own forward "
+            "pass. Take a method that does not look at inputs, or ByModule for the others"
         )
     with removed(
         partial(sites[name].module.register_forward_hook, hook(name, see))

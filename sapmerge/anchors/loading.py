@@ -49,8 +49,7 @@ def _every_other(batch: Any, start: int, size: int) -> Any:
         if batch.ndim == 0 or len(batch) != size:
             raise AnchorError(
                 "the samples of the only batch cannot be told apart: a tensor "
-                f"{tuple(batch.shape)} in a batch of "
-                f"{size}; pass two batches or more"
+                f"{tuple(batch.shape)} in a batch of {size}; pass two batches or more"
             )
         return batch[start::2]
     if isinstance(batch, Mapping):
@@ -176,8 +175,7 @@ class Batches:
             ):
                 raise AnchorError(
                     f"the anchors are not the same on every pass: batch {number} changed. Switch "
-                    "shuffling and random "
-                    "augmentation off (DataLoader(..., shuffle=False))"
+                    "shuffling and random augmentation off (DataLoader(..., shuffle=False))"
                 )
             count += 1
             yield _moved(batch, self._device)

@@ -100,8 +100,7 @@ class GradientStatistics:
         ):
             raise MethodError(
                 "a gradient statistic is 'mean', 'absolute' or 'square' (or 'batch square'), at "
-                "the 'adapter' or at "
-                f"the 'base'; got {statistic!r} at {at!r}"
+                f"the 'adapter' or at the 'base'; got {statistic!r} at {at!r}"
             )
         if at == "base" and self._at_base is not None:
             return self._at_base.moment(layer, adapter, part, statistic, at)

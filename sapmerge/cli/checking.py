@@ -47,9 +47,8 @@ def _verify(options: argparse.Namespace) -> None:
     what = "config, weights and inputs" if options.inputs else "config and weights"
     _report_problems(
         problems,
-        f"{what} have the digests in the output's metadata. That its recipe gives these weights is "
-        "a claim: "
-        "`sapmerge reproduce` proves it",
+        f"{what} have the digests in the output's metadata. That its recipe gives these weights "
+        "is a claim: `sapmerge reproduce` proves it",
     )
 
 

@@ -54,8 +54,7 @@ class FitCoefficients:
         if not 0 <= self.init <= 1 or not self.lr > 0 or self.steps < 0:
             raise MethodError(
                 "FitCoefficients takes init in [0, 1], lr > 0 and steps >= 0; got "
-                f"init={self.init!r}, lr={self.lr!r}, "
-                f"steps={self.steps!r}"
+                f"init={self.init!r}, lr={self.lr!r}, steps={self.steps!r}"
             )
 
     def prepare(self, layers: LayerStream) -> FitCoefficients:

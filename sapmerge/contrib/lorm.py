@@ -173,8 +173,7 @@ def shared(layer: Layer, factor: str) -> Tensor | None:
         elif own.shape != found.shape or norm(own - found) > RTOL * norm(found):
             raise MethodError(
                 f"layer {layer.name!r}: {first!r} and {label!r} do not share {factor}, so the "
-                "other factor cannot be "
-                "merged alone; regmean() merges whole updates"
+                "other factor cannot be merged alone; regmean() merges whole updates"
             )
     return found
 

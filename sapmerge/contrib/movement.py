@@ -149,8 +149,7 @@ class PruneRuns:
         ):
             raise MethodError(
                 "runs names every checkpoint once, by the label of an adapter; the adapters are "
-                f"{layer.adapters}, "
-                f"runs is {self.runs!r}"
+                f"{layer.adapters}, runs is {self.runs!r}"
             )
         chains = {run[-1]: tuple(layer.adapters.index(label) for label in run) for run in self.runs}
         alone = {label: (k,) for k, label in enumerate(layer.adapters) if label not in named}

@@ -61,11 +61,9 @@ def unprepared(owner: object) -> MethodError:
     """
     return MethodError(
         f"{type(owner).__name__} looks at whole adapters, and has not seen them: a part that is "
-        "called inside a "
-        "function of your own cannot prepare itself. Give the part itself to merge, Chain or a "
-        "wrapper; prepare it "
-        "yourself, sm.prepare(part, layers); or run it on a single layer with "
-        "sm.on_one_layer(part, layer)"
+        "called inside a function of your own cannot prepare itself. Give the part itself to "
+        "merge, Chain or a wrapper; prepare it yourself, sm.prepare(part, layers); or run it on "
+        "a single layer with sm.on_one_layer(part, layer)"
     )
 
 

@@ -78,8 +78,7 @@ class DemoResult:
         return "\n".join(
             [
                 f"Accuracy in % on {self.tested} unseen handwritten digits; base model, generic "
-                "style: "
-                f"{100 * self.generic:.1f}",
+                f"style: {100 * self.generic:.1f}",
                 "",
                 f"  {'':<{wide}}" + "".join(f"{name:>10}" for name in (*domains, "average")),
                 row("zero-shot", self.zero_shot),

@@ -113,8 +113,7 @@ class Contract:
             if name not in self.saved:
                 raise AdapterConfigError(
                     f"the upload saves {shown(name)} whole, which the round does not take; train "
-                    "without "
-                    "modules_to_save, or make the round with modules_to_save=[...]"
+                    "without modules_to_save, or make the round with modules_to_save=[...]"
                 )
             if tuple(tensor.shape) != self.saved[name]:
                 raise IncompatibleAdaptersError(
@@ -147,8 +146,7 @@ class Contract:
         if (module.kind, module.shape, kernel) != (slot.kind, slot.shape, slot.kernel):
             raise IncompatibleAdaptersError(
                 f"module {shown(name)} is {module.kind} {module.shape} in the upload; the round "
-                f"expects {slot.kind} "
-                f"{slot.shape}"
+                f"expects {slot.kind} {slot.shape}"
             )
         if module.needs_base is not None:
             raise AdapterConfigError(
@@ -170,8 +168,7 @@ class Contract:
             if one[name] != other[name]:
                 raise RoundError(
                     f"{path}: the round was made with another {name}; open it with Inbox(folder) "
-                    "alone, or make a new "
-                    "round"
+                    "alone, or make a new round"
                 )
 
     def to_dict(self) -> dict[str, Any]:

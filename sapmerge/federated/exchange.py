@@ -63,7 +63,7 @@ def collect(
     say: Callable[[str], None],
 ) -> Collected:
     """Ask every node, and put replies into the inbox as they come;
-    nodes that fail or are silent are asked once more.
+    nodes that fail or do not answer are asked once more.
 
     Args:
         grid: has `push_messages(messages) -> ids` and `pull_messages(ids) -> replies`.

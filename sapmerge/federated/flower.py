@@ -104,7 +104,7 @@ def _one_shot() -> type:
 
         Replies are kept as they come, so that a server that is killed loses none of them; run it
         again, and clients made by `train_app` answer from disk.
-        A client that raises, dies or is silent is asked once more.
+        A client that raises, dies or does not answer is asked once more.
 
         Args:
             inbox: of the round; its quorum and contract hold.

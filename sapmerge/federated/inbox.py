@@ -223,8 +223,7 @@ class Inbox:
             raise RoundError(
                 (
                     f"{self.path!r}: {len(entries)} clients of the quorum of "
-                    f"{self.contract.quorum} "
-                    "are here"
+                    f"{self.contract.quorum} are here"
                 )
                 + (f"; left out: {sorted(aside)}" if aside else "")
             )

@@ -103,8 +103,7 @@ def _squares(gram: Tensor, distance: str, labels: Sequence[str]) -> Tensor:
     elif float(norms.max()) > 1.5 * float(norms.min()):
         warnings.warn(
             "norms differ by more than 1.5, and the nearest by euclidean distance are the "
-            "shortest; "
-            "distance='cosine' asks for direction",
+            "shortest; distance='cosine' asks for direction",
             SapmergeWarning,
             stacklevel=3,
         )

@@ -303,6 +303,5 @@ def _check_complete(task: str, adapters: Sequence[Adapter], part: str = "") -> N
             if lacking:
                 raise IncompatibleAdaptersError(
                     f"task {task!r}: client {adapter.label!r} lacks {lacking[0]!r}, which others "
-                    "of the task have; it "
-                    "would count as zero"
+                    "of the task have; it would count as zero"
                 )

@@ -1,3 +1,3 @@
-"""The only code that touches the disk. Files of strangers are read as a closed world:
+"""The only code that touches the disk. Untrusted files are read as a closed world:
 used, or refused by name.
 """

@@ -162,8 +162,7 @@ class StagedFolder:
         if replaced and not remove(leftover := self._sibling(replaced)):
             warn_afterwards(
                 f"{self.path!r} was replaced, but the previous output could not be removed from "
-                f"{leftover!r}; "
-                "the next write to the same place tries again"
+                f"{leftover!r}; the next write to the same place tries again"
             )
 
     def withdraw(self) -> None:
@@ -311,8 +310,7 @@ class StagedFolder:
             )
             raise OutputError(
                 f"{self.path!r} holds more than an adapter: {listed}; overwrite=True would delete "
-                "that, too. Move it "
-                "away, or give another path"
+                "that, too. Move it away, or give another path"
             )
 
 

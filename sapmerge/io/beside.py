@@ -70,7 +70,7 @@ def with_beside(
     Raises:
         AdapterSecurityError: more than tensors, or a tensor that is no part of what such a recipe
             trains.
-        AdapterFormatError: a tensor that is there twice, or whose dtype is none of ours.
+        AdapterFormatError: a tensor that is a duplicate, or whose dtype is none of ours.
     """
     with RegularFile(path, where) as file:
         weights, data = open_pickle(file, limits)
@@ -99,7 +99,7 @@ def with_beside(
                 f"{where}: tensor {shown(name)} has dtype {dtype} and shape {entry.shape}"
             )
         if key in found.tensors:
-            raise AdapterFormatError(f"{where}: tensor {shown(name)} is there twice")
+            raise AdapterFormatError(f"{where}: tensor {shown(name)} is a duplicate")
         found.saved[key] = SavedTensor(spelled, entry.dtype, entry.shape)
         found.tensors[key] = (_inside(name),)
     return found, {BESIDE: hashlib.sha256(data).hexdigest()}

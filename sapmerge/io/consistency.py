@@ -79,8 +79,7 @@ class Checks:
             if not pair.parameter and not self.selects(pair.key):
                 raise AdapterConfigError(
                     f"{where}: the file has tensors for module {shown(pair.spelled)}, but "
-                    f"{self._reasons[pair.key]}; "
-                    "config and weights do not belong together"
+                    f"{self._reasons[pair.key]}; config and weights do not belong together"
                 )
             rank = int(ranks.get(pair.key, settings.r))
             if pair.rank % rank if pair.parameter else rank != pair.rank:
@@ -111,8 +110,7 @@ class Checks:
         for problem in unseen:
             raise AdapterConfigError(
                 f"{self._where}: {problem}, but no tensor of it is in the file; the file may be "
-                "incomplete. If the "
-                "base model has no such module, remove the name"
+                "incomplete. If the base model has no such module, remove the name"
             )
 
 
@@ -157,9 +155,8 @@ class _Table:
             name, keys = self._clash
             _warn(
                 f"{self._where}: {self._field} keys {shown(keys)} all match {shown(name)} and "
-                "differ; the first of the "
-                "file counts, as in PEFT, but PEFT sorts them when it saves: the training may have "
-                "used another"
+                "differ; the first of the file counts, as in PEFT, but PEFT sorts them when it "
+                "saves: the training may have used another"
             )
 
 

@@ -89,9 +89,8 @@ class Contents:
             ratio, name = odd[0]
             _warn(
                 f"{weights.where}: the factors of {len(odd)} modules differ in norm by more than "
-                f"{_BALANCE:g} (module "
-                f"{shown(name)}: |A| / |B| = {ratio:.3g}); methods that look at single factors "
-                "balance them first"
+                f"{_BALANCE:g} (module {shown(name)}: |A| / |B| = {ratio:.3g}); methods that look "
+                "at single factors balance them first"
             )
         double = next(
             (name for name, entry in weights.entries.items() if entry.dtype == torch.float64), None
@@ -108,8 +107,7 @@ class Contents:
         if module.needs_base is not None and base is None:
             raise MethodError(
                 f"adapter {shown(source)}, module {shown(name)}: {module.needs_base}, so the base "
-                "model is needed: "
-                "merge(adapters, model=model)"
+                "model is needed: merge(adapters, model=model)"
             )
         update = reading.update(self.weights, base)
         # Written so that NaN fails too.
@@ -117,8 +115,7 @@ class Contents:
         if not fine:
             raise NonFiniteError(
                 f"adapter {shown(source)}, module {shown(name)}: the update (scaling "
-                f"{module.scaling:g} times "
-                "lora_B lora_A) is not finite in float32"
+                f"{module.scaling:g} times lora_B lora_A) is not finite in float32"
             )
         return update
 
@@ -154,8 +151,7 @@ def sort_contents(
         if module.name in contents.modules:
             raise AdapterFormatError(
                 f"{weights.where}: tensors {shown(contents.tensors[module.name][0])} and "
-                f"{shown(reading.tensors[0])} "
-                "belong to one module"
+                f"{shown(reading.tensors[0])} belong to one module"
             )
         contents.modules[module.name], contents.readings[module.name] = module, reading
         contents.tensors[module.name] = reading.tensors

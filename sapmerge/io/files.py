@@ -134,9 +134,8 @@ class RegularFile:
         if done < len(view):
             raise InputChangedError(
                 f"{self.where}: became shorter while it was read ({start + done} bytes, expected "
-                "at least "
-                f"{start + len(view)}); leave inputs alone during a merge and load the adapter "
-                "again"
+                f"at least {start + len(view)}); leave inputs alone during a merge and load the "
+                "adapter again"
             )
 
     def read(self, start: int, size: int) -> bytearray:

@@ -79,8 +79,7 @@ def _listed(folder: str, where: str) -> set[str]:
     except (OSError, ValueError) as error:
         raise AdapterFormatError(
             f"{where}: cannot be opened ({reason(error)}). Paths are local only; use "
-            "Adapter.from_hub('user/name') "
-            "for the Hub"
+            "Adapter.from_hub('user/name') for the Hub"
         ) from None
 
 

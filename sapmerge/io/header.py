@@ -145,7 +145,7 @@ def _walk(text: str, base: int, where: str, limits: Limits) -> Iterator[tuple[st
                     f"{limits.name_length}"
                 )
             if name in seen:
-                raise AdapterFormatError(f"{where}: tensor {shown(name)} is there twice")
+                raise AdapterFormatError(f"{where}: tensor {shown(name)} is a duplicate")
             if len(seen) >= limits.tensors:
                 raise LimitExceededError(f"{where}: more than {limits.tensors} tensors")
             seen.add(name)
@@ -231,8 +231,7 @@ def _entry(text: str, at: int, base: int, name: str, where: str) -> tuple[Entry,
         if match is None or (match[4] == "}") != (count == 3):
             raise AdapterFormatError(
                 f"{where}: tensor {shown(name)}: expected exactly dtype, shape (at most 16 sizes) "
-                "and data_offsets, "
-                f"found {shown(text[at : at + 60])}"
+                f"and data_offsets, found {shown(text[at : at + 60])}"
             )
         at = match.end()
         if match[2] is not None:

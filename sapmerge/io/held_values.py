@@ -55,9 +55,8 @@ class HeldValues:
         except OSError as error:
             raise OutputError(
                 "the weights that are to change cannot be kept in a temporary file in "
-                f"{tempfile.gettempdir()!r}: "
-                f"{error.strerror or error}; set TMPDIR to a folder with {raw.nbytes >> 20} MB and "
-                "more to spare"
+                f"{tempfile.gettempdir()!r}: {error.strerror or error}; set TMPDIR to a folder "
+                f"with {raw.nbytes >> 20} MB and more to spare"
             ) from error
         self._held.append((tensor, self._size))
         self._size += raw.nbytes

@@ -180,7 +180,7 @@ def _path(weights: Weights, name: str) -> str:
         _refuse(weights, name, _advice(name, f"tensor names begin with {PREFIX!r}"))
     path = name[len(PREFIX) :]
     if path.startswith(PREFIX):
-        _refuse(weights, name, f"{PREFIX!r} is there twice: an adapter saved from inside another")
+        _refuse(weights, name, f"{PREFIX!r} comes twice: an adapter saved from inside another")
     return path
 
 
@@ -318,8 +318,7 @@ def _check_declared(weights: Weights, declared: Iterable[str], saved: Mapping[st
         if head not in heads:
             raise AdapterConfigError(
                 f"{weights.where}: modules_to_save names {shown(head)}, but no tensor of it is in "
-                "the file; "
-                "save the adapter again, or remove the name"
+                "the file; save the adapter again, or remove the name"
             )
 
 

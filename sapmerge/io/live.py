@@ -75,6 +75,5 @@ def check_live_scaling(
         ):
             raise AdapterConfigError(
                 f"{source}: module {shown(module.name)} is scaled by {scaling:g} in the live "
-                "model, by "
-                f"{module.scaling:g} in its config; undo set_scale first"
+                f"model, by {module.scaling:g} in its config; undo set_scale first"
             )

@@ -140,8 +140,7 @@ def _check_attention(weights: Weights, module: str, pairs: Sequence[Pair]) -> No
         found = "nothing" if inner is None else inner.shape
         raise AdapterFormatError(
             f"{weights.where}: module {shown(module)}: out_proj {outer.shape} beside in_proj "
-            f"{found}; an "
-            "nn.MultiheadAttention of width d has (d, d) and (3 d, d)"
+            f"{found}; an nn.MultiheadAttention of width d has (d, d) and (3 d, d)"
         )
 
 

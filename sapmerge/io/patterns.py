@@ -1,5 +1,5 @@
-"""Which modules a config means: PEFT's matching rules,
-with strangers' regular expressions on a leash.
+"""Which modules a config means: PEFT's matching rules, with the time of untrusted regular
+expressions bounded.
 
 PEFT runs them as they come, and a pattern of 30 characters can hang it. Here plain names need no
 engine, patterns that can be slow are refused by their form, everything else runs in `regex` (which
@@ -151,14 +151,12 @@ class Pattern:
         except (re.error, regex.error, RecursionError, OverflowError) as error:
             raise AdapterConfigError(
                 f"{self._budget.where}: {self._field}: {shown(self.text)} is not a regular "
-                "expression that can be "
-                f"used ({shown(str(error))}); write plain module names"
+                f"expression that can be used ({shown(str(error))}); write plain module names"
             ) from None
         if slow is not None:
             raise LimitExceededError(
-                f"{self._budget.where}: {self._field}: {shown(self.text)} may take longer than "
-                f"anybody waits ({slow}); "
-                "write plain module names"
+                f"{self._budget.where}: {self._field}: {shown(self.text)} can backtrack "
+                f"exponentially ({slow}); write plain module names"
             )
         return compiled
 

@@ -104,9 +104,8 @@ def _sorted(
         config = {**config, "peft_type": kind}
         if kind == "MULTITASK_PROMPT_TUNING" or any(name in tensors for name in _MULTITASK):
             raise AdapterConfigError(
-                f"{where}: a multitask prompt is a product of factors, and the mean of products is "
-                "not the product of "
-                "means; save the prompts of single tasks"
+                f"{where}: a multitask prompt is a product of factors, and the mean of products "
+                "is not the product of means; save the prompts of single tasks"
             )
         if kind not in _TYPES:
             raise AdapterConfigError(

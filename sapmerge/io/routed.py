@@ -1,9 +1,10 @@
 """The folder of a routed composition: stacked factors, one router file, what they mean, and a card.
 
-routed.json            labels, ranks, names, the router's settings, and the sha256 of the two files
-below factors.safetensors    <layer>.A (R, n) and <layer>.B (m, R), float32, scaling folded in, R
-the sum of ranks router.safetensors     <layer>: (K,) or (K, n), float32
-README.md              the card
+* routed.json: labels, ranks, names, the router's settings, and the sha256 of the two files below
+* factors.safetensors: <layer>.A (R, n) and <layer>.B (m, R), float32, scaling folded in; R is the
+  sum of the ranks
+* router.safetensors: <layer>, (K,) or (K, n), float32
+* README.md: the card
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from sapmerge.errors import AdapterFormatError, NonFiniteError
@@ -53,6 +53,8 @@ def write_routed(
                     raise NonFiniteError(
                         f"{os.fspath(path)!r}: {key!r} of {name} is not finite; nothing is written"
                     )
+            from safetensors.torch import save  # importing sapmerge stays cheap
+
             data = save({key: tensor.float().contiguous() for key, tensor in tensors.items()})
             digests[name] = hashlib.sha256(data).hexdigest()
             folder.write(name, data)

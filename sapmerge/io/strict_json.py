@@ -1,4 +1,4 @@
-"""JSON of strangers: one object, UTF-8, no duplicate keys, no NaN, no depth,
+"""Untrusted JSON: one object, UTF-8, no duplicate keys, no NaN, no depth,
 no numbers of 5000 digits.
 """
 
@@ -29,7 +29,7 @@ def parse(raw: bytes, where: str, limits: Limits) -> dict[str, object]:
         if len(table) < len(items):
             seen: set[str] = set()
             twice = next(name for name, _ in items if name in seen or seen.add(name))
-            fail(f"key {shown(twice)} is there twice")
+            fail(f"key {shown(twice)} is a duplicate")
         return table
 
     def whole(text: str) -> int:

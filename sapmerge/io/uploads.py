@@ -55,8 +55,7 @@ def files_of(upload: object, most: int) -> tuple[bytes, bytes]:
             return _within(raw, _saved(cast("Mapping[object, object]", weights), most), most)
     raise AdapterFormatError(
         "an upload is a folder, the bytes of a zip file, or a pair (config, weights) of bytes or "
-        "(config, state_dict); "
-        f"got {shown(type(cast('object', upload)).__name__)}"
+        f"(config, state_dict); got {shown(type(cast('object', upload)).__name__)}"
     )
 
 

@@ -126,8 +126,7 @@ class CheckpointWriter:
             count = int((~torch.isfinite(flat)).sum())
             raise NonFiniteError(
                 f"{self._folder.path!r}: tensor {name!r} has {count} NaN or infinite values of "
-                f"{flat.numel()}; "
-                "nothing is written"
+                f"{flat.numel()}; nothing is written"
             )
         data = flat.view(torch.uint8).numpy().data
         with explained(self._folder.path, f"write tensor {name!r}"):

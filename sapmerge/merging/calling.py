@@ -39,8 +39,7 @@ def check_method(method: Method | None, anchor_loader: Any, model: Any) -> Metho
     if method is None:
         raise MethodError(
             "without anchors a method must be given: merge(adapters, method=sm.mean()), or "
-            "sm.ties(density=0.2), "
-            "sm.knots(), sm.task_arithmetic(), ..."
+            "sm.ties(density=0.2), sm.knots(), sm.task_arithmetic(), ..."
         )
     if isinstance(method, str):
         raise MethodError(
@@ -59,8 +58,7 @@ def check_method(method: Method | None, anchor_loader: Any, model: Any) -> Metho
     except TypeError:
         raise MethodError(
             f"a method maps a Layer to one update, and takes it as its only argument; {method!r} "
-            "does not: a scorer "
-            "goes into Prune(...), a loss into loss=..."
+            "does not: a scorer goes into Prune(...), a loss into loss=..."
         ) from None
     except ValueError:  # it has no signature that can be read
         pass

@@ -32,16 +32,14 @@ def check_copies(adapters: Sequence[Adapter], base: BaseWeights | None) -> None:
             ):
                 raise IncompatibleAdaptersError(
                     f"{other.label!r} and {adapter.label!r} carry different copies of the base's "
-                    f"weight of {name!r}: "
-                    "they were trained on different bases (a vocabulary that was lengthened "
-                    "differently?)"
+                    f"weight of {name!r}: they were trained on different bases (a vocabulary that "
+                    "was lengthened differently?)"
                 )
     for name, adapter in first.items():
         if base is not None and not _equal(base.tensor(f"{name}.weight"), adapter.copied(name)):
             raise ModelMismatchError(
                 f"{adapter.label!r} carries a copy of the base's weight of {name!r} that is not "
-                "the model's: it was "
-                "trained on another base, or the embedding was trained, too"
+                "the model's: it was trained on another base, or the embedding was trained, too"
             )
 
 

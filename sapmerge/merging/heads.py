@@ -24,8 +24,7 @@ HeadPolicy: TypeAlias = "str | Mapping[str, str] | None"
 
 _CHOICES = (
     "modules_to_save='mean' (average them), 'first' (of the first adapter that has it), 'drop' "
-    "(leave them out), or "
-    "{'<module>': '<adapter>'}"
+    "(leave them out), or {'<module>': '<adapter>'}"
 )
 
 
@@ -83,10 +82,9 @@ def _check_not_adapted_too(adapters: Sequence[Adapter], policy: HeadPolicy) -> N
         name = both[0]
         raise IncompatibleAdaptersError(
             f"module {name!r} has a LoRA in {adapted[name]!r} and was saved whole in "
-            f"{saved[name]!r}: an output holds "
-            "one of both, and PEFT would not use the other. modules_to_save='drop' keeps the LoRA; "
-            "or merge the LoRA "
-            "into its base with PEFT, and save the module whole in both"
+            f"{saved[name]!r}: an output holds one of both, and PEFT would not use the other. "
+            "modules_to_save='drop' keeps the LoRA; or merge the LoRA into its base with PEFT, "
+            "and save the module whole in both"
         )
 
 

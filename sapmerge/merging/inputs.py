@@ -93,8 +93,7 @@ def _open(adapter: Any, model: Any, label: str | None) -> Adapter:
         return Adapter.from_state_dict(config, state_dict, label=label)
     raise MethodError(
         "an adapter is a folder, an Adapter, the name of an adapter in a live PeftModel, or "
-        "(config, state_dict); "
-        f"got {type(cast('object', adapter)).__name__}"
+        f"(config, state_dict); got {type(cast('object', adapter)).__name__}"
     )
 
 
@@ -216,8 +215,7 @@ def with_base(adapters: Sequence[Adapter], model: Any) -> list[Adapter]:
     if model is None:
         raise MethodError(
             f"adapter {adapter.label!r}, module {module.name!r}: {module.needs_base}; its update "
-            "can only be told with "
-            "the base model at hand: merge(adapters, model=model)"
+            "can only be told with the base model at hand: merge(adapters, model=model)"
         )
     weights = weights_of(model, {name: module for name, (module, _) in needing.items()})
     assert weights is not None
@@ -292,14 +290,12 @@ def check_mergeable(adapters: Sequence[Adapter], base_model: str | None = None) 
             if (known.experts, known.parameter) != (module.experts, module.parameter):
                 raise IncompatibleAdaptersError(
                     f"{known.owner!r} has {known.experts} experts in {other.label!r}, "
-                    f"{module.experts} in "
-                    f"{adapter.label!r}"
+                    f"{module.experts} in {adapter.label!r}"
                 )
             if known.kind == "conv" and known.a_shape[1:] != module.a_shape[1:]:
                 raise IncompatibleAdaptersError(
                     f"module {name!r} is a convolution with kernel {known.a_shape[1:]} in "
-                    f"{other.label!r} but "
-                    f"{module.a_shape[1:]} in {adapter.label!r}"
+                    f"{other.label!r} but {module.a_shape[1:]} in {adapter.label!r}"
                 )
     return base
 
@@ -315,8 +311,7 @@ def _common_base(adapters: Sequence[Adapter], base_model: str | None) -> Base:
         listed = ", ".join(f"{label}: {value!r}" for label, value in named.items())
         warn(
             f"the adapters name copies of one base ({listed}), which differ by the rounding of "
-            "their weights; the "
-            f"output names {one!r}"
+            f"their weights; the output names {one!r}"
         )
         named = dict.fromkeys(named, one)
     for what, found in (
@@ -338,8 +333,7 @@ def _common_base(adapters: Sequence[Adapter], base_model: str | None) -> Base:
         listed = ", ".join(f"{label}: {value}" for label, value in classes.items())
         raise IncompatibleAdaptersError(
             f"the adapters were trained on different models ({listed}), and {unnamed} name no "
-            "base; if they do fit one "
-            "base, say which: base_model='...'"
+            "base; if they do fit one base, say which: base_model='...'"
         )
     name = next(iter(named.values()), None)
     return Base(name, _revision(adapters[0]))

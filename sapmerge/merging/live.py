@@ -58,10 +58,8 @@ def live_parameters(peft_model: Any, parameters: Sequence[str]) -> list[str]:
     if meant != set(parameters):
         raise ModelMismatchError(
             "PEFT wants all adapters of a model to adapt the same parameters; those that are "
-            "there adapt "
-            f"{sorted(meant ^ set(parameters))[0]!r} and the merged one does not, or the other way "
-            "round. Use "
-            "save_pretrained or apply_to"
+            f"there adapt {sorted(meant ^ set(parameters))[0]!r} and the merged one does not, or "
+            "the other way round. Use save_pretrained or apply_to"
         )
     return wording
 

@@ -28,7 +28,7 @@ class AdapterReport:
 
     Args:
         energy_share: of sum_k ||w_k D_k||^2 over all layers.
-        loudness: ||w D|| over the median of all adapters.
+        relative_norm: ||w D|| over the median of all adapters.
         outlier: robust z-score of log ||w D||, from median and MAD (None for fewer than three
             non-zero adapters). Beyond 5 the adapter is marked in the table: look at it, or bound it
             with `CapShare`.
@@ -41,7 +41,7 @@ class AdapterReport:
     layers: int
     ranks: str
     energy_share: float
-    loudness: float
+    relative_norm: float
     outlier: float | None
 
 
@@ -88,7 +88,7 @@ def describe(
     there = [k for k, present in enumerate(layer.present) if present] or list(range(len(layer)))
     inputs = [layer.updates[k] for k in there]
     both, opposed = sign_counts(inputs, SAMPLED_ROWS)
-    loud = {layer.adapters[k]: layer.weights[k] * layer.updates[k].norm() for k in there}
+    norms = {layer.adapters[k]: layer.weights[k] * layer.updates[k].norm() for k in there}
     return LayerReport(
         name=layer.name,
         shape=layer.shape,
@@ -101,7 +101,7 @@ def describe(
         cosine=mean_cosine(inputs),
         sign_conflict=off_diagonal_mean(share_opposed(both, opposed)),
         energies=dict.fromkeys(layer.adapters, 0.0)
-        | {label: norm * norm for label, norm in loud.items()},
+        | {label: norm * norm for label, norm in norms.items()},
         notes=notes,
     )
 
@@ -124,16 +124,16 @@ def describe_adapters(
             layers=len(adapter.modules),
             ranks=_span([module.rank for module in adapter.modules.values()]),
             energy_share=energies[adapter.label] / total if total else 0.0,
-            loudness=loudness,
+            relative_norm=relative_norm,
             outlier=outlier,
         )
-        for adapter, weight, (loudness, outlier) in zip(
-            adapters, weights, _loudness(list(energies.values()))
+        for adapter, weight, (relative_norm, outlier) in zip(
+            adapters, weights, _relative_norm(list(energies.values()))
         )
     )
 
 
-def _loudness(energies: Sequence[float]) -> list[tuple[float, float | None]]:
+def _relative_norm(energies: Sequence[float]) -> list[tuple[float, float | None]]:
     """Norm over the median norm, and the robust z-score of its logarithm.
     Plain z-scores cannot exceed sqrt(K - 1).
     """
@@ -144,7 +144,7 @@ def _loudness(energies: Sequence[float]) -> list[tuple[float, float | None]]:
     spread = max(1.4826 * statistics.median([abs(value - middle) for value in logs]), 0.1)
 
     def place(energy: float) -> tuple[float, float | None]:
-        if energy <= 0:  # a weight or an update of zero: silent, and no outlier
+        if energy <= 0:  # a weight or an update of zero is no outlier
             return 0.0, None
         distance = 0.5 * math.log(energy) - middle
         return math.exp(distance), distance / spread if len(logs) >= 3 else None
@@ -205,7 +205,7 @@ class Report:
         lines += [
             "",
             table(
-                ["adapter", "weight", "layers", "ranks", "energy share", "loudness", "from"],
+                ["adapter", "weight", "layers", "ranks", "energy share", "relative norm", "from"],
                 [
                     [
                         a.label,
@@ -247,7 +247,7 @@ class Report:
 
 def _loud(adapter: AdapterReport) -> str:
     mark = " outlier" if adapter.outlier is not None and abs(adapter.outlier) > 5 else ""
-    return f"x {adapter.loudness:.2g}{mark}"
+    return f"x {adapter.relative_norm:.2g}{mark}"
 
 
 def _row(layer: LayerReport) -> list[object]:

@@ -24,10 +24,8 @@ def report_of(run: Run, layers: tuple[LayerReport, ...]) -> Report:
     )
     if report.energy_kept < 0.9:
         warn(
-            f"the stored adapter keeps {report.energy_kept:.0%} of the merged update's energy: the "
-            "result is not "
-            f"low-rank, or too small for {run.dtype}. Use apply_to(model), which is lossless, or a "
-            "larger rank, "
-            "e.g. rank=0.95"
+            f"the stored adapter keeps {report.energy_kept:.0%} of the merged update's energy: "
+            f"the result is not low-rank, or too small for {run.dtype}. Use apply_to(model), "
+            "which is lossless, or a larger rank, e.g. rank=0.95"
         )
     return report

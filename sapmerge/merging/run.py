@@ -134,8 +134,7 @@ class Run:
             if not isinstance(update, (LowRank, Dense)):  # pyright: ignore[reportUnnecessaryIsInstance]
                 raise MethodError(
                     f"a method returns an update, LowRank(B, A) or Dense(matrix); {self.method!r} "
-                    "returned a "
-                    f"{type(update).__name__} for layer {name!r}"
+                    f"returned a {type(update).__name__} for layer {name!r}"
                 )
             if self.scale != 1.0:
                 update = update.scaled(self.scale)

@@ -236,8 +236,7 @@ def _write(weight: Tensor, value: Tensor, name: str, held: HeldValues) -> None:
     if not torch.equal(weight.detach(), value):
         raise ModelMismatchError(
             f"the weight of {name!r}, a {type(weight.data).__name__}, does not hold what was "
-            "written to it; use "
-            "save_pretrained or add_to"
+            "written to it; use save_pretrained or add_to"
         )
 
 

@@ -144,12 +144,10 @@ def _say_what_differs(adapters: Sequence[Adapter]) -> None:
             other = first.setdefault(key, adapter)
             if plain(other.modules[key].spelled) != plain(module.spelled):
                 _warn(
-                    f"{other.label!r} and {adapter.label!r} spell the modules of their base in two "
-                    "ways (one module is "
-                    f"{other.modules[key].spelled!r} in the first, {module.spelled!r} in the "
-                    "second): they are merged "
-                    "as the same modules. The output is spelled as most inputs are; names=... or "
-                    "model=... chooses"
+                    f"{other.label!r} and {adapter.label!r} spell the modules of their base in "
+                    f"two ways (one module is {other.modules[key].spelled!r} in the first, "
+                    f"{module.spelled!r} in the second): they are merged as the same modules. The "
+                    "output is spelled as most inputs are; names=... or model=... chooses"
                 )
                 return
 
@@ -171,9 +169,8 @@ def say_what_is_not_shared(adapters: Sequence[Adapter]) -> None:
         one, other = (next(iter(adapter.modules.values())).spelled for adapter in apart[0])
         _warn(
             f"{listed}{more} share no module ({one!r} in one, {other!r} in the other): nothing of "
-            "them is averaged "
-            "with each other, and a mean halves both. If these are two spellings of one model, "
-            "give it: model=..."
+            "them is averaged with each other, and a mean halves both. If these are two "
+            "spellings of one model, give it: model=..."
         )
 
 
@@ -235,9 +232,8 @@ def written_names(
     ):
         raise MethodError(
             f"names={names!r}: what the modules were called is only known for models like LLaVA "
-            "and Qwen-VL, and these "
-            "adapters do not tell that their base is one. Give the base as model=..., or its name "
-            "as base_model=..."
+            "and Qwen-VL, and these adapters do not tell that their base is one. Give the base "
+            "as model=..., or its name as base_model=..."
         )
     return {key: respelled(_newest(key, family), names, family) for key in keys}
 

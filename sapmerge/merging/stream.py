@@ -103,9 +103,8 @@ class AdapterLayers:
         beside = [adapter.label for adapter in self.adapters if adapter.vectors]
         if beside:
             warnings.warn(
-                f"the anchors see {beside} without their biases and rows of embeddings: losses and "
-                "gradients are those "
-                "of the base plus the updates of its matrices",
+                f"the anchors see {beside} without their biases and rows of embeddings: losses "
+                "and gradients are those of the base plus the updates of its matrices",
                 SapmergeWarning,
                 stacklevel=4,
             )

@@ -30,9 +30,8 @@ def check_parameters(sites: Mapping[str, Site]) -> None:
         if own is None or not own.is_leaf or own is not site.parameter:
             raise ModelMismatchError(
                 f"the weight of {name!r} ({type(owner).__name__}) is computed from other tensors "
-                "(a parametrisation, "
-                "weight norm, pruning or sharding), so what is added to it would be lost. Make it "
-                "plain first (e.g. "
+                "(a parametrisation, weight norm, pruning or sharding), so what is added to it "
+                "would be lost. Make it plain first (e.g. "
                 "torch.nn.utils.parametrize.remove_parametrizations), or use save_pretrained"
             )
 

@@ -132,8 +132,7 @@ def for_live_model(
         if change.module not in plain or odd is not None:
             raise ModelMismatchError(
                 f"the merged adapter replaces {change.name!r}, which is no bias that one adapter "
-                "of several can have "
-                "for itself; use save_pretrained or apply_to"
+                "of several can have for itself; use save_pretrained or apply_to"
             )
         assert vectors.base is not None
         base = vectors.base.tensor(change.name)

@@ -249,9 +249,8 @@ def plan_vectors(
             having = sorted(part.adapter.label for part in change.parts)
             raise MethodError(
                 f"{having} replace values of {change.name!r} that the other adapters leave alone "
-                "(or the weights do "
-                "not sum to 1), so the merged value depends on the base: merge(adapters, "
-                "model=model)"
+                "(or the weights do not sum to 1), so the merged value depends on the base: "
+                "merge(adapters, model=model)"
             )
     return Vectors(tuple(changes), base)
 

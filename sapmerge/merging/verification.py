@@ -107,8 +107,7 @@ def reproduce(
         ) as error:  # the recipe is anybody's text: it may ask for what no part can do
             raise AdapterFormatError(
                 f"output {shown(os.fspath(path))}: the recipe in its metadata cannot be run: "
-                f"{type(error).__name__}: "
-                f"{error}"
+                f"{type(error).__name__}: {error}"
             ) from error
         problems += [
             f"{name} differs"

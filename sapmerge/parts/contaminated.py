@@ -179,8 +179,7 @@ class FlagContaminated:
                 if self.form == "convex" and sum(F.shape[1] for F in present.values()) > _LARGEST:
                     raise MethodError(
                         f"layer {layer.name!r}: ranks sum to more than {_LARGEST}, too many for "
-                        "form='convex'; use "
-                        "'leave-one-out'"
+                        "form='convex'; use 'leave-one-out'"
                     )
         if not blocks:
             return Shared({}, {}, {})

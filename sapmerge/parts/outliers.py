@@ -230,7 +230,7 @@ class CapShare:
     """Bound one adapter's influence: in no layer does it bring more than `share` of the energy
     sum_k ||w_k D_k||^2.
 
-    Louder adapters are scaled down to the cap; the others are not touched. Where fewer than 1 /
+    Adapters above it are scaled down to the cap; the others are not touched. Where fewer than 1 /
     share adapters have an update, the cap is an equal share. This bounds how much one adapter can
     move the result, not in which direction: it is no defence against a backdoor.
 
@@ -269,15 +269,15 @@ def _cap(energies: Sequence[float], share: float) -> float:
     """The energy c for which the largest of min(e, c) is `share` of their sum;
     the largest energy if none has more.
     """
-    loud = sorted((energy for energy in energies if energy > 0), reverse=True)
-    if not loud:
+    ranked = sorted((energy for energy in energies if energy > 0), reverse=True)
+    if not ranked:
         return 0.0
-    share = max(share, 1 / len(loud))
-    if loud[0] <= share * sum(loud):
-        return loud[0]
-    for count in range(1, len(loud)):  # cut the `count` loudest to one level
+    share = max(share, 1 / len(ranked))
+    if ranked[0] <= share * sum(ranked):
+        return ranked[0]
+    for count in range(1, len(ranked)):  # cut the `count` largest to one level
         if count * share < 1:
-            cap = share * sum(loud[count:]) / (1 - count * share)
-            if cap >= loud[count]:
+            cap = share * sum(ranked[count:]) / (1 - count * share)
+            if cap >= ranked[count]:
                 return cap
-    return loud[-1]
+    return ranked[-1]

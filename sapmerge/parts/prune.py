@@ -236,10 +236,8 @@ class _Stats:
         if self.seen is None:
             raise MethodError(
                 f"the scorer reads {what}, but there are none for layer {self.layer!r} of "
-                f"{self.adapter!r}: pass "
-                "anchors and a model, merge(adapters, anchor_loader, model, method=...), and "
-                f"score by {what} in the "
-                "first Prune of a chain"
+                f"{self.adapter!r}: pass anchors and a model, merge(adapters, anchor_loader, "
+                f"model, method=...), and score by {what} in the first Prune of a chain"
             )
         return self.seen
 

@@ -52,8 +52,7 @@ class Factors:
         if isinstance(update, Dense):
             raise MethodError(
                 "units=Factors() prunes LoRA factors, but this update is dense already; prune "
-                "factors first, "
-                "or use units=Entries()"
+                "factors first, or use units=Entries()"
             )
         even = update.balanced
         return Coordinates(

@@ -31,7 +31,7 @@ class WeighByAnchors:
 
     The weights are the given ones times softmax(-excess / temperature), those of one sign scaled to
     keep their sum; the excess is that over the lowest loss plus `margin`, at least 0. Among good
-    adapters they are nearly equal; an adapter that was trained on wrong labels loses its voice.
+    adapters they are nearly equal; an adapter that was trained on wrong labels loses its weight.
     One of weight 0 has none.
 
     Args:
@@ -173,7 +173,7 @@ class WeighByAgreement:
         ]
         if few:
             message = (
-                f"{', '.join(few)}: agree with hardly any other adapter, and have next to no say"
+                f"{', '.join(few)}: agree with hardly any other adapter, and have next to no weight"
             )
             warnings.warn(f"{message} (WeighByAgreement)", SapmergeWarning, stacklevel=3)
         return tuple(shares)

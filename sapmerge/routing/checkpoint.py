@@ -74,8 +74,7 @@ def router_settings(router: Router) -> dict[str, object]:
     if kind is None:
         raise MethodError(
             "a checkpoint holds a FixedRouter, an ArrowRouter or a LearnedRouter; this router is "
-            "a "
-            f"{type(router).__name__}, which a file cannot say"
+            f"a {type(router).__name__}, which a file cannot say"
         )
     settings = {} if kind == "fixed" else asdict(cast("ArrowRouter | LearnedRouter", router))
     return {"kind": kind, **settings}

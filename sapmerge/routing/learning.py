@@ -73,9 +73,8 @@ def learn(
                     )
                 if not bool(torch.isfinite(value)):
                     raise NonFiniteError(
-                        f"the anchor loss {loss_name(chosen)!r} is {float(value)} while the router "
-                        "is trained; a "
-                        "smaller lr may help"
+                        f"the anchor loss {loss_name(chosen)!r} is {float(value)} while the "
+                        "router is trained; a smaller lr may help"
                     )
                 logits = [torch.cat(calls) for calls in seen.values()]
                 even = sum(balance_loss(torch.softmax(one, -1)) for one in logits) / len(logits)

@@ -52,8 +52,7 @@ class Stack:
             if isinstance(member.update, Dense):
                 raise MethodError(
                     f"adapter {member.label!r} has a dense update (DoRA, say) of layer "
-                    f"{layer.name!r}, and a router "
-                    "mixes low-rank ones; merge it instead"
+                    f"{layer.name!r}, and a router mixes low-rank ones; merge it instead"
                 )
             A.append(member.update.A)
             B.append(member.update.B)
@@ -118,8 +117,7 @@ def sites_of(model: Any, modules: Mapping[str, Module]) -> dict[str, Site]:
         if not site.hooked:
             raise ModelMismatchError(
                 f"{type(site.module).__name__} uses the weight of {name!r} inside of its own "
-                "forward pass, so nothing "
-                "can be added to its output; merge the adapters instead"
+                "forward pass, so nothing can be added to its output; merge the adapters instead"
             )
     return sites
 

@@ -230,8 +230,7 @@ class Routed:
         if weights is None and not isinstance(self.router, FixedRouter):
             raise MethodError(
                 f"the weights of {type(self.router).__name__} depend on the token; say which to "
-                "fold with, e.g. "
-                "fold(routed.usage(loader, model))"
+                "fold with, e.g. fold(routed.usage(loader, model))"
             )
         if weights is None:
             weights = dict(zip(self.labels, map(float, next(iter(self.states.values())))))
@@ -320,13 +319,11 @@ def _check_rest(adapters: Sequence[Adapter], modules_to_save: Literal["drop"] | 
     for adapter in adapters:
         if adapter.saved and modules_to_save is None:
             raise MethodError(
-                f"adapter {adapter.label!r} saves {sorted(adapter.saved)[0]!r} whole, which has no "
-                "router; "
-                "modules_to_save='drop' leaves it out"
+                f"adapter {adapter.label!r} saves {sorted(adapter.saved)[0]!r} whole, which has "
+                "no router; modules_to_save='drop' leaves it out"
             )
         if adapter.vectors:
             raise MethodError(
                 f"adapter {adapter.label!r} changes {sorted(adapter.vectors)[0]!r}, no matrix, "
-                "which has no router; "
-                "merge these adapters instead"
+                "which has no router; merge these adapters instead"
             )

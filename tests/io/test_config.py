@@ -45,7 +45,7 @@ GOOD = json.dumps(good_config())
         (GOOD.encode() * 2, "not valid JSON"),
         (b"[" * 100_000, "nested"),
         (GOOD.replace('"r": 4', '"r": ' + "9" * 5000).encode(), "5000 digits"),
-        (GOOD.replace('"r": 4', '"r": 4, "lora_alpha": 1').encode(), "'lora_alpha' is there twice"),
+        (GOOD.replace('"r": 4', '"r": 4, "lora_alpha": 1').encode(), "'lora_alpha' is a duplicate"),
         (GOOD.replace('"lora_alpha": 8', '"lora_alpha": NaN').encode(), "NaN"),
         (GOOD.replace('"lora_alpha": 8', '"lora_alpha": -Infinity').encode(), "-Infinity"),
         (GOOD.replace('"lora_alpha": 8', '"lora_alpha": 1e999').encode(), "1e999"),

@@ -103,7 +103,7 @@ def test_one_anchor_says_nothing_about_stability() -> None:
 
 def test_a_silent_adapter_is_no_outlier(pair: list[str]) -> None:
     report = sm.merge(pair, method=sm.mean(), weights=[0, 1], modules_to_save="drop").report
-    assert [(a.loudness, a.outlier) for a in report.adapters] == [(0.0, None), (1.0, None)]
+    assert [(a.relative_norm, a.outlier) for a in report.adapters] == [(0.0, None), (1.0, None)]
 
 
 def test_nothing_floods_a_notebook(pair: list[str]) -> None:

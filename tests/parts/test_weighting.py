@@ -94,7 +94,7 @@ def test_the_report_marks_a_loud_adapter_and_says_by_how_much() -> None:
     report = sm.merge(made, method=sm.mean()).report
     found = {adapter.label: adapter for adapter in report.adapters}
     middle = norms.log().median() if len(norms) % 2 else norms.log().sort().values[1:3].mean()
-    assert found["a3"].loudness == pytest.approx(float(norms[3] / middle.exp()), rel=1e-5)
+    assert found["a3"].relative_norm == pytest.approx(float(norms[3] / middle.exp()), rel=1e-5)
     assert found["a3"].outlier > 5
     assert all(abs(found[label].outlier) < 5 for label in ("a0", "a1", "a2"))
     assert "outlier" in str(report)

@@ -48,8 +48,7 @@ class Dora:
         if bool((norms == 0).any()):
             raise NonFiniteError(
                 f"{weights.where}: tensor {shown(self.magnitude)}: a row of the base's weight and "
-                "its update cancel, "
-                "so it has no direction to scale"
+                "its update cancel, so it has no direction to scale"
             )
         return Dense(moved * (magnitude / norms)[:, None] - weight)
 

@@ -103,8 +103,7 @@ def token_rows(
         if len(entry.shape) != 2 or entry.shape[0] != len(rows):
             raise AdapterFormatError(
                 f"{weights.where}: tensor {shown(tensor)} has shape {entry.shape}; "
-                "trainable_token_indices names "
-                f"{len(rows)} rows"
+                f"trainable_token_indices names {len(rows)} rows"
             )
         name = f"{hits[0]}.weight"
         yield Vector(name, name, tensor, "rows", entry.shape, entry.dtype, rows=tuple(rows))

@@ -38,7 +38,7 @@ class FisherMean:
         square: "sample" squares the gradient of every anchor; "batch" that of every batch, summed
             (MergeLM).
         normalize: divide F_k by its norm over the whole adapter,
-            so that no adapter is louder than another (MergeLM).
+            so that no adapter outweighs another (MergeLM).
 
     Raises:
         MethodError: there are no anchors.

@@ -38,14 +38,14 @@ def total_weight(layer: Layer, advice: str) -> float:
 
 def shared_out(weights: Sequence[float], say: Sequence[float]) -> tuple[float, ...]:
     """The weights times the say of each adapter; those of one sign keep their sum,
-    and stay if none has a say.
+    and stay if none counts.
     """
     out = list(weights)
     for sign in (1, -1):
         group = [k for k, weight in enumerate(weights) if weight * sign > 0]
-        heard = sum(weights[k] * say[k] for k in group)
-        if heard != 0:
-            factor = sum(weights[k] for k in group) / heard
+        counted = sum(weights[k] * say[k] for k in group)
+        if counted != 0:
+            factor = sum(weights[k] for k in group) / counted
             for k in group:
                 out[k] = weights[k] * say[k] * factor
     return tuple(out)
@@ -166,9 +166,9 @@ def _warn_of_cross_terms(layers: LayerStream) -> None:
     for layer in layers:
         _factors(layer)
     warnings.warn(
-        "A and B are merged apart: the result is not the average of the updates (cross terms B_i "
-        "A_j enter, and it "
-        "depends on how each update is split into factors); mean() averages the updates",
+        "A and B are merged separately: the result is not the average of the updates (cross terms "
+        "B_i A_j enter, and it depends on how each update is split into factors); mean() averages "
+        "the updates",
         SapmergeWarning,
         stacklevel=2,
     )

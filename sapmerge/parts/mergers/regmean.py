@@ -159,8 +159,7 @@ def _given(who: str, grams: Grams, label: str, layer: Layer) -> Tensor:
     if tuple(found.shape) not in ((n, n), (n,)) or not bool(torch.isfinite(found).all()):
         raise MethodError(
             f"{who}: the Gram matrix of layer {layer.name!r} of adapter {label!r} must be finite "
-            f"and ({n}, {n}), or "
-            f"({n},) if it is diagonal; got {tuple(found.shape)}"
+            f"and ({n}, {n}), or ({n},) if it is diagonal; got {tuple(found.shape)}"
         )
     found = found.to(layer.updates[0].device).double()
     for frames in layer.frames:
