@@ -42,6 +42,7 @@ AUTOGRAD = {
     "anchors": "gradients of the anchors' loss",
     "demo": "trains",
     "routing.learning": "trains a router",
+    "federated.pilot_client": "says which parts a client trains",
 }
 CODE = {
     (

@@ -9,6 +9,14 @@ from sapmerge.federated.inbox import Inbox
 from sapmerge.federated.nearest import neighbours
 from sapmerge.federated.outcome import Kept, Outcome, Refused
 from sapmerge.federated.personal import Personal, by_task, personalize, pilot
+from sapmerge.federated.pilot_client import (
+    Mixed,
+    MixtureOfAdapters,
+    TwoAdapters,
+    balance_loss,
+    difference_loss,
+    z_loss,
+)
 from sapmerge.federated.prompts import Prompts, average_prompts
 from sapmerge.federated.refinement import refine
 from sapmerge.federated.report import ClientReport, RoundReport
@@ -23,6 +31,8 @@ __all__ = [
     "Inbox",
     "Kept",
     "MergeState",
+    "Mixed",
+    "MixtureOfAdapters",
     "Outcome",
     "Personal",
     "Prompts",
@@ -30,8 +40,11 @@ __all__ = [
     "RoundReport",
     "Slot",
     "Stage",
+    "TwoAdapters",
     "average_prompts",
+    "balance_loss",
     "by_task",
+    "difference_loss",
     "fedex",
     "fedit",
     "fedrpca",
@@ -49,4 +62,5 @@ __all__ = [
     "refine",
     "score",
     "yoco",
+    "z_loss",
 ]

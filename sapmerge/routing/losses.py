@@ -16,7 +16,7 @@ def balance_loss(weights: Tensor) -> Tensor:
     gradient.
 
     Args:
-        weights: (..., K), rows sum to 1.
+        weights: (..., tokens, K), rows sum to 1; the mean over the sequences, if there are several.
 
     Returns:
         A scalar.
@@ -24,9 +24,8 @@ def balance_loss(weights: Tensor) -> Tensor:
     Source: Fedus et al., "Switch Transformers" (JMLR 2022), https://arxiv.org/abs/2101.03961
     """
     count = weights.shape[-1]
-    flat = weights.reshape(-1, count)
-    first = torch.nn.functional.one_hot(flat.argmax(-1), count).to(flat.dtype)
-    return count * (flat.mean(0) * first.mean(0)).sum()
+    first = torch.nn.functional.one_hot(weights.argmax(-1), count).to(weights.dtype)
+    return count * (weights.mean(-2) * first.mean(-2)).sum(-1).mean()
 
 
 def z_loss(logits: Tensor) -> Tensor:
