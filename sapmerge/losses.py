@@ -66,6 +66,10 @@ def is_outputs_only(loss: Loss) -> bool:
 def alignment(model: nn.Module, batch: Batch) -> Tensor:
     """1 - cos(V, T), averaged over the pairs: the loss of SAP.
     Needs no negatives, and is small when all collapse.
+
+    Example:
+        >>> import sapmerge as sm
+        >>> loss = sm.alignment(model, next(iter(loader)))  # a scalar
     """
     image, text = embeddings(model, batch)
     return 1 - (image * text).sum(-1).mean()
@@ -75,6 +79,10 @@ def alignment(model: nn.Module, batch: Batch) -> Tensor:
 def centered_alignment(model: nn.Module, batch: Batch) -> Tensor:
     """1 - cos(V - mean V, T - mean T): what all images (all texts) of a batch share
     cannot lower it.
+
+    Example:
+        >>> import sapmerge as sm
+        >>> loss = sm.centered_alignment(model, next(iter(loader)))  # a scalar
     """
     image, text = embeddings(model, batch)
     image, text = (functional.normalize(side - side.mean(0), dim=-1) for side in (image, text))
@@ -85,6 +93,10 @@ def centered_alignment(model: nn.Module, batch: Batch) -> Tensor:
 def contrastive(model: nn.Module, batch: Batch) -> Tensor:
     """Symmetric InfoNCE at the model's temperature (1 / 0.07 if it has none);
     other pairs are negatives.
+
+    Example:
+        >>> import sapmerge as sm
+        >>> loss = sm.contrastive(model, next(iter(loader)))  # a scalar
     """
     image, text = embeddings(model, batch)
     if len(image) < 2:
@@ -107,6 +119,10 @@ def entropy(model: nn.Module, batch: Batch) -> Tensor:
     Of a two-tower model: of each image among the texts of the batch, at the model's temperature. Of
     others: of the softmax over the last dimension of `model(**batch).logits`,
     where `attention_mask` is not 0.
+
+    Example:
+        >>> import sapmerge as sm
+        >>> loss = sm.entropy(model, next(iter(loader)))  # a scalar
     """
     if hasattr(model, "get_image_features") and hasattr(model, "get_text_features"):
         image, text = embeddings(model, batch)
@@ -131,6 +147,13 @@ def _entropy(logits: Tensor) -> Tensor:
 def language_modeling(model: nn.Module, batch: Batch) -> Tensor:
     """The model's own loss. Without `labels`, these are the input tokens except padding
     and image tokens.
+
+    Example:
+        >>> import torch, sapmerge as sm
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1)
+        >>> llama = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=1))
+        >>> loss = sm.language_modeling(llama, {"input_ids": torch.tensor([[1, 2, 3]])})
     """
     if not isinstance(batch, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise AnchorError(

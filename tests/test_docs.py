@@ -7,6 +7,7 @@ from __future__ import annotations
 import doctest
 import importlib
 import importlib.util
+import inspect
 import pkgutil
 import re
 import shlex
@@ -183,11 +184,23 @@ def test_the_table_of_methods_is_that_of_the_code() -> None:
     "module",
     ["sapmerge", *(found.name for found in pkgutil.walk_packages(sapmerge.__path__, "sapmerge."))],
 )
-def test_docstrings_run(module: str, workplace: Path) -> None:
+def test_docstrings_run(module: str, workplace: Path, names: dict[str, Any]) -> None:
+    """With a `model` and a `loader` at hand, as the programs of the pages have them."""
     if module == "sapmerge.__main__":
         pytest.skip("runs the command line")
-    result = doctest.testmod(importlib.import_module(module), optionflags=doctest.ELLIPSIS)
+    names["loader"] = sapmerge.anchors.from_pairs(
+        names["images"], names["captions"], names["processor"], batch_size=4
+    )
+    result = doctest.testmod(
+        importlib.import_module(module), extraglobs=names, optionflags=doctest.ELLIPSIS
+    )
     assert result.failed == 0
+
+
+def test_public_functions_have_an_example() -> None:
+    public = {name: getattr(sapmerge, name) for name in sapmerge.__all__}
+    functions = {name: thing for name, thing in public.items() if inspect.isfunction(thing)}
+    assert not [name for name, thing in functions.items() if ">>> " not in (thing.__doc__ or "")]
 
 
 def test_pages_have_no_prompts() -> None:

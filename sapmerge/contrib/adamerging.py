@@ -117,6 +117,11 @@ def adamerging(
     steps go as far on a few anchors. One adapter does not come back whole:
     it is given a coefficient too.
 
+    Example:
+        >>> import sapmerge as sm
+        >>> method = sm.adamerging()
+        >>> merged = sm.merge(["art", "sketch", "cartoon"], loader, model, method=method)
+
     Source: Yang et al., "AdaMerging: adaptive model merging for multi-task learning",
     https://arxiv.org/abs/2310.02575
     """

@@ -29,6 +29,10 @@ def clair(
     `sapmerge.federated.refine`. Flipped signs and backdoors inside the shared subspace are
     invisible to it; `FlagContaminated` has more tests.
 
+    Example:
+        >>> import sapmerge as sm
+        >>> merged = sm.merge(["art", "sketch", "cartoon"], method=sm.clair())
+
     Source: He et al., "Federated LoRA fine-tuning for LLMs via collaborative alignment",
     https://arxiv.org/abs/2605.21217. Penalty, tuning and numbers of the paper are not public.
     """

@@ -25,6 +25,10 @@ def ctm(rank: int | None = None, inner: Method | None = None, beta: float = 0.0)
     With K = 1 nothing is lost; with more adapters than fit into r directions, what lies outside is
     lost, and is not given back. Adapters that are zero or absent do not shape the subspaces.
 
+    Example:
+        >>> import sapmerge as sm
+        >>> merged = sm.merge(["art", "sketch", "cartoon"], method=sm.ctm())
+
     Source: "Compress then merge" (ICML 2026), https://github.com/ZhengbaoHe/compress-then-merge.
     The code stops its iteration early, at a change of 1e-6 of the error; ours goes on until the
     subspaces have settled (0.4 % apart on small random adapters).

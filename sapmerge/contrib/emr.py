@@ -81,6 +81,10 @@ def emr() -> Method:
     unified = sign(sum_k w_k D_k) max{|D_k|: D_k agrees}. The masks and scalars with which it stands
     in for every single adapter: see `Unify`. Weights vote; a magnitude is that of an adapter.
 
+    Example:
+        >>> import sapmerge as sm
+        >>> merged = sm.merge(["art", "sketch", "cartoon"], method=sm.emr())
+
     Source: Huang et al., "EMR-Merging: tuning-free high-performance model merging",
     https://arxiv.org/abs/2405.17461
     """

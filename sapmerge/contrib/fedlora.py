@@ -206,6 +206,11 @@ def ffa() -> Method:
     It equals `mean()` at the rank of one adapter. Adapters whose As differ are refused: clients who
     initialised on their own were not trained this way.
 
+    Example:
+        >>> import sapmerge as sm
+        >>> sm.ffa()
+        Chain(SharedFactorMean())
+
     Source: Sun et al., "Improving LoRA in privacy-preserving federated learning",
     https://arxiv.org/abs/2403.12313
     """
@@ -220,6 +225,10 @@ def hetlora() -> Method:
 
     Weights are per layer. Take the first r rows for a client of rank r,
     or `mean()` for what the clients really sent.
+
+    Example:
+        >>> import sapmerge as sm
+        >>> merged = sm.merge(["art", "sketch", "cartoon"], method=sm.hetlora())
 
     Source: Cho et al., "Heterogeneous LoRA for federated fine-tuning of on-device foundation
     models", https://arxiv.org/abs/2401.06432
@@ -238,6 +247,10 @@ def yoco(components: int = 2) -> Method:
     which no server can add afterwards. The centring of the PCA (on the unweighted mean) is ours:
     no public code has the server's part.
 
+    Example:
+        >>> import sapmerge as sm
+        >>> merged = sm.merge(["art", "sketch", "cartoon"], method=sm.yoco())
+
     Source: "You only communicate once: one-shot federated low-rank adaptation of
     MLLM" (NeurIPS 2025)
     """
@@ -254,6 +267,10 @@ def fedrpca(beta: float = 1.0, iterations: int = 200) -> Method:
         iterations: of the decomposition at most.
 
     Dense: K m n numbers per layer are held three times.
+
+    Example:
+        >>> import sapmerge as sm
+        >>> merged = sm.merge(["art", "sketch", "cartoon"], method=sm.fedrpca())
 
     Source: "FedRPCA: enhancing federated LoRA aggregation using robust PCA",
     https://arxiv.org/abs/2506.01194

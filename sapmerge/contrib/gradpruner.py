@@ -198,6 +198,11 @@ def gradpruner(
     dropped, and the layer of the model stays. gB gA is quadratic in the gradient and no first-order
     effect of dropping a layer: `Summed(Taylor())` is nearer to that.
 
+    Example:
+        >>> import sapmerge as sm
+        >>> method = sm.gradpruner()
+        >>> merged = sm.merge(["art", "sketch", "cartoon"], loader, model, method=method)
+
     Source: GradPruner, https://github.com/secretflow/ACoLab (PaperCode/GradPrune)
     """
     return Chain(PruneLayers(score, density, by), merger)

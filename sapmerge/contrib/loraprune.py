@@ -166,6 +166,11 @@ def loraprune(
     factors: ours are balanced, with alpha / r folded in; the code takes them as trained.
     `sensitivity` is the formula itself.
 
+    Example:
+        >>> import sapmerge as sm
+        >>> method = sm.loraprune()
+        >>> merged = sm.merge(["art", "sketch", "cartoon"], loader, model, method=method)
+
     Source: Zhang et al., "LoRAPrune: structured pruning meets low-rank parameter-efficient
     fine-tuning", https://arxiv.org/abs/2305.18403
     """

@@ -142,6 +142,11 @@ def lorm(merge: str = "A", reduction: float = 0.0, grams: Grams | None = None) -
     The authors' G is a sum over the rows of each client, which weighs clients by their rows; with
     `grams` so does ours, and on anchors all adapters see the same rows.
 
+    Example:
+        >>> import sapmerge as sm
+        >>> sm.lorm()
+        Chain(LoRMA(reduction=0.0))
+
     Source: Salami et al., "Closed-form merging of parameter-efficient modules for federated
     continual learning", https://arxiv.org/abs/2410.17961
     """

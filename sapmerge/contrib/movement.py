@@ -187,6 +187,11 @@ def movement(
     happens here, and what lies between two checkpoints is unknown. The more checkpoints, the nearer
     `Displacement` is to magnitude pruning (sum w dw -> w^2 / 2, since an update begins at zero).
 
+    Example:
+        >>> import sapmerge as sm
+        >>> runs = [["art/100", "art/200"], ["sketch/100", "sketch/200"]]  # first to last
+        >>> method = sm.movement(runs, density=0.2)
+
     Source: Sanh et al., "Movement pruning: adaptive sparsity by fine-tuning",
     https://arxiv.org/abs/2005.07683
     """

@@ -204,6 +204,10 @@ def pcb(
         intra: competition within an adapter.
         inter: competition between adapters.
 
+    Example:
+        >>> import sapmerge as sm
+        >>> merged = sm.merge(["art", "sketch", "cartoon"], method=sm.pcb())
+
     Source: Du et al., "Parameter competition balancing for model merging",
     https://arxiv.org/abs/2410.02396. Their lambda (1.2) is `scale=` of `merge`;
     their code keeps n - int((1 - ratio) n) - 1 entries.

@@ -33,6 +33,10 @@ def wudi() -> Method:
     published numbers; there the sum is what decides for updates with larger entries,
     and the closed form is far away.
 
+    Example:
+        >>> import sapmerge as sm
+        >>> merged = sm.merge(["art", "sketch", "cartoon"], method=sm.wudi())
+
     Source: Cheng et al., "Whoever started the interference should end it: Guiding data-free model
     merging via task vectors", https://arxiv.org/abs/2503.08099
     """

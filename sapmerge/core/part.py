@@ -34,6 +34,12 @@ def prepare(part_or_function: P, layers: LayerStream | Iterable[Layer]) -> P:
     Args:
         part_or_function: any part, or a function, which is returned as it is.
         layers: a stream, or a list of layers.
+
+    Example:
+        >>> import torch, sapmerge as sm
+        >>> layers = [sm.Layer("l", [sm.Dense(torch.eye(2)), sm.Dense(9 * torch.eye(2))])]
+        >>> sm.prepare(sm.ClipNorms(sm.mean()), layers).scales  # of two, neither is clipped
+        (1.0, 1.0)
     """
     pre_pass = getattr(part_or_function, "prepare", None)
     return part_or_function if pre_pass is None else pre_pass(stream_of(layers))

@@ -206,7 +206,17 @@ def _even(update: Update) -> LowRank:
 
 
 def absent(shape: tuple[int, int], like: Tensor) -> LowRank:
-    """The update of an adapter that does not have the layer: rank 0."""
+    """The update of an adapter that does not have the layer: rank 0.
+
+    Args:
+        shape: (m, n) of the layer.
+        like: gives dtype and device.
+
+    Example:
+        >>> import torch, sapmerge as sm
+        >>> sm.absent((4, 3), torch.zeros(1)).rank
+        0
+    """
     return LowRank(like.new_zeros(shape[0], 0), like.new_zeros(0, shape[1]))
 
 

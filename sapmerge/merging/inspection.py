@@ -149,6 +149,11 @@ def inspect(adapters: Adapters, model: Any = None) -> Inspection:
 
     Raises:
         SapmergeError: a folder that holds no adapter at all.
+
+    Example:
+        >>> import sapmerge as sm
+        >>> print(sm.inspect(["art", "sketch"]))  # doctest: +ELLIPSIS
+        adapter...
     """
     opened, refused = _readable(adapters, model)
     needing = next(

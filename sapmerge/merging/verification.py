@@ -49,6 +49,12 @@ def verify(
 
     Raises:
         SapmergeError: the output or an input cannot be read, or the output is not one of sapmerge.
+
+    Example:
+        >>> import sapmerge as sm
+        >>> sm.merge(["art", "sketch"], method=sm.mean()).save_pretrained("merged")
+        >>> sm.verify("merged", ["art", "sketch"])
+        []
     """
     found = read_provenance(path)
     problems = list(found.problems)
@@ -83,6 +89,12 @@ def reproduce(
             cannot be run.
         IncompatibleAdaptersError: an input is missing.
         SapmergeError: whatever the merge itself refuses.
+
+    Example:
+        >>> import sapmerge as sm
+        >>> sm.merge(["art", "sketch"], method=sm.mean()).save_pretrained("again")
+        >>> sm.reproduce("again", ["sketch", "art"])
+        []
     """
     found, problems = read_provenance(path), list[str]()
     if found.recipe.get("loss") is not None:

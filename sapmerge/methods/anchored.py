@@ -57,6 +57,10 @@ def sap(
     anchors, `Decorrelate` and lengths by anchors won nothing among equal adapters on domains that
     they were not chosen on, and are not part of the default (docs/evidence.md).
     Needs anchors and a model. `sap_original` is the method to the letter.
+
+    Example:
+        >>> import sapmerge as sm
+        >>> merged = sm.merge(["art", "sketch", "cartoon"], loader, model, method=sm.sap())
     """
     scope = "adapter" if isinstance(units, Layers) else "layer"  # a layer holds one unit: itself
     pruning = () if density == 1 else (Prune(scorer, TopFraction(density, scope), rescaler, units),)
@@ -69,6 +73,11 @@ def sap_original(density: float = 0.5) -> Method:
 
     Args:
         density: the fraction of LoRA parameters kept per layer.
+
+    Example:
+        >>> import sapmerge as sm
+        >>> method = sm.sap_original()
+        >>> merged = sm.merge(["art", "sketch", "cartoon"], loader, model, method=method)
     """
     return Chain(Prune(Taylor(), TopFraction(density), MatchNorm(), units=Factors()), Mean())
 
@@ -92,6 +101,11 @@ def fisher(
     Needs anchors and a model; the result is dense. F is that of the loss of the anchors, which all
     adapters share: the paper takes each model's own predictions on its own data. MergeLM adds an
     absolute 1e-6 to F, which for small gradients makes it the plain mean; ours is relative to F.
+
+    Example:
+        >>> import sapmerge as sm
+        >>> method = sm.fisher()
+        >>> merged = sm.merge(["art", "sketch", "cartoon"], loader, model, method=method)
 
     Source: Matena and Raffel, "Merging models with Fisher-weighted averaging",
     https://arxiv.org/abs/2111.09832
@@ -122,6 +136,11 @@ def regmean(
     pseudo-inverse, so that layers whose inputs do not span the space are defined too.
     Biases and norms are none of our business.
 
+    Example:
+        >>> import sapmerge as sm
+        >>> method = sm.regmean()
+        >>> merged = sm.merge(["art", "sketch", "cartoon"], loader, model, method=method)
+
     Source: Jin et al., "Dataless knowledge fusion by merging weights of language models",
     https://arxiv.org/abs/2212.09849
     """
@@ -146,6 +165,11 @@ def tune(
 
     Needs anchors and a model: at least two batches, or one whose samples can be told apart. The
     curve is in the report; see `Tune`.
+
+    Example:
+        >>> import sapmerge as sm
+        >>> method = sm.tune()
+        >>> merged = sm.merge(["art", "sketch", "cartoon"], loader, model, method=method)
     """
     if candidates is None:
         candidates = {density: sap(density) for density in (0.2, 0.4, 0.6, 0.8, 1.0)}

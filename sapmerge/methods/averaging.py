@@ -28,6 +28,10 @@ __all__ = [
 def mean() -> Method:
     """The weighted mean of the updates: sum w D / sum w.
     Exact, of rank at most the sum of the ranks.
+
+    Example:
+        >>> import sapmerge as sm
+        >>> merged = sm.merge(["art", "sketch", "cartoon"], method=sm.mean())
     """
     return Chain(Mean())
 
@@ -36,6 +40,10 @@ def task_arithmetic() -> Method:
     """The weighted sum of the updates: sum w D; negative weights forget.
 
     The paper's coefficient lambda (0.3 for eight tasks) is `scale=` of `merge`.
+
+    Example:
+        >>> import sapmerge as sm
+        >>> merged = sm.merge(["art", "sketch", "cartoon"], method=sm.task_arithmetic())
 
     Source: Ilharco et al., "Editing models with task arithmetic", https://arxiv.org/abs/2212.04089
     """
@@ -50,6 +58,10 @@ def slerp() -> Method:
     - t, t). mergekit interpolates whole weights; on updates the arc is that of what was learnt.
       More than two adapters are an error.
 
+    Example:
+        >>> import sapmerge as sm
+        >>> merged = sm.merge(["art", "sketch"], method=sm.slerp())
+
     Source: Shoemake, "Animating rotation with quaternion curves", SIGGRAPH 1985
     """
     return Chain(Slerp())
@@ -63,6 +75,11 @@ def factor_average() -> Method:
     the adapters, and one that depends on how each is split into factors; a warning says so. Ranks
     must be equal. `mean()` is the mean of the updates.
     PEFT's combination "linear", with roots of the weights, is Chain(FactorSum()).
+
+    Example:
+        >>> import sapmerge as sm
+        >>> sm.factor_average()
+        Chain(FactorMean())
 
     Source: Zhang et al., "Towards building the federated GPT" (FedIT),
     https://arxiv.org/abs/2305.05644
@@ -79,6 +96,10 @@ def model_stock(scope: Literal["layer", "row"] = "layer") -> Method:
     Args:
         scope: "layer" (the paper) or "row" (mergekit's `filter_wise`).
 
+    Example:
+        >>> import sapmerge as sm
+        >>> merged = sm.merge(["art", "sketch", "cartoon"], method=sm.model_stock())
+
     Source: Jang et al., "Model Stock: all we need is just a few fine-tuned models",
     https://arxiv.org/abs/2403.19522
     """
@@ -93,6 +114,10 @@ def geometric_median(scope: Literal["adapter", "layer"] = "adapter") -> Method:
         scope: "adapter" measures distances over all layers together,
             "layer" in every layer by itself.
 
+    Example:
+        >>> import sapmerge as sm
+        >>> merged = sm.merge(["art", "sketch", "cartoon"], method=sm.geometric_median())
+
     Source: Pillutla et al., "Robust aggregation for federated learning" (RFA),
     https://arxiv.org/abs/1912.13445. RFA smooths distances below 1e-6 and stops after a few
     iterations; ours is the minimum itself.
@@ -104,6 +129,10 @@ def coordinate_median() -> Method:
     """The (weighted) median of every entry of the updates. The result is dense.
 
     With a minority of adapters in a layer (fewer than half have it) the median is zero there.
+
+    Example:
+        >>> import sapmerge as sm
+        >>> merged = sm.merge(["art", "sketch", "cartoon"], method=sm.coordinate_median())
 
     Source: Yin et al., "Byzantine-robust distributed learning", https://arxiv.org/abs/1803.01498
     """
@@ -117,6 +146,10 @@ def trimmed_mean(trim: float = 0.2) -> Method:
     Args:
         trim: the share dropped at each end, in [0, 0.5): floor(trim K) adapters with equal weights,
             so fewer than 1 / trim adapters give the plain mean.
+
+    Example:
+        >>> import sapmerge as sm
+        >>> merged = sm.merge(["art", "sketch", "cartoon"], method=sm.trimmed_mean())
 
     Source: Yin et al., "Byzantine-robust distributed learning", https://arxiv.org/abs/1803.01498
     """
@@ -134,6 +167,10 @@ def krum(
             theorem allows.
         select: how many are averaged.
         scope: "adapter" (the paper) or "layer".
+
+    Example:
+        >>> import sapmerge as sm
+        >>> merged = sm.merge(["art", "sketch", "cartoon"], method=sm.krum())
 
     Source: Blanchard et al., "Machine learning with adversaries", https://arxiv.org/abs/1703.02757
     """
@@ -158,6 +195,10 @@ def lines(method: Method | None = None, alpha: float | str = 0.5, beta: float = 
     ViT: ".1." also matches an expert or a module of a Sequential. Ours is the number after
     `layers`, `h`, `blocks`, ... (see `ScaleByDepth`),
     and L = 1 is alpha instead of a division by zero.
+
+    Example:
+        >>> import sapmerge as sm
+        >>> merged = sm.merge(["art", "sketch", "cartoon"], method=sm.lines())
 
     Source: Wang et al., "LiNeS: Post-training layer scaling prevents forgetting and enhances model
     merging", https://arxiv.org/abs/2410.17146

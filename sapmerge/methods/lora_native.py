@@ -33,6 +33,10 @@ def robustmerge(density: float = 0.2, balance: bool = False) -> Method:
     one made the published numbers is not known; the code keeps one entry more than
     floor(density n).
 
+    Example:
+        >>> import sapmerge as sm
+        >>> merged = sm.merge(["art", "sketch", "cartoon"], method=sm.robustmerge())
+
     Source: Zeng et al., "RobustMerge: Parameter-efficient model merging for MLLMs with direction
     robustness", https://arxiv.org/abs/2502.17159
     """
@@ -62,6 +66,10 @@ def lora_lego(
     There is no official code. The two re-implementations leave the sign of a unit as it is,
     although (a, b) and (-a, -b) are one unit; ours takes the sign that agrees with the centroid.
     No data; the result has rank k.
+
+    Example:
+        >>> import sapmerge as sm
+        >>> merged = sm.merge(["art", "sketch", "cartoon"], method=sm.lora_lego())
 
     Source: Zhao et al., "Merging LoRAs like playing LEGO", https://arxiv.org/abs/2409.16167
     """

@@ -37,6 +37,10 @@ def consensus_ta(ratio: float = 0.4, count: int = 2) -> Method:
             data.
         count: how many adapters must care; of fewer adapters, all must.
 
+    Example:
+        >>> import sapmerge as sm
+        >>> merged = sm.merge(["art", "sketch", "cartoon"], method=sm.consensus_ta())
+
     Source: Wang et al., "Localizing task information for improved model merging and compression",
     https://arxiv.org/abs/2405.07813. The authors scale the result by an alpha found on validation
     data: `scale=`.
@@ -49,6 +53,10 @@ def magnitude_prune(density: float = 0.5) -> Method:
 
     Args:
         density: the fraction of entries kept per layer.
+
+    Example:
+        >>> import sapmerge as sm
+        >>> merged = sm.merge(["art", "sketch", "cartoon"], method=sm.magnitude_prune(density=0.2))
     """
     return Chain(Prune(Magnitude(), TopFraction(density)), Sum())
 
@@ -68,6 +76,10 @@ def ties(
             the whole adapter (the paper's code and KnOTS),
             which can empty layers with small updates.
 
+    Example:
+        >>> import sapmerge as sm
+        >>> merged = sm.merge(["art", "sketch", "cartoon"], method=sm.ties(density=0.2))
+
     Source: Yadav et al., "TIES-Merging", https://arxiv.org/abs/2306.01708. The authors' code keeps
     int(density n) + 1 entries and, under a tie of magnitudes, more; ours keeps floor(density n).
     """
@@ -85,6 +97,10 @@ def dare(density: float = 0.5, seed: int = 0) -> Method:
         density: the probability of keeping (the paper drops with p = 1 - density, up to 0.99).
         seed: of the masks; they do not depend on order, paths or threads.
 
+    Example:
+        >>> import sapmerge as sm
+        >>> merged = sm.merge(["art", "sketch", "cartoon"], method=sm.dare(density=0.3))
+
     Source: Yu et al., "Language models are super Mario", https://arxiv.org/abs/2311.03099
     """
     return Chain(_drop(density, seed), Sum())
@@ -101,6 +117,10 @@ def dare_ties(
         density: the probability of keeping an entry.
         seed: see `dare`.
         majority_sign_method: see `ties`.
+
+    Example:
+        >>> import sapmerge as sm
+        >>> merged = sm.merge(["art", "sketch", "cartoon"], method=sm.dare_ties(density=0.3))
 
     Source: Yu et al., https://arxiv.org/abs/2311.03099;
     Yadav et al., https://arxiv.org/abs/2306.01708
@@ -127,6 +147,10 @@ def della(
         seed: of the draws; they do not depend on order, paths or threads.
         scope: "row" ranks within rows (the paper), "layer" within the whole matrix.
 
+    Example:
+        >>> import sapmerge as sm
+        >>> merged = sm.merge(["art", "sketch", "cartoon"], method=sm.della(density=0.7))
+
     Source: Deep et al., "DELLA-Merging", https://arxiv.org/abs/2406.11617. The authors scale the
     result by 1.1: `scale=` of `merge`. mergekit matches the sum of magnitudes instead of dividing
     by p: `MatchNorm(1)`.
@@ -152,6 +176,10 @@ def breadcrumbs(
             numbers).
         first: see `DropOutliers`.
 
+    Example:
+        >>> import sapmerge as sm
+        >>> merged = sm.merge(["art", "sketch", "cartoon"], method=sm.breadcrumbs())
+
     Source: Davari & Belilovsky, https://arxiv.org/abs/2312.06795.
     The authors scale the sum (0.3 or so): `scale=`.
     """
@@ -167,6 +195,10 @@ def sce(density: float = 0.1) -> Method:
 
     Args:
         density: the fraction of entries selected (0.1 in FuseChat, 1.0 in FuseO1).
+
+    Example:
+        >>> import sapmerge as sm
+        >>> merged = sm.merge(["art", "sketch", "cartoon"], method=sm.sce())
 
     Source: Wan et al., "FuseChat: knowledge fusion of chat models",
     https://arxiv.org/abs/2408.07990. This is the text of the paper, and mergekit; the authors'

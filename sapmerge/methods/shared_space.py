@@ -21,6 +21,10 @@ def knots(density: float = 0.2, scaled: bool = True) -> Method:
             its language models).
         scaled: see `SharedBasis`; True is the authors' code, which made the published numbers.
 
+    Example:
+        >>> import sapmerge as sm
+        >>> merged = sm.merge(["art", "sketch", "cartoon"], method=sm.knots())
+
     Source: Stoica et al., https://arxiv.org/abs/2410.19735.
     The authors scale the result (0.6 for ViT-B/32): `scale=`.
     """
@@ -41,6 +45,10 @@ def core_space(inner: Method | None = None, balance: bool = True) -> Method:
         inner: the method, `ties()` by default.
         balance: see `CoreSpace`; the published numbers need False.
             Spectral rules do not depend on it.
+
+    Example:
+        >>> import sapmerge as sm
+        >>> merged = sm.merge(["art", "sketch", "cartoon"], method=sm.core_space())
 
     Source: Panariello et al., https://arxiv.org/abs/2509.17786
     """

@@ -39,6 +39,10 @@ def tsv() -> Method:
     components. Adapters that are zero, absent or of weight zero are not among the K;
     copies of one adapter count once, so K copies with enough components give it back.
 
+    Example:
+        >>> import sapmerge as sm
+        >>> merged = sm.merge(["art", "sketch", "cartoon"], method=sm.tsv())
+
     Source: Gargiulo et al., "Task Singular Vectors", https://arxiv.org/abs/2412.00081. The code
     fills every share of a LoRA adapter of lower rank with null-space vectors, which take directions
     from the real ones (40 to 120 % between float32 and float64); ours has none, and equals the code
@@ -53,6 +57,10 @@ def iso_c() -> Method:
     mean(S) U V^T for sum w D = U S V^T.
 
     Rank: that of the sum. One adapter does not come back: its spectrum is flattened too.
+
+    Example:
+        >>> import sapmerge as sm
+        >>> merged = sm.merge(["art", "sketch", "cartoon"], method=sm.iso_c())
 
     Source: Marczak et al., "No task left behind", https://arxiv.org/abs/2502.04959. The mean runs
     over the rank of the sum (as in the core space of Panariello et al.), which keeps the sum of the
@@ -75,6 +83,10 @@ def iso_cts(common_fraction: float = 0.8) -> Method:
     directions as the authors' code does, ours the rank of the sum;
     they agree where the sum has full rank. See `iso_c` for alpha.
 
+    Example:
+        >>> import sapmerge as sm
+        >>> merged = sm.merge(["art", "sketch", "cartoon"], method=sm.iso_cts())
+
     Source: Marczak et al., "No task left behind", https://arxiv.org/abs/2502.04959
     """
     return IsotropicCommonSpecific(common_fraction)
@@ -90,6 +102,10 @@ def cart(rank_fraction: float = 0.04, scale: float = 0.1) -> Method:
             as the distances sum to zero.
 
     Rank: that of all updates together. The defaults are those of the core-space code.
+
+    Example:
+        >>> import sapmerge as sm
+        >>> merged = sm.merge(["art", "sketch", "cartoon"], method=sm.cart())
 
     Source: Choi et al., "Revisiting weight averaging for model merging",
     https://arxiv.org/abs/2412.12153
@@ -114,6 +130,10 @@ def dc_merge(smoothing: Literal["avg", "linear", "none"] = "avg", density: float
     Rank: at most the number of all components. The code takes 16 components of every LoRA adapter,
     whatever its rank: `InCoverSpace(..., rank=16)`, less the null space.
     The authors' scale on MM-MergeBench is 2: `scale=` of `merge`.
+
+    Example:
+        >>> import sapmerge as sm
+        >>> merged = sm.merge(["art", "sketch", "cartoon"], method=sm.dc_merge())
 
     Source: "DC-Merge" (CVPR 2026), https://github.com/Tobeginwith/DC-Merge
     """
@@ -170,6 +190,10 @@ def subspace_boosting(method: Method = Sum(), beta: float = 0.01) -> Method:
     With the small betas of the paper all singular values become nearly the largest, so the result
     is several times longer than the method's own: compare at matched length (`MatchEnergy`).
     One adapter does not come back.
+
+    Example:
+        >>> import sapmerge as sm
+        >>> merged = sm.merge(["art", "sketch", "cartoon"], method=sm.subspace_boosting())
 
     Source: Skorobogat et al., "Subspace-Boosted Model Merging", https://arxiv.org/abs/2506.16506.
     The authors raise all min(m, n) singular values, also of the null space of a low-rank sum,
