@@ -200,6 +200,8 @@ def embedding(model: nn.Module, batch: Batch, side: str) -> Tensor:
     """The unit embeddings of one side of a batch: (pairs, d), in float32 or wider.
 
     Args:
+        model: a two-tower model.
+        batch: of image-text pairs.
         side: "image" or "text".
     """
     if not isinstance(batch, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]

@@ -206,3 +206,27 @@ def test_public_functions_have_an_example() -> None:
 def test_pages_have_no_prompts() -> None:
     """A session with >>> in a page would not be run by anything."""
     assert not [page.name for page in PAGES if ">>> " in page.read_text()]
+
+
+def public_functions() -> Iterator[tuple[str, Any]]:
+    for home in (sapmerge, sapmerge.anchors, sapmerge.federated):
+        for name in home.__all__:
+            thing = getattr(home, name)
+            if inspect.isfunction(thing):
+                yield name, thing
+            elif inspect.isclass(thing):
+                for key, method in vars(thing).items():
+                    function = getattr(method, "__func__", method)
+                    if inspect.isfunction(function) and not key.startswith("_"):
+                        yield f"{name}.{key}", function
+
+
+def test_whoever_lists_arguments_lists_all() -> None:
+    missing = {}
+    for name, function in public_functions():
+        _, found, listed = (inspect.getdoc(function) or "").partition("Args:")
+        parameters = set(inspect.signature(function).parameters) - {"self", "cls"}
+        described = set(re.findall(r"\w+", " ".join(re.findall(r"(?m)^    ([\w*, ]+):", listed))))
+        if found and parameters - described:
+            missing[name] = parameters - described
+    assert not missing

@@ -157,6 +157,8 @@ class MergeState:
 
         Args:
             rank: a cap, a share of energy in (0, 1), or "exact".
+            label: of the adapter.
+            base_model: the name of the base for its config.
         """
         ranks: dict[str, int] = {}
         tensors: dict[str, Tensor] = {}

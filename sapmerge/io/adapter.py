@@ -142,6 +142,10 @@ class Adapter:
             revision: a commit, tag or branch; a commit is the only one that cannot change under
                 you.
             label: by default the part of `repo_id` after the slash.
+            subfolder: of the repository, where the two files are not at its top.
+            token: as for `huggingface_hub.hf_hub_download`.
+            cache_dir: where the download is kept; by default the Hub's own cache.
+            limits: bounds of what is read.
         """
         from huggingface_hub import hf_hub_download  # pyright: ignore[reportUnknownVariableType]
         from huggingface_hub.errors import EntryNotFoundError
@@ -190,6 +194,7 @@ class Adapter:
             config: a dict as in `adapter_config.json`, or a `peft.LoraConfig`.
             state_dict: names as in `adapter_model.safetensors`.
             label: "adapter" by default.
+            limits: bounds of what is read.
         """
         return _in_memory(config, state_dict, label or "adapter", "(config, state_dict)", limits)
 
@@ -207,8 +212,10 @@ class Adapter:
         training it further does not change the copy.
 
         Args:
+            model: a `PeftModel`.
             adapter_name: a key of `model.peft_config`.
             label: by default the adapter's name.
+            limits: bounds of what is read.
         """
         config, tensors = live_adapter(model, adapter_name)
         source = f"PeftModel[{shown(adapter_name)}]"
