@@ -33,6 +33,7 @@ DISK = {
     "io": "reads and writes adapters",
     "cli": "is the user's shell",
     "demo": "writes its results",
+    "display.tables": "asks a terminal for its width",
     "merging.inputs": "asks whether the name of an adapter is a folder too",
     "anchors.loading": "opens the images that the user names",
     "merging.sinks": "asks whether the output is one of the inputs",

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from typing import Any
 
 import sapmerge
 from sapmerge.cli.arguments import adapters_of
+from sapmerge.cli.pages import add_page, save_page
+from sapmerge.display.tables import Look
 
 __all__ = ["add_to"]
 
@@ -19,10 +22,13 @@ def add_to(commands: Any) -> list[argparse.ArgumentParser]:
     )
     look.add_argument("adapters", nargs="+", metavar="ADAPTER")
     look.add_argument("--json", action="store_true", help="data instead of tables")
+    add_page(look)
     look.set_defaults(run=_inspect)
     return [look]
 
 
 def _inspect(options: argparse.Namespace) -> None:
     found = sapmerge.inspect(adapters_of(options.adapters))
-    print(json.dumps(found.to_dict(), indent=2) if options.json else found)
+    look = Look.of(sys.stdout)
+    print(json.dumps(found.to_dict(), indent=2) if options.json else found.to_text(look))
+    save_page(options, found.plot)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
 
 import sapmerge
 from sapmerge import methods
 from sapmerge.cli.arguments import adapters_of, policy_of, rank_of, weights_of
+from sapmerge.cli.pages import add_page, save_page
 from sapmerge.cli.recipes import method_of
+from sapmerge.display.tables import Look
 from sapmerge.errors import printable
 from sapmerge.merging.spelling import CHOICES
 
@@ -49,6 +52,7 @@ def add_to(commands: Any) -> list[argparse.ArgumentParser]:
         help="how the output spells its modules: as the adapters do, or ...",
     )
     merge.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    add_page(merge)
     merge.add_argument("--quiet", action="store_true", help="no progress, no report")
     merge.set_defaults(run=_merge)
     return [merge]
@@ -67,4 +71,6 @@ def _merge(options: argparse.Namespace) -> None:
     )
     merged.save_pretrained(options.output, overwrite=options.overwrite, names=options.names)
     if not options.quiet:
-        print(f"{merged.report}\n\nwritten to {printable(options.output)}")
+        look = Look.of(sys.stdout)
+        print(f"{merged.report.to_text(look)}\n\nwritten to {printable(options.output)}")
+    save_page(options, lambda: merged.report.plot())

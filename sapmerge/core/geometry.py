@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sapmerge.core.lowrank import gram
+from sapmerge.core.lowrank import gram, nothing_but_rounding
 from sapmerge.core.updates import Update
 
 __all__ = [
@@ -38,6 +38,21 @@ class Geometry:
     both: Tensor
     opposed: Tensor
 
+    @staticmethod
+    def nothing(count: int) -> Geometry:
+        """Of no layer at all, to add layers to."""
+        return Geometry(*(torch.zeros(count, count, dtype=torch.float64) for _ in range(3)))
+
+    def add(self, layer: Geometry, owners: Sequence[int]) -> None:
+        """Count one layer of the adapters `owners` in, in place."""
+        at = torch.tensor(owners)
+        for total, part in (
+            (self.inner, layer.inner),
+            (self.both, layer.both),
+            (self.opposed, layer.opposed),
+        ):
+            total[at[:, None], at[None, :]] += part
+
     @property
     def norms(self) -> Tensor:
         return self.inner.diagonal().clamp_min(0).sqrt()
@@ -47,7 +62,8 @@ class Geometry:
         """(K, K); 0 where an update is zero."""
         norms = self.norms
         scale = norms[:, None] * norms[None, :]
-        return torch.where(scale > 0, self.inner / torch.where(scale > 0, scale, 1.0), 0.0)
+        cosines = self.inner / torch.where(scale > 0, scale, 1.0)
+        return torch.where(scale > 0, cosines, 0.0).clamp(-1, 1)
 
     @property
     def sign_conflict(self) -> Tensor:
@@ -55,11 +71,17 @@ class Geometry:
         return share_opposed(self.both, self.opposed)
 
 
-def geometry(updates: Sequence[Update]) -> Geometry:
+def geometry(updates: Sequence[Update], rows: int | None = None) -> Geometry:
     """Of the updates of one layer: inner products by Gram matrices of the factors,
-    and sign conflicts of all rows.
+    and sign conflicts of all rows. What is zero but for rounding is zero.
+
+    rows: count signs on that many evenly spaced rows only; None: on all of them.
     """
-    return Geometry(gram(updates), *sign_counts(updates))
+    inner = gram(updates)
+    for k, update in enumerate(updates):
+        if nothing_but_rounding(update):
+            inner[k, :] = inner[:, k] = 0.0
+    return Geometry(inner, *sign_counts(updates, rows))
 
 
 def sign_counts(updates: Sequence[Update], rows: int | None = None) -> tuple[Tensor, Tensor]:

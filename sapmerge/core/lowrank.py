@@ -18,7 +18,7 @@ __all__ = [
     "concatenate",
     "gram",
     "inner",
-    "mean_cosine",
+    "nothing_but_rounding",
     "rounded_share",
     "size_of",
     "truncate",
@@ -67,38 +67,9 @@ def whole_gram(layers: Iterable[Layer]) -> tuple[Tensor, Layer | None]:
     return total, last
 
 
-def mean_cosine(updates: Sequence[Update]) -> float | None:
-    """The mean cosine of all pairs, in float64; 0 with an update of zero,
-    None for fewer than two updates.
-
-    From the norm of the sum of the updates, each scaled to norm 1: the pairs are never formed. An
-    update is zero where nothing but rounding is left of its factors.
-    Large ranks make the sum a matrix, no larger than the factors.
-    """
-    count = len(updates)
-    if count < 2:
-        return None
-    units = [
-        (update, 1 / update.norm())
-        for update in updates
-        if update.norm() > _ROUNDING * size_of(update)
-    ]
-    if not units:
-        return 0.0
-    low = [(update, scale) for update, scale in units if isinstance(update, LowRank)]
-    if len(low) == len(units) and sum(update.rank for update, _ in low) < min(low[0][0].shape):
-        size = concatenate(
-            [update.to(dtype=torch.float64) for update, _ in low], [scale for _, scale in low]
-        ).norm()
-    else:
-        total = torch.zeros(updates[0].shape, dtype=torch.float64, device=updates[0].device)
-        for update, scale in units:
-            if isinstance(update, LowRank):
-                total.addmm_(update.B.double(), update.A.double(), alpha=scale)
-            else:
-                total.add_(update.matrix, alpha=scale)
-        size = norm(total)
-    return max(-1.0, min(1.0, (size**2 - len(units)) / (count * (count - 1))))
+def nothing_but_rounding(update: Update) -> bool:
+    """Whether an update is zero, or what rounding leaves of factors that cancel out."""
+    return update.norm() <= _ROUNDING * size_of(update)
 
 
 def _factor_gram(updates: Sequence[LowRank]) -> Tensor:

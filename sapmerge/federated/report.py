@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from sapmerge.display.tables import table
 from sapmerge.federated.entries import Entry
 from sapmerge.io.records import encoded
 from sapmerge.merging.merge import Merged
-from sapmerge.merging.report import LayerReport, table
+from sapmerge.merging.report import LayerReport
 
 __all__ = ["ClientReport", "RoundReport", "rows_of"]
 

@@ -26,6 +26,7 @@ __all__ = [
     "is_folder",
     "read_record",
     "remove_folder",
+    "write_file",
     "write_record",
 ]
 
@@ -58,9 +59,14 @@ def write_record(path: str, data: Mapping[str, Any]) -> None:
     Raises:
         OutputError: the disk refuses; an old file is as it was.
     """
+    write_file(path, encoded(data))
+
+
+def write_file(path: str, content: bytes) -> None:
+    """Replace one file, as `write_record` does."""
     folder, name = os.path.split(path)
+    folder = folder or os.curdir
     scratch = os.path.join(folder, f".{name}.{secrets.token_hex(4)}{_SCRATCH}")
-    content = encoded(data)
     with explained(path, "write"):
         try:
             file = os.open(scratch, os.O_RDWR | os.O_CREAT | os.O_EXCL | _NOFOLLOW, 0o666)

@@ -5,20 +5,25 @@ and how they lie to each other.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
-import torch
 from torch import nn
 
 from sapmerge.core.geometry import Geometry, geometry, off_diagonal_mean
 from sapmerge.core.torch_state import pinned_state
+from sapmerge.display.data import Pairs
+from sapmerge.display.inspection_page import inspection_page
+from sapmerge.display.inspection_text import inspection_text
+from sapmerge.display.order import natural
+from sapmerge.display.page import Page
+from sapmerge.display.tables import Look
 from sapmerge.errors import IncompatibleAdaptersError, MethodError, SapmergeError
 from sapmerge.io.adapter import Adapter
 from sapmerge.io.description import Described, describe_config
 from sapmerge.merging.inputs import Adapters, check_mergeable, load_adapters, with_base
-from sapmerge.merging.report import table
+from sapmerge.merging.report import by_label
 from sapmerge.merging.spelling import one_spelling
 
 __all__ = ["AdapterSummary", "Inspection", "LayerSummary", "inspect"]
@@ -57,6 +62,8 @@ class LayerSummary:
     Args:
         cosine: mean pairwise cosine of the updates.
         sign_conflict: mean pairwise share of entries with opposite signs.
+        energies: adapter -> ||D||^2.
+        ranks: adapter -> rank.
     """
 
     name: str
@@ -64,11 +71,13 @@ class LayerSummary:
     adapters: tuple[str, ...]
     cosine: float | None
     sign_conflict: float | None
+    energies: Mapping[str, float] = field(default_factory=dict[str, float])
+    ranks: Mapping[str, int] = field(default_factory=dict[str, int])
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """The answer of `inspect`. `print` gives a page, `to_dict` the data.
+    """The answer of `inspect`. `print` gives a page, `plot` one of pictures, `to_dict` the data.
 
     Args:
         adapters: one summary each.
@@ -81,56 +90,25 @@ class Inspection:
     adapters: tuple[AdapterSummary, ...]
     layers: tuple[LayerSummary, ...]
     problem: str | None
-    cosine: Mapping[str, Mapping[str, float]]
-    sign_conflict: Mapping[str, Mapping[str, float]]
+    cosine: Pairs
+    sign_conflict: Pairs
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: dicts, lists, numbers and strings."""
         return asdict(self)
 
+    def plot(self) -> Page:
+        """A page of pictures for the browser: `inspection.plot().save("report.html")`. In a
+        notebook `inspection.plot()` shows it.
+        """
+        return inspection_page(self)
+
+    def to_text(self, look: Look | None = None) -> str:
+        """What `print` shows, as wide as a terminal and in its colours if `look` says so."""
+        return inspection_text(self, look or Look())
+
     def __str__(self) -> str:
-        columns: dict[str, Callable[[AdapterSummary], object]] = {
-            "adapter": lambda a: a.label,
-            "base": lambda a: a.base_model or "-",
-            "kind": lambda a: a.kinds,
-            "layers": lambda a: a.layers,
-            "ranks": lambda a: a.ranks,
-            "alphas": lambda a: a.alphas,
-            "scaling": lambda a: a.scalings,
-            "dtype": lambda a: a.dtype,
-            "norm": lambda a: "-" if a.norm is None else f"{a.norm:.4g}",
-            "saved modules": lambda a: ", ".join(a.modules_to_save) or "-",
-        }
-        rows = [[show(a) for show in columns.values()] for a in self.adapters]
-        blocks = [table(list(columns), rows)]
-        blocks += [
-            f"{a.label} is refused: {a.problem}" for a in self.adapters if a.problem is not None
-        ]
-        if len(self.adapters) > 1:
-            blocks.append(f"mergeable: {'yes' if self.problem is None else 'no: ' + self.problem}")
-        if self.cosine:
-            blocks += [
-                _pairs("cosine", self.cosine, "+.3f"),
-                _pairs("sign conflict", self.sign_conflict, ".1%"),
-            ]
-            labels = [adapter.label for adapter in self.adapters]
-            blocks.append(
-                table(
-                    ["layer", "shape", "cosine", "sign conflict", "missing in"],
-                    [
-                        [
-                            layer.name,
-                            f"{layer.shape[0]}x{layer.shape[1]}",
-                            "-" if layer.cosine is None else f"{layer.cosine:+.3f}",
-                            "-" if layer.sign_conflict is None else f"{layer.sign_conflict:.1%}",
-                            ", ".join(label for label in labels if label not in layer.adapters)
-                            or "-",
-                        ]
-                        for layer in self.layers
-                    ],
-                )
-            )
-        return "\n\n".join(blocks)
+        return self.to_text()
 
 
 @pinned_state()
@@ -172,12 +150,13 @@ def inspect(adapters: Adapters, model: Any = None) -> Inspection:
         known = needing is None or isinstance(model, nn.Module)
         layers, overall = (), None
         norms = {adapter.label: _norm(adapter) if known else None for adapter in opened}
+    labels = [adapter.label for adapter in opened]
     return Inspection(
         adapters=(*[_summary(adapter, norms[adapter.label]) for adapter in opened], *refused),
         layers=layers,
         problem=problem,
-        cosine={} if overall is None else _by_label(opened, overall.cosine),
-        sign_conflict={} if overall is None else _by_label(opened, overall.sign_conflict),
+        cosine={} if overall is None else by_label(labels, overall.cosine),
+        sign_conflict={} if overall is None else by_label(labels, overall.sign_conflict),
     )
 
 
@@ -229,26 +208,22 @@ def _compare(
     adapters: Sequence[Adapter],
 ) -> tuple[tuple[LayerSummary, ...], Geometry | None, dict[str, float | None]]:
     count = len(adapters)
-    zeros = torch.zeros(count, count, dtype=torch.float64)
-    overall, layers = Geometry(zeros, zeros.clone(), zeros.clone()), list[LayerSummary]()
-    for name in sorted({name for adapter in adapters for name in adapter.modules}):
+    overall, layers = Geometry.nothing(count), list[LayerSummary]()
+    for name in sorted({name for adapter in adapters for name in adapter.modules}, key=natural):
         owners = [k for k, adapter in enumerate(adapters) if name in adapter.modules]
+        labels = tuple(adapters[k].label for k in owners)
         updates = [adapters[k].update(name) for k in owners]
         found = geometry(updates)
-        where = torch.tensor(owners)
-        for total, part in (
-            (overall.inner, found.inner),
-            (overall.both, found.both),
-            (overall.opposed, found.opposed),
-        ):
-            total[where[:, None], where[None, :]] += part
+        overall.add(found, owners)
         layers.append(
             LayerSummary(
                 name=name,
                 shape=updates[0].shape,
-                adapters=tuple(adapters[k].label for k in owners),
+                adapters=labels,
                 cosine=off_diagonal_mean(found.cosine),
                 sign_conflict=off_diagonal_mean(found.sign_conflict),
+                energies={label: float(e) for label, e in zip(labels, found.inner.diagonal())},
+                ranks={adapters[k].label: adapters[k].modules[name].rank for k in owners},
             )
         )
     norms: dict[str, float | None] = {
@@ -285,19 +260,4 @@ def _summary(adapter: Adapter, norm: float | None) -> AdapterSummary:
 def _listed(values: set[Any]) -> str:
     return ", ".join(
         f"{value:g}" if isinstance(value, float) else str(value) for value in sorted(values)
-    )
-
-
-def _by_label(adapters: Sequence[Adapter], matrix: torch.Tensor) -> dict[str, dict[str, float]]:
-    return {
-        row.label: {column.label: float(matrix[i, j]) for j, column in enumerate(adapters)}
-        for i, row in enumerate(adapters)
-    }
-
-
-def _pairs(title: str, matrix: Mapping[str, Mapping[str, float]], form: str) -> str:
-    labels = list(matrix)
-    return table(
-        [title, *labels],
-        [[row, *[format(matrix[row][column], form) for column in labels]] for row in labels],
     )

@@ -5,21 +5,27 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
+
+import torch
 
 from sapmerge.anchors.anchors import Anchors
 from sapmerge.anchors.loading import batch_size
-from sapmerge.core.geometry import SAMPLED_ROWS, off_diagonal_mean, share_opposed, sign_counts
+from sapmerge.core.geometry import SAMPLED_ROWS, Geometry, geometry, off_diagonal_mean
 from sapmerge.core.layer import Layer
-from sapmerge.core.lowrank import mean_cosine
 from sapmerge.core.part import parts
 from sapmerge.core.updates import Update
-from sapmerge.errors import AnchorError, NonFiniteError, printable
+from sapmerge.display.data import Pairs
+from sapmerge.display.page import Page
+from sapmerge.display.report_page import report_page
+from sapmerge.display.report_text import report_text
+from sapmerge.display.tables import Look
+from sapmerge.errors import AnchorError, NonFiniteError
 from sapmerge.io.adapter import Adapter
 from sapmerge.losses import loss_name
 
-__all__ = ["AdapterReport", "LayerReport", "Report", "findings_of", "notes_of", "table"]
+__all__ = ["AdapterReport", "LayerReport", "Report", "by_label", "findings_of", "notes_of"]
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,7 @@ class LayerReport:
         energies: per adapter (w ||D||)^2, what it brings in.
         notes: what the parts of the method recorded, e.g.
             the density that `Prune` kept per adapter.
+        pairs: how its inputs lie to each other, until the report has added them up; then None.
     """
 
     name: str
@@ -73,6 +80,7 @@ class LayerReport:
     sign_conflict: float | None
     energies: Mapping[str, float]
     notes: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    pairs: Geometry | None = field(default=None, repr=False, compare=False)
 
     @property
     def density(self) -> float | None:
@@ -87,7 +95,7 @@ def describe(
     """The report of one layer."""
     there = [k for k, present in enumerate(layer.present) if present] or list(range(len(layer)))
     inputs = [layer.updates[k] for k in there]
-    both, opposed = sign_counts(inputs, SAMPLED_ROWS)
+    pairs = geometry(inputs, SAMPLED_ROWS)
     norms = {layer.adapters[k]: layer.weights[k] * layer.updates[k].norm() for k in there}
     return LayerReport(
         name=layer.name,
@@ -98,12 +106,37 @@ def describe(
         rank=stored_rank,
         energy_kept=energy_kept,
         norm=merged.norm(),
-        cosine=mean_cosine(inputs),
-        sign_conflict=off_diagonal_mean(share_opposed(both, opposed)),
+        cosine=off_diagonal_mean(pairs.cosine),
+        sign_conflict=off_diagonal_mean(pairs.sign_conflict),
         energies=dict.fromkeys(layer.adapters, 0.0)
         | {label: norm * norm for label, norm in norms.items()},
         notes=notes,
+        pairs=pairs,
     )
+
+
+def describe_pairs(
+    labels: Sequence[str], layers: Sequence[LayerReport]
+) -> tuple[tuple[LayerReport, ...], Pairs, Pairs]:
+    """The layers without their pairs, and of whole adapters the cosines and the shares of entries
+    with opposite signs (on the rows that were looked at). Both are empty for a single adapter.
+    """
+    total, place = Geometry.nothing(len(labels)), {label: k for k, label in enumerate(labels)}
+    for layer in layers:
+        if layer.pairs is not None:
+            total.add(layer.pairs, [place[label] for label in layer.adapters])
+    bare = tuple(replace(layer, pairs=None) for layer in layers)
+    if len(labels) < 2:
+        return bare, {}, {}
+    return bare, by_label(labels, total.cosine), by_label(labels, total.sign_conflict)
+
+
+def by_label(labels: Sequence[str], matrix: torch.Tensor) -> Pairs:
+    """A (K, K) matrix as label -> label -> value."""
+    return {
+        row: {column: float(matrix[i, j]) for j, column in enumerate(labels)}
+        for i, row in enumerate(labels)
+    }
 
 
 def describe_adapters(
@@ -159,7 +192,13 @@ def _span(ranks: Sequence[int]) -> str:
 
 @dataclass(frozen=True)
 class Report:
-    """What `merge` did. `print` gives a page, `to_dict` the data."""
+    """What `merge` did. `print` gives a page, `plot` one of pictures, `to_dict` the data.
+
+    Args:
+        cosine: adapter -> adapter -> cosine of the whole updates; empty for one adapter.
+        sign_conflict: the same with the share of entries that have opposite signs, on at most 64
+            rows of a layer.
+    """
 
     method: str
     base_model: str | None
@@ -170,6 +209,8 @@ class Report:
     modules_to_save: tuple[str, ...]
     dropped_modules: tuple[str, ...]
     notes: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    cosine: Pairs = field(default_factory=dict[str, Mapping[str, float]])
+    sign_conflict: Pairs = field(default_factory=dict[str, Mapping[str, float]])
 
     @property
     def energy_kept(self) -> float:
@@ -183,108 +224,23 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: dicts, lists, numbers and strings."""
-        return asdict(self) | {"energy_kept": self.energy_kept}
+        data: dict[str, Any] = {**asdict(self), "energy_kept": self.energy_kept}
+        for layer in data["layers"]:
+            del layer["pairs"]
+        return data
+
+    def plot(self) -> Page:
+        """A page of pictures for the browser: `report.plot().save("report.html")`. In a notebook
+        `report.plot()` shows it.
+        """
+        return report_page(self)
+
+    def to_text(self, look: Look | None = None) -> str:
+        """What `print` shows, as wide as a terminal and in its colours if `look` says so."""
+        return report_text(self, look or Look())
 
     def __str__(self) -> str:
-        lines = [
-            f"method     {printable(self.method)}",
-            f"base       {printable(self.base_model or 'not named')}",
-        ]
-        ranks = sorted({layer.rank for layer in self.layers})
-        shown = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}" if ranks else "-"
-        lines.append(
-            f"result     {len(self.layers)} layers, rank {shown}, energy kept "
-            f"{self.energy_kept:.1%}"
-        )
-        if self.modules_to_save or self.dropped_modules:
-            lines.append(
-                f"modules    saved {list(self.modules_to_save)}, left out "
-                f"{list(self.dropped_modules)}"
-            )
-        lines += [f"{key:<10} {printable(_short(value))}" for key, value in self.notes.items()]
-        lines += [
-            "",
-            table(
-                ["adapter", "weight", "layers", "ranks", "energy share", "relative norm", "from"],
-                [
-                    [
-                        a.label,
-                        f"{a.weight:g}",
-                        a.layers,
-                        a.ranks,
-                        f"{a.energy_share:.1%}",
-                        _loud(a),
-                        a.source,
-                    ]
-                    for a in self.adapters
-                ],
-            ),
-            "",
-            table(
-                [
-                    "layer",
-                    "adapters",
-                    "rank",
-                    "density",
-                    "energy kept",
-                    "norm",
-                    "cosine",
-                    "sign conflict",
-                ],
-                [_row(layer) for layer in self._shown()],
-            ),
-        ]
-        if len(self.layers) > len(self._shown()):
-            lines.append(
-                f"... and {len(self.layers) - len(self._shown())} more layers: "
-                "report.to_dict()['layers']"
-            )
-        return "\n".join(lines)
-
-    def _shown(self) -> tuple[LayerReport, ...]:
-        return self.layers if len(self.layers) <= 40 else self.layers[:12]
-
-
-def _loud(adapter: AdapterReport) -> str:
-    mark = " outlier" if adapter.outlier is not None and abs(adapter.outlier) > 5 else ""
-    return f"x {adapter.relative_norm:.2g}{mark}"
-
-
-def _row(layer: LayerReport) -> list[object]:
-    return [
-        layer.name,
-        len(layer.adapters),
-        layer.rank,
-        _percent(layer.density),
-        _percent(layer.energy_kept),
-        f"{layer.norm:.3g}",
-        "-" if layer.cosine is None else f"{layer.cosine:+.3f}",
-        _percent(layer.sign_conflict),
-    ]
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{share:.1%}"
-
-
-def _short(value: object) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key}: {_short(entry)}" for key, entry in value.items())  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Aligned columns of text: the first one to the left, the others to the right."""
-    cells = [list(head), *[[printable(str(cell)) for cell in row] for row in rows]]
-    widths = [max(len(row[k]) for row in cells) for k in range(len(head))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if k == 0 else cell.rjust(width)
-            for k, (cell, width) in enumerate(zip(row, widths))
-        )
-        for row in cells
-    ]
-    return "\n".join(line.rstrip() for line in lines)
+        return self.to_text()
 
 
 def notes_of(anchors: Anchors) -> dict[str, Any]:

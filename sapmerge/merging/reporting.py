@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sapmerge.core.part import recipe
 from sapmerge.errors import warn
-from sapmerge.merging.report import LayerReport, Report, describe_adapters
+from sapmerge.merging.report import LayerReport, Report, describe_adapters, describe_pairs
 from sapmerge.merging.run import Run
 
 __all__ = ["report_of"]
@@ -12,6 +12,8 @@ __all__ = ["report_of"]
 
 def report_of(run: Run, layers: tuple[LayerReport, ...]) -> Report:
     """The report, before the effect: it may warn, and so raise."""
+    labels = [adapter.label for adapter in run.adapters]
+    layers, cosine, sign_conflict = describe_pairs(labels, layers)
     report = Report(
         method=recipe(run.method),
         base_model=run.base.name,
@@ -21,6 +23,8 @@ def report_of(run: Run, layers: tuple[LayerReport, ...]) -> Report:
         layers=layers,
         modules_to_save=run.heads.modules,
         dropped_modules=run.heads.dropped,
+        cosine=cosine,
+        sign_conflict=sign_conflict,
     )
     if report.energy_kept < 0.9:
         warn(

@@ -8,9 +8,10 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from sapmerge.display.tables import table
 from sapmerge.io.kinds.experts import WRITTEN_BY
 from sapmerge.merging.inputs import in_content_order
-from sapmerge.merging.report import LayerReport, table
+from sapmerge.merging.report import LayerReport
 from sapmerge.merging.run import Run
 from sapmerge.models import tensor_name
 

@@ -156,6 +156,7 @@ class Prune:
         if seen is not None:
             found = {"score_kept": score, "anchor_stability": overlap}
             notes |= {name: share.value for name, share in found.items() if share.whole}
+            notes["saliency"] = score.whole
         return masks, notes
 
     def _scored(

@@ -133,6 +133,8 @@ def test_sap_original_step_by_step(density: float) -> None:
                 float(scores[name, p].sum()) for p in "AB"
             )
             assert notes["score_kept"] == pytest.approx(share, rel=1e-5)
+            whole = sum(float(scores[name, part].sum()) for part in "AB")
+            assert notes["saliency"] == pytest.approx(whole, rel=1e-4)
             first, second = (
                 {p: top(half[name, p], density) for p in "AB"} for half in (one, other)
             )

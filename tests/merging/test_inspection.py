@@ -58,6 +58,41 @@ def conflict(x: np.ndarray, y: np.ndarray) -> float:
     return float(np.mean(np.sign(x) != np.sign(y)))
 
 
+def test_energies_and_ranks_of_layers(three: list[Path]) -> None:
+    by_label = dict(zip("abc", dense(three)))
+    for layer in sm.inspect(three).layers:
+        wanted = {label: float(by_label[label][layer.name].norm()) ** 2 for label in layer.adapters}
+        assert layer.energies == pytest.approx(wanted, rel=1e-5)
+    ranks = {layer.name: layer.ranks for layer in sm.inspect(three).layers}
+    assert ranks["layers.1.q"] == {"a": 4, "b": 8, "c": 3}
+    assert ranks["layers.0.v"] == {"a": 4, "b": 8}
+
+
+def test_a_report_has_the_pairs_of_whole_adapters(three: list[Path]) -> None:
+    report, updates = sm.merge(three, method=sm.mean()).report, dict(zip("abc", dense(three)))
+    whole = {
+        label: np.concatenate(
+            [
+                found.get(name, torch.zeros(100, 100)).numpy().ravel()
+                for name in sorted(updates["a"])
+            ]
+        )
+        for label, found in updates.items()
+    }
+    for x in "abc":
+        for y in "abc":
+            assert report.cosine[x][y] == pytest.approx(cosine(whole[x], whole[y]), abs=1e-5)
+    rows = [row * 100 // 64 for row in range(64)]  # the rows that are looked at
+    pairs = {
+        name: (updates["a"][name].numpy()[rows], updates["b"][name].numpy()[rows])
+        for name in updates["a"]
+    }
+    wanted = np.mean([conflict(x, y) for x, y in pairs.values()])
+    assert report.sign_conflict["a"]["b"] == pytest.approx(wanted, abs=2e-4)
+    assert "pairs" not in report.to_dict()["layers"][0]
+    assert sm.merge(three[:1], method=sm.mean()).report.cosine == {}
+
+
 def test_numbers_are_those_of_the_dense_matrices(three: list[Path]) -> None:
     found, updates = sm.inspect(three), dense(three)
     assert found.problem is None
