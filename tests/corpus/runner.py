@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import resource
@@ -67,6 +68,8 @@ def forked(work: Callable[[], Mapping[str, Any]]) -> Outcome:
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
+        # The collector would write to every object of the parent, each page a copy.
+        gc.freeze()
         try:
             os.close(reader)
             result = json.dumps(dict(work())).encode()

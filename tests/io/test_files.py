@@ -49,7 +49,7 @@ def entry(dtype: str = "F32", shape: object = (1,), offsets: object = (0, 4)) ->
         (container('{"a":' * 5000), "tensor 'a'"),
         (
             container("{" + f'"{A}": {entry()}, "{A}": {entry(shape=[1, 1])}' + "}", b"abcd"),
-            "twice",
+            "duplicate",
         ),
         (
             container(
