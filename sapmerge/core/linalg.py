@@ -29,6 +29,13 @@ RTOL = 1e-6
 no direction to build on.
 """
 
+RESIDUAL = 1e-6
+"""When the cut of a dense matrix to its largest singular triplets is good enough: the share of
+their energy that may be left as residual. On results of TIES (1024 x 1024 and 4096 x 1024, 4 and 16
+adapters, rank 16) the energy kept is then within 3e-7 of the optimum. 1e-10 is within 6e-9, and
+takes 1.6 times as long.
+"""
+
 _BLOCK = 1 << 18  # entries of which a float64 copy fits into a cache
 
 
@@ -156,9 +163,8 @@ def top_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """The `rank` largest singular triplets of a dense matrix,
     by block Krylov iteration with a check of its error.
 
-    The iteration stops when the residual ||M v - sigma u|| of the triplets together is below 1e-5
-    of their norm, so the share of energy that is missed is below 1e-10.
-    A spectrum too flat for that is decomposed in full.
+    The iteration stops when the residual ||M v - sigma u|| of the triplets together has less than
+    `RESIDUAL` of their energy. A spectrum too flat for that is decomposed in full.
 
     Args:
         matrix: (m, n).
@@ -214,18 +220,14 @@ def _best_within(
     top = vectors[:, -rank:]
     if outside is not None:
         leaving = (outside @ top[-outside.shape[1] :]).square().sum(0)
-        if float(leaving.sum()) > 1e-9 * float(squares[-rank:].square().sum()):
+        if float(leaving.sum()) > 10 * RESIDUAL * float(squares[-rank:].square().sum()):
             return None
     left, sigma, Vh = svd((seen @ top).T)
     U = basis.double() @ (top @ left)
-    residual = (
-        matrix @ Vh.T.to(matrix.dtype)
-    ).double() - U * sigma  # its rounding is far below the bound
-    return (
-        (U, sigma, Vh)
-        if float(residual.square().sum()) <= 1e-10 * float(sigma.square().sum())
-        else None
-    )
+    # Its rounding is far below the bound.
+    residual = (matrix @ Vh.T.to(matrix.dtype)).double() - U * sigma
+    close = float(residual.square().sum()) <= RESIDUAL * float(sigma.square().sum())
+    return (U, sigma, Vh) if close else None
 
 
 def _orthonormal(matrix: Tensor) -> Tensor:
