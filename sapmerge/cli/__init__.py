@@ -1,9 +1,11 @@
-"""The command line: `sapmerge merge`, `inspect`, `verify`, `reproduce`, `round`, `demo`.
+"""The command line: `sapmerge merge`, `inspect`, `verify`, `reproduce`, `score`, `round`,
+`demo`.
 
 program.py     what all commands share: the parser, and errors as one line
 merging.py     merge
 looking.py     inspect
 checking.py    verify, reproduce
+scoring.py     score
 rounds.py      round
 showing.py     demo
 arguments.py   adapters, weights, ranks and policies as they are typed

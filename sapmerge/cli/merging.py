@@ -11,6 +11,7 @@ from sapmerge import methods
 from sapmerge.cli.arguments import adapters_of, policy_of, rank_of, weights_of
 from sapmerge.cli.pages import add_page, save_page
 from sapmerge.cli.recipes import method_of
+from sapmerge.cli.scoring import SETUP, setup_of
 from sapmerge.display.tables import Look
 from sapmerge.errors import printable
 from sapmerge.merging.spelling import CHOICES
@@ -51,6 +52,11 @@ def add_to(commands: Any) -> list[argparse.ArgumentParser]:
         choices=CHOICES,
         help="how the output spells its modules: as the adapters do, or ...",
     )
+    merge.add_argument("--setup", help=f"for methods that read anchors: {SETUP}")
+    merge.add_argument("--cache", metavar="DIR", help="of the anchors' statistics")
+    merge.add_argument(
+        "--cache-only", action="store_true", help="run no model; `sapmerge score` fills the cache"
+    )
     merge.add_argument("--overwrite", action="store_true", help="replace an existing output")
     add_page(merge)
     merge.add_argument("--quiet", action="store_true", help="no progress, no report")
@@ -59,15 +65,23 @@ def add_to(commands: Any) -> list[argparse.ArgumentParser]:
 
 
 def _merge(options: argparse.Namespace) -> None:
+    method = method_of(options.method, {"density": options.density, "seed": options.seed})
+    nothing = None, None, None
+    anchors, model, loss = nothing if options.setup is None else setup_of(options.setup)
     merged = sapmerge.merge(
         adapters_of(options.adapters),
-        method=method_of(options.method, {"density": options.density, "seed": options.seed}),
+        anchors,
+        model,
+        method=method,
         weights=weights_of(options.weights),
         scale=options.scale,
         rank=options.rank,
         modules_to_save=policy_of(options.modules_to_save),
         base_model=options.base_model,
+        loss=loss,
         progress=False if options.quiet else None,
+        cache=options.cache,
+        cache_only=options.cache_only,
     )
     merged.save_pretrained(options.output, overwrite=options.overwrite, names=options.names)
     if not options.quiet:
