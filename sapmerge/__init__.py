@@ -9,6 +9,7 @@ layers), `parts` (the primitives), `anchors` (gradients and losses), `io` (files
 
 from sapmerge import anchors as anchors
 from sapmerge import contrib, methods
+from sapmerge import evaluation as evaluation
 from sapmerge import federated as federated
 from sapmerge.anchors.anchors import Anchors
 from sapmerge.anchors.loading import from_pairs

@@ -16,7 +16,8 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-from dg.summary import AS_IS, MATCHED, interval
+from dg.summary import AS_IS, MATCHED
+from sapmerge.evaluation import over_seeds
 
 __all__ = ["draw"]
 
@@ -64,7 +65,8 @@ def _best(table: Mapping[str, Mapping[str, float]]) -> dict[str, tuple[float, fl
         name, _, length = key.rpartition(" / ")
         if name in REFERENCES or length not in (AS_IS, MATCHED):
             continue
-        line = interval([values[seed] - fair[seed] for seed in values if seed in fair])
+        gap = over_seeds([values[seed] - fair[seed] for seed in values if seed in fair])
+        line = (gap.value, gap.width / 2)
         if name not in found or line[0] > found[name][0]:
             found[name] = line
     return found

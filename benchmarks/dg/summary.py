@@ -5,16 +5,15 @@ mean of the updates.
 from __future__ import annotations
 
 import json
-import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import tables
-from scipy.stats import t as student
 
 from dg.trial import AS_IS, MATCHED
+from sapmerge.evaluation import over_seeds
 
 __all__ = ["label", "write"]
 
@@ -44,21 +43,13 @@ def per_seed(rows: Iterable[Row]) -> dict[Key, dict[int, float]]:
     }
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """The mean and the half-width of its 95 % interval (Student's t)."""
-    if len(values) < 2:
-        return statistics.fmean(values), math.nan
-    width = student.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-    return statistics.fmean(values), float(width)
-
-
 def difference(found: Mapping[Key, Mapping[int, float]], key: Key, to: Key) -> str:
     """The paired difference of two lines over the seeds that both have."""
     if key == to or to not in found:
         return "-"
     seeds = sorted(found[key].keys() & found[to].keys())
-    centre, width = interval([found[key][seed] - found[to][seed] for seed in seeds])
-    return f"{centre:+.1f}" + ("" if math.isnan(width) else f" ± {width:.1f}")
+    gap = over_seeds([found[key][seed] - found[to][seed] for seed in seeds])
+    return f"{gap.value:+.1f}" + (f" ± {gap.width / 2:.1f}" if len(seeds) > 1 else "")
 
 
 def overview(groups: Mapping[str, Mapping[Key, Mapping[int, float]]]) -> str:
