@@ -33,6 +33,10 @@ L = TypeVar("L", bound=Callable[..., Tensor])
 
 _MARK = "_sapmerge_outputs_only"
 
+WEIGHT = "anchor_weight"
+"""Key of a batch's weights (samples,): a sample of weight w counts w times. They have mean 1 over
+all batches of the anchors, and every loss below is the mean of w times the loss of a sample."""
+
 INPUTS = {
     "image": ("pixel_values", "interpolate_pos_encoding", "pixel_attention_mask", "spatial_shapes"),
     "text": ("input_ids", "attention_mask", "position_ids", "token_type_ids"),
@@ -72,7 +76,7 @@ def alignment(model: nn.Module, batch: Batch) -> Tensor:
         >>> loss = sm.alignment(model, next(iter(loader)))  # a scalar
     """
     image, text = embeddings(model, batch)
-    return 1 - (image * text).sum(-1).mean()
+    return _apart(image, text, _weights_of(batch))
 
 
 @outputs_only
@@ -84,9 +88,12 @@ def centered_alignment(model: nn.Module, batch: Batch) -> Tensor:
         >>> import sapmerge as sm
         >>> loss = sm.centered_alignment(model, next(iter(loader)))  # a scalar
     """
-    image, text = embeddings(model, batch)
-    image, text = (functional.normalize(side - side.mean(0), dim=-1) for side in (image, text))
-    return 1 - (image * text).sum(-1).mean()
+    weights = _weights_of(batch)
+    image, text = (
+        functional.normalize(side - _centre(side, weights), dim=-1)
+        for side in embeddings(model, batch)
+    )
+    return _apart(image, text, weights)
 
 
 @outputs_only
@@ -107,6 +114,9 @@ def contrastive(model: nn.Module, batch: Batch) -> Tensor:
     scale = learned.exp() if isinstance(learned, Tensor) else 1 / 0.07
     logits = (image @ text.T) * scale
     target = torch.arange(len(logits), device=logits.device)
+    if (weights := _weights_of(batch)) is not None:
+        both = logits.log_softmax(1).diagonal() + logits.log_softmax(0).diagonal()
+        return -(weights * both).mean() / 2
     return (
         functional.cross_entropy(logits, target) + functional.cross_entropy(logits.T, target)
     ) / 2
@@ -128,11 +138,16 @@ def entropy(model: nn.Module, batch: Batch) -> Tensor:
         image, text = embeddings(model, batch)
         learned = getattr(model, "logit_scale", None)
         scale = learned.exp() if isinstance(learned, Tensor) else 1 / 0.07
-        return _entropy((image @ text.T) * scale).mean()
-    logits = getattr(model(**batch), "logits", None) if isinstance(batch, Mapping) else None  # pyright: ignore[reportUnnecessaryIsInstance]
+        found, weights = _entropy((image @ text.T) * scale), _weights_of(batch)
+        return found.mean() if weights is None else (weights * found).mean()
+    if not isinstance(batch, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise AnchorError(f"entropy needs dict batches; got a {type(batch).__name__}")
+    logits = getattr(model(**_inputs(batch)), "logits", None)
     if not isinstance(logits, Tensor):
         raise AnchorError(f"{type(model).__name__} gives no logits for this batch; pass loss=...")
     found, mask = _entropy(wide(logits)), batch.get("attention_mask")
+    if (weights := _weights_of(batch)) is not None:
+        found = found * weights.reshape(-1, *[1] * (found.ndim - 1))
     if isinstance(mask, Tensor) and mask.shape == found.shape:
         return (found * mask).sum() / mask.sum()
     return found.mean()
@@ -171,13 +186,54 @@ def language_modeling(model: nn.Module, batch: Batch) -> Tensor:
     # keys and values for tokens that nobody generates
     if "use_cache" not in batch and _keeps_cache(model):
         batch = {**batch, "use_cache": False}
-    loss = getattr(model(**batch), "loss", None)
+    out = model(**_inputs(batch))
+    loss = getattr(out, "loss", None)
     if not isinstance(loss, Tensor):
         raise AnchorError(
             f"{type(model).__name__} returns no loss for a batch with {sorted(batch)}; pass "
             "loss=..."
         )
-    return loss
+    weights = _weights_of(batch)
+    return loss if weights is None else _weighted_tokens(out, loss, batch["labels"], weights)
+
+
+def _weighted_tokens(out: Any, loss: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """The mean over tokens of the weight of their sample times their cross-entropy."""
+    logits = getattr(out, "logits", None)
+    if isinstance(logits, Tensor) and logits.shape[:2] == labels.shape:
+        target = labels[:, 1:]
+        each = functional.cross_entropy(
+            wide(logits[:, :-1]).transpose(1, 2), target, ignore_index=-100, reduction="none"
+        )
+        count = (target != -100).sum()
+        if torch.allclose((each.sum() / count).detach(), wide(loss.detach()), rtol=1e-2):
+            return (weights[:, None] * each).sum() / count
+    raise AnchorError(
+        f"{WEIGHT!r} needs a loss that is the mean cross-entropy of the next token, and this "
+        "model's is not; leave the weights out, or pass loss=..."
+    )
+
+
+def _weights_of(batch: Batch) -> Tensor | None:
+    """The weights of a batch's samples, if it has any."""
+    return cast("Tensor | None", batch.get(WEIGHT))
+
+
+def _inputs(batch: Batch) -> Batch:
+    """A batch without what is for the loss alone."""
+    return {key: value for key, value in batch.items() if key != WEIGHT}
+
+
+def _centre(points: Tensor, weights: Tensor | None) -> Tensor:
+    if weights is None:
+        return points.mean(0)
+    return (weights[:, None] * points).sum(0) / weights.sum().clamp_min(1e-12)
+
+
+def _apart(image: Tensor, text: Tensor, weights: Tensor | None) -> Tensor:
+    """The mean of 1 - cos of unit vectors."""
+    cosines = (image * text).sum(-1)
+    return 1 - cosines.mean() if weights is None else (weights * (1 - cosines)).mean()
 
 
 def _keeps_cache(model: nn.Module) -> bool:

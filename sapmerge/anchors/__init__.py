@@ -12,13 +12,17 @@ This package is the only place with autograd.
     anchors.py     what a part may ask: gradients, losses, Gram matrices
     cache.py, digest.py   what is kept on disk for a later run, under a key of everything it depends
     on
+    choose.py      anchors chosen from a larger pool; transport.py has the plans
+    mmd.py         how different two sets of anchors are
     towers.py      embeddings of a tower that no adapter touches
     prefix.py, calls.py   outputs of what runs before the first adapted layer,
     kept for the next adapter
 """
 
 from sapmerge.anchors.anchors import Anchors
+from sapmerge.anchors.choose import Chosen, at_random, coreset, features, kmeans
 from sapmerge.anchors.loading import from_pairs
+from sapmerge.anchors.mmd import MMD, mmd
 from sapmerge.losses import (
     alignment,
     centered_alignment,
@@ -29,12 +33,19 @@ from sapmerge.losses import (
 )
 
 __all__ = [
+    "MMD",
     "Anchors",
+    "Chosen",
     "alignment",
+    "at_random",
     "centered_alignment",
     "contrastive",
+    "coreset",
     "entropy",
+    "features",
     "from_pairs",
+    "kmeans",
     "language_modeling",
+    "mmd",
     "outputs_only",
 ]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sapmerge.anchors.digest import digest
 from sapmerge.errors import AnchorError
+from sapmerge.losses import WEIGHT
 
 __all__ = ["Batches", "Half", "from_pairs"]
 
@@ -67,7 +68,11 @@ def _every_other(batch: Any, start: int, size: int) -> Any:
 
 
 def from_pairs(
-    images: Sequence[Any], texts: Sequence[str], processor: Any, batch_size: int = 16
+    images: Sequence[Any],
+    texts: Sequence[str],
+    processor: Any,
+    batch_size: int = 16,
+    weights: Sequence[float] | None = None,
 ) -> list[dict[str, Any]]:
     """Anchor batches from images and their texts.
 
@@ -78,12 +83,13 @@ def from_pairs(
             `padding=True` (SigLIP's with "max_length", as it was trained).
         batch_size: pairs per batch at most, dealt out evenly;
             contrastive losses take their negatives from the batch.
+        weights: how much each pair counts, as `coreset` says; equal by default.
 
     Returns:
         A list of dict batches: an `anchor_loader` for `merge`.
 
     Raises:
-        AnchorError: no pairs, not as many images as texts, or a file that is no image.
+        AnchorError: no pairs, not as many images as texts or weights, or a file that is no image.
 
     Example:
         >>> from sapmerge import anchors
@@ -93,6 +99,8 @@ def from_pairs(
         raise AnchorError(f"anchors are pairs: got {len(images)} images and {len(texts)} texts")
     if batch_size < 1:
         raise AnchorError(f"batch_size is a number of pairs, at least 1; got {batch_size!r}")
+    if weights is not None and len(weights) != len(texts):
+        raise AnchorError(f"got {len(weights)} weights for {len(texts)} pairs")
     padding = "max_length" if type(processor).__name__.lower().startswith("siglip") else True
     batches: list[dict[str, Any]] = []
     count = -(-len(texts) // batch_size)
@@ -105,6 +113,8 @@ def from_pairs(
             padding=padding,
         )
         batches.append(dict(made))
+        if weights is not None:
+            batches[-1][WEIGHT] = torch.tensor(weights[chosen], dtype=torch.float32)
     return batches
 
 
@@ -124,11 +134,12 @@ def _image(image: Any) -> Any:
 
 
 class Batches:
-    """The batches of a re-iterable loader, on the model's device.
+    """The batches of a re-iterable loader, on the model's device; weights of samples have mean 1.
 
     Raises:
         AnchorError: it is empty, can be iterated only once, or yields other data the second time; a
-            batch holds no sample, or tensors that are sparse, quantised or without data.
+            batch holds no sample, or tensors that are sparse, quantised or without data; weights
+            are no weights.
     """
 
     def __init__(self, loader: Any, device: torch.device) -> None:
@@ -139,9 +150,13 @@ class Batches:
                 "read once; pass a list of batches or a DataLoader"
             )
         self._loader, self._device = loader, device
-        self._digests = [self._checked(batch, number) for number, batch in enumerate(loader)]
+        self._digests, weights = list[str](), list[Tensor | None]()
+        for number, batch in enumerate(loader):
+            self._digests.append(self._checked(batch, number))
+            weights.append(_weights(batch, number))
         if not self._digests:
             raise AnchorError("there are no anchors: the loader yields no batch")
+        self._scale = _to_mean_one(weights)
         for _ in self:  # a loader that shuffles shows itself now, not in the scores
             pass
 
@@ -178,7 +193,7 @@ class Batches:
                     "shuffling and random augmentation off (DataLoader(..., shuffle=False))"
                 )
             count += 1
-            yield _moved(batch, self._device)
+            yield _rescaled(_moved(batch, self._device), self._scale)
         if count != len(self._digests):
             raise AnchorError(
                 f"the anchors are not the same on every pass: {len(self._digests)} batches, then "
@@ -189,6 +204,40 @@ class Batches:
     def digest(self) -> str:
         """sha256 over all batches."""
         return digest(list(self._loader))
+
+
+def _weights(batch: Any, number: int) -> Tensor | None:
+    """The weights of a batch's samples, if it has them.
+
+    Raises:
+        AnchorError: they are not one finite number per sample, at least 0.
+    """
+    if not isinstance(batch, Mapping) or WEIGHT not in batch:
+        return None
+    found, size = cast("Any", batch[WEIGHT]), batch_size(cast("Any", batch))
+    right = isinstance(found, Tensor) and found.shape == (size,) and found.is_floating_point()
+    if not right or not bool(torch.isfinite(found).all() and (found >= 0).all()):
+        raise AnchorError(
+            f"{WEIGHT!r} of batch {number} of the anchors must be a tensor of {size} finite "
+            "numbers, at least 0: one per sample"
+        )
+    return found
+
+
+def _to_mean_one(weights: Sequence[Tensor | None]) -> float:
+    """What weights are multiplied by, so that 1 is an ordinary sample; 1 if there are none."""
+    given = [each for each in weights if each is not None]
+    if given and len(given) < len(weights):
+        raise AnchorError(f"some batches of the anchors have {WEIGHT!r} and others do not")
+    total = sum(float(each.double().sum()) for each in given)
+    if given and total == 0:
+        raise AnchorError(f"all of {WEIGHT!r} are 0")
+    return sum(map(len, given)) / total if given else 1.0
+
+
+def _rescaled(batch: Any, scale: float) -> Any:
+    """A batch with its weights in the unit of an ordinary sample."""
+    return batch if scale == 1 else {**batch, WEIGHT: batch[WEIGHT] * scale}
 
 
 def batch_size(batch: Any) -> int:
