@@ -33,13 +33,14 @@ from sapmerge.io.held_values import HeldValues
 from sapmerge.io.modules import Module
 from sapmerge.io.writing import CheckpointWriter
 from sapmerge.merging.bundles import Bundle, Bundler
+from sapmerge.merging.card import card_of
 from sapmerge.merging.form import Form
 from sapmerge.merging.live import activate, ask, delete, live_parameters, names_in, own_heads
 from sapmerge.merging.report import LayerReport
 from sapmerge.merging.run import Run
 from sapmerge.merging.spelling import spelling_of, written_names
 from sapmerge.merging.targets import check_parameters, check_separate
-from sapmerge.merging.texts import card_of, config_of, metadata_of
+from sapmerge.merging.texts import config_of, metadata_of
 from sapmerge.merging.vector_output import for_checkpoint, for_live_model
 from sapmerge.merging.vectors import apply_vectors, check_vectors
 from sapmerge.models import (

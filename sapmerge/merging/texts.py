@@ -1,4 +1,4 @@
-"""What an output says about itself: its config, its metadata and its model card."""
+"""What an output says about itself: its config and its metadata."""
 
 from __future__ import annotations
 
@@ -8,17 +8,14 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from sapmerge.display.tables import table
 from sapmerge.io.kinds.experts import WRITTEN_BY
 from sapmerge.merging.inputs import in_content_order
-from sapmerge.merging.report import LayerReport
 from sapmerge.merging.run import Run
 from sapmerge.models import tensor_name
 
-__all__ = ["card_of", "config_of", "metadata_of"]
+__all__ = ["config_of", "metadata_of"]
 
 _PLAIN = re.compile(r"[A-Za-z0-9_.-]+")
-_ESCAPED = re.compile(r'["\\]')
 
 
 def config_of(
@@ -140,46 +137,3 @@ def metadata_of(run: Run, form: Mapping[str, object]) -> dict[str, str]:
         ),
         "sapmerge.inputs": json.dumps(inputs, sort_keys=True),
     }
-
-
-def card_of(run: Run, rows: Sequence[LayerReport]) -> str:
-    from sapmerge.version import __version__
-
-    head = ["---", "library_name: peft", "tags: [lora, merge, sapmerge]"]
-    if run.base.name:
-        head.append(f"base_model: {_yaml(run.base.name)}")
-    listed = sorted(
-        zip(run.adapters, run.weights, strict=True), key=lambda pair: in_content_order(*pair)
-    )
-    inputs = table(
-        ["adapter", "weight", "layers", "sha256"],
-        [[a.label, f"{w:g}", len(a.modules), a.digest[:16]] for a, w in listed],
-    )
-    return "\n".join(
-        [
-            *head,
-            "---",
-            "# Merged LoRA adapter",
-            "",
-            f"Made by sapmerge {__version__} from {len(run.adapters)} adapters, "
-            f"{len(rows)} layers.",
-            "",
-            "```",
-            inputs,
-            "",
-            f"method  {run.recipe['method']}",
-            f"scale   {run.scale:g}",
-            "```",
-            "",
-            "Load it with `PeftModel.from_pretrained(base, path)`.",
-            "",
-        ]
-    )
-
-
-def _yaml(text: str) -> str:
-    """A string of YAML. JSON's is one but for letters beyond 16 bits,
-    which it writes as two halves.
-    """
-    quoted = _ESCAPED.sub(r"\\\g<0>", text)
-    return '"' + "".join(one if one.isprintable() else f"\\U{ord(one):08x}" for one in quoted) + '"'

@@ -289,23 +289,6 @@ def test_a_file_that_changes_under_the_merge_is_noticed(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_the_model_card(zoo: list[Path], tmp_path: Path) -> None:
-    sm.merge(zoo, method=sm.ties(0.3), weights=[1, 2, 3], rank="exact").save_pretrained(
-        tmp_path / "out"
-    )
-    card = (tmp_path / "out" / "README.md").read_text()
-    head = card.split("---")[1]
-    assert "library_name: peft" in head
-    assert f'base_model: "{BASE}"' in head
-    for text in (
-        sm.__version__,
-        repr(sm.ties(0.3)),
-        "PeftModel.from_pretrained",
-        *(path.name for path in zoo),
-    ):
-        assert text in card
-
-
 def test_a_model_with_other_spelling_gets_its_own_names(tmp_path: Path) -> None:
     """The adapter is saved as it was spelled, or as `names` says,
     or as the model does if one is given.

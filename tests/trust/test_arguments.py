@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from huggingface_hub import ModelCard
 
 import sapmerge as sm
 from sapmerge.cli import main
@@ -207,18 +206,6 @@ def test_what_exists_is_a_folder_whatever_is_in_its_name(
     assert " 2 " in capsys.readouterr().out  # the rank
     assert main(["inspect", "mine=0.1/a"]) == 0
     assert "mine" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    "name", ["😀/base", 'quo"te\\back', "модель: {x}", "a # b", "'", "日本/モデル", "é", "- x"]
-)
-def test_the_card_names_the_base_as_it_is(tmp_path: Path, name: str) -> None:
-    inputs = [
-        write_adapter(tmp_path / label, seed, base_model_name_or_path=name)
-        for seed, label in enumerate("ab")
-    ]
-    sm.merge(inputs, method=sm.mean()).save_pretrained(tmp_path / "out")
-    assert ModelCard.load(tmp_path / "out" / "README.md").data.base_model == name
 
 
 def test_stdout_may_be_closed(paths: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
