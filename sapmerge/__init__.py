@@ -13,6 +13,7 @@ from sapmerge import evaluation as evaluation
 from sapmerge import federated as federated
 from sapmerge.anchors.anchors import Anchors
 from sapmerge.anchors.loading import from_pairs
+from sapmerge.comparing import Comparison, MethodResult, compare
 from sapmerge.contrib import *
 from sapmerge.core.frames import Frames
 from sapmerge.core.layer import Layer, Member
@@ -129,13 +130,16 @@ __all__ = [
     # a merge: adapters in, one adapter out
     "Adapter",
     "AdapterSummary",
+    "Comparison",
     "Inspection",
     "LayerSummary",
     "Limits",
     "Merged",
     "Module",
+    "MethodResult",
     "SavedTensor",
     "__version__",
+    "compare",
     "inspect",
     "merge",
     "parse",

@@ -8,6 +8,7 @@ import doctest
 import importlib
 import importlib.util
 import inspect
+import json
 import pkgutil
 import re
 import shlex
@@ -21,10 +22,13 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from PIL import Image
 from transformers import CLIPConfig, CLIPModel
 
 import sapmerge
 from sapmerge import cli
+
+from .anchors.test_loading import clip_processor
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -75,7 +79,12 @@ def with_lora(rank: int = 4) -> Any:
 def processor(images: list[Any], text: list[str], **_: Any) -> dict[str, torch.Tensor]:
     """Stands in for a transformers processor: a caption is one token between two others."""
     ids = [[1, 3 + sum(map(ord, caption)) % 60, 2] for caption in text]
-    return {"pixel_values": torch.stack(images), "input_ids": torch.tensor(ids)}
+    pixels = [
+        one if isinstance(one, torch.Tensor) else torch.tensor(list(one.tobytes())).float() / 255
+        for one in images
+    ]
+    pixels = [one.reshape(3, 32, 32) for one in pixels]
+    return {"pixel_values": torch.stack(pixels), "input_ids": torch.tensor(ids)}
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +98,28 @@ def downloads(tmp_path_factory: pytest.TempPathFactory) -> Path:
             if parameter.requires_grad:
                 torch.nn.init.normal_(parameter, std=0.1)
         peft_model.save_pretrained(root / name, save_embedding_layers=False)
+    write_base(root / "base")
+    write_photos(root / "photos")
     return root
+
+
+def write_base(folder: Path) -> None:
+    """The base model with a processor, as a user has it on the disk."""
+    tiny_clip().save_pretrained(folder)
+    clip_processor(folder, 32).save_pretrained(folder)
+
+
+def write_photos(folder: Path) -> None:
+    """Images with captions."""
+    folder.mkdir()
+    captions = {f"{k}.png": f"thing {'abcdef'[k]}" for k in range(6)}
+    for k, name in enumerate(captions):
+        picture = Image.linear_gradient("L").rotate(60 * k).resize((32, 32)).convert("RGB")
+        picture.save(folder / name)
+    rows = [json.dumps({"file_name": name, "text": text}) for name, text in captions.items()]
+    (folder / "metadata.jsonl").write_text("\n".join(rows))
+    lines = ["file_name,text", *(f"{name},{text}" for name, text in captions.items())]
+    (folder / "metadata.csv").write_text("\n".join(lines))
 
 
 @pytest.fixture

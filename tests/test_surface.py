@@ -34,7 +34,9 @@ DISK = {
     "cli": "is the user's shell",
     "demo": "writes its results",
     "display.tables": "asks a terminal for its width",
+    "comparing": "keeps results and statistics in the folder that the user names",
     "merging.inputs": "asks whether the name of an adapter is a folder too",
+    "anchors.folders": "reads the captions that the user names",
     "anchors.loading": "opens the images that the user names",
     "merging.sinks": "asks whether the output is one of the inputs",
     "merging.verification": "merges again into a temporary folder",
@@ -51,6 +53,7 @@ CODE = {
         "torch.load",
     ): "the one place that unpickles, tensors only, when the user says so",
     ("federated.extras", "importlib"): "packages of the extras, by constant names",
+    ("anchors.folders", "importlib"): "whether pillow is installed",
     ("cli.recipes", "importlib"): "a function that the user typed",
     ("demo.extras", "importlib"): "packages of the extra, by constant names",
 }

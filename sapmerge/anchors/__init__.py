@@ -3,6 +3,7 @@
 This package is the only place with autograd.
 
     loading.py     batches: made from pairs, halved, and checked to be the same on every pass
+    folders.py     batches from a folder of images with captions
     freezing.py    the base model while anchors run through it: frozen, and put back
     hooks.py       adapters put into a model and taken out again, and what passes through its layers
     gradients.py   the gradient of a layer, seen through products
@@ -21,6 +22,7 @@ This package is the only place with autograd.
 
 from sapmerge.anchors.anchors import Anchors
 from sapmerge.anchors.choose import Chosen, at_random, coreset, features, kmeans
+from sapmerge.anchors.folders import from_csv, from_folder
 from sapmerge.anchors.loading import from_pairs
 from sapmerge.anchors.mmd import MMD, mmd
 from sapmerge.losses import (
@@ -43,6 +45,8 @@ __all__ = [
     "coreset",
     "entropy",
     "features",
+    "from_csv",
+    "from_folder",
     "from_pairs",
     "kmeans",
     "language_modeling",

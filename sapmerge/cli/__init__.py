@@ -1,5 +1,5 @@
-"""The command line: `sapmerge merge`, `inspect`, `verify`, `reproduce`, `score`, `round`,
-`demo`.
+"""The command line: `sapmerge merge`, `inspect`, `compare`, `verify`, `reproduce`, `score`,
+`round`, `demo`.
 
 program.py     what all commands share: the parser, and errors as one line
 merging.py     merge

@@ -10,7 +10,7 @@ from typing import Any
 
 from sapmerge.errors import MethodError
 
-__all__ = ["adapters_of", "policy_of", "rank_of", "weights_of"]
+__all__ = ["adapters_of", "policy_of", "rank_of", "split_methods", "weights_of"]
 
 
 def adapters_of(arguments: Sequence[str]) -> Any:
@@ -59,3 +59,20 @@ def _number(text: str) -> float:
         return float(text)
     except ValueError:
         raise MethodError(f"--weights takes numbers separated by commas; got {text!r}") from None
+
+
+def split_methods(text: str) -> list[str]:
+    """mean,ties(density=0.5) -> its parts: commas inside of parentheses and quotes separate
+    nothing.
+    """
+    found, depth, quote = [""], 0, ""
+    for letter in text:
+        if letter == "," and not depth and not quote:
+            found.append("")
+            continue
+        if letter in "'\"":
+            quote = "" if quote == letter else quote or letter
+        elif not quote:
+            depth += (letter in "([{") - (letter in ")]}")
+        found[-1] += letter
+    return [one.strip() for one in found if one.strip()]

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from typing import Any
 
 import sapmerge
 from sapmerge import methods
 from sapmerge.cli.arguments import adapters_of, policy_of, rank_of, weights_of
+from sapmerge.cli.models import add_model_options, anchors_of, loss_of, model_of
 from sapmerge.cli.pages import add_page, save_page
 from sapmerge.cli.recipes import method_of
 from sapmerge.cli.scoring import SETUP, setup_of
 from sapmerge.display.tables import Look
-from sapmerge.errors import printable
+from sapmerge.errors import MethodError, printable
 from sapmerge.merging.spelling import CHOICES
 
 __all__ = ["add_to"]
@@ -33,8 +35,7 @@ def add_to(commands: Any) -> list[argparse.ArgumentParser]:
     merge.add_argument("-o", "--output", required=True, help="folder to write")
     merge.add_argument(
         "--method",
-        required=True,
-        help=f"{', '.join(methods.__all__)}; a recipe; or module:function",
+        help=f"{', '.join(methods.__all__)}; a recipe; or module:function (sap with --anchors)",
     )
     merge.add_argument("--density", type=float, help="fraction kept, in (0, 1]")
     merge.add_argument("--seed", type=int, help="of methods that draw random masks")
@@ -60,25 +61,33 @@ def add_to(commands: Any) -> list[argparse.ArgumentParser]:
     merge.add_argument("--overwrite", action="store_true", help="replace an existing output")
     add_page(merge)
     merge.add_argument("--quiet", action="store_true", help="no progress, no report")
+    add_model_options(merge)
     merge.set_defaults(run=_merge)
     return [merge]
 
 
 def _merge(options: argparse.Namespace) -> None:
-    method = method_of(options.method, {"density": options.density, "seed": options.seed})
-    nothing = None, None, None
-    anchors, model, loss = nothing if options.setup is None else setup_of(options.setup)
+    given = {"density": options.density, "seed": options.seed}
+    if options.method is None and options.anchors is None and options.setup is None:
+        raise MethodError(
+            "which method? --method mean, ties, tsv, ... (`sapmerge merge --help` lists them); "
+            "--anchors DIR and --model give sap"
+        )
+    if options.method is None and any(value is not None for value in given.values()):
+        raise MethodError("--density and --seed go with a method: add --method NAME")
+    loader, model, loss = _anchored(options)
     merged = sapmerge.merge(
         adapters_of(options.adapters),
-        anchors,
+        loader,
         model,
-        method=method,
+        method=None if options.method is None else method_of(options.method, given),
         weights=weights_of(options.weights),
         scale=options.scale,
         rank=options.rank,
+        loss=loss,
         modules_to_save=policy_of(options.modules_to_save),
         base_model=options.base_model,
-        loss=loss,
+        device=options.device,
         progress=False if options.quiet else None,
         cache=options.cache,
         cache_only=options.cache_only,
@@ -88,3 +97,18 @@ def _merge(options: argparse.Namespace) -> None:
         look = Look.of(sys.stdout)
         print(f"{merged.report.to_text(look)}\n\nwritten to {printable(options.output)}")
     save_page(options, lambda: merged.report.plot())
+
+
+def _anchored(options: argparse.Namespace) -> tuple[Any, Any, Any]:
+    """Anchors, model and loss; a model without anchors stays the path of its folder."""
+    if options.setup is not None:
+        for flag in ("anchors", "model", "loss", "batch_size", "dtype"):
+            if getattr(options, flag) is not None:
+                raise MethodError(f"--setup makes what --{flag.replace('_', '-')} names: give one")
+        return setup_of(options.setup)
+    loader = anchors_of(options)
+    if loader is None and options.cache is not None:
+        raise MethodError("--cache is of anchors: add --anchors DIR and --model, or --setup")
+    if loader is None and (options.model is None or os.path.isdir(options.model)):
+        return None, options.model, None
+    return loader, model_of(options), loss_of(options)

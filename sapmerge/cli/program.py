@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import sapmerge
-from sapmerge.cli import checking, looking, merging, rounds, scoring, showing
+from sapmerge.cli import checking, comparing, looking, merging, rounds, scoring, showing
 from sapmerge.errors import SapmergeError, SapmergeWarning, printable
 
 __all__ = ["main"]
@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="sapmerge", description="Merge LoRA adapters.")
     parser.add_argument("--version", action="version", version=sapmerge.__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (merging, looking, checking, scoring, rounds, showing):
+    for add in (merging, looking, comparing, checking, scoring, rounds, showing):
         for command in add.add_to(commands):
             command.add_argument(
                 "--debug", action="store_true", help="show the traceback of an error"

@@ -6,15 +6,11 @@ import ast
 import importlib
 import re
 import sys
-from collections.abc import Callable
-from difflib import get_close_matches
-from inspect import signature
-from typing import Any, cast
+from typing import Any
 
-import sapmerge
-from sapmerge import contrib, methods
 from sapmerge.core.protocols import Method
 from sapmerge.errors import MethodError
+from sapmerge.named import method_named
 
 __all__ = ["imported", "method_of"]
 
@@ -26,37 +22,14 @@ def method_of(text: str, given: dict[str, Any]) -> Method:
     to be imported.
     """
     options = {key: value for key, value in given.items() if value is not None}
-    names = [*methods.__all__, *(name for name in contrib.__all__ if name.islower())]
-    if text in names:
-        factory = cast(
-            "Callable[..., Method]", getattr(methods if text in methods.__all__ else contrib, text)
-        )
-        unknown = sorted(set(options) - set(signature(factory).parameters))
-        if unknown:
-            known = ", ".join(signature(factory).parameters) or "no arguments"
-            raise MethodError(f"the method {text!r} has no {unknown[0]}; it takes {known}")
-        missing = [
-            p.name
-            for p in signature(factory).parameters.values()
-            if p.default is p.empty and p.name not in options
-        ]
-        if missing:
-            raise MethodError(
-                f"the method {text!r} needs {missing[0]}; it takes {signature(factory)}"
-            )
-        return factory(**options)
-    if options:
+    if options and ("(" in text or _IMPORTABLE.fullmatch(text)):
         raise MethodError(
             f"--{next(iter(options))} goes with a method's name; write it into {text!r} instead"
         )
     if _IMPORTABLE.fullmatch(text):
         return imported(text)
-    if "(" not in text:
-        close = get_close_matches(text.lower(), names, 1)
-        hint = f"did you mean {close[0]!r}? The" if close else "the"
-        raise MethodError(f"there is no method {text!r}; {hint} methods are {', '.join(names)}")
     functions = {name: imported(name) for name in _strings(text) if _IMPORTABLE.fullmatch(name)}
-    return sapmerge.parse(text, functions)
+    return method_named(text, functions, **options)
 
 
 def imported(name: str) -> Any:

@@ -45,6 +45,8 @@ def write_routed(
         NonFiniteError: a tensor is NaN or infinite.
         OutputError: the disk refuses.
     """
+    from safetensors.torch import save
+
     with StagedFolder(path, overwrite=False) as folder:
         digests: dict[str, str] = {}
         for name, tensors in ((FACTORS, factors), (ROUTER, router)):

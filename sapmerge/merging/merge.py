@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -284,6 +285,30 @@ class Merged:
                 mine.base_is_now()
 
         sinks.apply(self.run, model, finish, undo)
+
+    @contextmanager
+    def applied(self, model: Any) -> Generator[Report]:
+        """Add the merged update to the weights of `model` for the length of a `with` block, and
+        take it out again: to evaluate a merge, or several in turn.
+
+        Gives the report, without the anchors' losses. The old weights are kept as in `apply_to`,
+        and come back bit by bit.
+
+        Raises:
+            ModelMismatchError: as in `apply_to`.
+
+        Example:
+            >>> with merged.applied(model) as report:  # doctest: +SKIP
+            ...     accuracy = evaluate(model)
+        """
+        anchors = self.run.stream.anchors
+        mine = anchors if anchors is not None and base_of(model) is base_of(anchors.model) else None
+        try:
+            with sinks.applied(self.run, model) as rows:
+                yield report_of(self.run, rows)
+        finally:
+            if mine is not None:
+                mine.base_is_now()  # the same values, written again
 
     def add_to(self, peft_model: Any, adapter_name: str) -> None:
         """Add the merged adapter to a live PeftModel, under a new name.

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeAlias, cast
@@ -52,7 +52,7 @@ from sapmerge.models import (
     tensor_name,
 )
 
-__all__ = ["add", "apply", "save", "save_together"]
+__all__ = ["add", "applied", "apply", "save", "save_together"]
 
 PREFIX = "base_model.model."
 _USUAL = Form()
@@ -198,6 +198,27 @@ def apply(run: Run, model: Any, finish: Finish, undo: Undo) -> None:
     except BaseException:
         undo.run()  # what was cut short, and what was interrupted on the way out
         raise
+
+
+@contextmanager
+def applied(run: Run, model: Any) -> Generator[tuple[LayerReport, ...]]:
+    """Inside, the updates are added to the weights; afterwards the weights are what they were.
+
+    The model is this thread's alone as long as the block runs.
+    """
+    held, undo = HeldValues(), Undo()
+    with exclusive(model) as base:
+        try:
+            try:
+                undo.add(held.put_back)
+                with pinned_state():
+                    rows = _added(run, model, base, held)
+                yield rows
+            finally:
+                undo.run()
+        finally:
+            undo.run()  # goes on where an interruption stopped the first one
+            held.close()
 
 
 def _added(run: Run, model: Any, base: nn.Module, held: HeldValues) -> tuple[LayerReport, ...]:

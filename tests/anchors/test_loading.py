@@ -192,7 +192,7 @@ def test_pairs_that_are_none(images: Any, texts: Any, size: int, message: str) -
         from_pairs(images, texts, FakeProcessor(), batch_size=size)
 
 
-def clip_processor(folder: Path) -> Any:
+def clip_processor(folder: Path, size: int = 8) -> Any:
     """A CLIPProcessor of transformers, from a vocabulary of letters."""
     import json
 
@@ -209,7 +209,8 @@ def clip_processor(folder: Path) -> Any:
     tokenizer = CLIPTokenizer(
         str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=12
     )
-    images = CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
+    crop = {"height": size, "width": size}
+    images = CLIPImageProcessor(size={"shortest_edge": size}, crop_size=crop)
     return CLIPProcessor(images, tokenizer)
 
 

@@ -1,0 +1,197 @@
+"""Anchors from files: a folder of images with their captions, or a table."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeAlias, cast
+
+from sapmerge.anchors.loading import from_pairs
+from sapmerge.errors import AnchorError, printable
+
+__all__ = ["from_csv", "from_folder"]
+
+Pair: TypeAlias = tuple[str, str]
+
+_IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+_IMAGE_COLUMNS = ("file_name", "image", "file", "path", "filename", "filepath")
+_TEXT_COLUMNS = ("text", "caption", "title", "prompt")
+_STEMS = ("captions", "metadata")  # the second one is that of imagefolders of the Hub
+
+
+def from_folder(
+    folder: str | os.PathLike[str], processor: Any, batch_size: int = 16
+) -> list[dict[str, Any]]:
+    """Anchor batches from a folder of images and their captions.
+
+    The captions are in the first of these that is there: `captions.json` (file -> caption, or a
+    list of objects), `captions.jsonl` (one object per line), `captions.csv`, `captions.txt` (file,
+    a tab, caption); the same with `metadata` for `captions`; or `photo.txt` beside each
+    `photo.jpg`. Objects and tables name the image `file_name` (or image, file, path) and the
+    caption `text` (or caption, title, prompt).
+
+    Args:
+        folder: images and captions.
+        processor: as in `from_pairs`.
+        batch_size: as in `from_pairs`.
+
+    Returns:
+        A list of dict batches in the order of the captions: an `anchor_loader` for `merge`.
+
+    Raises:
+        AnchorError: no captions, an image without a caption, a caption without its image, or a
+            file that cannot be read; the message names it.
+
+    Example:
+        >>> from sapmerge import anchors
+        >>> loader = anchors.from_folder("photos", processor)  # doctest: +SKIP
+    """
+    root = os.fspath(folder)
+    try:
+        present = sorted(os.listdir(root))
+    except OSError as error:
+        raise AnchorError(f"the anchors {root!r}: {error.strerror or error}") from None
+    images = [name for name in present if name.lower().endswith(_IMAGES)]
+    tables = [f"{stem}{ending}" for stem in _STEMS for ending in _READERS]
+    found = next((name for name in tables if name in present), None)
+    if found is not None:
+        pairs = _read(os.path.join(root, found))
+    else:
+        pairs = [(name, _beside(root, name, present)) for name in images]
+    if not pairs:
+        raise AnchorError(f"the anchors {root!r}: the folder holds no image and no captions")
+    left = sorted(set(images) - {os.path.normpath(name) for name, _ in pairs})
+    if left:
+        raise AnchorError(
+            f"the anchors {root!r}: {len(left)} images have no caption in {found}, the first is "
+            f"{left[0]!r}; write one, or move the image away"
+        )
+    return _batches(root, pairs, processor, batch_size)
+
+
+def from_csv(
+    path: str | os.PathLike[str], processor: Any, batch_size: int = 16
+) -> list[dict[str, Any]]:
+    """Anchor batches from a table with one image and its caption per row.
+
+    Args:
+        path: a file with a header, as `captions.csv` of `from_folder`; images lie where it says,
+            seen from its own folder.
+        processor: as in `from_pairs`.
+        batch_size: as in `from_pairs`.
+
+    Raises:
+        AnchorError: as `from_folder`.
+
+    Example:
+        >>> from sapmerge import anchors
+        >>> loader = anchors.from_csv("photos/table.csv", processor)  # doctest: +SKIP
+    """
+    file = os.fspath(path)
+    return _batches(os.path.dirname(file) or ".", _read_csv(file), processor, batch_size)
+
+
+def _batches(
+    root: str, pairs: Sequence[Pair], processor: Any, batch_size: int
+) -> list[dict[str, Any]]:
+    if importlib.util.find_spec("PIL") is None:
+        raise AnchorError("images need pillow: pip install pillow")
+    images = [os.path.join(root, name) for name, _ in pairs]
+    for image in images:
+        if not os.path.isfile(image):
+            raise AnchorError(f"the anchors {root!r}: there is no image {image!r}")
+    return from_pairs(images, [text for _, text in pairs], processor, batch_size)
+
+
+def _beside(root: str, image: str, present: Sequence[str]) -> str:
+    name = f"{os.path.splitext(image)[0]}.txt"
+    if name not in present:
+        raise AnchorError(
+            f"the anchors {root!r} have no captions: expected captions.json, .jsonl, .csv or .txt, "
+            f"or {name!r} beside {image!r}"
+        )
+    return _text(os.path.join(root, name)).strip()
+
+
+def _text(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            return file.read()
+    except (OSError, UnicodeError) as error:
+        raise AnchorError(f"the captions {path!r} cannot be read: {error}") from None
+
+
+def _read(path: str) -> list[Pair]:
+    return _READERS[os.path.splitext(path)[1]](path)
+
+
+def _read_json(path: str) -> list[Pair]:
+    data = _parsed(_text(path), path)
+    if isinstance(data, Mapping):
+        table = cast("Mapping[str, Any]", data)
+        return [(name, _caption(text, path, name)) for name, text in table.items()]
+    if not isinstance(data, list):
+        raise AnchorError(f"the captions {path!r}: expected file -> caption, or a list of objects")
+    return _rows(cast("list[Any]", data), path)
+
+
+def _read_lines(path: str) -> list[Pair]:
+    lines = [line for line in _text(path).splitlines() if line.strip()]
+    return _rows([_parsed(line, path) for line in lines], path)
+
+
+def _parsed(text: str, path: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise AnchorError(f"the captions {path!r} are not JSON: {error}") from None
+
+
+def _read_csv(path: str) -> list[Pair]:
+    try:
+        return _rows(list(csv.DictReader(_text(path).splitlines(keepends=True))), path)
+    except csv.Error as error:
+        raise AnchorError(f"the captions {path!r} are no table: {error}") from None
+
+
+def _read_tabs(path: str) -> list[Pair]:
+    pairs = list[Pair]()
+    for number, line in enumerate(_text(path).splitlines(), 1):
+        name, tab, text = line.partition("\t")
+        if not tab and line.strip():
+            raise AnchorError(f"the captions {path!r}, line {number}: expected file, tab, caption")
+        if tab:
+            pairs.append((name.strip(), _caption(text, path, name)))
+    return pairs
+
+
+def _rows(rows: Iterable[Any], path: str) -> list[Pair]:
+    pairs = list[Pair]()
+    for number, row in enumerate(rows, 1):
+        table = cast("Mapping[str, Any]", row if isinstance(row, Mapping) else {})
+        image = next((table[name] for name in _IMAGE_COLUMNS if name in table), None)
+        text = next((table[name] for name in _TEXT_COLUMNS if name in table), None)
+        if not isinstance(image, str) or text is None:
+            raise AnchorError(
+                f"the captions {path!r}, entry {number}: expected file_name and text; it has "
+                f"{printable(str(sorted(map(str, table))))}"
+            )
+        pairs.append((image, _caption(text, path, image)))
+    return pairs
+
+
+def _caption(text: object, path: str, image: str) -> str:
+    if not isinstance(text, str) or not text.strip():
+        raise AnchorError(f"the captions {path!r}: {image!r} has no text")
+    return text.strip()
+
+
+_READERS: Mapping[str, Callable[[str], list[Pair]]] = {
+    ".json": _read_json,
+    ".jsonl": _read_lines,
+    ".csv": _read_csv,
+    ".txt": _read_tabs,
+}

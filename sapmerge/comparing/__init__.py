@@ -1,0 +1,13 @@
+"""Methods compared on a metric of one's own.
+
+compare.py   every method merged, applied, evaluated; the model as it was after each
+metric.py    what a metric returns, read as a number with an interval where it tells
+table.py     the leaderboard: what is better, and what cannot be told apart
+kept.py      results of an earlier run, kept in a folder
+plot.py      the leaderboard as a picture (extra `plot`)
+"""
+
+from sapmerge.comparing.compare import compare
+from sapmerge.comparing.table import Comparison, MethodResult
+
+__all__ = ["Comparison", "MethodResult", "compare"]

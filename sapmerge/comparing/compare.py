@@ -1,0 +1,241 @@
+"""Every method merged, applied and evaluated; the model is what it was after each."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeAlias, cast
+
+import torch
+from torch import nn
+
+from sapmerge.anchors.digest import digest
+from sapmerge.comparing.kept import KeptResults
+from sapmerge.comparing.metric import Score, read_scores
+from sapmerge.comparing.table import BASE, Comparison, MethodResult
+from sapmerge.core.part import recipe
+from sapmerge.core.protocols import Method
+from sapmerge.errors import AnchorError, MethodError, SapmergeError, SapmergeWarning
+from sapmerge.losses import Loss
+from sapmerge.merging.calling import check_method
+from sapmerge.merging.inputs import Adapters, as_given, load_adapters
+from sapmerge.merging.merge import Merged, merge
+from sapmerge.named import method_named
+from sapmerge.parts.scaling import MatchEnergy
+
+__all__ = ["MethodLike", "compare"]
+
+MethodLike: TypeAlias = "Method | str"
+"""A method, its name, or a recipe."""
+
+
+def compare(
+    adapters: Adapters,
+    methods: Sequence[MethodLike] | Mapping[str, MethodLike],
+    anchor_loader: Any = None,
+    model: Any = None,
+    *,
+    evaluate: Callable[[Any], Any],
+    metric: str | None = None,
+    maximize: bool = True,
+    matched: bool = True,
+    weights: Sequence[float] | Mapping[str, float] | None = None,
+    scale: float = 1.0,
+    loss: Loss | None = None,
+    modules_to_save: Any = None,
+    base_model: str | None = None,
+    device: torch.device | str | None = None,
+    folder: str | os.PathLike[str] | None = None,
+    progress: bool | None = None,
+) -> Comparison:
+    """Merge with every method, evaluate each merge on the model, and say which are better.
+
+    The adapters are opened once, and statistics over the anchors are computed once for all methods
+    that read the same ones. Each merge is applied to the model without loss of rank, as
+    `Merged.apply_to` does, in eval mode and without gradients; then weights, buffers and training
+    modes are what they were.
+
+    Args:
+        adapters: as in `merge`.
+        methods: methods, names or recipes: "ties", sm.ties(0.5), "Chain(Mean())"; or a mapping
+            label -> any of these.
+        anchor_loader: as in `merge`, for methods that read anchors.
+        model: the base model, loaded.
+        evaluate: model -> a number; or one number per sample (1 right, 0 wrong), which gives
+            intervals and tells what is within noise; or a mapping name -> either.
+        metric: the name that the leaderboard goes by; the first one by default.
+        maximize: whether more is better.
+        matched: evaluate every method at matched length, too: `MatchEnergy(method)`, so that no
+            method wins by its length alone.
+        weights: as in `merge`.
+        scale: as in `merge`.
+        loss: as in `merge`.
+        modules_to_save: as in `merge`.
+        base_model: as in `merge`.
+        device: as in `merge`.
+        folder: keep results there, and take those of an earlier run from there.
+        progress: False: no bar. None: one if stderr is a terminal.
+
+    Returns:
+        A `Comparison`: `print` gives the leaderboard, `best` its first row. A method that the merge
+        refuses has its reason there and no score.
+
+    Raises:
+        MethodError: no methods, an unknown name, or a metric that returns no numbers.
+        SapmergeError: adapters that cannot be read.
+
+    Example:
+        >>> import sapmerge as sm
+        >>> table = sm.compare(["art", "sketch"], ["mean", "ties"], model=model, evaluate=accuracy)
+        ... # doctest: +SKIP
+        >>> print(table)  # doctest: +SKIP
+    """
+    if not hasattr(model, "named_modules"):
+        raise MethodError("compare needs the loaded base model: model=...")
+    if not callable(evaluate):
+        raise MethodError(f"evaluate is a function of the model; got a {type(evaluate).__name__}")
+    plan = _plan(methods, matched, lambda one: check_method(one, anchor_loader, model))
+    numbers = as_given(weights)
+    opened = load_adapters(adapters, model, numbers)
+    call: dict[str, Any] = {
+        "weights": numbers,
+        "scale": scale,
+        "loss": loss,
+        "modules_to_save": modules_to_save,
+        "base_model": base_model,
+        "device": device,
+    }
+    anchors = None if anchor_loader is None or folder is None else list(anchor_loader)
+    settings = [[(one.label, one.digest) for one in opened], sorted(call.items()), anchors]
+    kept = KeptResults(folder, settings, model, evaluate)
+    results = list[MethodResult]()
+    with ExitStack() as stack:
+        cache = _cache(folder, anchor_loader, loss, stack)
+
+        def merged(method: Method) -> Merged:
+            return _quietly_merged(
+                opened, anchor_loader, model, method=method, cache=cache, progress=False, **call
+            )
+
+        for name, length, method in _with_bar(plan, progress):
+            found = kept.get(method, name, length)
+            if found is None:
+                found = _result(name, length, method, merged, model, evaluate)
+                if not found.problem:
+                    kept.put(method, found)
+            results.append(found)
+    known = list(results[0].scores)
+    if metric is not None and metric not in known:
+        raise MethodError(f"evaluate gives {known}, and no {metric!r}")
+    return Comparison(tuple(results), metric or known[0], maximize)
+
+
+_Planned: TypeAlias = "tuple[str, str, Method | None]"
+
+
+def _plan(methods: object, matched: bool, checked: Callable[[Any], Method]) -> list[_Planned]:
+    """(name, length, method), the base model first."""
+    if isinstance(methods, str) or not isinstance(methods, (Sequence, Mapping)) or not methods:
+        raise MethodError(f"compare takes a list of methods, or label -> method; got {methods!r}")
+    if isinstance(methods, Mapping):
+        table = cast("Mapping[object, object]", methods)
+        named = [(str(label), one) for label, one in table.items()]
+    else:
+        given = cast("Sequence[object]", methods)
+        named = [(one if isinstance(one, str) else "", one) for one in given]
+    plan: list[_Planned] = [(BASE, "", None)]
+    for label, one in named:
+        method = checked(method_named(one) if isinstance(one, str) else one)
+        name = label or recipe(method)
+        plan.append((name, "own", method))
+        if matched and not isinstance(method, MatchEnergy):
+            plan.append((name, "matched", MatchEnergy(method)))
+    return plan
+
+
+def _result(
+    name: str,
+    length: str,
+    method: Method | None,
+    merged: Callable[[Method], Merged],
+    model: nn.Module,
+    evaluate: Callable[[Any], Any],
+) -> MethodResult:
+    start, norm, entered = time.perf_counter(), 0.0, False
+    text = "" if method is None else recipe(method)
+    with _as_it_was(model):
+        try:
+            if method is None:
+                scores = _evaluated(model, evaluate)
+            else:
+                with merged(method).applied(model) as report:
+                    entered = True
+                    norm = sum(layer.norm**2 for layer in report.layers) ** 0.5
+                    scores = _evaluated(model, evaluate)
+        except SapmergeError as error:
+            if method is None or entered:
+                raise
+            return MethodResult(name, length, text, problem=str(error))
+    return MethodResult(name, length, text, scores, norm, time.perf_counter() - start)
+
+
+def _evaluated(model: nn.Module, evaluate: Callable[[Any], Any]) -> dict[str, Score]:
+    model.eval()
+    with torch.no_grad():
+        return read_scores(evaluate(model))
+
+
+@contextmanager
+def _as_it_was(model: nn.Module) -> Generator[None]:
+    """Buffers and training modes are put back: a metric may change them."""
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+
+
+def _quietly_merged(*arguments: Any, **options: Any) -> Merged:
+    """Without the warning that a method reads no anchors: others of the comparison do."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "the anchors were not used", SapmergeWarning)
+        return merge(*arguments, **options)
+
+
+def _cache(
+    folder: str | os.PathLike[str] | None, loader: Any, loss: Loss | None, stack: ExitStack
+) -> str | None:
+    """Where statistics over the anchors are kept for the methods to come: in the folder, or a
+    temporary one. None without anchors, or with anchors that cannot be told by their content.
+    """
+    if loader is None:
+        return None
+    if folder is not None:
+        return os.path.join(os.fspath(folder), "statistics")
+    try:
+        digest([list(loader), loss])
+    except AnchorError:
+        return None
+    return stack.enter_context(tempfile.TemporaryDirectory(prefix="sapmerge-"))
+
+
+def _with_bar(plan: Sequence[_Planned], progress: bool | None) -> Iterator[_Planned]:
+    if not (sys.stderr.isatty() if progress is None else progress):
+        yield from plan
+        return
+    from tqdm import tqdm  # of peft's dependencies
+
+    bar = tqdm(plan, unit="merge", leave=False)
+    for one in bar:
+        bar.set_description(" ".join(one[:2]).strip())
+        yield one

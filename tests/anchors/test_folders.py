@@ -1,0 +1,132 @@
+"""Anchors from folders and tables: every format gives the batches of `from_pairs`."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sapmerge import AnchorError
+from sapmerge.anchors import from_csv, from_folder, from_pairs
+
+Image = pytest.importorskip("PIL.Image")
+
+CAPTIONS = {"b.png": "a bird, flying", "a.jpg": 'a "quoted" ape', "c.PNG": "ein Bär"}
+
+
+def processor(images: list[Any], text: list[str], **_: Any) -> dict[str, Any]:
+    pixels = [torch.tensor(list(image.tobytes())) for image in images]
+    return {"pixel_values": torch.stack(pixels), "text": list(text)}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for number, name in enumerate(CAPTIONS):
+        Image.new("RGB", (2, 2), (10 * number, 20, 30)).save(tmp_path / name)
+    return tmp_path
+
+
+def as_json(folder: Path, stem: str) -> None:
+    (folder / f"{stem}.json").write_text(json.dumps(CAPTIONS))
+
+
+def as_list(folder: Path, stem: str) -> None:
+    rows = [{"image": name, "caption": text, "more": 1} for name, text in CAPTIONS.items()]
+    (folder / f"{stem}.json").write_text(json.dumps(rows))
+
+
+def as_lines(folder: Path, stem: str) -> None:
+    rows = [json.dumps({"file_name": name, "text": text}) for name, text in CAPTIONS.items()]
+    (folder / f"{stem}.jsonl").write_text("\n".join(rows) + "\n\n")
+
+
+def as_csv(folder: Path, stem: str) -> None:
+    with open(folder / f"{stem}.csv", "w", encoding="utf-8-sig", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerows([("file_name", "text"), *CAPTIONS.items()])
+
+
+def as_tabs(folder: Path, stem: str) -> None:
+    lines = [f"{name}\t{text}\n" for name, text in CAPTIONS.items()]
+    (folder / f"{stem}.txt").write_text("".join(lines), encoding="utf-8")
+
+
+def same(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> bool:
+    return len(one) == len(other) and all(
+        torch.equal(a["pixel_values"], b["pixel_values"]) and a["text"] == b["text"]
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+@pytest.mark.parametrize("stem", ["captions", "metadata"])
+@pytest.mark.parametrize("write", [as_json, as_list, as_lines, as_csv, as_tabs])
+def test_every_format(folder: Path, write: Callable[[Path, str], None], stem: str) -> None:
+    write(folder, stem)
+    names = [folder / name for name in CAPTIONS]
+    wanted = from_pairs(names, list(CAPTIONS.values()), processor, 2)
+    assert len(wanted) == 2
+    assert same(from_folder(folder, processor, 2), wanted)
+
+
+def test_captions_beside_the_images(folder: Path) -> None:
+    for name, text in CAPTIONS.items():
+        (folder / name).with_suffix(".txt").write_text(f"{text}\n", encoding="utf-8")
+    names = sorted(CAPTIONS)
+    wanted = from_pairs([folder / name for name in names], [CAPTIONS[n] for n in names], processor)
+    assert same(from_folder(str(folder), processor), wanted)
+
+
+def test_a_table_elsewhere(folder: Path) -> None:
+    """Its images lie where it says, seen from its own folder."""
+    (folder / "tables").mkdir()
+    rows = ["path,title", *(f'../{name},"{text}"' for name, text in (("b.png", "one, two"),))]
+    (folder / "tables" / "some.csv").write_text("\n".join(rows))
+    wanted = from_pairs([folder / "b.png"], ["one, two"], processor)
+    assert same(from_csv(folder / "tables" / "some.csv", processor), wanted)
+
+
+WRONG: list[tuple[str, str, str]] = [
+    ("captions.json", "[", "are not JSON"),
+    ("captions.json", "3", "expected file -> caption, or a list"),
+    ("captions.json", '{"a.jpg": "x"}', "2 images have no caption in captions.json, the first"),
+    ("captions.json", '{"a.jpg": "x", "b.png": "y", "c.PNG": " "}', "'c.PNG' has no text"),
+    ("captions.json", '{"a.jpg": "x", "b.png": "", "c.PNG": "z"}', "'b.png' has no text"),
+    ("captions.jsonl", '{"file_name": "d.png", "text": "x"}', "3 images have no caption"),
+    ("captions.jsonl", '{"file_name": "a.jpg"}', "entry 1: expected file_name and text"),
+    ("captions.jsonl", '{"file_name": 3, "text": "x"}', "entry 1: expected file_name and text"),
+    ("captions.csv", "name,words\na.jpg,x\n", "it has .'name', 'words'"),
+    ("captions.txt", "a.jpg x\n", "line 1: expected file, tab, caption"),
+    ("captions.csv", "", "no image and no captions"),
+]
+
+
+@pytest.mark.parametrize(("name", "text", "message"), WRONG)
+def test_what_is_wrong_is_named(folder: Path, name: str, text: str, message: str) -> None:
+    (folder / name).write_text(text)
+    with pytest.raises(AnchorError, match=message):
+        from_folder(folder, processor)
+
+
+def test_folders_that_are_none(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(AnchorError, match=r"no captions: expected captions\.json"):
+        from_folder(folder, processor)
+    with pytest.raises(AnchorError, match="nowhere"):
+        from_folder(tmp_path / "nowhere", processor)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "captions.json").write_text('{"d.png": "w"}')
+    with pytest.raises(AnchorError, match=r"there is no image .*d\.png"):
+        from_folder(tmp_path / "other", processor)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(AnchorError, match="no image and no captions"):
+        from_folder(tmp_path / "empty", processor)
+    with pytest.raises(AnchorError, match="cannot be read"):
+        from_csv(tmp_path / "none.csv", processor)
+    (folder / "captions.json").write_text(json.dumps(CAPTIONS))
+    (folder / "a.jpg").write_bytes(b"no image")
+    with pytest.raises(AnchorError, match=r"a.jpg' cannot be read"):
+        from_folder(folder, processor)
