@@ -9,6 +9,8 @@ import importlib
 import importlib.util
 import inspect
 import json
+import operator
+import os
 import pkgutil
 import re
 import shlex
@@ -231,6 +233,53 @@ def test_public_functions_have_an_example() -> None:
     public = {name: getattr(sapmerge, name) for name in sapmerge.__all__}
     functions = {name: thing for name, thing in public.items() if inspect.isfunction(thing)}
     assert not [name for name, thing in functions.items() if ">>> " not in (thing.__doc__ or "")]
+
+
+def test_the_gallery_is_what_its_scripts_print() -> None:
+    """If this fails, run: python -m docs.make_gallery"""
+    from docs import make_gallery
+
+    scripts = sorted(make_gallery.GALLERY.glob("*.py"))
+    assert len(scripts) >= 3
+    for script in scripts:
+        assert script.with_suffix(".md").read_text(encoding="utf-8") == make_gallery.page(script)
+
+
+def test_the_reference_has_every_public_name() -> None:
+    from docs import make_site
+
+    pages = make_site.reference()
+    listed = re.findall(r"^::: (\S+)$", "\n".join(pages.values()), re.MULTILINE)
+    assert len(listed) == len(set(listed))
+    things = {id(operator.attrgetter(name.partition(".")[2])(sapmerge)) for name in listed}
+    for module in (sapmerge, sapmerge.anchors, sapmerge.federated):
+        for name in module.__all__:
+            assert id(getattr(module, name)) in things, f"{module.__name__}.{name}"
+    for name in listed:
+        assert f"][{name}]" in pages["api/index.md"], name
+
+
+def test_every_page_of_the_site_is_in_its_navigation() -> None:
+    from docs import make_site
+
+    pages = {page for page in make_site.gathered() if page.endswith(".md")}
+    pages = {page for page in pages if not page.startswith("benchmarks/")}
+    shown = set(re.findall(r'"([\w/]+\.md)"', (ROOT / "zensical.toml").read_text()))
+    assert shown == pages | set(make_site.reference())
+
+
+def test_links_of_the_site_stay_on_it() -> None:
+    from docs import make_site
+
+    files = make_site.gathered()
+    for page, path in files.items():
+        if path.suffix == ".md":
+            text = make_site.linked(path.read_text(encoding="utf-8"), page, files)
+            for target in re.findall(r"\]\(([^)#\s]+)", text):
+                if "://" not in target:
+                    folder = page.rpartition("/")[0]
+                    place = os.path.normpath(os.path.join(folder, target)).replace(os.sep, "/")
+                    assert place in files, f"{page} links {target}"
 
 
 def test_pages_have_no_prompts() -> None:

@@ -1,0 +1,24 @@
+"""What the reference has to be told about the sources: `@part` makes a dataclass, and `Example:` in
+a docstring is a section with a session.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import griffe
+
+DATACLASS = griffe.ExprName("dataclass", parent=griffe.ExprName("dataclasses"))
+
+
+class Parts(griffe.Extension):
+    def on_class_instance(self, *, cls: griffe.Class, **_: Any) -> None:
+        for decorator in cls.decorators:
+            if str(decorator.value) == "part":
+                decorator.value = DATACLASS
+
+    def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
+        if obj.docstring is not None:
+            text = obj.docstring.value
+            obj.docstring.value = re.sub(r"^Example:$", "Examples:", text, flags=re.MULTILINE)
