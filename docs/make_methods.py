@@ -84,6 +84,12 @@ in one test bed, stands in [evidence](evidence.md); the numbers of papers cannot
 each other (other checkpoints, other metrics, scales searched on validation data or not). Where
 accuracy matters, try several on data that you held out.
 
+Others have compared methods that were not theirs, and their verdicts are cooler than the papers'
+own. On language models only task arithmetic helped reliably
+([2511.21437](https://arxiv.org/abs/2511.21437)). [MergeBench](https://arxiv.org/abs/2505.10833) is
+a benchmark of merging at scale, and [2602.12323](https://arxiv.org/abs/2602.12323) merges a
+thousand adapters as people have uploaded them.
+
 """
 
 INDEX: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -105,7 +111,7 @@ INDEX: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("One adapter is far louder than the others: a wrapper", ("ClipNorms", "CapShare")),
     (
         "Updates that barely share a subspace",
-        ("knots", "core_space", "tsv", "iso_c", "iso_cts", "cart", "dc_merge"),
+        ("knots", "core_space", "tsv", "iso_c", "iso_cts", "cart", "dc_merge", "score", "pico"),
     ),
     ("Some may be broken, and you have anchors", ("sap", "ExcludeOutliers")),
     (

@@ -10,6 +10,8 @@ from sapmerge.contrib import loraprune as _loraprune
 from sapmerge.contrib import lorm as _lorm
 from sapmerge.contrib import movement as _movement
 from sapmerge.contrib import pcb as _pcb
+from sapmerge.contrib import pico as _pico
+from sapmerge.contrib import score as _score
 from sapmerge.contrib import wudi as _wudi
 from sapmerge.contrib.adamerging import *
 from sapmerge.contrib.clair import *
@@ -21,6 +23,8 @@ from sapmerge.contrib.loraprune import *
 from sapmerge.contrib.lorm import *
 from sapmerge.contrib.movement import *
 from sapmerge.contrib.pcb import *
+from sapmerge.contrib.pico import *
+from sapmerge.contrib.score import *
 from sapmerge.contrib.wudi import *
 
 __all__: list[str] = []
@@ -34,4 +38,6 @@ __all__ += _loraprune.__all__
 __all__ += _lorm.__all__
 __all__ += _movement.__all__
 __all__ += _pcb.__all__
+__all__ += _pico.__all__
+__all__ += _score.__all__
 __all__ += _wudi.__all__

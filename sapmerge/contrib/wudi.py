@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,7 +20,11 @@ from sapmerge.parts.wrappers import Chain
 __all__ = ["WUDI", "WUDISteps", "wudi"]
 
 
-def wudi() -> Method:
+def wudi(
+    share: float | Literal["auto"] = 1.0,
+    start: Literal["sum", "mean"] = "sum",
+    steps: float | None = None,
+) -> Method:
     """WUDI: min_X sum_t |(X - D_t) D_t^T|^2 / |D_t|^2, solved exactly.
 
         X = (sum_t D_t G_t) (sum_t G_t)^+,    G_t = D_t^T D_t / |D_t|^2
@@ -33,14 +38,22 @@ def wudi() -> Method:
     published numbers; there the sum is what decides for updates with larger entries,
     and the closed form is far away.
 
+    Args:
+        share: SWUDI: solved on that share of the directions, those in which the updates read most;
+            what is in the others stays as it was in the start. "auto" is SWUDI-A.
+        start: the sum of the updates, or their mean; immaterial at share 1 without `steps`.
+        steps: SWUDI: gradient flow from the start for that long, instead of the solution; a
+            direction with eigenvalue l of sum_t G_t has gone 1 - exp(-l steps) of the way.
+
     Example:
         >>> import sapmerge as sm
         >>> merged = sm.merge(["art", "sketch", "cartoon"], method=sm.wudi())
 
     Source: Cheng et al., "Whoever started the interference should end it: Guiding data-free model
-    merging via task vectors", https://arxiv.org/abs/2503.08099
+    merging via task vectors", https://arxiv.org/abs/2503.08099; SWUDI:
+    https://arxiv.org/abs/2606.07289
     """
-    return Chain(WUDI())
+    return Chain(WUDI(share=share, start=start, steps=steps))
 
 
 @part
@@ -53,14 +66,30 @@ class WUDI:
 
     Args:
         rtol: singular values of N below this share of the largest are noise.
+        share: of the directions of N that are solved for, the largest first: in (0, 1], or "auto"
+            for (sum s)^2 / sum s^2 of them, s the singular values of N; at least one, rounded up.
+        start: X0, the sum sum w D or the mean sum w D / sum w.
+        steps: None solves; a number is the length of a gradient flow from X0.
+
+    With sum G_t = V L V^T and H = sum D_t G_t it is X0 (I - V F V^T) + H V (F / L) V^T, where F is
+    1 - exp(-L steps) on the directions that are solved for and 0 on the others.
 
     A weight multiplies its term of the loss, and its sign the update: X = (sum w D G) (sum |w|
     G)^+. Zero updates have no term.
     """
 
     rtol: float = RTOL
+    share: float | str = 1.0
+    start: Literal["sum", "mean"] = "sum"
+    steps: float | None = None
 
     def __post_init__(self) -> None:
+        fine = self.share == "auto" or (not isinstance(self.share, str) and 0 < self.share <= 1)
+        if not fine or (self.steps is not None and not self.steps >= 0):
+            raise MethodError(
+                "WUDI's share is in (0, 1] or 'auto', steps a number from 0 on or None; got "
+                f"share={self.share!r}, steps={self.steps!r}"
+            )
         if not 0 < self.rtol < 1:
             raise MethodError(
                 f"rtol is a share of the largest singular value, in (0, 1); got {self.rtol!r}"
@@ -82,7 +111,32 @@ class WUDI:
         keep = numerical_rank(sigma, self.rtol)
         B = torch.cat(left, dim=1) @ U[:, :keep] / sigma[:keep]
         dtype = layer.updates[0].dtype
-        return LowRank(B.to(dtype), (Vh[:keep] @ problem.rows.T).to(dtype))
+        gone = self._gone(sigma[:keep])
+        if bool((gone == 1).all()):
+            return LowRank(B.to(dtype), (Vh[:keep] @ problem.rows.T).to(dtype))
+        first = self._first(problem)
+        moved = first + ((B - first @ Vh[:keep].T) * gone) @ Vh[:keep]
+        return LowRank(moved.to(dtype), problem.rows.T.to(dtype))
+
+    def _gone(self, sigma: Tensor) -> Tensor:
+        """F: how far every direction goes from the start to the solution."""
+        effective = float(sigma.sum().square() / sigma.square().sum()) / len(sigma)
+        share = effective if isinstance(self.share, str) else self.share
+        solved = torch.arange(len(sigma), device=sigma.device) < share * len(sigma) - 1e-9
+        if self.steps is None:
+            return solved.to(sigma.dtype)
+        return torch.where(solved, 1 - torch.exp(-sigma.square() * self.steps), 0.0)
+
+    def _first(self, problem: _Problem) -> Tensor:
+        """X0 in the basis of the rows."""
+        parts = [term.frame @ term.unit * (term.weight * term.norm) for term in problem.terms]
+        total = torch.stack(parts).sum(0)
+        if self.start == "sum":
+            return total
+        weights = sum(term.weight for term in problem.terms)
+        if weights == 0:
+            raise MethodError("the weights sum to zero: WUDI has no mean to start from")
+        return total / weights
 
 
 @part

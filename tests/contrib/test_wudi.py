@@ -165,3 +165,53 @@ def test_wrong_arguments_are_named() -> None:
             make()
     assert repr(sm.parse(repr(sm.wudi()))) == repr(sm.wudi())
     assert set(run(sm.wudi(), make_layers([0, 0])))
+
+
+# SWUDI: part of the spectrum, part of the way.
+
+
+def swudi(layer: sm.Layer, share: float | str, start: str, steps: float | None) -> Tensor:
+    """X0 (I - V F V^T) + H V (F / L) V^T with (n, n) matrices."""
+    D, w = [u.dense().double() for u in layer], layer.weights
+    G = [d.T @ d / d.square().sum() for d in D]
+    L, V = torch.linalg.eigh(sum(abs(k) * g for k, g in zip(w, G)))
+    order = L.argsort(descending=True)
+    L, V = L[order], V[:, order]
+    count = int(torch.linalg.matrix_rank(torch.diag(L), rtol=1e-12))
+    L, V = L[:count], V[:, :count]
+    s = L.sqrt()
+    count = float(s.sum() ** 2 / s.square().sum()) if share == "auto" else float(share) * len(L)
+    F = torch.ones_like(L) if steps is None else 1 - torch.exp(-L * steps)
+    F[int(torch.tensor(count - 1e-9).ceil()) :] = 0
+    X0 = sum(k * d for k, d in zip(w, D)) / (1 if start == "sum" else sum(w))
+    H = sum(k * d @ g for k, d, g in zip(w, D, G))
+    return X0 - X0 @ V * F @ V.T + H @ V * (F / L) @ V.T
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.05, "auto"])
+@pytest.mark.parametrize("start", ["sum", "mean"])
+@pytest.mark.parametrize("steps", [None, 0.0, 3.0])
+def test_swudi_is_its_formula(share: float | str, start: str, steps: float | None) -> None:
+    for layer in make_layers((2, 4, 3), {"l": (9, 20), "m": (20, 12)}, weights=(1.0, 0.5, 0.7)):
+        merged = sm.wudi(share, start, steps)(layer)  # type: ignore[arg-type]
+        assert error(merged.dense(), swudi(layer, share, start, steps)) < 1e-8
+        assert merged.rank <= 9
+
+
+def test_the_whole_spectrum_all_the_way_is_wudi() -> None:
+    for layer in make_layers((2, 4, 3)):
+        wanted = sm.wudi()(layer).dense()
+        assert torch.equal(sm.wudi(1.0, "mean")(layer).dense(), wanted)
+        assert error(sm.wudi(steps=1e9)(layer).dense(), wanted) < 1e-7
+        start = sm.task_arithmetic()(layer).dense()
+        assert error(sm.wudi(steps=0)(layer).dense(), start) < 1e-10
+
+
+def test_wrong_arguments_of_swudi_are_named() -> None:
+    for arguments in ({"share": 0.0}, {"share": 2.0}, {"share": "all"}, {"steps": -1.0}):
+        with pytest.raises(MethodError):
+            sm.wudi(**arguments)
+    layer = make_layers([2, 2], weights=[1.0, -1.0])[0]
+    with pytest.raises(MethodError, match="sum to zero"):
+        sm.wudi(0.5, "mean")(layer)
+    assert repr(sm.parse(repr(sm.wudi("auto", steps=2.0)))) == repr(sm.wudi("auto", steps=2.0))

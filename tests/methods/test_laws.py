@@ -87,6 +87,9 @@ EXCEPTIONS = {
     ): "gB gA changes its sign with the update and gB A + B gA does not; see test_loraprune",
     ("gradpruner", "zero is neutral"): "as mean",
     ("movement", "zero is neutral"): "as mean",
+    ("pico", "zero is neutral"): "the result has the mean norm of its inputs, a zero included",
+    ("pico", "copies"): "copies share every direction, and the strongest are damped most",
+    ("score", "copies"): "as tsv",
     ("sce", "zero is neutral"): "entries are selected by their variance over all adapters",
 }
 
@@ -147,6 +150,9 @@ VARIANTS = {
     "pcb": [{"density": 0.3, "clip": 0.0}],
     "sce": [{"density": 0.6}],
     "trimmed_mean": [{"trim": 0.4}],
+    "score": [{"width": 0.7, "rank": 2}],
+    "pico": [{"method": methods.ties(0.5)}],
+    "wudi": [{"steps": 2.0, "start": "mean"}, {"share": 0.6, "start": "mean"}],
     "fedrpca": [{"beta": 0.5}],
     "yoco": [{"components": 1}],
     "fisher": [{"square": "batch", "normalize": True, "floor": 0.0}],
