@@ -1,11 +1,12 @@
 """Does a merge do well on a domain nobody trained on? Leave each domain out in turn;
 every method, several seeds.
 
-    python benchmarks/domain_generalization.py --data BUNDLE --quick           # three to four
-    minutes
-    python benchmarks/domain_generalization.py --data BUNDLE --seeds 10-14     # hours on two CPU
-    cores python benchmarks/domain_generalization.py --data PACS --model
-    openai/clip-vit-base-patch32 --anchors COCO
+    python benchmarks/domain_generalization.py --data BUNDLE --quick
+    python benchmarks/domain_generalization.py --data BUNDLE --seeds 10-14
+    python benchmarks/domain_generalization.py --data PACS --anchors COCO \\
+        --model openai/clip-vit-base-patch32
+
+The first takes three to four minutes, the second hours on two CPU cores.
 
 BUNDLE is a folder with vit-tiny/, text_features.safetensors, coco_anchors/, folders
 NAME/domain/class/image whose classes have texts there (pacs/), and digits*.npz; the domains are

@@ -2,8 +2,9 @@
 in trials of a few seconds.
 
     python benchmarks/families.py --data BUNDLE --half choosing --seeds 0-5
-    python benchmarks/families.py --data BUNDLE --half confirming --seeds 0-5      # once,
-    after the choice
+    python benchmarks/families.py --data BUNDLE --half confirming --seeds 0-5
+
+The confirming half is run once, after the choice.
 
 BUNDLE is that of `domain_generalization.py`. Adapters are LoRAs on the upper half of the ViT-Ti,
 whose lower half runs once per image (bed/half.py). Every seed has one regime and one kind of

@@ -2,8 +2,7 @@
 beside K passes that nobody can do without.
 
     python benchmarks/scoring.py            # three quarters of an hour on two cores, 16 GB
-    python benchmarks/scoring.py --quick    # minutes, small models: it runs;
-    overheads weigh more than in earnest
+    python benchmarks/scoring.py --quick    # minutes, small models; overheads weigh more
 
 The floor is K times one forward and one backward pass that computes only the LoRA gradients: plain
 PEFT, adapters loaded, the same loss and the same batches. Times are CPU seconds, the floor's

@@ -103,6 +103,7 @@ def defended() -> list[Contender]:
         _at("mean", sm.mean(), AS_IS, MATCHED),
         _at("good ones: mean", sm.mean(), MATCHED),
         _at("sap", sm.sap(), AS_IS),
+        _at("sap, flagged", sm.FlagContaminated(sm.sap()), AS_IS),
         _at("geometric_median", sm.geometric_median(), MATCHED),
         _at("coordinate_median", sm.coordinate_median(), MATCHED),
         _at("agreement", sm.WeighByAgreement(sm.mean()), MATCHED),
