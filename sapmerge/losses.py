@@ -138,19 +138,19 @@ def entropy(model: nn.Module, batch: Batch) -> Tensor:
         image, text = embeddings(model, batch)
         learned = getattr(model, "logit_scale", None)
         scale = learned.exp() if isinstance(learned, Tensor) else 1 / 0.07
-        found, weights = _entropy((image @ text.T) * scale), _weights_of(batch)
-        return found.mean() if weights is None else (weights * found).mean()
+        entropies, weights = _entropy((image @ text.T) * scale), _weights_of(batch)
+        return entropies.mean() if weights is None else (weights * entropies).mean()
     if not isinstance(batch, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise AnchorError(f"entropy needs dict batches; got a {type(batch).__name__}")
     logits = getattr(model(**_inputs(batch)), "logits", None)
     if not isinstance(logits, Tensor):
         raise AnchorError(f"{type(model).__name__} gives no logits for this batch; pass loss=...")
-    found, mask = _entropy(wide(logits)), batch.get("attention_mask")
+    entropies, mask = _entropy(wide(logits)), batch.get("attention_mask")
     if (weights := _weights_of(batch)) is not None:
-        found = found * weights.reshape(-1, *[1] * (found.ndim - 1))
-    if isinstance(mask, Tensor) and mask.shape == found.shape:
-        return (found * mask).sum() / mask.sum()
-    return found.mean()
+        entropies = entropies * weights.reshape(-1, *[1] * (entropies.ndim - 1))
+    if isinstance(mask, Tensor) and mask.shape == entropies.shape:
+        return (entropies * mask).sum() / mask.sum()
+    return entropies.mean()
 
 
 def _entropy(logits: Tensor) -> Tensor:
@@ -275,8 +275,8 @@ def embedding(model: nn.Module, batch: Batch, side: str) -> Tensor:
             "in the batch, or "
             f"'{side}_embeds'; the batch of this {type(model).__name__} has {sorted(batch)}"
         )
-    found = features(**inputs)
-    pooled = found if isinstance(found, Tensor) else getattr(found, "pooler_output", None)
+    vectors = features(**inputs)
+    pooled = vectors if isinstance(vectors, Tensor) else getattr(vectors, "pooler_output", None)
     if not isinstance(pooled, Tensor):
         raise AnchorError(
             f"get_{side}_features of {type(model).__name__} gives no pooled embedding; pass "

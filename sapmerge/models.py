@@ -149,7 +149,7 @@ def find_sites(model: Any, wanted: Mapping[str, Module]) -> dict[str, Site]:
             )
             + f"; it has e.g. {list(own.plain.values())[-3:]}. Is it the adapters' base model?"
         )
-    found: dict[str, Site] = {}
+    sites: dict[str, Site] = {}
     for name, spec in wanted.items():
         site = fused.get(name) or _site(unwrapped(base.get_submodule(names[spec.owner])), spec)
         shape = tuple(site.matrix().shape)
@@ -158,8 +158,8 @@ def find_sites(model: Any, wanted: Mapping[str, Module]) -> dict[str, Site]:
                 f"module {name!r} has a weight matrix {shape} in {type(base).__name__}, but the "
                 f"adapters' update is {spec.shape}"
             )
-        found[name] = site
-    return found
+        sites[name] = site
+    return sites
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -274,10 +274,10 @@ def find_saved(model: Any, wanted: Mapping[str, tuple[int, ...]]) -> dict[str, T
     """
     targets = find_tensors(model, wanted, "modules_to_save='drop' leaves it out")
     for name, shape in wanted.items():
-        found = tuple(targets[name].shape)
-        if found != shape:
+        shape_there = tuple(targets[name].shape)
+        if shape_there != shape:
             raise ModelMismatchError(
-                f"the adapters save {name!r} {shape}, and the model has {found}; "
+                f"the adapters save {name!r} {shape}, and the model has {shape_there}; "
                 "modules_to_save='drop' leaves it out"
             )
     return targets
@@ -297,15 +297,15 @@ def find_tensors(
     own = {_WRAPPERS.sub(".", name): tensor for name, tensor in state.items()}
     keys = known.locate({name.rpartition(".")[0]: None for name in wanted})
     names = {module: known.paths[key] for module, key in keys.items()}
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for name in wanted:
         target = own.get(tensor_name(name, names))
         if target is None:
             raise ModelMismatchError(
                 f"the adapters change {name!r}, and the model has none; {advice}"
             )
-        found[name] = target
-    return found
+        tensors[name] = target
+    return tensors
 
 
 _WRAPPERS = re.compile(r"(?:\.(?:original_module|base_layer|token_adapter))+\.")

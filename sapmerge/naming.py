@@ -91,11 +91,11 @@ class Names:
             wanted: key -> shape of the update, which decides where several modules have a name
                 that fits; or None.
         """
-        found = {
+        matches = {
             key: own for key, shape in wanted.items() if (own := self._find(key, shape)) is not None
         }
-        used = Counter(found.values())
-        return {key: own for key, own in found.items() if key == own or used[own] == 1}
+        used = Counter(matches.values())
+        return {key: own for key, own in matches.items() if key == own or used[own] == 1}
 
     def located(self, modules: Iterable[Module]) -> dict[str, str]:
         """Owner of an adapted weight -> where the model has it,

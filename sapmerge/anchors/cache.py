@@ -116,10 +116,13 @@ class Resume:
         if kept is None:
             return None
         tensors, notes = kept
-        found: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
+        statistics: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
         for number, (layer, part) in enumerate(notes["places"]):
-            found.setdefault(layer, {})[part] = (tensors[f"{number}.0"], tensors[f"{number}.1"])
-        return found, notes
+            statistics.setdefault(layer, {})[part] = (
+                tensors[f"{number}.0"],
+                tensors[f"{number}.1"],
+            )
+        return statistics, notes
 
     def put(self, key: str, found: Found, notes: Mapping[str, Any]) -> None:
         """Keep statistics and notes for a later run."""

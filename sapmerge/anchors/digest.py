@@ -45,11 +45,11 @@ def digest(value: Any, everything: bool = True) -> str:
     Raises:
         AnchorError: something of which the content cannot be told.
     """
-    found = hashlib.sha256()
+    hasher = hashlib.sha256()
     for piece in _pieces(value, set(), everything):
-        found.update(piece.encode() if isinstance(piece, str) else piece)
-        found.update(b"\0")
-    return found.hexdigest()
+        hasher.update(piece.encode() if isinstance(piece, str) else piece)
+        hasher.update(b"\0")
+    return hasher.hexdigest()
 
 
 def digest_of_model(base: nn.Module) -> str:

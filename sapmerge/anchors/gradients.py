@@ -60,13 +60,13 @@ class TokenGradient:
 
     def along(self, updates: Sequence[Update]) -> Tensor:
         """<G, D> of the first sample for each update D: (K,), in float64 on the CPU."""
-        found = [
+        vectors = [
             self.diagonal(update.B, update.A)[0].double().sum()
             if isinstance(update, LowRank)
             else (self.dense()[0].double() * update.matrix.to(self.g).double()).sum()
             for update in updates
         ]
-        return torch.stack(found).cpu()
+        return torch.stack(vectors).cpu()
 
     def inside(self, frames: Sequence[Frames]) -> TokenGradient:
         """The gradient in the coordinates of nested frames:

@@ -118,8 +118,8 @@ class Watch:
         """Run the backward pass."""
         self._closed = True
         zeros = [*self._zeros.values(), *(leaf.zero for leaf in self.leaves)]
-        found = torch.autograd.grad(loss, zeros, allow_unused=True)
-        for leaf, gradient in zip(self.leaves, found[len(self._zeros) :], strict=True):
+        gradients = torch.autograd.grad(loss, zeros, allow_unused=True)
+        for leaf, gradient in zip(self.leaves, gradients[len(self._zeros) :], strict=True):
             if gradient is None:  # pyright: ignore[reportUnnecessaryComparison]
                 continue
             for name, calls in leaf.calls(gradient).items():

@@ -50,9 +50,9 @@ class InputSizes:
                 if not one.updates[adapter].absent
             }
             count = self._anchors.forward(
-                adapter, {name: found.add for name, found in sums.items()}
+                adapter, {name: total.add for name, total in sums.items()}
             )
-            self._found[adapter] = {name: found.halves(count) for name, found in sums.items()}
+            self._found[adapter] = {name: total.halves(count) for name, total in sums.items()}
         return self._found[adapter][layer][part]
 
 
@@ -130,7 +130,7 @@ def stream_grams(
     for group in _groups(layers, anchors.budget):
         for k in range(len(group[0])):
             sums = {layer.name: _Gram(layer.frames) for layer in group}
-            anchors.forward(k, {name: found.add for name, found in sums.items()})
+            anchors.forward(k, {name: total.add for name, total in sums.items()})
             for layer in group:
                 fold(layer, k, sums.pop(layer.name).mean(layer))
 
@@ -161,12 +161,12 @@ class _Gram:
     def add(self, inputs: TokenGradient, size: int, before: int) -> None:
         inputs = inputs.inside(self._frames)
         if inputs.rows is not None:
-            found = torch.bincount(inputs.x.flatten(), minlength=inputs.rows).double()
+            moment = torch.bincount(inputs.x.flatten(), minlength=inputs.rows).double()
         else:
             x = inputs.x.flatten(0, 1).double()
-            found = x.T @ x
+            moment = x.T @ x
         self._tokens += inputs.x.shape[0] * inputs.x.shape[1]
-        self._sum = found if self._sum is None else self._sum.add_(found)
+        self._sum = moment if self._sum is None else self._sum.add_(moment)
 
     def mean(self, layer: Layer) -> Tensor:
         device, n = layer.updates[0].device, layer.shape[1]

@@ -40,13 +40,13 @@ class Leaf:
 
     def calls(self, gradient: Tensor) -> dict[str, list[Call]]:
         """Layer -> its gradient, as one call whose inputs are an identity."""
-        found: dict[str, list[Call]] = {}
+        by_name: dict[str, list[Call]] = {}
         for name, site in self.layers.items():
             part = gradient[site.part] if site.part else gradient
             matrix = part.T if site.transposed else part.reshape(part.shape[0], -1)
             identity = torch.eye(matrix.shape[1], dtype=matrix.dtype, device=matrix.device)
-            found[name] = [(identity[None], matrix.T.detach()[None])]
-        return found
+            by_name[name] = [(identity[None], matrix.T.detach()[None])]
+        return by_name
 
 
 @contextmanager

@@ -332,10 +332,10 @@ class Runner:
         )
         if kept is None and adapter is not None and not self.mine(adapter):
             return 0.0
-        found = self.loss_of(updates, loss, who) if kept is None else kept
+        value = self.loss_of(updates, loss, who) if kept is None else kept
         if loss is self.loss:
-            self._known[key] = found
-        return found
+            self._known[key] = value
+        return value
 
     @contextmanager
     def _running(self, loss: Loss) -> Generator[nn.Module]:

@@ -108,7 +108,7 @@ class GradientStatistics:
             self._plan()
         key = (self._groups[layer], statistic, at)
         if key not in self._held:
-            self._held = {held: found for held, found in self._held.items() if held[0] == key[0]}
+            self._held = {held: halves for held, halves in self._held.items() if held[0] == key[0]}
             self._held[key] = self._run(*key)
         return self._held[key][layer, adapter][part]
 
@@ -141,8 +141,8 @@ class GradientStatistics:
                 for k, update in enumerate(layer):
                     if not update.absent and self._asked(k):
                         unit, shape = self._units(update), self._anchors.modules[layer.name].shape
-                        found = _Sums(unit, layer.frames, statistic, shape, update.device)
-                        sums.setdefault(k, {})[layer.name] = found
+                        total = _Sums(unit, layer.frames, statistic, shape, update.device)
+                        sums.setdefault(k, {})[layer.name] = total
                         if resume is not None:
                             contents.setdefault(k, {})[layer.name] = resume.content(
                                 update, layer.frames
@@ -161,16 +161,16 @@ class GradientStatistics:
         """All adapters' statistics from one pass."""
         of_layer: dict[str, list[_Sums]] = {}
         for mine in sums.values():
-            for name, found in mine.items():
-                of_layer.setdefault(name, []).append(found)
+            for name, total in mine.items():
+                of_layer.setdefault(name, []).append(total)
         count = self._anchors.backward(
-            None, {name: _all(found) for name, found in of_layer.items()}
+            None, {name: _all(total) for name, total in of_layer.items()}
         )
-        self._warn_of_unused({name for name, found in of_layer.items() if not found[0].seen})
+        self._warn_of_unused({name for name, total in of_layer.items() if not total[0].seen})
         return {
-            (name, k): found.halves(count)
+            (name, k): total.halves(count)
             for k, mine in sums.items()
-            for name, found in mine.items()
+            for name, total in mine.items()
         }
 
     def _of_adapter(
@@ -183,16 +183,16 @@ class GradientStatistics:
         key = "" if resume is None else resume.key(k, statistic, self._units, contents)
         kept = None if resume is None else resume.get(key)
         if kept is not None:
-            found, notes = kept
+            totals, notes = kept
             self._anchors.note_loss(k, notes["loss"])
             self._warn_of_unused(set(notes["unused"]))
-            return {name: _on(halves, sums[name].device) for name, halves in found.items()}
+            return {name: _on(halves, sums[name].device) for name, halves in totals.items()}
         if not self._anchors.mine(k):
-            return {name: found.halves(1) for name, found in sums.items()}  # of nobody: zeros
-        count = self._anchors.backward(k, {name: found.add for name, found in sums.items()})
-        unused = {name for name, found in sums.items() if not found.seen}
+            return {name: total.halves(1) for name, total in sums.items()}  # of nobody: zeros
+        count = self._anchors.backward(k, {name: total.add for name, total in sums.items()})
+        unused = {name for name, total in sums.items() if not total.seen}
         self._warn_of_unused(unused)
-        halves = {name: found.halves(count) for name, found in sums.items()}
+        halves = {name: total.halves(count) for name, total in sums.items()}
         if resume is not None:
             resume.put(key, halves, {"loss": self._anchors.loss_at(k), "unused": sorted(unused)})
         return halves
@@ -306,8 +306,8 @@ class _Sums:
 
 def _all(sums: Sequence[_Sums]) -> Callable[[TokenGradient, int], None]:
     def add(gradient: TokenGradient, size: int) -> None:
-        for found in sums:
-            found.add(gradient, size)
+        for total in sums:
+            total.add(gradient, size)
 
     return add
 

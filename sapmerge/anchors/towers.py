@@ -22,8 +22,8 @@ def embedded(
     base: nn.Module, targets: Iterable[nn.Module], batches: Callable[[], Iterable[Any]]
 ) -> dict[str, list[Tensor]]:
     """Side -> the embeddings of every batch, for the sides in which no target takes part."""
-    found = {side: _embeddings(base, targets, batches, side) for side in INPUTS}
-    return {side: embeddings for side, embeddings in found.items() if embeddings is not None}
+    kept = {side: _embeddings(base, targets, batches, side) for side in INPUTS}
+    return {side: embeddings for side, embeddings in kept.items() if embeddings is not None}
 
 
 def stand_in(

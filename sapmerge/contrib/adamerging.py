@@ -86,11 +86,11 @@ class FitCoefficients:
     def __call__(self, layer: Layer) -> Layer:
         if self.coefficients is None:
             raise unprepared(self)
-        found = self.coefficients[layer.name]
-        layer.record("coefficients", dict(zip(layer.adapters, found, strict=True)))
+        coefficients = self.coefficients[layer.name]
+        layer.record("coefficients", dict(zip(layer.adapters, coefficients, strict=True)))
         layer.record("fit_loss", self.losses)
         return layer.with_updates(
-            [update.scaled(c) for update, c in zip(layer, found, strict=True)]
+            [update.scaled(c) for update, c in zip(layer, coefficients, strict=True)]
         )
 
 

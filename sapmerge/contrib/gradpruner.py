@@ -129,7 +129,7 @@ class PruneLayers:
                         layer.name
                     )
         dropped = {
-            (name, k) for k, found in groups.items() for name in self._dropped(k, found, scores)
+            (name, k) for k, group in groups.items() for name in self._dropped(k, group, scores)
         }
         return replace(self, dropped=frozenset(dropped), scores=scores)
 

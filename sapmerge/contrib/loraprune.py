@@ -90,10 +90,10 @@ class PruneGroups:
         for layer in layers:
             for k, update in enumerate(layer):
                 if not update.absent:
-                    found = Factors()(update).values
+                    values = Factors()(update).values
                     gA, gB = (stats_of(layer, k, name, seen).gradient.double() for name in "AB")
                     scores[layer.name, k] = self._scores(
-                        found["A"].double(), found["B"].double(), gA, gB
+                        values["A"].double(), values["B"].double(), gA, gB
                     )
                     owners[layer.name, k] = layer.adapters[k]
         fit = getattr(self.mask, "fit", None)
@@ -101,7 +101,7 @@ class PruneGroups:
             None if fit is None else fit(lambda: ((owners[key], scores[key]) for key in scores))
         )
         masks = {key: self.mask if fitted is None else fitted[owners[key]] for key in scores}
-        return replace(self, kept={key: masks[key](found) != 0 for key, found in scores.items()})
+        return replace(self, kept={key: masks[key](values) != 0 for key, values in scores.items()})
 
     def __call__(self, layer: Layer) -> Layer:
         if self.kept is None:
@@ -120,8 +120,8 @@ class PruneGroups:
         sums: list[Tensor] = []
         for start in range(0, len(B), _ROWS):
             rows = slice(start, start + _ROWS)
-            found = sensitivity(B[rows] @ A, A, B[rows], gA, gB[rows], self.power)
-            sums.append(found.sum(1) if self.axis == "row" else found.sum(0))
+            importance = sensitivity(B[rows] @ A, A, B[rows], gA, gB[rows], self.power)
+            sums.append(importance.sum(1) if self.axis == "row" else importance.sum(0))
         total = torch.cat(sums) if self.axis == "row" else torch.stack(sums).sum(0)
         size = norm(total)
         return total / size if size > 0 else total

@@ -162,7 +162,7 @@ def shared(layer: Layer, factor: str) -> Tensor | None:
     Raises:
         MethodError: they differ, or an update is dense.
     """
-    found: Tensor | None = None
+    common: Tensor | None = None
     first = ""
     for label, update in zip(layer.adapters, layer, strict=True):
         if update.absent:
@@ -173,14 +173,14 @@ def shared(layer: Layer, factor: str) -> Tensor | None:
                 "regmean()"
             )
         own = (update.B if factor == "B" else update.A).double()
-        if found is None:
-            found, first = own, label
-        elif own.shape != found.shape or norm(own - found) > RTOL * norm(found):
+        if common is None:
+            common, first = own, label
+        elif own.shape != common.shape or norm(own - common) > RTOL * norm(common):
             raise MethodError(
                 f"layer {layer.name!r}: {first!r} and {label!r} do not share {factor}, so the "
                 "other factor cannot be merged alone; regmean() merges whole updates"
             )
-    return found
+    return common
 
 
 def _with_shared_B(layer: Layer, problem: NormalEquations) -> Update:

@@ -217,14 +217,14 @@ def pcb(
 
 def _voters(layers: LayerStream) -> list[str]:
     """The adapters that have a weight and an update that is not zero."""
-    found: dict[str, bool] = {}
+    votes: dict[str, bool] = {}
     for layer in layers:
         for member in layer.members:
             if member.counts:
-                found[member.label] = found.get(member.label, False) or bool(
+                votes[member.label] = votes.get(member.label, False) or bool(
                     member.update.dense().any()
                 )
-    return [label for label, counts in found.items() if counts]
+    return [label for label, counts in votes.items() if counts]
 
 
 def _sign(weight: float) -> float:

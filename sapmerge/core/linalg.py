@@ -50,9 +50,9 @@ def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def qr(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Reduced QR in float64: Q (m, k), R (k, n)."""
     wide = matrix.double()
-    found = _cholesky_qr(wide.T @ wide) if wide.shape[1] <= wide.shape[0] else None
-    if found is not None:
-        return wide @ found[0], found[1]
+    factored = _cholesky_qr(wide.T @ wide) if wide.shape[1] <= wide.shape[0] else None
+    if factored is not None:
+        return wide @ factored[0], factored[1]
     return cast("tuple[Tensor, Tensor]", torch.linalg.qr(wide))  # pyright: ignore[reportUnknownMemberType]
 
 
@@ -138,9 +138,9 @@ def _lazy_qr(matrix: Tensor, gram: Tensor) -> tuple[Callable[[Tensor], Tensor], 
     """A QR decomposition whose Q is not formed: X -> Q X, and R.
     Half the time where X has few columns.
     """
-    found = _cholesky_qr(gram)
-    if found is not None:
-        return (lambda coordinates: matrix @ (found[0] @ coordinates)), found[1]
+    factored = _cholesky_qr(gram)
+    if factored is not None:
+        return (lambda coordinates: matrix @ (factored[0] @ coordinates)), factored[1]
     reflectors, tau = torch.geqrf(matrix)
     size = matrix.shape[1]
 

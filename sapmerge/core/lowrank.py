@@ -200,7 +200,7 @@ def _shared(terms: list[tuple[LowRank, float]]) -> list[tuple[LowRank, float]]:
     """The terms of a sum, those with one and the same A as one: sum w (B A) = (sum w B) A."""
     groups: list[list[tuple[LowRank, float]]] = []
     for update, weight in terms:
-        group = next((found for found in groups if _same(found[0][0].A, update.A)), None)
+        group = next((other for other in groups if _same(other[0][0].A, update.A)), None)
         if group is None:
             groups.append([(update, weight)])
         else:

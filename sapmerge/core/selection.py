@@ -60,14 +60,14 @@ def _kth(values: npt.NDArray[np.float64], place: int) -> float:
             sample[max(int(middle - slack), 0)],
             sample[min(int(middle + slack), sample.size - 1)],
         )
-        rest, found = place, list[npt.NDArray[np.float64]]()
+        rest, above = place, list[npt.NDArray[np.float64]]()
         for start in range(0, values.size, _BLOCK):
             block = values[start : start + _BLOCK]
             reach = block >= low
             rest -= block.size - int(np.count_nonzero(reach))
-            found.append(block[np.logical_and(reach, block <= high, out=reach)])
-        between = np.concatenate(found)
-        del found
+            above.append(block[np.logical_and(reach, block <= high, out=reach)])
+        between = np.concatenate(above)
+        del above
         if 0 <= rest < between.size:
             between.partition(rest)
             return between[rest]
@@ -117,11 +117,11 @@ def streamed_kth(values: Stream, position: Callable[[int], int]) -> dict[str, Cu
         low[adapter] += torch.bincount(
             bits[(bits >> 16) == tops[adapter][0]] & 0xFFFF, minlength=_BINS
         )
-    found: dict[str, Cut] = {}
+    cuts: dict[str, Cut] = {}
     for adapter, (top, among) in tops.items():
         bottom, rest = _bin_of(low[adapter], among)
-        found[adapter] = Cut((top << 16) | bottom, rest)
-    return found
+        cuts[adapter] = Cut((top << 16) | bottom, rest)
+    return cuts
 
 
 def kth_largest(values: Stream, position: Callable[[int], int]) -> dict[str, float]:
@@ -134,8 +134,8 @@ def kth_largest(values: Stream, position: Callable[[int], int]) -> dict[str, flo
         alike = _ordered_bits(tensor) == cuts[adapter].order
         same[adapter].append(tensor.detach().flatten().cpu()[alike].double())
     return {
-        adapter: float(torch.cat(found).sort(descending=True).values[cuts[adapter].rest - 1])
-        for adapter, found in same.items()
+        adapter: float(torch.cat(cut).sort(descending=True).values[cuts[adapter].rest - 1])
+        for adapter, cut in same.items()
     }
 
 

@@ -199,19 +199,19 @@ def plateau(blocks: Blocks, count: int = 12, share: float = 0.5) -> Shared:
     (some, not all).
     """
     low, high = bounds(blocks)
-    found = [
+    solutions = [
         convex(blocks, low * (high / low) ** ((i + 0.5) / count), tolerance=1e-6)
         for i in range(count)
     ]
     flagged: Sequence[frozenset[int]] = [
-        frozenset(k for k, s in one.score.items() if s > share) for one in found
+        frozenset(k for k, s in one.score.items() if s > share) for one in solutions
     ]
     best = (0, count - 1)
     for start in range(count):
         end = start
         while end + 1 < count and flagged[end + 1] == flagged[start]:
             end += 1
-        some = 0 < len(flagged[start]) < len(found[0].score)
+        some = 0 < len(flagged[start]) < len(solutions[0].score)
         if some and end - start + 1 > best[0]:
             best = (end - start + 1, (start + end) // 2)
-    return found[best[1]]
+    return solutions[best[1]]

@@ -154,7 +154,7 @@ class Adapter:
         paths: list[str] = []
         for name in (CONFIG, WEIGHTS):
             try:
-                found = hf_hub_download(
+                path = hf_hub_download(
                     repo_id,
                     name,
                     revision=revision,
@@ -167,7 +167,7 @@ class Adapter:
                     f"the Hub repository {shown(repo_id)} has no {name}; only adapters saved as "
                     "safetensors are read"
                 ) from None
-            paths.append(found)
+            paths.append(path)
         folder = os.path.dirname(paths[0])
         if os.path.dirname(paths[1]) != folder:
             raise AdapterFormatError(

@@ -134,17 +134,17 @@ class BaseFolder:
         Raises:
             ModelMismatchError: there is none.
         """
-        found = self.find(name)
-        if found is None and name.endswith("lm_head.weight"):  # tied: folders store it once
-            found = next(
+        full = self.find(name)
+        if full is None and name.endswith("lm_head.weight"):  # tied: folders store it once
+            full = next(
                 (own for key, own in self._names.items() if key.endswith("embed_tokens.weight")),
                 None,
             )
-        if found is None:
+        if full is None:
             raise ModelMismatchError(
                 f"{self._where} has no tensor {shown(name)}; is it the adapters' base?"
             )
-        return self.raw(found).float()
+        return self.raw(full).float()
 
     def spots(self, module: Module) -> list[Spot]:
         """Where the weight of a layer lies; several spots for a fused one.
@@ -178,9 +178,9 @@ class BaseFolder:
         ):
             return [Spot(spots[0].tensor, spots[0].expert, None, True)]
         if stacked != module.shape:
-            found = "no such tensor" if stacked is None else f"one of shape {stacked}"
+            present = "no such tensor" if stacked is None else f"one of shape {stacked}"
             raise ModelMismatchError(
-                f"layer {module.name!r} {module.shape}: {self._where} has {found}; is it the "
+                f"layer {module.name!r} {module.shape}: {self._where} has {present}; is it the "
                 "adapters' base?"
             )
         return spots
@@ -220,8 +220,8 @@ class BaseFolder:
         for module in modules:
             self.spots(module)
         for name, shape in saved.items():
-            found = self.find(name)
-            if found is None or self.entries[found][1].shape != shape:
+            key = self.find(name)
+            if key is None or self.entries[key][1].shape != shape:
                 raise ModelMismatchError(
                     f"the adapters save {name!r} {shape}, and {self._where} has no such tensor; "
                     "modules_to_save='drop' leaves it out"

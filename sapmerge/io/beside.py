@@ -76,7 +76,7 @@ def with_beside(
         weights, data = open_pickle(file, limits)
     weights.scan()
     joined = JoinedWeights(contents.weights, weights)
-    found = replace(
+    extended = replace(
         contents, saved=dict(contents.saved), tensors=dict(contents.tensors), weights=joined
     )
     for name, entry in weights.entries.items():
@@ -98,11 +98,11 @@ def with_beside(
             raise AdapterFormatError(
                 f"{where}: tensor {shown(name)} has dtype {dtype} and shape {entry.shape}"
             )
-        if key in found.tensors:
+        if key in extended.tensors:
             raise AdapterFormatError(f"{where}: tensor {shown(name)} is a duplicate")
-        found.saved[key] = SavedTensor(spelled, entry.dtype, entry.shape)
-        found.tensors[key] = (_inside(name),)
-    return found, {BESIDE: hashlib.sha256(data).hexdigest()}
+        extended.saved[key] = SavedTensor(spelled, entry.dtype, entry.shape)
+        extended.tensors[key] = (_inside(name),)
+    return extended, {BESIDE: hashlib.sha256(data).hexdigest()}
 
 
 def _spelled(name: str) -> str:

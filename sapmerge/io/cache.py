@@ -103,11 +103,11 @@ class Cache:
 
 def _digest(key: str, tensors: Mapping[str, Tensor], notes: str) -> str:
     """Of all that is kept, so that no digit of it can change unseen."""
-    found = hashlib.sha256(json.dumps([key, notes]).encode())
+    hasher = hashlib.sha256(json.dumps([key, notes]).encode())
     for name, tensor in sorted(tensors.items()):
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.flatten().view(torch.uint8).numpy().data)
-    return found.hexdigest()
+        hasher.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        hasher.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return hasher.hexdigest()
 
 
 def _sweep(folder: Path) -> None:

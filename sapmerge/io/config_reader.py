@@ -27,9 +27,9 @@ class ConfigReader:
 
     def fail(self, key: str, expected: str, advice: str = "") -> NoReturn:
         tail = f"; {advice}" if advice else ""
-        found = shown(self.config[key]) if key in self.config else "missing"
+        written = shown(self.config[key]) if key in self.config else "missing"
         raise AdapterConfigError(
-            f"{self.where}: {shown(key)} is {found}, expected {expected}{tail}"
+            f"{self.where}: {shown(key)} is {written}, expected {expected}{tail}"
         )
 
     def warn(self, text: str) -> None:
@@ -84,7 +84,7 @@ class ConfigReader:
         if value is None or value in ([], {}):
             return None
         table = cast("dict[str, object]", value if isinstance(value, dict) else {"": value})
-        found: dict[str, tuple[int, ...]] = {}
+        indices: dict[str, tuple[int, ...]] = {}
         for module, rows in table.items():
             items = cast("list[object]", rows) if isinstance(rows, list) else [None]
             fine = all(
@@ -100,8 +100,8 @@ class ConfigReader:
                     "trainable_token_indices",
                     "distinct row numbers, or an object {module: row numbers}",
                 )
-            found[module] = tuple(cast("list[int]", items))
-        return found
+            indices[module] = tuple(cast("list[int]", items))
+        return indices
 
     def layers(self) -> tuple[int, ...] | None:
         value = self.config.get("layers_to_transform")

@@ -142,10 +142,10 @@ def sort_contents(
     Args:
         where: how messages name the config.
     """
-    found, checks = sort_tensors(weights, settings), Checks(settings, where, limits)
-    pairs = make_pairs(weights, found.groups, settings, checks.selects, limits, where)
-    copies = {canonical(module, config): names for module, names in found.copies.items()}
-    contents = Contents({}, {}, {}, {}, copies, found.twice, {}, weights)
+    places, checks = sort_tensors(weights, settings), Checks(settings, where, limits)
+    pairs = make_pairs(weights, places.groups, settings, checks.selects, limits, where)
+    copies = {canonical(module, config): names for module, names in places.copies.items()}
+    contents = Contents({}, {}, {}, {}, copies, places.twice, {}, weights)
     scalings = checks.scalings(pairs)
     for module, reading in made_of(pairs, scalings, settings, config, where):
         if module.name in contents.modules:
@@ -155,7 +155,7 @@ def sort_contents(
             )
         contents.modules[module.name], contents.readings[module.name] = module, reading
         contents.tensors[module.name] = reading.tensors
-    for spelled, tensor in found.saved.items():
+    for spelled, tensor in places.saved.items():
         module, _, last = spelled.rpartition(".")
         name = f"{canonical(module, config)}.{last}"
         if name in contents.tensors:
@@ -168,8 +168,8 @@ def sort_contents(
         contents.tensors[name] = (tensor,)
     vectors = [
         *moved_biases(weights, pairs, scalings),
-        *replaced_biases(weights, found.biases),
-        *token_rows(weights, found.tokens, settings.tokens, where),
+        *replaced_biases(weights, places.biases),
+        *token_rows(weights, places.tokens, settings.tokens, where),
     ]
     for vector in vectors:
         module, _, leaf = vector.spelled.rpartition(".")

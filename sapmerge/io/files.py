@@ -108,8 +108,8 @@ class RegularFile:
 
     def _require_regular(self, mode: int) -> None:
         if not stat.S_ISREG(mode):
-            found = _KINDS.get(stat.S_IFMT(mode), "not a regular file")
-            raise AdapterSecurityError(f"{self.where}: is {found}; expected a regular file")
+            kind = _KINDS.get(stat.S_IFMT(mode), "not a regular file")
+            raise AdapterSecurityError(f"{self.where}: is {kind}; expected a regular file")
 
     def __enter__(self) -> RegularFile:
         return self

@@ -219,9 +219,9 @@ def _entry(text: str, at: int, base: int, name: str, where: str) -> tuple[Entry,
             dtype, _numbers(sizes), (int(begin), int(end)), base, name, where
         ), written.end()
     if text[at : at + 1] != "{":
-        found = shown(text[at : at + 60])
+        excerpt = shown(text[at : at + 60])
         raise AdapterFormatError(
-            f"{where}: tensor {shown(name)}: expected an object, found {found}"
+            f"{where}: tensor {shown(name)}: expected an object, found {excerpt}"
         )
     at += 1
     word: dict[str, str] = {}

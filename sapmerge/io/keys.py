@@ -347,9 +347,9 @@ def _refuse(weights: Weights, name: str, why: str, *, security: bool = False) ->
 
 def _check_entry(weights: Weights, name: str, entry: Entry) -> None:
     if entry.dtype not in FLOATS:
-        found = str(entry.dtype).removeprefix("torch.")
+        dtype = str(entry.dtype).removeprefix("torch.")
         raise AdapterFormatError(
-            f"{weights.where}: tensor {shown(name)} has dtype {found}; expected float32, float16 "
+            f"{weights.where}: tensor {shown(name)} has dtype {dtype}; expected float32, float16 "
             "or bfloat16"
         )
     if 0 in entry.shape:

@@ -56,8 +56,10 @@ def live_adapter(model: nn.Module, adapter_name: str) -> tuple[object, Mapping[s
 
     # The embeddings of the base are no part of the adapter, even where PEFT would save them with
     # it.
-    found = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-    return configs[adapter_name], found
+    tensors = get_peft_model_state_dict(
+        model, adapter_name=adapter_name, save_embedding_layers=False
+    )
+    return configs[adapter_name], tensors
 
 
 def check_live_scaling(

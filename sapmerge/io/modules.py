@@ -108,7 +108,7 @@ def made_of(
     layout = (
         layout_of(config, where) if any(pair.kind == "parameter" for pair in pairs) else Layout()
     )
-    found = [
+    pieces = [
         made
         for pair, scaling in zip(pairs, scalings, strict=True)
         for made in (
@@ -117,7 +117,7 @@ def made_of(
             else [_matrix(pair, scaling, settings, config)]
         )
     ]
-    yield from sorted(found, key=lambda made: made[0].name)
+    yield from sorted(pieces, key=lambda made: made[0].name)
 
 
 def _matrix(

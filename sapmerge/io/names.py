@@ -176,8 +176,8 @@ def canonical(name: str, config: Mapping[str, object] | None = None) -> str:
     if not name.startswith(_STARTS) and "encoder." not in name:
         return name
     for rule in _RULES:
-        if (found := rule.old.fullmatch(name)) is not None:
-            return _filled(rule.new_template, found)
+        if (match := rule.old.fullmatch(name)) is not None:
+            return _filled(rule.new_template, match)
     return name
 
 
@@ -212,9 +212,9 @@ def stem(key: str) -> Stem:
         Stem(path='layers.0.mlp.up_proj', tower='')
     """
     path = key.removeprefix("thinker.").removeprefix("model.")
-    found = _TOWER.match(path)
-    if found is not None:
-        return Stem(path[found.end() :], "text" if found["text"] else found["tower"])
+    match = _TOWER.match(path)
+    if match is not None:
+        return Stem(path[match.end() :], "text" if match["text"] else match["tower"])
     base = _BASES.match(path)
     return Stem(path if base is None else path[base.end() :], "")
 
@@ -284,6 +284,6 @@ def respelled(key: str, style: str, family: str) -> str:
             return old + key[len(new) :]
     if style == "transformers 4" and not family:
         for rule in _RULES[:_ONE_TOWER]:
-            if (found := rule.new.fullmatch(key)) is not None:
-                return _filled(rule.old_template, found)
+            if (match := rule.new.fullmatch(key)) is not None:
+                return _filled(rule.old_template, match)
     return key

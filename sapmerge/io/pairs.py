@@ -137,10 +137,10 @@ def _check_attention(weights: Weights, module: str, pairs: Sequence[Pair]) -> No
     )
     width = outer.shape[0]
     if inner is None or outer.shape != (width, width) or inner.shape != (3 * width, width):
-        found = "nothing" if inner is None else inner.shape
+        inside = "nothing" if inner is None else inner.shape
         raise AdapterFormatError(
             f"{weights.where}: module {shown(module)}: out_proj {outer.shape} beside in_proj "
-            f"{found}; an nn.MultiheadAttention of width d has (d, d) and (3 d, d)"
+            f"{inside}; an nn.MultiheadAttention of width d has (d, d) and (3 d, d)"
         )
 
 
@@ -245,10 +245,10 @@ def _check_extras(
         what, size = rule
         if name is None:
             raise AdapterConfigError(f"{where}: {what} is missing; save the adapter again")
-        found = weights.entries[name].shape
-        if max(found, default=0) != size or torch.Size(found).numel() != size:
+        extent = weights.entries[name].shape
+        if max(extent, default=0) != size or torch.Size(extent).numel() != size:
             raise AdapterFormatError(
-                f"{where}: tensor {shown(name)} has shape {found}; expected {size} values"
+                f"{where}: tensor {shown(name)} has shape {extent}; expected {size} values"
             )
 
 

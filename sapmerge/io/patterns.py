@@ -275,8 +275,10 @@ class Selection:
         if self._any:
             return None
         if self._target is not None:
-            found = self._target.matches(name)
-            return None if found else f"target_modules {shown(self._target.text)} does not match it"
+            matched = self._target.matches(name)
+            return (
+                None if matched else f"target_modules {shown(self._target.text)} does not match it"
+            )
         hits = [ending for ending in _endings(name) if ending in self._targets]
         if not hits:
             return "target_modules does not name it"
@@ -294,12 +296,12 @@ class Selection:
 
     def _layer_of(self, name: str) -> int | None:
         if not self._lists:
-            found = _ANY_INDEX.match(name)
-            return int(found[1]) if found else None
+            match = _ANY_INDEX.match(name)
+            return int(match[1]) if match else None
         for pattern in self._lists:
-            found = pattern.match(name)
-            if found is not None:
-                return int(found["idx"])
+            match = pattern.match(name)
+            if match is not None:
+                return int(match["idx"])
         return None
 
     def unseen(self) -> Iterable[str]:

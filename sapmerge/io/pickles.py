@@ -34,7 +34,7 @@ def open_pickle(file: RegularFile, limits: Limits) -> tuple[HeldWeights, bytes]:
     data = bytes(file.read(0, file.size))
     _check_archive(data, file.where)
     try:
-        found: object = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        content: object = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:
         # torch's own text recommends weights_only=False: never pass it on.
         raise AdapterSecurityError(
@@ -42,11 +42,11 @@ def open_pickle(file: RegularFile, limits: Limits) -> tuple[HeldWeights, bytes]:
             f"({type(error).__name__}); do not open "
             "it by other means, and ask its author for adapter_model.safetensors"
         ) from None
-    if not isinstance(found, Mapping):
+    if not isinstance(content, Mapping):
         raise AdapterFormatError(
-            f"{file.where}: holds a {type(found).__name__}; expected a mapping name -> tensor"
+            f"{file.where}: holds a {type(content).__name__}; expected a mapping name -> tensor"
         )
-    return held(found, file.where, limits, most=file.size), data  # pyright: ignore[reportUnknownArgumentType]
+    return held(content, file.where, limits, most=file.size), data  # pyright: ignore[reportUnknownArgumentType]
 
 
 def _check_archive(data: bytes, where: str) -> None:

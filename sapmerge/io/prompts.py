@@ -113,15 +113,15 @@ def _sorted(
                 f"{', '.join(_TYPES)}"
             )
     wanted = CONTEXT if config is None else EMBEDDINGS
-    found = {name.removeprefix("prompt_learner."): tensor for name, tensor in tensors.items()}
-    if wanted not in found:
+    plain = {name.removeprefix("prompt_learner."): tensor for name, tensor in tensors.items()}
+    if wanted not in plain:
         raise AdapterFormatError(
-            f"{where}: has no tensor {wanted!r}; it has {shown(sorted(found)[:5])}"
+            f"{where}: has no tensor {wanted!r}; it has {shown(sorted(plain)[:5])}"
         )
     saved = tuple(cast("list[str]", (config or {}).get("modules_to_save") or ()))
     buffers: list[str] = []
     kept: dict[str, Tensor] = {}
-    for name, tensor in sorted(found.items()):
+    for name, tensor in sorted(plain.items()):
         if config is None and name in _BUFFERS:
             buffers.append(name)
             continue

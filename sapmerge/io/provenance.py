@@ -70,13 +70,13 @@ def read_provenance(path: str | os.PathLike[str]) -> Provenance:
             raise AdapterFormatError(
                 f"{where}: was not written by sapmerge (its metadata holds no recipe)"
             )
-        found = {
+        stored = {
             name: _hash(file, 8 + length, entry["data_offsets"]) for name, entry in header.items()
         }
     problems: list[str] = []
     if metadata.get(CONFIG_DIGEST_KEY) != files[CONFIG]:
         problems.append(f"{CONFIG} is not the one that was written")
-    if metadata.get(TENSORS_DIGEST_KEY) != digest_of(found):
+    if metadata.get(TENSORS_DIGEST_KEY) != digest_of(stored):
         problems.append(f"the tensors of {WEIGHTS} are not those that were written")
     recipe = _recipe(metadata["sapmerge.recipe"], f"{where}, the recipe in its metadata")
     inputs = _inputs(metadata.get("sapmerge.inputs", ""), f"{where}, the inputs in its metadata")
@@ -95,8 +95,8 @@ def _recipe(text: str, where: str) -> Mapping[str, Any]:
 def _inputs(text: str, where: str) -> Sequence[Mapping[str, Any]]:
     if text.count(",") * _SHORTEST > len(text):
         raise AdapterFormatError(f"{where}: is not the list of inputs that sapmerge writes")
-    found = _table(f'{{"inputs": {text}}}', where, len(text) * 4 + 64)["inputs"]
-    entries = cast("list[object]", found) if isinstance(found, list) else []
+    inputs = _table(f'{{"inputs": {text}}}', where, len(text) * 4 + 64)["inputs"]
+    entries = cast("list[object]", inputs) if isinstance(inputs, list) else []
     if not entries:
         raise AdapterFormatError(f"{where}: is not the list of inputs that sapmerge writes")
     return [_fitting(entry, _INPUT, f"{where}, number {k}") for k, entry in enumerate(entries)]

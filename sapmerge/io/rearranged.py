@@ -45,10 +45,10 @@ class _Pieces(NamedTuple):
         return None
 
     def update(self, weights: Weights, base: BaseMatrix | None) -> Update:
-        found = [(piece, reading.update(weights, None)) for reading, piece in self.pieces]
-        low = [(piece, update) for piece, update in found if isinstance(update, LowRank)]
-        if len(low) < len(found):
-            return Dense(sum(_placed(update.dense(), piece) for piece, update in found))  # pyright: ignore[reportArgumentType]
+        updates = [(piece, reading.update(weights, None)) for reading, piece in self.pieces]
+        low = [(piece, update) for piece, update in updates if isinstance(update, LowRank)]
+        if len(low) < len(updates):
+            return Dense(sum(_placed(update.dense(), piece) for piece, update in updates))  # pyright: ignore[reportArgumentType]
         b = torch.cat([_placed(update.B, piece) for piece, update in low], 1)
         return LowRank(b, torch.cat([update.A for _, update in low]))
 
@@ -119,6 +119,6 @@ def rearranged(
         readings=readings,
         saved=saved,
         vectors={vector.key: vector for vector in vectors},
-        copies={names.get(module, module): found for module, found in contents.copies.items()},
+        copies={names.get(module, module): copy for module, copy in contents.copies.items()},
         tensors=tensors | {vector.key: (vector.tensor,) for vector in vectors},
     )

@@ -139,10 +139,10 @@ class Records:
     def names(self) -> list[str]:
         """Of all records, sorted."""
         with explained(self.path, "list"):
-            found = os.listdir(self.path)
+            entries = os.listdir(self.path)
         return sorted(
             name.removesuffix(_ENDING)
-            for name in found
+            for name in entries
             if name.endswith(_ENDING) and name[0] != "."
         )
 

@@ -50,27 +50,27 @@ def _nodes(parsed: Any) -> _Nodes:
     """The tree of the parser, with the kinds that matter here:
     one, repeat, branch, group, other.
     """
-    found: _Nodes = []
+    nodes: _Nodes = []
     for op, value in parsed:
         name = str(op)
         if name in ("LITERAL", "NOT_LITERAL", "ANY", "IN"):
-            found.append(("one", _characters(name, value)))
+            nodes.append(("one", _characters(name, value)))
         elif name in _REPEATS:
             low, high, body = value
-            found.append(("repeat", (int(low), int(high), _nodes(body))))
+            nodes.append(("repeat", (int(low), int(high), _nodes(body))))
         elif name == "BRANCH":
-            found.append(("branch", [_nodes(branch) for branch in value[1]]))
+            nodes.append(("branch", [_nodes(branch) for branch in value[1]]))
         elif name == "SUBPATTERN":
-            found += _nodes(value[-1])
+            nodes += _nodes(value[-1])
         elif name == "ATOMIC_GROUP":
-            found += _nodes(value)
+            nodes += _nodes(value)
         elif name in ("ASSERT", "ASSERT_NOT"):
-            found.append(("group", _nodes(value[1])))
+            nodes.append(("group", _nodes(value[1])))
         elif name == "GROUPREF_EXISTS":
-            found.append(("branch", [_nodes(branch or ()) for branch in value[1:]]))
+            nodes.append(("branch", [_nodes(branch or ()) for branch in value[1:]]))
         elif name == "GROUPREF":
-            found.append(("repeat", (0, sys.maxsize, [("one", _ALPHABET)])))
-    return found
+            nodes.append(("repeat", (0, sys.maxsize, [("one", _ALPHABET)])))
+    return nodes
 
 
 def _characters(name: str, value: Any) -> frozenset[str]:
@@ -80,16 +80,16 @@ def _characters(name: str, value: Any) -> frozenset[str]:
     if name in ("LITERAL", "NOT_LITERAL"):
         one = frozenset({chr(value)})
         return one if name == "LITERAL" else _ALPHABET - one
-    found: set[str] = set()
+    characters: set[str] = set()
     negated = False
     for op, item in value:
         kind = str(op)
         if kind == "NEGATE":
             negated = True
         elif kind == "LITERAL":
-            found.add(chr(item))
+            characters.add(chr(item))
         elif kind == "RANGE":
-            found.update(letter for letter in _ALPHABET if item[0] <= ord(letter) <= item[1])
+            characters.update(letter for letter in _ALPHABET if item[0] <= ord(letter) <= item[1])
         else:
             words = str(item).removeprefix("CATEGORY_").removeprefix("UNI_")
             matching = {
@@ -97,8 +97,8 @@ def _characters(name: str, value: Any) -> frozenset[str]:
                 for letter in _ALPHABET
                 if re.match(_CLASSES[words.removeprefix("NOT_")], letter)
             }
-            found.update(_ALPHABET - matching if words.startswith("NOT_") else matching)
-    return frozenset(_ALPHABET - found if negated else found)
+            characters.update(_ALPHABET - matching if words.startswith("NOT_") else matching)
+    return frozenset(_ALPHABET - characters if negated else characters)
 
 
 def _all(nodes: _Nodes) -> Iterator[tuple[str, Any]]:

@@ -41,7 +41,7 @@ def parse(raw: bytes, where: str, limits: Limits) -> dict[str, object]:
 
     try:
         text = raw.decode("utf-8-sig")
-        found: object = json.loads(
+        content: object = json.loads(
             text,
             object_pairs_hook=pairs,
             parse_int=whole,
@@ -54,13 +54,13 @@ def parse(raw: bytes, where: str, limits: Limits) -> dict[str, object]:
         raise LimitExceededError(f"{where}: nested deeper than {limits.config_depth}") from None
     except ValueError as error:
         fail(f"is not valid JSON ({shown(str(error))})")
-    if not isinstance(found, dict):
-        fail(f"holds {_kind(found)}; expected a JSON object")
-    level: list[object] = [found]
+    if not isinstance(content, dict):
+        fail(f"holds {_kind(content)}; expected a JSON object")
+    level: list[object] = [content]
     for _ in range(limits.config_depth):
         level = [inner for value in level for inner in _children(value)]
         if not level:
-            return cast("dict[str, object]", found)
+            return cast("dict[str, object]", content)
     raise LimitExceededError(f"{where}: nested deeper than {limits.config_depth}")
 
 

@@ -111,27 +111,27 @@ def _unzipped(data: bytes, most: int) -> tuple[bytes, bytes]:
     """The two files of a zip; what a member unpacks to is bounded while it is read."""
     if len(data) > most:
         raise LimitExceededError(f"the upload has {len(data)} bytes; at most {most} are allowed")
-    found: dict[str, bytes] = {}
+    files: dict[str, bytes] = {}
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             for member in archive.infolist():
                 if member.filename in (CONFIG, WEIGHTS):
-                    if member.filename in found:
+                    if member.filename in files:
                         raise AdapterFormatError(
                             f"the zip file of the upload has {member.filename} twice"
                         )
                     with archive.open(member) as file:
-                        found[member.filename] = file.read(most + 1)
+                        files[member.filename] = file.read(most + 1)
     except SapmergeError:
         raise
     except Exception as error:  # zipfile raises many kinds on damaged bytes
         raise AdapterFormatError(
             f"the upload is no zip file that can be read ({shown(str(error))})"
         ) from None
-    missing = [name for name in (CONFIG, WEIGHTS) if name not in found]
+    missing = [name for name in (CONFIG, WEIGHTS) if name not in files]
     if missing:
         raise AdapterFormatError(f"the zip file of the upload has no {missing[0]} at its top")
-    return _within(found[CONFIG], found[WEIGHTS], most)
+    return _within(files[CONFIG], files[WEIGHTS], most)
 
 
 def _saved(state: Mapping[object, object], most: int) -> bytes:

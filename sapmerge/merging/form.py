@@ -26,5 +26,5 @@ class Form:
         """What differs from the default, for the metadata;
         `names` is the choice that needs no model.
         """
-        found: dict[str, object] = {} if names is None else {"names": names}
-        return found | ({} if self.uniform_rank else {"uniform_rank": False})
+        record: dict[str, object] = {} if names is None else {"names": names}
+        return record | ({} if self.uniform_rank else {"uniform_rank": False})

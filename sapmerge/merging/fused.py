@@ -88,12 +88,12 @@ def fitted(adapter: Adapter, own: Names) -> dict[str, list[Piece]]:
             )
             if sizes is not None:
                 ends = [sum(sizes[:at]) for at in range(len(sizes))]
-                found = [
+                pieces = [
                     (part, size, at)
                     for part, size, at in zip(here, sizes, ends, strict=True)
                     if part in modules
                 ]
-                plan[fused] = [Piece(part, 0, size, at, rows) for part, size, at in found]
+                plan[fused] = [Piece(part, 0, size, at, rows) for part, size, at in pieces]
     return plan
 
 
@@ -117,17 +117,17 @@ def _sizes(known: Sequence[int | None], total: int) -> list[int] | None:
     """The rows of all parts; keys have as many as values, and so have the halves of gate and up.
     None: not certain.
     """
-    found = list(known)
-    if len(found) == 2:
-        found = [size or total // 2 for size in found]
+    heights = list(known)
+    if len(heights) == 2:
+        heights = [size or total // 2 for size in heights]
     else:
-        both = found[1] or found[2]
-        if both is None and found[0] is not None:
-            both = (total - found[0]) // 2
+        both = heights[1] or heights[2]
+        if both is None and heights[0] is not None:
+            both = (total - heights[0]) // 2
         if both is not None:
-            found = [found[0] or total - 2 * both, both, both]
-    sizes = [size for size in found if size is not None and size > 0]
-    return sizes if len(sizes) == len(found) and sum(sizes) == total else None
+            heights = [heights[0] or total - 2 * both, both, both]
+    sizes = [size for size in heights if size is not None and size > 0]
+    return sizes if len(sizes) == len(heights) and sum(sizes) == total else None
 
 
 def _pieces(key: str, parts: Sequence[str], sizes: Sequence[int]) -> dict[str, list[Piece]]:

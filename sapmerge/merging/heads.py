@@ -92,9 +92,9 @@ def _plan(adapters: Sequence[Adapter], weights: Sequence[float], policy: HeadPol
     owners = _Owners(adapters, weights)
     modules = owners.modules
     if policy is None and modules:
-        found = "; ".join(f"{module!r} in {owners.labels(module)}" for module in modules)
+        owned = "; ".join(f"{module!r} in {owners.labels(module)}" for module in modules)
         raise MethodError(
-            f"the adapters carry whole modules ({found}); say what to do with them: {_CHOICES}"
+            f"the adapters carry whole modules ({owned}); say what to do with them: {_CHOICES}"
         )
     if policy is None or policy == "drop":
         return Heads((), {}, modules)
@@ -128,12 +128,12 @@ class _Owners:
     """Which adapters have which saved tensors and modules, in the user's order."""
 
     def __init__(self, adapters: Sequence[Adapter], weights: Sequence[float]) -> None:
-        found: dict[str, list[tuple[Adapter, float]]] = {}
+        saved: dict[str, list[tuple[Adapter, float]]] = {}
         for adapter, weight in zip(adapters, weights, strict=True):
             for tensor in adapter.saved:
-                found.setdefault(tensor, []).append((adapter, weight))
+                saved.setdefault(tensor, []).append((adapter, weight))
         declared = {name for adapter in adapters for name in _declared(adapter)}
-        self.tensors = dict(sorted(found.items()))
+        self.tensors = dict(sorted(saved.items()))
         self.module = {tensor: _module(tensor, declared) for tensor in self.tensors}
         self.modules = tuple(sorted(set(self.module.values())))
 

@@ -314,15 +314,15 @@ def _common_base(adapters: Sequence[Adapter], base_model: str | None) -> Base:
             f"their weights; the output names {one!r}"
         )
         named = dict.fromkeys(named, one)
-    for what, found in (
+    for what, values in (
         ("base models", named),
         (
             "revisions of the base model",
             {adapter.label: _revision(adapter) for adapter in adapters},
         ),
     ):
-        if len(set(found.values())) > 1:
-            listed = ", ".join(f"{label}: {value!r}" for label, value in found.items())
+        if len(set(values.values())) > 1:
+            listed = ", ".join(f"{label}: {value!r}" for label, value in values.items())
             raise IncompatibleAdaptersError(
                 f"the adapters name different {what} ({listed}); if they do fit one base, say "
                 "which: base_model='...'"
@@ -342,12 +342,12 @@ def _common_base(adapters: Sequence[Adapter], base_model: str | None) -> Base:
 def _base_class(adapter: Adapter) -> str | None:
     """The class of the base model, where PEFT has written it down (for models without a task)."""
     written = adapter.config.get("auto_mapping")
-    found = (
+    name = (
         cast("Mapping[str, object]", written).get("base_model_class")
         if isinstance(written, Mapping)
         else None
     )
-    return found if isinstance(found, str) else None
+    return name if isinstance(name, str) else None
 
 
 def _revision(adapter: Adapter) -> str | None:
@@ -361,13 +361,13 @@ def check_device(device: torch.device | str | int | None) -> torch.device:
             f"device={device!r} is no device; expected 'cpu', 'cuda', a number of a GPU, or None"
         )
     try:
-        found = torch.device("cpu" if device is None else device)
-        torch.empty(0, device=found)
+        checked = torch.device("cpu" if device is None else device)
+        torch.empty(0, device=checked)
     except (RuntimeError, AssertionError, TypeError, ValueError) as error:
         raise MethodError(f"device={shown(device)} cannot be used: {error}") from None
-    if found.type == "meta":
+    if checked.type == "meta":
         raise MethodError("device='meta' holds no numbers: nothing can be computed there")
-    return found
+    return checked
 
 
 def check_numbers(scale: float, rank: int | float | str | None) -> None:

@@ -213,16 +213,16 @@ def _compare(
         owners = [k for k, adapter in enumerate(adapters) if name in adapter.modules]
         labels = tuple(adapters[k].label for k in owners)
         updates = [adapters[k].update(name) for k in owners]
-        found = geometry(updates)
-        overall.add(found, owners)
+        compared = geometry(updates)
+        overall.add(compared, owners)
         layers.append(
             LayerSummary(
                 name=name,
                 shape=updates[0].shape,
                 adapters=labels,
-                cosine=off_diagonal_mean(found.cosine),
-                sign_conflict=off_diagonal_mean(found.sign_conflict),
-                energies={label: float(e) for label, e in zip(labels, found.inner.diagonal())},
+                cosine=off_diagonal_mean(compared.cosine),
+                sign_conflict=off_diagonal_mean(compared.sign_conflict),
+                energies={label: float(e) for label, e in zip(labels, compared.inner.diagonal())},
                 ranks={adapters[k].label: adapters[k].modules[name].rank for k in owners},
             )
         )

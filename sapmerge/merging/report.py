@@ -261,10 +261,10 @@ def notes_of(anchors: Anchors) -> dict[str, Any]:
 
 def findings_of(method: object) -> dict[str, Any]:
     """What the parts of a prepared method have found out about whole adapters."""
-    found: dict[str, Any] = {}
+    findings: dict[str, Any] = {}
     for step in parts(method):
-        found |= getattr(step, "findings", {})
-    return found
+        findings |= getattr(step, "findings", {})
+    return findings
 
 
 def _loss(anchors: Anchors, adapter: int | None) -> float | None:

@@ -50,9 +50,9 @@ def one_spelling(adapters: Sequence[Adapter], model: Any = None) -> list[Adapter
     if model is not None:
         own = Names(model)
         return [_as_in(adapter, own) for adapter in adapters]
-    found = as_in_parts(_joined(adapters))
-    _say_what_differs(found)
-    return found
+    joined = as_in_parts(_joined(adapters))
+    _say_what_differs(joined)
+    return joined
 
 
 def _as_in(adapter: Adapter, own: Names) -> Adapter:
@@ -199,9 +199,9 @@ class Own:
         """Of a model; None without one."""
         if model is None:
             return None
-        found = Names(model)
-        names = {key: found.plain[path] for key, path in found.paths.items()}
-        return Own(names, str(getattr(getattr(found.base, "config", None), "model_type", "")))
+        of_model = Names(model)
+        names = {key: of_model.plain[path] for key, path in of_model.paths.items()}
+        return Own(names, str(getattr(getattr(of_model.base, "config", None), "model_type", "")))
 
 
 def written_names(
@@ -247,10 +247,10 @@ def spelling_of(adapters: Sequence[Adapter], names: str | None, own: Own | None)
     wanted = written_names(adapters, None, own)
     for choice in CHOICES:
         try:
-            found = written_names(adapters, choice, None)
+            written = written_names(adapters, choice, None)
         except MethodError:
             continue
-        if all(wanted.get(key, key) == name for key, name in found.items()):
+        if all(wanted.get(key, key) == name for key, name in written.items()):
             return None if choice == "input" else choice
     return None
 

@@ -65,8 +65,8 @@ def _auto_mapping(run: Run) -> object:
     """The class of the base, which AutoPeftModel needs where there is no task;
     copied where all inputs agree.
     """
-    found = [adapter.config.get("auto_mapping") for adapter in run.adapters]
-    return found[0] if all(one == found[0] for one in found) else None
+    mappings = [adapter.config.get("auto_mapping") for adapter in run.adapters]
+    return mappings[0] if all(one == mappings[0] for one in mappings) else None
 
 
 def _told_apart(names: Collection[str]) -> set[str]:
@@ -102,12 +102,12 @@ def _dots(name: str) -> frozenset[int]:
 
 def _saved_modules(run: Run, names: Mapping[str, str]) -> list[str]:
     """The saved modules as the model spells them, told by the names of their tensors."""
-    found: set[str] = set()
+    modules: set[str] = set()
     for tensor in run.heads.chosen:
         module = next(module for module in run.heads.modules if tensor.startswith(f"{module}."))
         tail, spelled = tensor[len(module) :], tensor_name(tensor, names)
-        found.add(spelled.removesuffix(tail) if spelled.endswith(tail) else module)
-    return sorted(found)
+        modules.add(spelled.removesuffix(tail) if spelled.endswith(tail) else module)
+    return sorted(modules)
 
 
 def _task(run: Run) -> str | None:

@@ -43,12 +43,12 @@ class VectorOutput:
             adapted: the layers of the output.
             names: canonical name -> the name that the model uses.
         """
-        found: dict[str, Tensor] = {}
+        stored: dict[str, Tensor] = {}
         owners = {module.owner: module for module in adapted.values()}
         if self.moved is not None:
             for owner, module in owners.items():
                 bias = self.moved.get(owner, torch.zeros(module.shape[0]))
-                found[f"{names.get(owner, owner)}.lora_B.bias"] = bias.to(self.dtype)
+                stored[f"{names.get(owner, owner)}.lora_B.bias"] = bias.to(self.dtype)
         for name, value in self.replaced.items():
             owner, _, leaf = name.rpartition(".")
             outer = owner.removesuffix(".out_proj")
@@ -57,33 +57,33 @@ class VectorOutput:
             else:
                 inner = ".base_layer" if owner in owners else ""
                 spelled = f"{names.get(owner, owner)}{inner}.{leaf}"
-            found[spelled] = value
+            stored[spelled] = value
         for name, (_, value) in self.rows.items():
             module = tensor_name(name, names).rpartition(".")[0]
-            found[f"{module}.token_adapter.trainable_tokens_delta"] = value
-        for name, value in found.items():
+            stored[f"{module}.token_adapter.trainable_tokens_delta"] = value
+        for name, value in stored.items():
             if not finite(value):
                 raise NonFiniteError(
                     f"the merged tensor {name!r} is NaN or infinite in {value.dtype}"
                 )
-        return {name: value.contiguous() for name, value in found.items()}
+        return {name: value.contiguous() for name, value in stored.items()}
 
     def config(self, adapted: Mapping[str, Module], names: Mapping[str, str]) -> dict[str, Any]:
         """What the config has to say about them."""
-        found: dict[str, Any] = {}
+        fields: dict[str, Any] = {}
         if self.moved is not None:
-            found["lora_bias"] = True
+            fields["lora_bias"] = True
         if self.replaced:
             owners = {module.owner for module in adapted.values()}
-            found["bias"] = (
+            fields["bias"] = (
                 "lora_only" if all(_module(name) in owners for name in self.replaced) else "all"
             )
         if self.rows:
-            found["trainable_token_indices"] = {
+            fields["trainable_token_indices"] = {
                 tensor_name(name, names).rpartition(".")[0]: list(change.rows)
                 for name, (change, _) in self.rows.items()
             }
-        return found
+        return fields
 
 
 def for_checkpoint(

@@ -62,10 +62,10 @@ def coefficients(method: object, weights: Sequence[float]) -> tuple[float, ...]:
     )
     if shares and len(shares) == len(weights):
         weights = shared_out(weights, shares)
-    found = coefficients(inner, weights)
+    own = coefficients(inner, weights)
     if isinstance(scales, tuple) and len(scales) == len(weights):
-        found = tuple(c * scale for c, scale in zip(found, scales, strict=True))
-    return found
+        own = tuple(c * scale for c, scale in zip(own, scales, strict=True))
+    return own
 
 
 @dataclass(frozen=True)
@@ -236,8 +236,8 @@ def plan_vectors(
                 Part(adapter, vector, scale * share * factor)
             )
     changes = [
-        Change(name, found[0].vector.spelled, how, tuple(found))
-        for (name, how), found in sorted(parts.items(), key=_order)
+        Change(name, members[0].vector.spelled, how, tuple(members))
+        for (name, how), members in sorted(parts.items(), key=_order)
     ]
     for change in changes:
         shapes: dict[str, Any] = {part.adapter.label: part.vector.shape for part in change.parts}

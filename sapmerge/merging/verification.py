@@ -56,11 +56,11 @@ def verify(
         >>> sm.verify("merged", ["art", "sketch"])
         []
     """
-    found = read_provenance(path)
-    problems = list(found.problems)
+    stored = read_provenance(path)
+    problems = list(stored.problems)
     if inputs:
-        given = _by_label(found, inputs, problems)
-        missing = [label for label in _labels(found) if label not in given]
+        given = _by_label(stored, inputs, problems)
+        missing = [label for label in _labels(stored) if label not in given]
         problems += [f"input {label!r} is not among the given folders" for label in missing]
     return problems
 
@@ -96,21 +96,21 @@ def reproduce(
         >>> sm.reproduce("again", ["sketch", "art"])
         []
     """
-    found, problems = read_provenance(path), list[str]()
-    if found.recipe.get("loss") is not None:
+    stored, problems = read_provenance(path), list[str]()
+    if stored.recipe.get("loss") is not None:
         raise AnchorError(
             "the merge read anchors and a model, which the output does not contain: run it from "
             "Python"
         )
-    given = _by_label(found, inputs, problems)
-    missing = [label for label in _labels(found) if label not in given]
+    given = _by_label(stored, inputs, problems)
+    missing = [label for label in _labels(stored) if label not in given]
     if missing:
         raise IncompatibleAdaptersError(f"the inputs {missing} are not among the given folders")
     with tempfile.TemporaryDirectory() as folder:
         again = Path(folder) / "again"
         try:
-            _merged(found, given, functions, model).save_pretrained(
-                again, **dict(found.recipe.get("written", {}))
+            _merged(stored, given, functions, model).save_pretrained(
+                again, **dict(stored.recipe.get("written", {}))
             )
         except SapmergeError:
             raise
@@ -123,7 +123,7 @@ def reproduce(
             ) from error
         problems += [
             f"{name} differs"
-            + ("" if found.version == __version__ else f" (written by sapmerge {found.version})")
+            + ("" if stored.version == __version__ else f" (written by sapmerge {stored.version})")
             for name in (CONFIG, WEIGHTS)
             if (again / name).read_bytes() != (Path(path) / name).read_bytes()
         ]

@@ -97,7 +97,7 @@ class FlagContaminated:
             return replace(self, factors=())
         norms = gram.diagonal().clamp_min(0).sqrt()
         asked = [k for k in range(len(one)) if one.weights[k] != 0 and norms[k] > 0]
-        found: dict[str, Any] = {"contaminated": {}}
+        findings: dict[str, Any] = {"contaminated": {}}
         bases: Mapping[str, Tensor] = {}
         fired: dict[int, list[str]] = {}
         if len(asked) >= 3:
@@ -105,8 +105,8 @@ class FlagContaminated:
                 shared = self._shared(layers, asked)
                 bases = shared.bases
                 name = "shared_z" if self.form == "leave-one-out" else "own_share"
-                found[name] = {one.adapters[k]: z for k, z in shared.score.items()}
-                found["subspace"] = {
+                findings[name] = {one.adapters[k]: z for k, z in shared.score.items()}
+                findings["subspace"] = {
                     layer: {"rank": U.shape[1], "energy": shared.energy[layer]}
                     for layer, U in bases.items()
                 }
@@ -121,9 +121,9 @@ class FlagContaminated:
             for k in camp:
                 factors[k] = 1 / len(camp)
             if camp:
-                found["camp"] = [one.adapters[k] for k in camp]
-        scores: Mapping[str, float] = found.get("shared_z", found.get("own_share", {}))
-        found["contaminated"] = {
+                findings["camp"] = [one.adapters[k] for k in camp]
+        scores: Mapping[str, float] = findings.get("shared_z", findings.get("own_share", {}))
+        findings["contaminated"] = {
             one.adapters[k]: {"tests": tests, "score": scores.get(one.adapters[k])}
             for k, tests in fired.items()
         }
@@ -136,7 +136,7 @@ class FlagContaminated:
                 SapmergeWarning,
                 stacklevel=3,
             )
-        done = replace(self, factors=tuple(factors), found=found, bases=bases)
+        done = replace(self, factors=tuple(factors), found=findings, bases=bases)
         return replace(
             done, method=prepare(self.method, Mapped(layers, done._without, layers.anchors))
         )

@@ -154,8 +154,8 @@ class Prune:
                 overlap.add(float((one & other).sum()), float(one.sum() + other.sum()) / 2)
         notes = {"density": count.value}
         if seen is not None:
-            found = {"score_kept": score, "anchor_stability": overlap}
-            notes |= {name: share.value for name, share in found.items() if share.whole}
+            findings = {"score_kept": score, "anchor_stability": overlap}
+            notes |= {name: share.value for name, share in findings.items() if share.whole}
             notes["saliency"] = score.whole
         return masks, notes
 

@@ -85,15 +85,15 @@ def layout_of(config: Mapping[str, object], where: str) -> Layout:
             )
         return Layout(expert_major=marker == "expert_major")
     version = config.get("peft_version")
-    found = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", version) if isinstance(version, str) else None
-    if found is None:
+    numbers = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", version) if isinstance(version, str) else None
+    if numbers is None:
         raise AdapterConfigError(
             f"{where}: target_parameters without peft_version: PEFT before 0.19.1 stored experts "
             "in another layout "
             f"of the same shapes; add the version that wrote the file to adapter_config.json, e.g. "
             f'"peft_version": "{WRITTEN_BY}"'
         )
-    number = (int(found[1]), int(found[2]), int(found[3] or 0))
+    number = (int(numbers[1]), int(numbers[2]), int(numbers[3] or 0))
     if number >= (0, 19, 1):
         return Layout()
     return Layout(flipped=number >= (0, 19, 0) or not _TRANSPOSED.search(_family(config)))

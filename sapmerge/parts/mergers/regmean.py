@@ -150,23 +150,23 @@ def each_gram(
 
 
 def _given(who: str, grams: Grams, label: str, layer: Layer) -> Tensor:
-    found = grams.get(label, {}).get(layer.name)
-    if found is None:
+    gram = grams.get(label, {}).get(layer.name)
+    if gram is None:
         raise MethodError(
             f"{who}: no Gram matrix is given for layer {layer.name!r} of adapter {label!r}"
         )
     n = next((frames.V.shape[0] for frames in layer.frames if frames.V is not None), layer.shape[1])
-    if tuple(found.shape) not in ((n, n), (n,)) or not bool(torch.isfinite(found).all()):
+    if tuple(gram.shape) not in ((n, n), (n,)) or not bool(torch.isfinite(gram).all()):
         raise MethodError(
             f"{who}: the Gram matrix of layer {layer.name!r} of adapter {label!r} must be finite "
-            f"and ({n}, {n}), or ({n},) if it is diagonal; got {tuple(found.shape)}"
+            f"and ({n}, {n}), or ({n},) if it is diagonal; got {tuple(gram.shape)}"
         )
-    found = found.to(layer.updates[0].device).double()
+    gram = gram.to(layer.updates[0].device).double()
     for frames in layer.frames:
         if frames.V is not None:
             V = frames.V.double()
-            found = V.T @ (found[:, None] * V if found.ndim == 1 else found @ V)
-    return found
+            gram = V.T @ (gram[:, None] * V if gram.ndim == 1 else gram @ V)
+    return gram
 
 
 def check_reduction(reduction: float) -> None:
@@ -200,8 +200,8 @@ def inverse(S: Tensor) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], T
         return (lambda rows: rows * torch.where(seen, 1 / torch.where(seen, S, 1.0), 0.0)), (
             lambda rows: torch.where(seen, 0.0, rows)
         )
-    found = torch.linalg.cholesky_ex(S)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
-    L, failed = cast("tuple[Tensor, Tensor]", found)
+    factored = torch.linalg.cholesky_ex(S)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    L, failed = cast("tuple[Tensor, Tensor]", factored)
     pivots = L.diagonal()
     if not int(failed) and float(pivots.min()) ** 2 > 1e3 * RTOL * float(pivots.max()) ** 2:
         return (lambda rows: torch.cholesky_solve(rows.T, L).T), torch.zeros_like

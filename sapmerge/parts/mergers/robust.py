@@ -240,8 +240,8 @@ def members(layer: Layer) -> tuple[list[int], Tensor, Tensor]:
 
 def _spread(layer: Layer, index: Sequence[int], coefficients: Tensor) -> tuple[float, ...]:
     """Coefficients of the members -> one per adapter, 0 for the others."""
-    found = {k: float(coefficients[place]) for place, k in enumerate(index)}
-    return tuple(found.get(k, 0.0) for k in range(len(layer)))
+    spread = {k: float(coefficients[place]) for place, k in enumerate(index)}
+    return tuple(spread.get(k, 0.0) for k in range(len(layer)))
 
 
 def _coefficients(layers: Iterable[Layer], rule: Rule) -> tuple[float, ...] | None:
