@@ -36,10 +36,6 @@ class Undo:
         """Remember a step, before the change that it puts back."""
         self._steps.append(step)
 
-    def forget(self) -> None:
-        """Nothing is to be put back any more."""
-        self._steps.clear()
-
     def run(self) -> None:
         """Run every step, also after one that fails; the first failure is raised at the end."""
         failure: Exception | None = None

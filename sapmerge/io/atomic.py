@@ -12,18 +12,14 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from sapmerge.core.undo import without_interrupts
 from sapmerge.errors import OutputError, OutputExistsError, warn_afterwards
 from sapmerge.io.leftovers import remove, sibling_name, sweep_after
 from sapmerge.io.locks import lock
+from sapmerge.io.outputs import ADAPTER, Kind, as_path
 
-__all__ = ["CARD_NAME", "CONFIG_NAME", "TENSORS_NAME", "StagedFolder", "explained", "write_all"]
+__all__ = ["StagedFolder", "explained", "write_all"]
 
-CONFIG_NAME = "adapter_config.json"  # what makes a folder a checkpoint, and safe to replace
-TENSORS_NAME, CARD_NAME = "adapter_model.safetensors", "README.md"
-_REPLACED = {CONFIG_NAME, TENSORS_NAME, CARD_NAME, "adapter_model.bin"}
-"""The files of an adapter. Whatever else lies in a folder is somebody's,
-and is not deleted with it.
-"""
 _DIRECTORY = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_NOFOLLOW", 0)
 _NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
 _NOREPLACE, _EXCHANGE = 1, 2  # flags of renameat2(2)
@@ -62,19 +58,20 @@ class StagedFolder:
 
     Args:
         path: the folder to be; its parent must exist.
-        overwrite: replace an existing checkpoint (or an empty folder), whole.
+        overwrite: replace an existing output (or an empty folder), whole.
+        kind: of output: an existing one of another kind is not replaced.
 
     Raises:
         OutputExistsError: `path` exists and `overwrite` is false.
-        OutputError: `path` is a symlink, a file or a folder that holds no checkpoint;
-            its parent is missing.
+        OutputError: `path` is a symlink, a file or a folder that holds anything else than such an
+            output; its parent is missing.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, overwrite: bool) -> None:
-        self.path = os.fspath(path)
-        self._overwrite = overwrite
-        if "\0" in self.path:
-            raise OutputError(f"{self.path!r}: the output path contains a NUL character")
+    def __init__(
+        self, path: str | os.PathLike[str], *, overwrite: bool, kind: Kind = ADAPTER
+    ) -> None:
+        self.path = as_path(path)
+        self._overwrite, self._kind = overwrite, kind
         target = Path(self.path)
         if target.name in ("", ".."):
             target = target.resolve()
@@ -106,13 +103,19 @@ class StagedFolder:
         return self
 
     def __exit__(self, *_: object) -> None:
+        with without_interrupts():
+            self._close()
+
+    def _close(self) -> None:
+        """Remove what was not published; it may be called again."""
         if self._temporary:
             remove(self._sibling(self._temporary))
-        for descriptor in (self._folder, self._parent):
+        folder, parent = self._folder, self._parent
+        self._folder = self._parent = -1
+        for descriptor in (folder, parent):
             if descriptor >= 0:
                 with suppress(OSError):
                     os.close(descriptor)
-        self._folder = self._parent = -1
 
     @property
     def staged(self) -> str:
@@ -148,7 +151,7 @@ class StagedFolder:
             try:
                 if replaced:
                     # another program may have put a file there meanwhile
-                    self._require_replaceable(replaced)
+                    self._kind.require(self._sibling(replaced), self.path)
                 _sync_folder(self._parent)
             except BaseException as error:
                 try:
@@ -158,7 +161,7 @@ class StagedFolder:
                         f"{self.path!r}: in place, but perhaps not on disk yet: {error}"
                     ) from error
                 raise
-        self._temporary = ""
+        self._temporary = replaced  # what goes now, also if this is interrupted
         if replaced and not remove(leftover := self._sibling(replaced)):
             warn_afterwards(
                 f"{self.path!r} was replaced, but the previous output could not be removed from "
@@ -167,8 +170,9 @@ class StagedFolder:
 
     def withdraw(self) -> None:
         """Remove the folder again after `publish`, if nothing was replaced by it and
-        it is still ours.
+        it is still ours; and what an interrupted exit has left. It may be called again.
         """
+        self._close()
         if self._identity is None or self._replaced:
             return
         target = self._sibling(self._name)
@@ -288,30 +292,8 @@ class StagedFolder:
                 raise OutputExistsError(
                     f"{self.path!r} exists; give another path, or overwrite=True to replace it"
                 )
-            self._require_replaceable(self._name)
+            self._kind.require(target, self.path)
         return True
-
-    def _require_replaceable(self, name: str) -> None:
-        """Refuse to replace a folder that holds anything but an adapter."""
-        with os.scandir(self._sibling(name)) as entries:
-            content = {entry.name: entry.is_dir(follow_symlinks=False) for entry in entries}
-        if content and CONFIG_NAME not in content:
-            raise OutputError(
-                f"{self.path!r} holds {len(content)} entries but no {CONFIG_NAME}: it is not an "
-                "adapter checkpoint and "
-                "is not replaced, even with overwrite=True; give another path"
-            )
-        foreign = sorted(
-            entry for entry, folder in content.items() if folder or entry not in _REPLACED
-        )
-        if foreign:
-            listed = ", ".join(map(repr, foreign[:5])) + (
-                f" and {len(foreign) - 5} more" if len(foreign) > 5 else ""
-            )
-            raise OutputError(
-                f"{self.path!r} holds more than an adapter: {listed}; overwrite=True would delete "
-                "that, too. Move it away, or give another path"
-            )
 
 
 @contextmanager

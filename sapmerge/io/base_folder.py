@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -22,8 +22,10 @@ from sapmerge.io.modules import Module
 from sapmerge.io.names import canonical
 from sapmerge.io.strict_json import parse
 
-__all__ = ["BaseFolder", "Spot"]
+__all__ = ["LARGE", "BaseFolder", "Spot"]
 
+LARGE = replace(DEFAULT_LIMITS, config_bytes=DEFAULT_LIMITS.header_bytes)
+"""For lists of tensors or files: those of models with many experts have several MB."""
 _ONE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PLAIN = re.compile(r"[A-Za-z0-9._-]+\.safetensors")
 # One expert of a fused parameter is several modules in a folder: the halves of gate_up_proj, or one
@@ -65,6 +67,8 @@ class BaseFolder:
     """
 
     def __init__(self, path: str | os.PathLike[str], *, conv1d: bool = False) -> None:
+        if not isinstance(path, (str, bytes, os.PathLike)):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise ModelMismatchError(f"a base is the path of a folder; got a {type(path).__name__}")
         self.path, self.conv1d = os.path.abspath(os.fsdecode(path)), conv1d
         self._where = f"base {shown(os.fsdecode(path))}"
         self.shards: dict[str, StoredWeights] = {}
@@ -87,7 +91,7 @@ class BaseFolder:
             return [_ONE]
         where = f"{self._where}, {_INDEX}"
         with RegularFile(os.path.join(self.path, _INDEX), where) as file:
-            index = parse(bytes(file.read(0, file.size)), where, DEFAULT_LIMITS)
+            index = parse(bytes(file.read(0, file.size)), where, LARGE)
         table = index.get("weight_map")
         files = (
             set(cast("Mapping[str, object]", table).values())

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from sapmerge.errors import AdapterFormatError, NonFiniteError
-from sapmerge.io.atomic import CARD_NAME, StagedFolder
+from sapmerge.io.atomic import StagedFolder
 from sapmerge.io.files import DEFAULT_LIMITS, Limits, RegularFile, shown
 from sapmerge.io.header import open_weights
+from sapmerge.io.outputs import CARD_NAME
 from sapmerge.io.strict_json import parse
 
 __all__ = ["FACTORS", "ROUTED", "ROUTER", "read_routed", "write_routed"]

@@ -20,14 +20,8 @@ from typing_extensions import Self
 
 from sapmerge.core.linalg import finite
 from sapmerge.errors import NonFiniteError, OutputError
-from sapmerge.io.atomic import (
-    CARD_NAME,
-    CONFIG_NAME,
-    TENSORS_NAME,
-    StagedFolder,
-    explained,
-    write_all,
-)
+from sapmerge.io.atomic import StagedFolder, explained, write_all
+from sapmerge.io.outputs import CARD_NAME, CONFIG_NAME, TENSORS_NAME
 
 __all__ = ["CONFIG_DIGEST_KEY", "CheckpointWriter", "TENSORS_DIGEST_KEY", "digest_of"]
 
@@ -94,13 +88,13 @@ class CheckpointWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
+        scratch, self._scratch = self._scratch, -1
         try:
-            if self._scratch >= 0:
-                os.close(self._scratch)
+            if scratch >= 0:
+                os.close(scratch)
         except OSError:
             pass  # what is closed here is thrown away
         finally:
-            self._scratch = -1
             self._folder.__exit__()
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
@@ -197,9 +191,10 @@ class CheckpointWriter:
         self._folder.publish()
 
     def withdraw(self) -> None:
-        """Remove what `commit` has put in place, unless it replaced something.
-        It may be called again.
+        """Remove what `commit` has put in place, unless it replaced something, and what an
+        interrupted exit has left. It may be called again.
         """
+        self.__exit__()
         self._folder.withdraw()
 
     def _write_tensors(self, metadata: Mapping[str, str]) -> None:

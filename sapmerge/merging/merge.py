@@ -122,6 +122,10 @@ def merge(
         model = None
     method = check_method(method, anchor_loader, model)
     check_numbers(scale, rank)
+    if cache is not None and not isinstance(cache, (str, os.PathLike)):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise MethodError(
+            f"cache is the path of a folder of your own; got a {type(cache).__name__}"
+        )
     if cache_only and (cache is None or anchor_loader is None):
         raise MethodError(
             "cache_only=True needs cache=..., and the anchors and the model that the cache is for"
@@ -320,21 +324,30 @@ class Merged:
         sinks.add(self.run, peft_model, adapter_name, self._measure, self._undo())
 
     def save_merged(
-        self, base_folder: str | os.PathLike[str], path: str | os.PathLike[str]
+        self,
+        base_folder: str | os.PathLike[str],
+        path: str | os.PathLike[str],
+        *,
+        overwrite: bool = False,
     ) -> None:
         """Write the merged full model: the base's folder with the update added, shard by shard;
-        lossless in rank.
+        lossless in rank. The folder appears whole or not at all.
 
         Args:
             base_folder: the base's safetensors, sharded or not; config and tokenizer beside them
-                are copied.
-            path: the folder to write, which must not exist.
+                are copied. `sapmerge.json` tells the recipe, the inputs and the sha256 of every
+                file.
+            path: the folder to write.
+            overwrite: replace an earlier merged model.
 
         Raises:
-            ModelMismatchError: the folder is not the adapters' base.
+            ModelMismatchError: the folder is not the adapters' base, or its weights are quantised.
             OutputExistsError: `path` exists.
+            OutputError: `path` is or holds the base or one of the inputs, or holds more than a
+                merged model.
+            NonFiniteError: a merged weight is not finite in the dtype of the base.
         """
-        save_merged(self.run, base_folder, path)
+        save_merged(self.run, base_folder, path, overwrite=overwrite)
 
     @property
     def report(self) -> Report:

@@ -25,12 +25,12 @@ from sapmerge.errors import (
     MethodError,
     ModelMismatchError,
     NonFiniteError,
-    OutputError,
     OutputExistsError,
 )
 from sapmerge.io.folder import check_readable
 from sapmerge.io.held_values import HeldValues
 from sapmerge.io.modules import Module
+from sapmerge.io.outputs import check_apart
 from sapmerge.io.writing import CheckpointWriter
 from sapmerge.merging.bundles import Bundle, Bundler
 from sapmerge.merging.card import card_of
@@ -77,17 +77,7 @@ def save(
         undo: what takes back the caller's part of it.
     """
     written_names(run.adapters, form.names, run.own_names)  # refuses before any work
-    output = os.path.realpath(path)
-    for adapter in run.adapters:
-        if adapter.folder == output:
-            raise OutputError(
-                f"the output {os.fspath(path)!r} is one of the inputs; write to another folder"
-            )
-        if adapter.folder is not None and adapter.folder.startswith(os.path.join(output, "")):
-            raise OutputError(
-                f"the output {os.fspath(path)!r} holds the input {adapter.folder!r}; write to "
-                "another folder"
-            )
+    check_apart(path, (adapter.folder for adapter in run.adapters))
     writer = CheckpointWriter(path, overwrite=overwrite)
     try:
         undo.add(writer.withdraw)
@@ -187,11 +177,16 @@ def apply(run: Run, model: Any, finish: Finish, undo: Undo) -> None:
         undo: what takes back the caller's part of it.
     """
     held = HeldValues()
+    undo.add(held.put_back)
+    _alone(model, undo, lambda base: finish(_added(run, model, base, held)))
+
+
+def _alone(model: Any, undo: Undo, work: Callable[[nn.Module], object]) -> None:
+    """Work on a model that no other merge sees meanwhile; whatever fails is taken back."""
     try:
         with exclusive(model) as base, pinned_state():
             try:
-                undo.add(held.put_back)
-                finish(_added(run, model, base, held))
+                work(base)
             except BaseException:
                 undo.run()
                 raise
@@ -284,16 +279,7 @@ def add(run: Run, peft_model: Any, adapter_name: str, finish: Finish, undo: Undo
         raise MethodError(
             f"{adapter_name!r} cannot be an adapter's name; use letters, digits, '_' and '-'"
         )
-    try:
-        with exclusive(peft_model), pinned_state():
-            try:
-                _registered(run, peft_model, adapter_name, finish, undo)
-            except BaseException:
-                undo.run()
-                raise
-    except BaseException:
-        undo.run()  # what was cut short, and what was interrupted on the way out
-        raise
+    _alone(peft_model, undo, lambda _: _registered(run, peft_model, adapter_name, finish, undo))
 
 
 def _registered(run: Run, peft_model: Any, adapter_name: str, finish: Finish, undo: Undo) -> None:

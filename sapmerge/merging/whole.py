@@ -4,27 +4,61 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from sapmerge.core.torch_state import pinned_state
-from sapmerge.errors import NonFiniteError
+from sapmerge.core.undo import Undo
+from sapmerge.errors import ModelMismatchError
 from sapmerge.io.base_folder import BaseFolder, Spot
+from sapmerge.io.outputs import check_apart
 from sapmerge.io.whole import write_model
 from sapmerge.merging.run import Run
+from sapmerge.merging.texts import metadata_of
 from sapmerge.merging.vectors import Change
 
 __all__ = ["save_merged"]
 
+_PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
 
 def save_merged(
-    run: Run, base_folder: str | os.PathLike[str], path: str | os.PathLike[str]
+    run: Run,
+    base_folder: str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    *,
+    overwrite: bool,
 ) -> None:
     """Write every shard of the base with the updates added, and copy what lies beside it
     (configs, tokenizer).
     """
-    base = BaseFolder(base_folder, conv1d=any(adapter.fan_in_fan_out for adapter in run.adapters))
+    undo = Undo()
+    try:
+        with pinned_state():
+            base = BaseFolder(
+                base_folder, conv1d=any(adapter.fan_in_fan_out for adapter in run.adapters)
+            )
+            check_apart(path, (base.path, *(adapter.folder for adapter in run.adapters)))
+            moved = _moves(run, base)
+            for name in moved:
+                _check_plain(base, name)
+            metadata = metadata_of(run, {})
+            record = {
+                "version": metadata["sapmerge.version"],
+                "recipe": json.loads(metadata["sapmerge.recipe"]),
+                "inputs": json.loads(metadata["sapmerge.inputs"]),
+            }
+            write_model(base, path, moved, record, overwrite=overwrite, undo=undo)
+    except BaseException:
+        undo.run()
+        raise
+
+
+def _moves(run: Run, base: BaseFolder) -> Mapping[str, Callable[[Tensor], Tensor]]:
+    """Tensor of the base -> what makes the merged one of it."""
     base.check(run.stream.modules.values(), run.heads.shapes())
     layers: dict[str, list[tuple[str, Spot]]] = {}
     for name, module in run.stream.modules.items():
@@ -33,14 +67,13 @@ def save_merged(
     changes: dict[str, list[Change]] = {}
     for change in run.vectors.changes:
         changes.setdefault(_found(base, change.name), []).append(change)
-    heads = {_found(base, name): read for name, read in run.heads.tensors().items()}
-
-    def moved(name: str, tensor: Tensor) -> Tensor:
-        tensor = heads[name]() if name in heads else tensor
-        return _moved(run, tensor, layers.get(name, []), changes.get(name, []))
-
-    record = {"recipe": dict(run.recipe), "inputs": {a.label: a.digest for a in run.adapters}}
-    write_model(base, path, moved, json.dumps(record, indent=2, sort_keys=True) + "\n")
+    moved: dict[str, Callable[[Tensor], Tensor]] = {
+        name: partial(_moved, run, layers.get(name, []), changes.get(name, []))
+        for name in (*layers, *changes)
+    }
+    for name, read in run.heads.tensors().items():
+        moved[_found(base, name)] = partial(_replaced, read)
+    return moved
 
 
 def _found(base: BaseFolder, name: str) -> str:
@@ -48,28 +81,35 @@ def _found(base: BaseFolder, name: str) -> str:
     return base.find(name) or name
 
 
+def _check_plain(base: BaseFolder, name: str) -> None:
+    entry = base.entries[name][1]
+    if entry.dtype not in _PLAIN:
+        raise ModelMismatchError(
+            f"the base stores {name!r} as {entry.dtype}: an update that is added to quantised "
+            "weights is lost in their rounding. Use save_pretrained, or a base in bfloat16 or "
+            "float32"
+        )
+
+
+def _replaced(read: Callable[[], Tensor], _: Tensor) -> Tensor:
+    return read()
+
+
 def _moved(
-    run: Run, value: Tensor, layers: list[tuple[str, Spot]], changes: list[Change]
+    run: Run, layers: list[tuple[str, Spot]], changes: list[Change], value: Tensor
 ) -> Tensor:
     """A tensor of the base plus what the merge does to it."""
-    if not layers and not changes:
-        return value
-    moved = value.float()
+    moved = value.to(torch.promote_types(value.dtype, torch.float32))
     for name, spot in layers:
-        with pinned_state():
-            update = run.merged(name)[1].dense().float().cpu()
+        update = run.merged(name)[1].dense().cpu().to(moved.dtype)
         part = update if spot.rows is None else update[spot.rows]
         target = moved if spot.expert is None else moved[spot.expert]
         target.add_(part.T if spot.transposed else part.reshape(target.shape))
     for change in changes:
         if change.how == "moves":
-            moved = (moved.double() + change.value(None)).float()
+            moved = (moved.double() + change.value(None)).to(moved.dtype)
         elif change.rows:
-            moved[list(change.rows)] = change.value(moved).float()
+            moved[list(change.rows)] = change.value(moved).to(moved.dtype)
         else:
-            moved = change.value(moved).float()
-    if not bool(torch.isfinite(moved.to(value.dtype)).all()):
-        raise NonFiniteError(
-            f"the merged weight {layers[0][0] if layers else changes[0].name!r} is not finite"
-        )
+            moved = change.value(moved).to(moved.dtype)
     return moved

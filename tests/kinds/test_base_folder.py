@@ -85,6 +85,14 @@ def test_a_merged_model_is_streamed(make: h.Make, settings: dict[str, Any], tmp_
     h.compare(make, _loaded(make, tmp_path / "whole"), h.target(make, paths), 1e-4)
 
 
+def test_a_bias_that_the_base_lacks_is_refused(tmp_path: Path) -> None:
+    base = _saved(h.llama, tmp_path / "base")
+    path = train(tmp_path, h.biased_llama, 1, r=4, target_modules=QV, bias="all")
+    with pytest.raises(sm.ModelMismatchError, match="has no tensor"):
+        merged([path]).save_merged(base, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_is_no_base_is_refused(tmp_path: Path) -> None:
     base = _saved(h.llama, tmp_path / "base")
     path = train(tmp_path, h.llama, 1, r=4, target_modules=QV)
@@ -107,4 +115,10 @@ def test_what_is_no_base_is_refused(tmp_path: Path) -> None:
         json.dumps({"weight_map": {"a": "other.safetensors"}})
     )
     merged([path], model=base)
+    (base / "more.safetensors").write_bytes((base / "other.safetensors").read_bytes())
+    (base / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "other.safetensors", "b": "more.safetensors"}})
+    )
+    with pytest.raises(sm.AdapterFormatError, match="is in another shard, too"):
+        merged([path], model=base)
     assert isinstance(h.llama(), nn.Module)
