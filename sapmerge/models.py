@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from sapmerge.errors import ModelMismatchError
 from sapmerge.io.modules import Module
@@ -47,6 +48,8 @@ def exclusive(model: Any) -> Generator[nn.Module]:
     Every pass over anchors and every write to the weights happens inside. It may be entered again.
     """
     base = base_of(model)
+    if not isinstance(base, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise ModelMismatchError(f"expected a torch module; got a {type(model).__name__}")
     with _locks_lock:
         lock = _locks.setdefault(base, threading.RLock())
     with lock:
@@ -173,6 +176,10 @@ def _site(module: nn.Module, spec: Module) -> Site:
     parameter: object = module
     for part in spec.parameter.split("."):
         parameter = getattr(parameter, part, None)
+    if isinstance(parameter, UninitializedParameter):
+        raise ModelMismatchError(
+            f"module {spec.name!r} ({type(module).__name__}) has no weight before it first runs"
+        )
     if not isinstance(parameter, Tensor) or not parameter.is_floating_point():
         raise ModelMismatchError(
             f"module {spec.name!r} ({type(module).__name__}) has no floating-point {spec.parameter}"

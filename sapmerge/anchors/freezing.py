@@ -124,11 +124,21 @@ class BaseWeights:
     """
 
     def __init__(self) -> None:
+        self._base: nn.Module | None = None
         self._seen: list[tuple[int, int]] = []
 
     def note(self, base: nn.Module) -> None:
         """The parameters are these now."""
-        self._seen = self._of(base)
+        self._base, self._seen = base, self._of(base)
+
+    def __getstate__(self) -> tuple[nn.Module | None, bool]:
+        base = self._base
+        return base, base is not None and self._of(base) == self._seen
+
+    def __setstate__(self, state: tuple[nn.Module | None, bool]) -> None:
+        """In another process, or in a copy, the parameters lie elsewhere."""
+        self._base, intact = state
+        self._seen = self._of(self._base) if self._base is not None and intact else []
 
     def check(self, base: nn.Module) -> None:
         """Refuse others.

@@ -165,7 +165,7 @@ class Batches:
         """The digest of a batch that holds samples, all of them in plain tensors."""
         for leaf in _leaves(batch):
             if isinstance(leaf, Tensor) and (
-                leaf.is_meta or leaf.is_quantized or leaf.layout != torch.strided
+                leaf.is_meta or leaf.is_quantized or leaf.is_nested or leaf.layout != torch.strided
             ):
                 kind = (
                     "a meta tensor, without data"

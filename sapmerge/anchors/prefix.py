@@ -51,6 +51,12 @@ class Prefix:
         its embeddings, batch by batch.
         """
 
+    def __getstate__(self) -> tuple[list[nn.Module], int]:
+        return self._targets, self._budget  # what is kept is of modules of this process
+
+    def __setstate__(self, state: tuple[list[nn.Module], int]) -> None:
+        Prefix.__init__(self, *state)
+
     @property
     def kept(self) -> int:
         """The bytes that are kept."""

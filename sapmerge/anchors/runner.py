@@ -9,7 +9,6 @@ import os
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from threading import Event
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -61,6 +60,11 @@ class Shard:
     skipped: bool = False
 
 
+@dataclass
+class _Flag:
+    up: bool = False
+
+
 class Runner:
     """A model, batches, a loss, and the adapters that are put into the model.
 
@@ -99,7 +103,7 @@ class Runner:
             self.loss: Loss = default_loss(base) if loss is None else loss
             check_base(base, self.sites)
             self._base.note(base)
-        self._used = Event()  # shared by copies
+        self._used = _Flag()  # shared by copies
         self.cache_only, self.shard = False, Shard()
         self.unused = set[str]()
         self.resume: Resume | None = None
@@ -124,13 +128,13 @@ class Runner:
 
     def note_loss(self, adapter: int, loss: float) -> None:
         """The anchors' loss at base + adapter, known from an earlier run."""
-        self._used.set()
+        self._used.up = True
         self._known[self._key(adapter)] = loss
 
     @property
     def used(self) -> bool:
         """Whether anything was asked of the anchors."""
-        return self._used.is_set()
+        return self._used.up
 
     def loss_of(
         self,
@@ -139,7 +143,7 @@ class Runner:
         who: str = "the merged adapter",
     ) -> float:
         """The mean loss on the anchors at base + updates."""
-        self._used.set()
+        self._used.up = True
         loss, total, count = loss or self.loss, 0.0, 0
         key = "" if self.resume is None else self.resume.loss_key(updates, loss)
         kept = None if self.resume is None else self.resume.loss(key)
@@ -203,7 +207,7 @@ class Runner:
         """The same with every other batch, from that number (0 or 1) on;
         of a single batch, with every other sample.
         """
-        self._used.set()
+        self._used.up = True
         half = copy.copy(self)
         half.batches = Batches(Half(self.batches, number), device_of(self.model))
         half._known, half.resume = {}, None  # a cache is of all anchors
@@ -233,7 +237,7 @@ class Runner:
         Raises:
             NonFiniteError: the loss, a gradient or the output of an adapted layer is.
         """
-        self._used.set()
+        self._used.up = True
         who, updates = self._place(adapter)
         self._allow(f"gradients at {who}")
         moved, total, count = self._moved(updates), 0.0, 0
@@ -280,7 +284,7 @@ class Runner:
         """One pass without gradients, at base + adapter: layer -> what to do with its inputs.
         The number of samples.
         """
-        self._used.set()
+        self._used.up = True
         (who, updates), count = self._place(adapter), 0
         self._allow(f"the inputs of the layers at {who}")
         with (
@@ -348,9 +352,9 @@ class Runner:
     def _value(self, loss: Loss, base: nn.Module, batch: Any, who: str) -> Tensor:
         self._prefix.start()
         value = cast("object", loss(base, batch))
-        if not isinstance(value, Tensor) or value.numel() != 1:
+        if not isinstance(value, Tensor) or value.numel() != 1 or value.is_complex():
             shown = (
-                f"a tensor {tuple(value.shape)}"
+                f"a {value.dtype} tensor {tuple(value.shape)}"
                 if isinstance(value, Tensor)
                 else f"a {type(value).__name__}"
             )

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import torch
 
-from sapmerge.core.undo import Undo
+from sapmerge.core.undo import Undo, without_interrupts
 
 __all__ = ["model_state", "pinned_state", "without_autocast"]
 
@@ -94,20 +94,23 @@ def pinned_state() -> Generator[None]:
 
     On one thread sums are taken in one order. It may be entered again inside.
     """
-    undo, who = Undo(), object()
+    undo, who, modes = Undo(), object(), ExitStack()
     try:
         try:
             undo.add(lambda: _process.leave(who))
             _process.enter(who)
             _note_outside(undo)
             _set_threads(1, undo)
-            with ExitStack() as stack:
-                stack.enter_context(without_autocast())
+            # An interruption between the change of a mode and the note of how to leave it would
+            # leave it changed, and so would one in the middle of leaving.
+            undo.add(modes.close)
+            with without_interrupts():
+                modes.enter_context(without_autocast())
                 if torch.get_default_device().type != "cpu":
-                    stack.enter_context(torch.device("cpu"))
-                stack.enter_context(torch.inference_mode(False))
-                stack.enter_context(torch.no_grad())
-                yield
+                    modes.enter_context(torch.device("cpu"))
+                modes.enter_context(torch.inference_mode(False))
+                modes.enter_context(torch.no_grad())
+            yield
         finally:
             undo.run()
     finally:
@@ -128,8 +131,12 @@ def model_state(device: torch.device) -> Generator[None]:
             try:
                 threads, default = _own.outside
                 _set_threads(threads, undo)
-                with default if default.type == device.type != "cpu" else ExitStack():
-                    yield
+                modes = ExitStack()
+                undo.add(modes.close)
+                if default.type == device.type != "cpu":
+                    with without_interrupts():
+                        modes.enter_context(default)
+                yield
             finally:
                 undo.run()
         finally:

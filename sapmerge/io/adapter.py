@@ -105,6 +105,10 @@ class Adapter:
             NonFiniteError: the
                 message names folder, file and tensor or key.
         """
+        if not isinstance(path, (str, bytes, os.PathLike)):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise AdapterFormatError(
+                f"an adapter is the path of a local folder; got a {type(path).__name__}"
+            )
         source = os.fsdecode(path)
         if not source:
             raise AdapterFormatError("adapter '': an empty path; expected a local folder")

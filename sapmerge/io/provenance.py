@@ -59,8 +59,8 @@ def read_provenance(path: str | os.PathLike[str]) -> Provenance:
             sapmerge writes.
         SapmergeError: it cannot be read as an adapter at all.
     """
-    folder = os.fspath(path)
-    files = Adapter.load(folder).files  # whatever is wrong with the files is refused here
+    files = Adapter.load(path).files  # whatever is wrong with the files is refused here
+    folder = os.fsdecode(path)
     where = f"output {shown(folder)}"
     with RegularFile(os.path.join(folder, WEIGHTS), f"{where}, {WEIGHTS}") as file:
         length = int.from_bytes(file.read(0, 8), "little")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -68,7 +69,7 @@ class AdapterLayers:
     modules: Mapping[str, Module]
     device: torch.device
     anchors: Anchors | None = None
-    held: _Held = field(default_factory=lambda: _Held(_HELD), repr=False)
+    held: _Held = field(default_factory=partial(_Held, _HELD), repr=False)
 
     @staticmethod
     def of(
@@ -97,9 +98,6 @@ class AdapterLayers:
     ) -> AdapterLayers:
         """The same layers, with gradients on the anchors at hand."""
 
-        def reader(k: int) -> Callable[[], Mapping[str, Update]]:
-            return lambda: {name: self._update(k, name) for name in self.adapters[k].modules}
-
         beside = [adapter.label for adapter in self.adapters if adapter.vectors]
         if beside:
             warnings.warn(
@@ -108,7 +106,9 @@ class AdapterLayers:
                 SapmergeWarning,
                 stacklevel=4,
             )
-        readers = [(adapter.label, reader(k)) for k, adapter in enumerate(self.adapters)]
+        readers = [
+            (adapter.label, partial(self._updates, k)) for k, adapter in enumerate(self.adapters)
+        ]
         anchors = Anchors(model, loader, self.modules, readers, loss)
         if cache is not None:
             anchors.resume_in(cache, [adapter.digest for adapter in self.adapters])
@@ -139,6 +139,9 @@ class AdapterLayers:
             yield
         finally:
             self.held.filling = False
+
+    def _updates(self, k: int) -> Mapping[str, Update]:
+        return {name: self._update(k, name) for name in self.adapters[k].modules}
 
     def _update(self, k: int, name: str) -> Update:
         adapter = self.adapters[k]

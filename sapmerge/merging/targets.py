@@ -70,6 +70,11 @@ def _unwritable(weight: Tensor) -> str | None:
         return "it was made inside torch.inference_mode(); load the model outside"
     if weight.layout != torch.strided:
         return "it is sparse"
+    if weight.dtype.itemsize < 2:
+        return (
+            f"it is stored as {weight.dtype}, in whose rounding an update is lost; use "
+            "save_pretrained, or load the model in bfloat16 or float32"
+        )
     reach = 1
     for stride, size in sorted(
         (stride, size) for stride, size in zip(weight.stride(), weight.shape) if size > 1

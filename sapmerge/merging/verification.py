@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from sapmerge.errors import (
     AdapterFormatError,
     AnchorError,
     IncompatibleAdaptersError,
+    MethodError,
     SapmergeError,
 )
 from sapmerge.io.adapter import Adapter
@@ -158,6 +159,8 @@ def _by_label(
     found: Provenance, inputs: Sequence[str | os.PathLike[str]], problems: list[str]
 ) -> dict[str, str | os.PathLike[str]]:
     """Label -> folder, by the sha256 of the files; folders that were not inputs become problems."""
+    if isinstance(inputs, (str, bytes, os.PathLike)) or not isinstance(inputs, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise MethodError(f"the inputs are a list of folders; got {shown(inputs)}")
     wanted = {entry["label"]: entry for entry in found.inputs}
     given: dict[str, str | os.PathLike[str]] = {}
     for folder in inputs:

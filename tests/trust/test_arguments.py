@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import os
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import torch
 
 import sapmerge as sm
 from sapmerge.cli import main
-from tests.trust.helpers import Small, loss, tensors_of, write_adapter
+from tests.trust.helpers import Small, batches, loss, same, state, tensors_of, write_adapter
 
 
 @pytest.fixture
@@ -31,6 +32,7 @@ HUGE = 10**5000
 @pytest.mark.parametrize(
     "wrong",
     [
+        *({"cache": value} for value in (5, b"folder", True)),
         *({"scale": value} for value in (10**400, HUGE, "1", None, True, [1], float("nan"), 1j)),
         *(
             {"weights": value}
@@ -69,6 +71,45 @@ def test_weights_that_overflow_are_not_said_to_sum_to_zero(paths: list[Path]) ->
         sm.merge(paths, method=sm.mean(), weights=[1e308] * 3)
 
 
+@pytest.mark.parametrize("wrong", [5, None, "a\0b", b"a\0b", ["out"], 1.5])
+def test_wrong_paths(paths: list[Path], tmp_path: Path, wrong: Any) -> None:
+    merged = sm.merge(paths, method=sm.mean())
+    with pytest.raises(sm.OutputError):
+        merged.save_pretrained(wrong)
+    with pytest.raises(sm.SapmergeError):
+        merged.save_merged(paths[0], wrong)
+    for action in (
+        lambda: merged.save_merged(wrong, tmp_path / "out"),
+        lambda: sm.Adapter.load(wrong),
+        lambda: sm.verify(wrong),
+        lambda: sm.reproduce(wrong, paths),
+    ):
+        with pytest.raises(sm.SapmergeError):
+            action()
+
+
+def test_a_path_of_bytes_is_one(paths: list[Path], tmp_path: Path) -> None:
+    sm.merge(paths, method=sm.mean()).save_pretrained(os.fsencode(tmp_path / "out"))
+    assert sm.verify(os.fsencode(tmp_path / "out"), paths) == []
+
+
+@pytest.mark.parametrize("wrong", ["a", Path("a"), b"a", 5])
+def test_inputs_are_a_list(paths: list[Path], tmp_path: Path, wrong: Any) -> None:
+    sm.merge(paths, method=sm.mean()).save_pretrained(tmp_path / "out")
+    for check in (sm.verify, sm.reproduce):
+        with pytest.raises(sm.MethodError, match="list of folders"):
+            check(tmp_path / "out", wrong)
+
+
+@pytest.mark.parametrize("wrong", [None, "model", 5, [Small()]])
+def test_what_is_no_model_is_refused(paths: list[Path], wrong: Any) -> None:
+    merged = sm.merge(paths, method=sm.mean())
+    with pytest.raises(sm.ModelMismatchError, match="torch module"):
+        merged.apply_to(wrong)
+    with pytest.raises(sm.ModelMismatchError, match="PeftModel"):
+        merged.add_to(wrong, "merged")
+
+
 def test_device_0_is_not_the_cpu(paths: list[Path]) -> None:
     if torch.cuda.is_available():
         assert sm.merge(paths, method=sm.mean(), device=0).stream.device == torch.device("cuda", 0)
@@ -86,13 +127,36 @@ def test_device_0_is_not_the_cpu(paths: list[Path]) -> None:
         ({"x": torch.zeros(2, 8), "more": [torch.eye(3).to_sparse_csr()]}, "sparse"),
         (torch.zeros(2, 8, device="meta"), "meta"),
         ((torch.zeros(2, 8), torch.zeros(2, device="meta")), "meta"),
+        (torch.nested.nested_tensor([torch.ones(2, 8), torch.ones(1, 8)]), "nested"),
         (torch.quantize_per_tensor(torch.zeros(2, 8), 0.1, 0, torch.qint8), "quantised"),
     ],
-    ids=["no samples", "no ids", "sparse", "sparse inside", "meta", "meta inside", "quantised"],
+    ids=[
+        "no samples",
+        "no ids",
+        "sparse",
+        "sparse inside",
+        "meta",
+        "meta inside",
+        "nested",
+        "quantised",
+    ],
 )
 def test_odd_batches(paths: list[Path], batch: Any, words: str) -> None:
     with pytest.raises(sm.AnchorError, match=words):
         sm.merge(paths, [torch.ones(2, 8), batch], Small(), loss=loss)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [None, 1.0, torch.ones(3), torch.ones((), dtype=torch.complex64), torch.tensor(3), "1"],
+    ids=lambda value: str(value)[:20],
+)
+def test_odd_losses(paths: list[Path], value: Any) -> None:
+    model = Small()
+    before = state(model)
+    with pytest.raises(sm.AnchorError, match="the loss"):
+        sm.merge(paths, batches(), model, loss=lambda m, b: value, method=sm.sap_original())
+    assert same(before, state(model))
 
 
 @pytest.mark.parametrize("name", ["mean", "ties", "dare", "knots"])

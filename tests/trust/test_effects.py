@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import pickle
 import random
@@ -12,11 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import sapmerge as sm
@@ -197,6 +200,18 @@ def test_ctrl_c_at_any_line_of_a_sink(
         assert "merged" not in getattr(model, "peft_config", {})
 
 
+@pytest.mark.parametrize("file", ["io/atomic.py", "io/writing.py", "io/outputs.py"])
+def test_ctrl_c_at_any_line_of_the_writer_leaves_nothing(
+    paths: list[Path], tmp_path: Path, file: str
+) -> None:
+    merged, out, at = sm.merge(paths[:2], method=sm.mean()), tmp_path / "out", 1
+    while interrupted(lambda: merged.save_pretrained(out), (file,), at):
+        assert {path.name for path in tmp_path.iterdir()} == {"a", "b", "c"}, at
+        at += 3
+    assert at > 3
+    assert sm.verify(out) == []
+
+
 def test_adding_that_fails_in_peft_leaves_the_model_as_it_was(
     paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -293,6 +308,45 @@ def _with_another_dtype(model: Small) -> None:
     )
 
 
+def _lazy(model: Small) -> None:
+    model.layers[0]["q_proj"] = nn.LazyLinear(12, bias=False)
+
+
+def _float8(model: Small) -> None:
+    _replaced(model, torch.randn(12, 8).to(torch.float8_e4m3fn))
+
+
+def _int8(model: Small) -> None:
+    _replaced(model, torch.zeros(12, 8, dtype=torch.int8))
+
+
+def _complex(model: Small) -> None:
+    _replaced(model, torch.zeros(12, 8, dtype=torch.complex64))
+
+
+def _one_array(model: Small) -> None:
+    """Two storages of torch over one memory."""
+    array = np.zeros(200, dtype=np.float32)
+    model.layers[0]["q_proj"].weight.data = torch.from_numpy(array[:96].reshape(12, 8))
+    model.layers[1]["v_proj"].weight.data = torch.from_numpy(array[8:104].reshape(12, 8))
+
+
+class Property(nn.Module):
+    in_features, out_features = 8, 12
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = nn.Parameter(torch.zeros(12, 8))
+
+    @property
+    def weight(self) -> Tensor:
+        return 1 * self.kept
+
+
+def _property(model: Small) -> None:
+    model.layers[0]["q_proj"] = Property()
+
+
 REFUSED: list[Callable[[Small], object]] = [
     *(
         _deaf,
@@ -305,7 +359,9 @@ REFUSED: list[Callable[[Small], object]] = [
         _shifted,
         _with_a_buffer,
     ),
-    _with_another_dtype,
+    *(_with_another_dtype, _lazy, _float8, _int8, _complex, _one_array, _property),
+    lambda model: nn.utils.weight_norm(model.layers[0]["q_proj"]),
+    lambda model: nn.utils.spectral_norm(model.layers[0]["q_proj"]),
     lambda model: parametrizations.weight_norm(model.layers[0]["q_proj"]),
     lambda model: parametrizations.spectral_norm(model.layers[0]["q_proj"]),
     lambda model: parametrizations.orthogonal(model.layers[0]["q_proj"]),
@@ -323,7 +379,9 @@ def test_weights_that_a_write_would_miss_are_refused(
     model = Small().eval()  # spectral norm changes in training whenever one looks at it
     change(model)
     before = {
-        name: tensor.clone() for name, tensor in model.state_dict().items() if not tensor.is_meta
+        name: tensor.clone()
+        for name, tensor in model.state_dict().items()
+        if not (tensor.is_meta or isinstance(tensor, UninitializedParameter))
     }
     with pytest.raises(sm.ModelMismatchError):
         sm.merge(paths, method=sm.mean()).apply_to(model)
@@ -532,6 +590,28 @@ def test_adapters_and_merges_can_be_pickled(paths: list[Path], tmp_path: Path) -
         file.write(b"x")
     with pytest.raises(sm.InputChangedError):
         _ = [adapter.update(name) for name in SHAPES]
+
+
+@pytest.mark.parametrize("name", ["sap", "sap_original", "fisher", "regmean", "adamerging", "tune"])
+@pytest.mark.parametrize("copied", [lambda it: pickle.loads(pickle.dumps(it)), copy.deepcopy])
+def test_merges_with_anchors_can_be_copied_to_another_process(
+    paths: list[Path], tmp_path: Path, name: str, copied: Callable[[sm.Merged], sm.Merged]
+) -> None:
+    """With their model, which must be the one that the merge began with."""
+    model = Small()
+    merged = sm.merge(paths, batches(), model, loss=loss, method=getattr(sm, name)(), rank="exact")
+    other = copied(merged)
+    merged.save_pretrained(tmp_path / "one")
+    other.save_pretrained(tmp_path / "two")
+    assert tensors_of(tmp_path / "one") == tensors_of(tmp_path / "two")
+    assert other.report.notes["anchor loss"] == merged.report.notes["anchor loss"]
+    with torch.no_grad():
+        model.head.weight.mul_(2)
+    late = copied(merged)
+    anchors = late.run.stream.anchors
+    assert anchors is not None
+    with pytest.raises(sm.AnchorError, match="changed since the merge began"):
+        anchors.backward(0, {})
 
 
 def test_plain_patterns_mean_what_they_mean_to_peft() -> None:

@@ -4,14 +4,17 @@ and is what it was afterwards.
 
 from __future__ import annotations
 
+import random
 import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sapmerge as sm
 from sapmerge.core.torch_state import model_state, pinned_state
@@ -55,6 +58,22 @@ def seen() -> tuple[object, ...]:
     )
 
 
+@contextmanager
+def errors_of_numpy() -> Generator[None]:
+    before = np.seterr(all="raise")
+    try:
+        yield
+    finally:
+        np.seterr(**before)
+
+
+class Passing(TorchDispatchMode):
+    """Sees every operation and changes none."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
 STATES: dict[str, Callable[[], Any]] = {
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
     "float64": lambda: setting(torch.set_default_dtype, torch.float64, torch.float32),
@@ -65,6 +84,12 @@ STATES: dict[str, Callable[[], Any]] = {
     "no_grad": torch.no_grad,
     "inference": torch.inference_mode,
     "deterministic": lambda: setting(torch.use_deterministic_algorithms, True, False),
+    "denormals": lambda: setting(torch.set_flush_denormal, True, False),
+    "no mkldnn": lambda: torch.backends.mkldnn.flags(enabled=False),
+    "numpy": errors_of_numpy,
+    "dispatch": Passing,
+    "anomalies": lambda: torch.autograd.set_detect_anomaly(True, check_nan=False),
+    "saved on the cpu": torch.autograd.graph.save_on_cpu,
     "two threads": lambda: setting(torch.set_num_threads, 2, 1),
 }
 
@@ -106,6 +131,25 @@ def test_applying_and_looking(paths: list[Path], name: str) -> None:
         got, told = run()
     assert told == said
     assert all(torch.equal(got[key], tensor) for key, tensor in wanted.items())
+
+
+def test_no_random_state_is_read_or_changed(paths: list[Path], tmp_path: Path) -> None:
+    outputs = set[bytes]()
+    for seed in (1, 2):
+        model = Small()
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        random.seed(seed)
+        before = torch.get_rng_state(), np.random.get_state(), random.getstate()
+        sm.merge(paths, method=sm.dare(0.5), rank="exact").save_pretrained(
+            out := tmp_path / f"out{seed}"
+        )
+        _ = sm.merge(paths, batches(), model, loss=loss, method=sm.sap_original()).report
+        assert torch.equal(torch.get_rng_state(), before[0])
+        assert all(map(np.array_equal, np.random.get_state(), before[1]))
+        assert random.getstate() == before[2]
+        outputs.add(tensors_of(out))
+    assert len(outputs) == 1
 
 
 def test_the_state_inside() -> None:
