@@ -49,6 +49,8 @@ def test_names_that_do_not_exist(tmp_path: Path) -> None:
         adapter.update("x")
     with pytest.raises(MethodError, match="no saved tensor"):
         adapter.saved_tensor("x")
+    with pytest.raises(MethodError, match="no vector"):
+        adapter.vector("x")
     with pytest.raises(MethodError, match="label"):
         adapter.relabelled("a b")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
@@ -112,6 +113,48 @@ def interrupted(action: Callable[[], object], files: tuple[str, ...], at: int) -
 def lines(action: Callable[[], object], files: tuple[str, ...]) -> int:
     """How many lines of these files an action runs."""
     return _traced(action, files, 0)
+
+
+def places(action: Callable[[], object], files: tuple[str, ...]) -> Counter[tuple[str, int]]:
+    """(file, line) -> how often an action comes there."""
+    seen = Counter[tuple[str, int]]()
+    _watched(action, files, seen, None)
+    return seen
+
+
+def interrupted_at(
+    action: Callable[[], object], files: tuple[str, ...], place: tuple[str, int], nth: int
+) -> bool:
+    """Ctrl-C when a line is reached for the n-th time; whether it was."""
+    seen = Counter[tuple[str, int]]()
+    _watched(action, files, seen, (place, nth))
+    return seen[place] >= nth
+
+
+def _watched(
+    action: Callable[[], object],
+    files: tuple[str, ...],
+    seen: Counter[tuple[str, int]],
+    stop: tuple[tuple[str, int], int] | None,
+) -> None:
+    def local(frame: FrameType, event: str, arg: object) -> Any:
+        if event == "line":
+            place = frame.f_code.co_filename, frame.f_lineno
+            seen[place] += 1
+            if stop is not None and place == stop[0] and seen[place] == stop[1]:
+                raise KeyboardInterrupt
+        return local
+
+    def trace(frame: FrameType, event: str, arg: object) -> Any:
+        return local if frame.f_code.co_filename.endswith(files) else None
+
+    sys.settrace(trace)
+    try:
+        action()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(None)
 
 
 def _traced(action: Callable[[], object], files: tuple[str, ...], at: int) -> int:
