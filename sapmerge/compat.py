@@ -14,6 +14,7 @@ from typing import Any, Literal
 from sapmerge.core.protocols import Method
 from sapmerge.errors import MethodError, ModelMismatchError, OutputExistsError, SapmergeWarning
 from sapmerge.io.adapter import Adapter
+from sapmerge.merging.heads import HeadPolicy
 from sapmerge.merging.merge import merge
 from sapmerge.methods import dare, dare_ties, magnitude_prune, task_arithmetic, ties
 from sapmerge.parts.masks import check_density
@@ -47,6 +48,7 @@ def add_weighted_adapter(
     svd_driver: str | None = None,
     density: float | None = None,
     majority_sign_method: Literal["total", "frequency"] = "total",
+    modules_to_save: HeadPolicy = None,
 ) -> None:
     """Add an adapter to a live PeftModel, merged from some of its own:
     signature and names of PEFT's method.
@@ -102,6 +104,7 @@ def add_weighted_adapter(
         svd_driver: no effect.
         density: the fraction of entries of D kept, for all types but svd, cat and linear.
         majority_sign_method: "total" or "frequency", for the types with ties.
+        modules_to_save: as in `merge`, for adapters with heads; PEFT has no such argument.
 
     Raises:
         MethodError: an unknown type, another number of weights than adapters, no density, a
@@ -151,9 +154,14 @@ def add_weighted_adapter(
             (module.rank for adapter in opened for module in adapter.modules.values()), default=1
         )
         rank = largest if svd_rank is None else svd_rank
-    merge(opened, model=peft_model, method=method, weights=list(weights), rank=rank).add_to(
-        peft_model, adapter_name
-    )
+    merge(
+        opened,
+        model=peft_model,
+        method=method,
+        weights=list(weights),
+        rank=rank,
+        modules_to_save=modules_to_save,
+    ).add_to(peft_model, adapter_name)
 
 
 def _checked_names(adapters: object) -> list[str]:

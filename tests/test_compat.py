@@ -21,7 +21,7 @@ from sapmerge.compat import COMBINATION_TYPES, add_weighted_adapter
 from sapmerge.errors import MethodError, ModelMismatchError, OutputExistsError, SapmergeWarning
 from tests import oracles
 from tests.conftest import error
-from tests.models import KINDS, Zoo, deltas, matrices, quietly
+from tests.models import KINDS, Zoo, deltas, lora, matrices, quietly
 
 SUMS = ("linear", "cat", "svd")
 PRUNING = [name for name in COMBINATION_TYPES if name not in SUMS]
@@ -96,8 +96,9 @@ def expected(model: PeftModel, rule: str, module: str) -> Tensor:
 def test_signature_and_types_are_those_of_peft() -> None:
     theirs = inspect.signature(LoraModel.add_weighted_adapter).parameters
     ours = inspect.signature(add_weighted_adapter).parameters
-    assert list(ours)[1:] == list(theirs)[1:]
-    assert {n: p.default for n, p in ours.items() if n != "peft_model"} == {
+    assert list(ours)[1:] == [*list(theirs)[1:], "modules_to_save"]
+    added = ("peft_model", "modules_to_save")
+    assert {n: p.default for n, p in ours.items() if n not in added} == {
         n: p.default for n, p in theirs.items() if n != "self"
     }
     listed = inspect.getdoc(LoraModel.add_weighted_adapter) or ""
@@ -279,3 +280,19 @@ def test_an_argument_that_is_not_read_is_said(options: dict) -> None:
     model = model_with([2, 2], [("q",)] * 2, [2, 2])
     with pytest.warns(SapmergeWarning, match="has no effect"):
         add_weighted_adapter(model, ["a0", "a1"], [1.0, 1.0], "m", **options)
+
+
+def test_adapters_with_heads() -> None:
+    """The heads merge as `merge` does it; PEFT has no say in them."""
+    model = lora(Zoo(), 1, targets=["q"], modules_to_save=["head"])
+    settings = LoraConfig(r=2, target_modules=["q"], modules_to_save=["head"])
+    quietly(model.add_adapter, "other", settings)
+    torch.nn.init.ones_(model.head.modules_to_save["other"].weight)
+    with pytest.raises(MethodError, match="modules_to_save"):
+        add_weighted_adapter(model, ["default", "other"], [1.0, 1.0], "merged", "cat")
+    add_weighted_adapter(
+        model, ["default", "other"], [1.0, 1.0], "merged", "cat", modules_to_save="mean"
+    )
+    saved = model.head.modules_to_save
+    wanted = (saved["default"].weight + saved["other"].weight) / 2
+    assert torch.allclose(saved["merged"].weight, wanted, atol=1e-6)

@@ -10,11 +10,27 @@ from typing import Any
 
 from sapmerge.errors import MethodError
 
-__all__ = ["adapters_of", "policy_of", "rank_of", "split_methods", "weights_of"]
+__all__ = [
+    "adapters_of",
+    "add_reading_options",
+    "policy_of",
+    "rank_of",
+    "split_methods",
+    "weights_of",
+]
 
 
-def adapters_of(arguments: Sequence[str]) -> Any:
-    """Folders, or label=folder for all of them; what exists as it is written is a folder."""
+def add_reading_options(parser: argparse.ArgumentParser) -> None:
+    """What goes with adapters that are read."""
+    parser.add_argument(
+        "--allow-pickle", action="store_true", help="read weights in .bin files, which you trust"
+    )
+
+
+def adapters_of(arguments: Sequence[str], allow_pickle: bool = False) -> Any:
+    """Folders and hf://user/name@revision, or label=either for all of them; what exists as it is
+    written is a folder.
+    """
     pairs = [argument.partition("=") for argument in arguments]
     if not any(map(os.path.lexists, arguments)) and all(
         separator and re.fullmatch(r"[A-Za-z0-9._-]{1,64}", label) for label, separator, _ in pairs
@@ -23,8 +39,27 @@ def adapters_of(arguments: Sequence[str]) -> Any:
         repeated = [label for label in labels if labels.count(label) > 1]
         if repeated:
             raise MethodError(f"two adapters have the label {repeated[0]!r}")
-        return {label: folder for label, _, folder in pairs}
-    return list(arguments)
+        return {label: _adapter(folder, allow_pickle) for label, _, folder in pairs}
+    return [_adapter(argument, allow_pickle) for argument in arguments]
+
+
+def _adapter(text: str, allow_pickle: bool) -> Any:
+    if text.startswith("hf://"):
+        name, _, revision = text.removeprefix("hf://").partition("@")
+        owner, _, rest = name.partition("/")
+        repository, _, subfolder = rest.partition("/")
+        if not owner or not repository:
+            raise MethodError(f"{text!r}: expected hf://user/name, or hf://user/name@revision")
+        from sapmerge import Adapter
+
+        return Adapter.from_hub(
+            f"{owner}/{repository}", revision=revision or None, subfolder=subfolder or None
+        )
+    if allow_pickle:
+        from sapmerge import Adapter
+
+        return Adapter.load(text, allow_pickle_weights=True)
+    return text
 
 
 def policy_of(text: str | None) -> Any:

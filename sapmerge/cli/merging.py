@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from typing import Any
 
 import sapmerge
-from sapmerge import methods
-from sapmerge.cli.arguments import adapters_of, policy_of, rank_of, weights_of
+from sapmerge.cli.arguments import adapters_of, add_reading_options, policy_of, rank_of, weights_of
 from sapmerge.cli.models import add_model_options, anchors_of, loss_of, model_of
 from sapmerge.cli.pages import add_page, save_page
 from sapmerge.cli.recipes import method_of
 from sapmerge.cli.scoring import SETUP, setup_of
-from sapmerge.display.tables import Look
+from sapmerge.display.tables import Look, table
 from sapmerge.errors import MethodError, printable
 from sapmerge.merging.spelling import CHOICES
 
@@ -24,7 +24,10 @@ __all__ = ["add_to"]
 def add_to(commands: Any) -> list[argparse.ArgumentParser]:
     """Add the command; returns its parser."""
     merge = commands.add_parser(
-        "merge", help="merge adapters into one", description="Merge adapters into one."
+        "merge",
+        help="merge adapters into one",
+        description="Merge adapters into one.",
+        epilog="example: sapmerge merge art sketch -o both --method ties --density 0.2",
     )
     merge.add_argument(
         "adapters",
@@ -35,7 +38,8 @@ def add_to(commands: Any) -> list[argparse.ArgumentParser]:
     merge.add_argument("-o", "--output", required=True, help="folder to write")
     merge.add_argument(
         "--method",
-        help=f"{', '.join(methods.__all__)}; a recipe; or module:function (sap with --anchors)",
+        help="a name (`sapmerge methods` lists them), a recipe, or module:function; sap by default "
+        "with --anchors",
     )
     merge.add_argument("--density", type=float, help="fraction kept, in (0, 1]")
     merge.add_argument("--seed", type=int, help="of methods that draw random masks")
@@ -60,6 +64,9 @@ def add_to(commands: Any) -> list[argparse.ArgumentParser]:
     )
     merge.add_argument("--overwrite", action="store_true", help="replace an existing output")
     add_page(merge)
+    add_reading_options(merge)
+    merge.add_argument("--json", action="store_true", help="the report as data")
+    merge.add_argument("-v", "--verbose", action="store_true", help="every layer in the report")
     merge.add_argument("--quiet", action="store_true", help="no progress, no report")
     add_model_options(merge)
     merge.set_defaults(run=_merge)
@@ -70,14 +77,14 @@ def _merge(options: argparse.Namespace) -> None:
     given = {"density": options.density, "seed": options.seed}
     if options.method is None and options.anchors is None and options.setup is None:
         raise MethodError(
-            "which method? --method mean, ties, tsv, ... (`sapmerge merge --help` lists them); "
+            "which method? --method mean, ties, tsv, ... (`sapmerge methods` lists them); "
             "--anchors DIR and --model give sap"
         )
     if options.method is None and any(value is not None for value in given.values()):
         raise MethodError("--density and --seed go with a method: add --method NAME")
     loader, model, loss = _anchored(options)
     merged = sapmerge.merge(
-        adapters_of(options.adapters),
+        adapters_of(options.adapters, options.allow_pickle),
         loader,
         model,
         method=None if options.method is None else method_of(options.method, given),
@@ -92,10 +99,16 @@ def _merge(options: argparse.Namespace) -> None:
         cache=options.cache,
         cache_only=options.cache_only,
     )
+    os.makedirs(os.path.dirname(os.path.abspath(options.output)), exist_ok=True)
     merged.save_pretrained(options.output, overwrite=options.overwrite, names=options.names)
-    if not options.quiet:
+    if options.json:
+        print(json.dumps(merged.report.to_dict(), indent=2))
+    elif not options.quiet:
         look = Look.of(sys.stdout)
-        print(f"{merged.report.to_text(look)}\n\nwritten to {printable(options.output)}")
+        print(merged.report.to_text(look))
+        if options.verbose:
+            print(f"\n{_every_layer(merged.report)}")
+        print(f"\nwritten to {printable(options.output)}")
     save_page(options, lambda: merged.report.plot())
 
 
@@ -112,3 +125,19 @@ def _anchored(options: argparse.Namespace) -> tuple[Any, Any, Any]:
     if loader is None and (options.model is None or os.path.isdir(options.model)):
         return None, options.model, None
     return loader, model_of(options), loss_of(options)
+
+
+def _every_layer(report: Any) -> str:
+    head = ["layer", "shape", "rank", "energy kept", "norm", "what the method recorded"]
+    rows = [
+        [
+            layer.name,
+            "x".join(map(str, layer.shape)),
+            layer.rank,
+            f"{layer.energy_kept:.1%}",
+            f"{layer.norm:.3g}",
+            json.dumps(layer.notes, default=str),
+        ]
+        for layer in report.layers
+    ]
+    return table(head, rows)

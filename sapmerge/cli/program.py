@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import sapmerge
-from sapmerge.cli import checking, comparing, looking, merging, rounds, scoring, showing
+from sapmerge.cli import checking, comparing, listing, looking, merging, rounds, scoring, showing
+from sapmerge.cli.flags import in_flags, with_negative_numbers
 from sapmerge.errors import SapmergeError, SapmergeWarning, printable
 
 __all__ = ["main"]
@@ -20,7 +21,9 @@ __all__ = ["main"]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code (0, or 2 for an error that is the user's to mend)."""
     _print_in_any_encoding()
-    options = _parser().parse_args(arguments)
+    options = _parser().parse_args(
+        with_negative_numbers(sys.argv[1:] if arguments is None else arguments)
+    )
     warnings.simplefilter("always", SapmergeWarning)
     warnings.showwarning = _show_warning
     try:
@@ -35,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.debug:
             raise
         if isinstance(error, SapmergeError):
-            text = str(error)
+            text = in_flags(str(error))
         else:  # of the user's own function, say
             text = (
                 f"{type(error).__name__}: {printable(' '.join(str(error).split()))} (--debug "
@@ -66,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="sapmerge", description="Merge LoRA adapters.")
     parser.add_argument("--version", action="version", version=sapmerge.__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (merging, looking, comparing, checking, scoring, rounds, showing):
+    for add in (merging, looking, listing, comparing, checking, scoring, rounds, showing):
         for command in add.add_to(commands):
             command.add_argument(
                 "--debug", action="store_true", help="show the traceback of an error"
@@ -75,4 +78,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    print(f"sapmerge: warning: {printable(str(message))}", file=sys.stderr)
+    print(f"sapmerge: warning: {printable(in_flags(str(message)))}", file=sys.stderr)

@@ -12,6 +12,7 @@ from collections import abc
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
+from inspect import signature
 from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from typing_extensions import dataclass_transform
@@ -108,6 +109,24 @@ def _check_arguments(made: Any) -> None:
                     f"{type(made).__name__}'s {f.name} is a part or a function, e.g. Magnitude(); "
                     f"got {value!r:.80}"
                 )
+            if get_origin(hint) is abc.Callable and isinstance(get_args(hint)[0], list):
+                _check_call(made, f.name, get_args(hint)[0], value)
+
+
+def _check_call(made: Any, name: str, wanted: list[Any], value: Any) -> None:
+    """A function takes as many arguments as it will be given."""
+    try:
+        own = signature(value)
+    except ValueError:  # it has none that can be read
+        return
+    try:
+        own.bind(*wanted)
+    except TypeError:
+        kinds = ", ".join(getattr(kind, "__name__", str(kind)) for kind in wanted)
+        raise MethodError(
+            f"{type(made).__name__}'s {name} is called with {len(wanted)} arguments, ({kinds}); "
+            f"{recipe(value):.80} takes {own}"
+        ) from None
 
 
 @cache

@@ -32,6 +32,9 @@ def inspection_text(found: InspectionData, look: Look) -> str:
     blocks += [f"{a.label} is refused: {a.problem}" for a in found.adapters if a.problem]
     if len(found.adapters) > 1:
         answer = "yes" if found.problem is None else look.red("no") + f": {found.problem}"
+        heads = sorted({name for a in found.adapters for name in a.modules_to_save})
+        if heads and found.problem is None:
+            answer += f", with modules_to_save ({', '.join(heads)})"
         blocks.append(f"mergeable: {answer}")
     if found.cosine:
         blocks.append(_pairs("cosine", found.cosine, lambda value: f"{value:+.3f}", look))

@@ -152,7 +152,12 @@ class Adapter:
             limits: bounds of what is read.
         """
         from huggingface_hub import hf_hub_download  # pyright: ignore[reportUnknownVariableType]
-        from huggingface_hub.errors import EntryNotFoundError
+        from huggingface_hub.errors import (
+            EntryNotFoundError,
+            HfHubHTTPError,
+            HFValidationError,
+            LocalEntryNotFoundError,
+        )
 
         cache = None if cache_dir is None else os.fspath(cache_dir)
         paths: list[str] = []
@@ -166,10 +171,20 @@ class Adapter:
                     token=token,
                     cache_dir=cache,
                 )
+            except LocalEntryNotFoundError:  # an EntryNotFoundError, too
+                raise AdapterFormatError(
+                    f"the Hub cannot be reached, and {name} of {shown(repo_id)} is not in the "
+                    "local cache: download it with a network, or give a folder"
+                ) from None
             except EntryNotFoundError:
                 raise AdapterFormatError(
                     f"the Hub repository {shown(repo_id)} has no {name}; only adapters saved as "
                     "safetensors are read"
+                ) from None
+            except (HfHubHTTPError, HFValidationError) as error:
+                raise AdapterFormatError(
+                    f"the Hub repository {shown(repo_id)} cannot be read"
+                    f"{f' at {shown(revision)}' if revision else ''}: {error}"
                 ) from None
             paths.append(path)
         folder = os.path.dirname(paths[0])

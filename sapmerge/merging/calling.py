@@ -4,14 +4,53 @@ what they may be.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
+from functools import wraps
 from inspect import signature
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from sapmerge import methods
 from sapmerge.core.protocols import Method
 from sapmerge.errors import MethodError
 
-__all__ = ["check_method"]
+__all__ = ["check_method", "says_what_is_meant"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def says_what_is_meant(function: Callable[P, R]) -> Callable[P, R]:
+    """Arguments that the function does not take are a MethodError with what was meant:
+    `merge(adapters, "ties", density=0.2)`.
+    """
+    own = signature(function)
+
+    @wraps(function)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        unknown = [name for name in kwargs if name not in own.parameters]
+        if unknown:
+            raise MethodError(_no_argument(unknown[0], own.parameters))
+        if sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in own.parameters.values()) < len(args):
+            raise MethodError(
+                f"{function.__name__} takes adapters, anchors and a model by place; everything "
+                "else by name: method=..., weights=..."
+            )
+        return function(*args, **kwargs)
+
+    return checked
+
+
+def _no_argument(name: str, known: Iterable[str]) -> str:
+    owners = [one for one in methods.__all__ if name in signature(getattr(methods, one)).parameters]
+    if owners:
+        chosen = "ties" if "ties" in owners else owners[0]
+        return (
+            f"merge has no argument {name}=; it is one of a method: method=sm.{chosen}({name}=...)"
+        )
+    close = get_close_matches(name, known, 1)
+    hint = f"; did you mean {close[0]}=?" if close else ""
+    return f"merge has no argument {name}={hint}"
 
 
 def check_method(method: Method | None, anchor_loader: Any, model: Any) -> Method:
@@ -21,6 +60,11 @@ def check_method(method: Method | None, anchor_loader: Any, model: Any) -> Metho
         MethodError: no method, one that is not called yet, one that does not take a Layer,
             or anchors without a model.
     """
+    if isinstance(anchor_loader, str):
+        raise MethodError(
+            f"the second argument of merge is a loader of anchors; got the text {anchor_loader!r}. "
+            f"A method is given by name: merge(adapters, method=sm.{_like(anchor_loader)}())"
+        )
     if callable(anchor_loader) and not hasattr(anchor_loader, "__iter__"):
         raise MethodError(
             "the second argument of merge is a loader of anchors; got a "
@@ -63,3 +107,8 @@ def check_method(method: Method | None, anchor_loader: Any, model: Any) -> Metho
     except ValueError:  # it has no signature that can be read
         pass
     return method
+
+
+def _like(text: str) -> str:
+    """The name of the method that a text may mean."""
+    return next(iter(get_close_matches(text, methods.__all__, 1)), "mean")

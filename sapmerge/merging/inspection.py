@@ -22,6 +22,8 @@ from sapmerge.display.tables import Look
 from sapmerge.errors import IncompatibleAdaptersError, MethodError, SapmergeError
 from sapmerge.io.adapter import Adapter
 from sapmerge.io.description import Described, describe_config
+from sapmerge.merging.copies import check_copies
+from sapmerge.merging.heads import plan_heads
 from sapmerge.merging.inputs import Adapters, check_mergeable, load_adapters, with_base
 from sapmerge.merging.report import by_label
 from sapmerge.merging.spelling import one_spelling
@@ -141,7 +143,9 @@ def inspect(adapters: Adapters, model: Any = None) -> Inspection:
     opened = one_spelling(opened)
     try:
         check_mergeable(opened)
+        plan_heads(opened, [1.0] * len(opened), "first")  # any policy: what none can join
         opened = with_base(opened, model)
+        check_copies(opened, None)
     except (IncompatibleAdaptersError, MethodError) as error:
         problem = problem or str(error)
     if problem is None:

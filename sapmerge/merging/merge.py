@@ -24,7 +24,7 @@ from sapmerge.errors import AnchorError, MethodError, NonFiniteError, warn
 from sapmerge.io.adapter import Adapter
 from sapmerge.losses import Loss
 from sapmerge.merging import sinks
-from sapmerge.merging.calling import check_method
+from sapmerge.merging.calling import check_method, says_what_is_meant
 from sapmerge.merging.copies import check_copies
 from sapmerge.merging.form import Form
 from sapmerge.merging.heads import HeadPolicy, plan_heads
@@ -54,6 +54,7 @@ from sapmerge.naming import base_of, without_wrappers
 __all__ = ["Merged", "merge"]
 
 
+@says_what_is_meant
 @pinned_state()
 def merge(
     adapters: Adapters,

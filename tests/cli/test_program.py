@@ -42,7 +42,7 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, text in (
         (["--version"], sm.__version__),
         (["--help"], "inspect"),
-        (["merge", "--help"], "knots"),
+        (["merge", "--help"], "example: sapmerge merge"),
     ):
         with pytest.raises(SystemExit) as stop:
             main(arguments)

@@ -174,6 +174,25 @@ def test_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         Adapter.from_hub("user/name")
 
 
+def test_the_hub_says_no(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a network, the file is not in the cache; that is not the repository's fault."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    def answering(error: Exception) -> None:
+        def download(*_: object, **__: object) -> str:
+            raise error
+
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+
+    answering(errors.LocalEntryNotFoundError("offline"))
+    with pytest.raises(AdapterFormatError, match=r"cannot be reached, and adapter_config\.json of"):
+        Adapter.from_hub("user/name")
+    answering(errors.HFValidationError("no such revision"))
+    with pytest.raises(AdapterFormatError, match=r"'user/name' cannot be read at 'v9': no such"):
+        Adapter.from_hub("user/name", revision="v9")
+
+
 def test_nothing_heavy_is_imported() -> None:
     heavy = ("peft", "transformers", "regex", "huggingface_hub")
     code = (

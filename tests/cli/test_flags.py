@@ -1,0 +1,155 @@
+"""Errors name flags, and flags take what users type."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import sapmerge as sm
+from sapmerge.cli import main
+from sapmerge.cli.flags import in_flags, with_negative_numbers
+
+from ..conftest import error
+from ..models import products
+from .shell import fails
+
+
+@pytest.mark.parametrize(
+    ("python", "shell"),
+    [
+        ("give a path, or overwrite=True to", "give a path, or --overwrite to"),
+        ("modules_to_save='drop' leaves it", "--modules-to-save drop leaves it"),
+        ("modules_to_save={'classifier': 'a'}", "--modules-to-save module=adapter"),
+        ("a larger rank, e.g. rank=0.95", "a larger rank, e.g. --rank 0.95"),
+        ("give it: model=...", "give it: --model"),
+        ("names='x' is not", "--names x is not"),
+        ("In(ties(rank=2))", "In(ties(rank=2))"),
+        ("with sapmerge.Adapter.load(path, allow_pickle_weights=True)", "with --allow-pickle"),
+        ("unknown_model=3", "unknown_model=3"),
+    ],
+)
+def test_messages(python: str, shell: str) -> None:
+    assert in_flags(python) == shell
+
+
+def test_negative_numbers() -> None:
+    assert with_negative_numbers(["a", "--weights", "-1,1", "-o", "x"]) == [
+        "a",
+        "--weights=-1,1",
+        "-o",
+        "x",
+    ]
+    assert with_negative_numbers(["--weights", "--quiet", "--scale", "-.5"]) == [
+        "--weights",
+        "--quiet",
+        "--scale=-.5",
+    ]
+
+
+def test_weights_that_begin_with_a_dash(here: Path) -> None:
+    command = ["merge", "left", "right", "-o", "out", "--method", "task_arithmetic", "--quiet"]
+    assert main([*command, "--weights", "-1,1"]) == 0
+    left, right = products(here / "left", 2.0), products(here / "right", 4.0)
+    for name in left:
+        assert error(sm.Adapter.load("out").update(name).dense(), right[name] - left[name]) < 1e-6
+
+
+def test_errors_name_flags(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["merge", "left", "-o", "kept", "--method", "mean", "--quiet"]
+    assert main(command) == 0
+    text = fails(capsys, *command)
+    assert "--overwrite" in text
+    assert "True" not in text
+    heads = fails(capsys, "merge", "one", "two", "-o", "out", "--method", "mean")
+    assert "--modules-to-save" in heads
+    assert "modules_to_save" not in heads
+    zero = fails(capsys, "merge", "left", "-o", "out", "--method", "mean", "--weights", "0")
+    assert "--method task_arithmetic" in zero
+    (here / "pickled").mkdir()
+    (here / "pickled" / "adapter_config.json").write_bytes(
+        (here / "left" / "adapter_config.json").read_bytes()
+    )
+    (here / "pickled" / "adapter_model.bin").write_bytes(b"")
+    assert "--allow-pickle" in fails(capsys, "merge", "pickled", "-o", "out", "--method", "mean")
+
+
+def test_parent_folders_are_created(here: Path) -> None:
+    assert main(["merge", "left", "-o", "a/b/c", "--method", "mean", "--quiet"]) == 0
+    assert sm.Adapter.load("a/b/c").modules
+
+
+def test_an_adapter_one_level_below(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "outer").mkdir()
+    (here / "outer" / "inner").symlink_to(here / "left")
+    text = fails(capsys, "merge", "outer", "-o", "out", "--method", "mean")
+    assert "'inner' in it" in text
+
+
+def test_json_and_verbose(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["merge", "left", "right", "--method", "mean"]
+    assert main([*command, "-o", "first", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    merged = sm.merge(["left", "right"], method=sm.mean())
+    wanted = json.loads(json.dumps(merged.report.to_dict()))
+    assert data["layers"] == wanted["layers"]
+    assert main([*command, "-o", "second", "-v"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("layers.0.q") > 0
+    assert "what the method recorded" in out
+
+
+def test_aliases(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for alias, name in (("linear", "mean"), ("cat", "task_arithmetic"), ("dare_linear", "dare")):
+        command = ["merge", "left", "right", "--rank", "exact", "--method"]
+        assert main([*command, alias, "-o", alias]) == 0
+        assert repr(getattr(sm, name)()) in capsys.readouterr().out
+
+
+def test_methods(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["methods"]) == 0
+    out = capsys.readouterr().out
+    for name in sm.methods.__all__:
+        assert any(line.split()[:1] == [name] for line in out.splitlines()), name
+    assert "linear (mean)" in out
+    assert main(["methods", "ties"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("ties(density=0.2, majority_sign_method='total', scope='layer')")
+    assert "sapmerge merge A B -o OUT --method ties [--density ...]" in out
+    assert main(["methods", "sap", "--json"]) == 0
+    described = json.loads(capsys.readouterr().out)
+    assert described["anchors"] is True
+    assert "did you mean 'ties'" in fails(capsys, "methods", "tise")
+
+
+class Hub:
+    """Stands in for the Hub: what is asked for, and a folder that answers."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.asked = folder, []
+
+    def __call__(self, repo_id: str, name: str, **options: object) -> str:
+        self.asked.append((repo_id, options["revision"], options["subfolder"]))
+        return str(self.folder / name)
+
+
+def test_the_hub(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    hub = Hub(here / "left")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hub)
+    command = ["merge", "hf://somebody/art@v1", "right", "-o", "out", "--method", "mean", "--quiet"]
+    assert main(command) == 0
+    assert set(hub.asked) == {("somebody/art", "v1", None)}
+    sm.merge({"art": "left", "right": "right"}, method=sm.mean()).save_pretrained("python")
+    one, other = sm.Adapter.load("out"), sm.Adapter.load("python")
+    assert one.digest == other.digest
+    assert main(["inspect", "hf://somebody/art/sub/folder"]) == 0
+    assert hub.asked[-1] == ("somebody/art", None, "sub/folder")
+
+
+def test_names_of_the_hub_that_are_none(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "expected hf://user/name" in fails(
+        capsys, "merge", "hf://art", "-o", "out", "--method", "mean"
+    )
