@@ -13,6 +13,7 @@ showing.py     demo
 arguments.py   adapters, weights, ranks and policies as they are typed
 models.py      the base model and the anchors
 flags.py       messages of the library, said in flags
+recipe_files.py   merges written down as YAML
 recipes.py     methods by name, by recipe, or of a module of the user's
 """
 

@@ -62,8 +62,9 @@ def _adapter(text: str, allow_pickle: bool) -> Any:
     return text
 
 
-def policy_of(text: str | None) -> Any:
-    if text is None or "=" not in text:
+def policy_of(text: str | dict[str, str] | None) -> Any:
+    """A policy for heads, or module=adapter,..."""
+    if not isinstance(text, str) or "=" not in text:
         return text
     return {module: label for module, _, label in (pair.partition("=") for pair in text.split(","))}
 
@@ -79,10 +80,10 @@ def rank_of(text: str) -> int | float | str:
         ) from None
 
 
-def weights_of(text: str | None) -> list[float] | dict[str, float] | None:
+def weights_of(text: str | list[float] | None) -> list[float] | dict[str, float] | None:
     """1,0.5 in the order of the adapters, or label=1,label=0.5."""
-    if text is None:
-        return None
+    if not isinstance(text, str):
+        return text
     pairs = [entry.partition("=") for entry in text.split(",")]
     if all(separator for _, separator, _ in pairs):
         return {label: _number(number) for label, _, number in pairs}

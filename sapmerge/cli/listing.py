@@ -7,7 +7,7 @@ import inspect
 import json
 from typing import Any
 
-from sapmerge import methods
+from sapmerge.methods import anchored
 from sapmerge.named import ALIASES, factory_of, names
 
 __all__ = ["add_to"]
@@ -50,7 +50,7 @@ def _described(name: str) -> dict[str, Any]:
     taken = inspect.signature(factory).parameters.values()
     return {
         "name": factory.__name__,
-        "anchors": factory.__name__ in methods.anchored.__all__,
+        "anchors": factory.__name__ in anchored.__all__,
         "summary": " ".join(text.split("\n\n")[0].split()),
         "arguments": {p.name: None if p.default is p.empty else repr(p.default) for p in taken},
         "aliases": [alias for alias, real in ALIASES.items() if real == factory.__name__],

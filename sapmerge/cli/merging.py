@@ -12,7 +12,7 @@ import sapmerge
 from sapmerge.cli.arguments import adapters_of, add_reading_options, policy_of, rank_of, weights_of
 from sapmerge.cli.models import add_model_options, anchors_of, loss_of, model_of
 from sapmerge.cli.pages import add_page, save_page
-from sapmerge.cli.recipes import method_of
+from sapmerge.cli.recipe_files import chosen_method, dump_recipe, is_recipe, read_recipe
 from sapmerge.cli.scoring import SETUP, setup_of
 from sapmerge.display.tables import Look, table
 from sapmerge.errors import MethodError, printable
@@ -33,7 +33,8 @@ def add_to(commands: Any) -> list[argparse.ArgumentParser]:
         "adapters",
         nargs="+",
         metavar="ADAPTER",
-        help="folder of a PEFT LoRA adapter, or label=folder",
+        help="folder of a PEFT LoRA adapter, label=folder, or hf://user/name@revision; or one "
+        "recipe.yaml",
     )
     merge.add_argument("-o", "--output", required=True, help="folder to write")
     merge.add_argument(
@@ -67,30 +68,33 @@ def add_to(commands: Any) -> list[argparse.ArgumentParser]:
     add_reading_options(merge)
     merge.add_argument("--json", action="store_true", help="the report as data")
     merge.add_argument("-v", "--verbose", action="store_true", help="every layer in the report")
+    merge.add_argument("--dump-recipe", metavar="FILE", help="write this call as a recipe.yaml")
     merge.add_argument("--quiet", action="store_true", help="no progress, no report")
     add_model_options(merge)
-    merge.set_defaults(run=_merge)
+    merge.set_defaults(run=_merge, parameters=None, modules=None)
     return [merge]
 
 
 def _merge(options: argparse.Namespace) -> None:
-    given = {"density": options.density, "seed": options.seed}
+    if is_recipe(options.adapters):
+        read_recipe(options)
+    if options.dump_recipe is not None:
+        dump_recipe(options, options.dump_recipe)
     if options.method is None and options.anchors is None and options.setup is None:
         raise MethodError(
             "which method? --method mean, ties, tsv, ... (`sapmerge methods` lists them); "
             "--anchors DIR and --model give sap"
         )
-    if options.method is None and any(value is not None for value in given.values()):
-        raise MethodError("--density and --seed go with a method: add --method NAME")
+    method = chosen_method(options)
     loader, model, loss = _anchored(options)
     merged = sapmerge.merge(
         adapters_of(options.adapters, options.allow_pickle),
         loader,
         model,
-        method=None if options.method is None else method_of(options.method, given),
+        method=method,
         weights=weights_of(options.weights),
         scale=options.scale,
-        rank=options.rank,
+        rank=None if options.rank is None else rank_of(str(options.rank)),
         loss=loss,
         modules_to_save=policy_of(options.modules_to_save),
         base_model=options.base_model,

@@ -109,8 +109,9 @@ def _check_arguments(made: Any) -> None:
                     f"{type(made).__name__}'s {f.name} is a part or a function, e.g. Magnitude(); "
                     f"got {value!r:.80}"
                 )
-            if get_origin(hint) is abc.Callable and isinstance(get_args(hint)[0], list):
-                _check_call(made, f.name, get_args(hint)[0], value)
+            given = get_args(hint)
+            if given and isinstance(given[0], list):
+                _check_call(made, f.name, cast("list[Any]", given[0]), value)
 
 
 def _check_call(made: Any, name: str, wanted: list[Any], value: Any) -> None:

@@ -1,0 +1,108 @@
+"""Recipes as files: the bytes of the same merge by flags, and errors that name the key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+import sapmerge as sm
+from sapmerge.cli import main
+
+from ..models import files
+from .shell import fails
+
+WHOLE = """
+adapters:
+  - path: left
+    weight: 0.5
+  - {path: right, weight: -2}
+method: ties
+parameters: {density: 0.3}
+modules:
+  "*.v": mean
+scale: 0.7
+rank: exact
+base: other/base
+"""
+
+
+def test_a_recipe_is_the_merge_that_it_says(here: Path) -> None:
+    (here / "recipe.yaml").write_text(WHOLE)
+    assert main(["merge", "recipe.yaml", "-o", "out", "--quiet"]) == 0
+    sm.merge(
+        ["left", "right"],
+        method=sm.ByModule({"*.v": sm.mean()}, default=sm.ties(0.3)),
+        weights=[0.5, -2],
+        scale=0.7,
+        rank="exact",
+        base_model="other/base",
+    ).save_pretrained("python")
+    assert files(here / "out") == files(here / "python")
+
+
+def test_flags_go_before_the_file(here: Path) -> None:
+    (here / "recipe.yml").write_text("adapters: [left, right]\nmethod: ties\nrank: 3\n")
+    command = ["merge", "recipe.yml", "-o", "out", "--method", "mean", "--rank", "exact"]
+    assert main([*command, "--weights", "2,1", "--quiet"]) == 0
+    sm.merge(["left", "right"], method=sm.mean(), weights=[2, 1], rank="exact").save_pretrained("p")
+    assert files(here / "out") == files(here / "p")
+
+
+def test_labels_and_heads(here: Path) -> None:
+    recipe = {
+        "adapters": [{"path": "one", "label": "a"}, {"path": "two", "label": "b"}],
+        "method": "Chain(Sum())",
+        "modules_to_save": {"classifier": "b"},
+    }
+    (here / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert main(["merge", "recipe.yaml", "-o", "out", "--quiet"]) == 0
+    sm.merge(
+        {"a": "one", "b": "two"}, method=sm.task_arithmetic(), modules_to_save={"classifier": "b"}
+    ).save_pretrained("python")
+    assert files(here / "out") == files(here / "python")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["left", "right", "--method", "ties", "--density", "0.4", "--weights", "1,-0.5"],
+        ["x=left", "y=right", "--method", "mean", "--weights", "x=2,y=1", "--rank", "2"],
+        ["one", "two", "--method", "Chain(Mean())", "--modules-to-save", "mean", "--scale", "2"],
+    ],
+)
+def test_what_is_dumped_is_read_back(here: Path, flags: list[str]) -> None:
+    assert main(["merge", *flags, "-o", "first", "--dump-recipe", "dumped.yaml", "--quiet"]) == 0
+    assert main(["merge", "dumped.yaml", "-o", "second", "--quiet"]) == 0
+    assert files(here / "first") == files(here / "second")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("adapters: [left]\nmehtod: mean", "unknown key 'mehtod'; did you mean method?"),
+        ("models: [left]", "unknown key 'models'; did you mean adapters?"),
+        ("adapters: [left]\nmerge_method: mean", "'merge_method'; did you mean method?"),
+        ("adapters: [{path: left, wieght: 2}]", "'wieght'; did you mean weight"),
+        ("adapters: [{weight: 2}]", "an entry has no path"),
+        ("adapters: [left]\nscale: much", "scale is a int or float; got 'much'"),
+        ("adapters: [left]\nanchors: {foldre: x}", "'foldre'; did you mean folder"),
+        ("adapters: [{path: left, revision: v1}]", "is a folder, which has no revision"),
+        ("adapters: [{path: left, label: a}, right]", "label all adapters, or none"),
+        ("adapters: []", "names no adapters"),
+        ("- left", "expected keys and values"),
+        ("adapters: [", "cannot be read"),
+        ("adapters: [left]", "which method?"),
+        ("adapters: [left]\nmethod: mean\nparameters: {density: 1}", "has no density"),
+    ],
+)
+def test_errors_name_the_key(
+    here: Path, capsys: pytest.CaptureFixture[str], text: str, message: str
+) -> None:
+    (here / "recipe.yaml").write_text(text)
+    assert message in fails(capsys, "merge", "recipe.yaml", "-o", "out")
+
+
+def test_no_file(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "none.yaml cannot be read" in fails(capsys, "merge", "none.yaml", "-o", "out")
