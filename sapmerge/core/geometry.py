@@ -8,14 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sapmerge.core.lowrank import gram, nothing_but_rounding
-from sapmerge.core.updates import Update
+from sapmerge.core.linalg import norm
+from sapmerge.core.lowrank import gram, nothing_but_rounding, summed_by_columns
+from sapmerge.core.updates import Dense, LowRank, Update
 
 __all__ = [
     "Geometry",
     "SAMPLED_ROWS",
     "geometry",
     "off_diagonal_mean",
+    "of_many",
     "share_opposed",
     "sign_counts",
 ]
@@ -106,6 +108,36 @@ def sign_counts(updates: Sequence[Update], rows: int | None = None) -> tuple[Ten
         both += shared
         opposed += (shared - agreement) / 2
     return both, opposed
+
+
+def of_many(updates: Sequence[Update], rows: int = SAMPLED_ROWS) -> tuple[float, float]:
+    """The mean cosine of all pairs, and the share of opposite signs over all pairs, of updates so
+    many that their pairs are not looked at: no (K, K) matrix is formed.
+
+    The cosine from the norm of the sum of the updates, each scaled to norm 1; a zero update has
+    cosine 0. Signs are counted on evenly spaced rows, entry by entry: p positive and q negative
+    ones are p q opposed pairs.
+    """
+    count, (m, n) = len(updates), updates[0].shape
+    units = [(u, 1 / u.norm()) for u in updates if not nothing_but_rounding(u)]
+    low = [(update, scale) for update, scale in units if isinstance(update, LowRank)]
+    total = summed_by_columns(low, (m, n)) if low else torch.zeros(m, n, dtype=torch.float64)
+    for update, scale in units:
+        if isinstance(update, Dense):
+            total.add_(update.matrix, alpha=scale)
+    cosine = (norm(total) ** 2 - len(units)) / (count * (count - 1))
+    looked_at = min(m, rows)
+    index = torch.tensor([row * m // looked_at for row in range(looked_at)], device=total.device)
+    positive = torch.zeros(looked_at, n, dtype=torch.float64, device=total.device)
+    negative = torch.zeros_like(positive)
+    for update in updates:
+        some = update.rows(index)
+        positive += some > 0
+        negative += some < 0
+    both = positive + negative
+    pairs = float((both * (both - 1) / 2).sum())
+    opposed = float((positive * negative).sum())
+    return max(-1.0, min(1.0, cosine)), opposed / pairs if pairs else 0.0
 
 
 def share_opposed(both: Tensor, opposed: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ __all__ = [
     "nothing_but_rounding",
     "rounded_share",
     "size_of",
+    "summed_by_columns",
     "truncate",
     "whole_gram",
 ]
@@ -70,6 +71,24 @@ def whole_gram(layers: Iterable[Layer]) -> tuple[Tensor, Layer | None]:
 def nothing_but_rounding(update: Update) -> bool:
     """Whether an update is zero, or what rounding leaves of factors that cancel out."""
     return update.norm() <= _ROUNDING * size_of(update)
+
+
+def summed_by_columns(low: Sequence[tuple[LowRank, float]], shape: tuple[int, int]) -> Tensor:
+    """sum of scale * update as a float64 matrix, by so many updates at a time that a product of
+    their factors is worth a call.
+    """
+    total = torch.zeros(shape, dtype=torch.float64, device=low[0][0].device)
+    some, columns = list[tuple[LowRank, float]](), 0
+    for number, (update, scale) in enumerate(low, 1):
+        some.append((update, scale))
+        columns += update.rank
+        if columns >= _ROWS or number == len(low):
+            joined = concatenate(
+                [each.to(dtype=torch.float64) for each, _ in some], [factor for _, factor in some]
+            )
+            total.addmm_(joined.B, joined.A)
+            some, columns = [], 0
+    return total
 
 
 def _factor_gram(updates: Sequence[LowRank]) -> Tensor:
@@ -124,12 +143,16 @@ def truncate(update: Update, rank: int | float | str | None, default: int) -> tu
         ):
             return update, 1.0
     wanted = default if rank is None else rank
-    only_top = isinstance(update, Dense) and isinstance(wanted, int)
     cap = rank if isinstance(rank, int) else None
-    U, sigma, Vh = top_svd(update.dense(), int(wanted)) if only_top else update.svd(cap)
+    matrix = None  # where the largest singular values are all that is needed
+    if isinstance(update, Dense):
+        matrix = update.matrix if isinstance(wanted, int) else None
+    elif cap is not None and update.rank >= min(update.shape):
+        matrix = update.product
+    U, sigma, Vh = update.svd(cap) if matrix is None else top_svd(matrix, int(wanted))
     full = numerical_rank(sigma)
     energy = sigma.square()
-    total = update.norm() ** 2 if only_top else float(energy.sum())
+    total = float(energy.sum()) if matrix is None else update.norm() ** 2
     if total == 0.0:
         return LowRank(U[:, :0].to(update.dtype), Vh[:0].to(update.dtype)), 1.0
     if isinstance(rank, float):
@@ -199,10 +222,14 @@ def weighted_sum(layer: Layer, weights: tuple[float, ...]) -> Update:
 def _shared(terms: list[tuple[LowRank, float]]) -> list[tuple[LowRank, float]]:
     """The terms of a sum, those with one and the same A as one: sum w (B A) = (sum w B) A."""
     groups: list[list[tuple[LowRank, float]]] = []
+    alike: dict[tuple[object, float], list[list[tuple[LowRank, float]]]] = {}
     for update, weight in terms:
-        group = next((other for other in groups if _same(other[0][0].A, update.A)), None)
+        # equal matrices have equal first rows: thousands are not compared in pairs
+        found = alike.setdefault((update.A.shape, float(update.A[:1].double().sum())), [])
+        group = next((other for other in found if _same(other[0][0].A, update.A)), None)
         if group is None:
             groups.append([(update, weight)])
+            found.append(groups[-1])
         else:
             group.append((update, weight))
     return [

@@ -83,7 +83,7 @@ class LowRank:
         """
         if self.rank < min(self.shape):
             return factor_svd(self.B, self.A, self._grams, rank)
-        U, sigma, Vh = svd(self._product())
+        U, sigma, Vh = svd(self.product)
         return U[:, :rank], sigma, Vh[:rank]
 
     def norm(self) -> float:
@@ -95,11 +95,12 @@ class LowRank:
     @cached_property
     def _norm(self) -> float:
         if self.rank >= min(self.shape):
-            return norm(self._product())
+            return norm(self.product)
         left, right = self._grams
         return max(float(torch.dot(left.flatten(), right.flatten())), 0.0) ** 0.5
 
-    def _product(self) -> Tensor:
+    @cached_property
+    def product(self) -> Tensor:
         """B @ A in float64, for r >= min(m, n): no larger than the factors,
         which are converted piece by piece.
         """

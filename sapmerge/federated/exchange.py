@@ -32,12 +32,15 @@ class Patience:
         rest: for the others, from the first one on.
         pull: for one pull; it goes on in the background, and what it brings is still taken.
         pause: between two pulls.
+        again: before one that failed is asked once more: a link that was out of order for a moment
+            says of all its nodes that they are not there. At most a quarter of `rest`.
     """
 
     first: float = 600.0
     rest: float = 180.0
     pull: float = 30.0
     pause: float = 1.0
+    again: float = 30.0
 
 
 @dataclass
@@ -87,6 +90,8 @@ def collect(
     ask(list(nodes))
     began, first = time.monotonic(), 0.0
     claims: dict[str, int] = {}
+    failed_at: dict[int, float] = {}
+    again_after = min(patience.again, patience.rest / 4)
     while True:
         while True:
             try:
@@ -98,18 +103,20 @@ def collect(
                 continue
             first = first or time.monotonic()
             _take(reply, node, found, claims, inbox, upload_of, say)
+            failed_at.setdefault(node, time.monotonic())
         now = time.monotonic()
         missing = [node for node in nodes if node not in found.kept]
         over = now - first > patience.rest if first else now - began > patience.first
         if not missing or over:
             break
-        again = [node for node in missing if asked[node] == 1 and node in found.failed]
+        due = [node for node in missing if asked[node] == 1 and node in found.failed]
+        again = [node for node in due if now - failed_at[node] >= again_after]
         if first and now - first > patience.rest / 2:
             again = [node for node in missing if asked[node] == 1]
         if again:
             say(f"asking once more: {again}")
             ask(again)
-        elif not any(node in missing for node in waiting.values()):
+        elif not due and not any(node in missing for node in waiting.values()):
             break  # all have answered, and were asked twice
         pulls = [p for p in pulls if p[0].is_alive()]
         held = {

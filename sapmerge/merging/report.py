@@ -12,7 +12,13 @@ import torch
 
 from sapmerge.anchors.anchors import Anchors
 from sapmerge.anchors.loading import batch_size
-from sapmerge.core.geometry import SAMPLED_ROWS, Geometry, geometry, off_diagonal_mean
+from sapmerge.core.geometry import (
+    SAMPLED_ROWS,
+    Geometry,
+    geometry,
+    of_many,
+    off_diagonal_mean,
+)
 from sapmerge.core.layer import Layer
 from sapmerge.core.part import parts
 from sapmerge.core.updates import Update
@@ -26,6 +32,11 @@ from sapmerge.io.adapter import Adapter
 from sapmerge.losses import loss_name
 
 __all__ = ["AdapterReport", "LayerReport", "Report", "by_label", "findings_of", "notes_of"]
+
+PAIRED = 128
+"""Of more adapters the report has means over all pairs only: (K, K) matrices per layer would be
+what a merge of thousands holds most of.
+"""
 
 
 @dataclass(frozen=True)
@@ -95,7 +106,12 @@ def describe(
     """The report of one layer."""
     there = [k for k, present in enumerate(layer.present) if present] or list(range(len(layer)))
     inputs = [layer.updates[k] for k in there]
-    pairs = geometry(inputs, SAMPLED_ROWS)
+    if len(inputs) > PAIRED:
+        pairs, (cosine, sign_conflict) = None, of_many(inputs)
+    else:
+        pairs = geometry(inputs, SAMPLED_ROWS)
+        cosine = off_diagonal_mean(pairs.cosine)
+        sign_conflict = off_diagonal_mean(pairs.sign_conflict)
     norms = {layer.adapters[k]: layer.weights[k] * layer.updates[k].norm() for k in there}
     return LayerReport(
         name=layer.name,
@@ -106,8 +122,8 @@ def describe(
         rank=stored_rank,
         energy_kept=energy_kept,
         norm=merged.norm(),
-        cosine=off_diagonal_mean(pairs.cosine),
-        sign_conflict=off_diagonal_mean(pairs.sign_conflict),
+        cosine=cosine,
+        sign_conflict=sign_conflict,
         energies=dict.fromkeys(layer.adapters, 0.0)
         | {label: norm * norm for label, norm in norms.items()},
         notes=notes,
@@ -119,14 +135,15 @@ def describe_pairs(
     labels: Sequence[str], layers: Sequence[LayerReport]
 ) -> tuple[tuple[LayerReport, ...], Pairs, Pairs]:
     """The layers without their pairs, and of whole adapters the cosines and the shares of entries
-    with opposite signs (on the rows that were looked at). Both are empty for a single adapter.
+    with opposite signs (on the rows that were looked at). Both are empty for a single adapter, and
+    for more than `PAIRED`.
     """
     total, place = Geometry.nothing(len(labels)), {label: k for k, label in enumerate(labels)}
     for layer in layers:
         if layer.pairs is not None:
             total.add(layer.pairs, [place[label] for label in layer.adapters])
     bare = tuple(replace(layer, pairs=None) for layer in layers)
-    if len(labels) < 2:
+    if not 2 <= len(labels) <= PAIRED:
         return bare, {}, {}
     return bare, by_label(labels, total.cosine), by_label(labels, total.sign_conflict)
 

@@ -126,6 +126,22 @@ def test_who_fails_once_is_asked_once_more(tmp_path: Path) -> None:
     assert found.kept == {1: "lost", 2: "fine"}
 
 
+def test_a_link_that_is_out_of_order_for_a_moment_loses_nobody(tmp_path: Path) -> None:
+    """Every request of the first half second fails at once, as when the link's database is locked:
+    the second request waits.
+    """
+    began = time.monotonic()
+
+    def shaky(seed: int) -> Callable[[int], Any]:
+        return lambda n: (failed if time.monotonic() - began < 0.5 else good(seed))(n)
+
+    patience = Patience(first=4.0, rest=8.0, pull=0.3, pause=0.02, again=1.0)
+    found, box, grid = run(tmp_path, {1: shaky(1), 2: shaky(2)}, patience)
+    assert len(box.clients) == 2
+    assert grid.asked == {1: 2, 2: 2}
+    assert not found.failed
+
+
 def test_a_pull_that_hangs_does_not_hold_up_the_rest(tmp_path: Path) -> None:
     """Pulls of eight go on while the first one hangs; the deadline holds."""
 

@@ -81,6 +81,12 @@ class Isotropic:
         return in_form_of(U[:, :keep] * (sigma[:keep].sum() / count), Vh[:keep], merged)
 
 
+CROWD = 64
+"""So many adapters may share a small layer's directions; more are a federation, which is refused
+where they cannot.
+"""
+
+
 @part
 class Decorrelate:
     """Make the singular vectors of all adapters orthogonal to each other, at the least change:
@@ -95,7 +101,8 @@ class Decorrelate:
     Components whose singular values equal the last one kept (within 1e-5) are kept with it.
 
     Args:
-        rank: components per adapter instead of floor(min(m, n) / K), which is at least 1.
+        rank: components per adapter instead of floor(min(m, n) / K), which is at least 1: more than
+            64 adapters and more than min(m, n) are refused.
         strength: how far to go, in [0, 1]: with X = [U_1 | ... | U_K] the P_k are blocks of X (X^T
             X)^(-strength / 2). 0 leaves the vectors as they are; halfway K copies of an adapter
             become D / sqrt(K) each. Below 1 nothing has to be orthogonal,
@@ -115,6 +122,13 @@ class Decorrelate:
         check_fraction("Decorrelate's strength", self.strength)
 
     def __call__(self, layer: Layer) -> Layer:
+        count, room = sum(layer.present), min(layer.shape)
+        if count > max(room, CROWD) and self.rank is None and self.strength == 1:
+            raise MethodError(
+                f"Decorrelate: layer {layer.name!r} {layer.shape} has {room} orthogonal "
+                f"directions, fewer than one for each of {count} adapters; merge groups of at most "
+                f"{room // 2}, or use a method that is a sum (mean, iso_c)"
+            )
         core = cores_of(layer)
         updates: list[Update] = [zero_of(update) for update in layer]
         rank = min(layer.shape) if self.rank is None and self.strength < 1 else self.rank
