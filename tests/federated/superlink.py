@@ -153,9 +153,9 @@ def killed(run: Runs) -> tuple[str, bool]:
 
 
 def locked(run: Runs) -> tuple[str, bool]:
-    """Nobody else writes for 20 s, from the moment when all clients have trained. SuperNodes end
-    when the link answers with an error, the run loses its permission to pull, and the link starts
-    no other: all of them are started again, and the round is run again.
+    """Nobody else writes for 20 s, from the moment when all clients have trained. Uploads get
+    errors, the run loses its permission to pull, and the link starts no other run: all processes
+    are started again, and the round is run again.
     """
     folder = run.start("locked")
     while len(list(folder.glob("trained-*"))) < NODES:
@@ -170,7 +170,7 @@ def locked(run: Runs) -> tuple[str, bool]:
     text, whole = scenario(run, "locked", everybody)
     trained = [len((folder / f"trained-{k}").read_text()) for k in range(NODES)]
     return (
-        f"{first} kept, {len(ended)} nodes ended; all started again, second run: {text}; "
+        f"{first} kept, {len(ended)} processes ended; all started again, second run: {text}; "
         f"trained {trained} times",
         whole and trained == [1] * NODES,
     )
