@@ -31,7 +31,7 @@ OUTSIDE = {
 }
 """Files of the repository that are pages of the site, too."""
 
-NAMESPACES = ("sapmerge", "sapmerge.anchors", "sapmerge.federated")
+NAMESPACES = ("sapmerge", "sapmerge.anchors", "sapmerge.federated", "sapmerge.evaluation")
 
 SECTIONS = {
     "merging": ("Merging", "sapmerge.merging sapmerge.io sapmerge.parsing sapmerge.version"),
@@ -43,6 +43,7 @@ SECTIONS = {
     "federated": ("Federated rounds", "sapmerge.federated"),
     "routing": ("Routing", "sapmerge.routing"),
     "comparing": ("Comparing methods", "sapmerge.comparing"),
+    "evaluation": ("Accuracies with intervals", "sapmerge.evaluation"),
     "errors": ("Errors and warnings", "sapmerge.errors"),
     "others": ("Others", "sapmerge"),
 }
@@ -67,7 +68,7 @@ def public_names() -> Iterator[tuple[str, str]]:
 
 def section_of(name: str, home: str) -> str:
     """The page that a name is on."""
-    if name.count(".") > 1:  # of sapmerge.anchors or sapmerge.federated
+    if name.count(".") > 1:  # of sapmerge.anchors, for one
         return name.split(".")[1]
     return next(
         page

@@ -153,6 +153,11 @@ def kmeans(pool: Any, count: int, model: Any = None, seed: int = 0, rounds: int 
     Raises:
         AnchorError: as `coreset`.
 
+    Example:
+        >>> import torch
+        >>> kmeans(torch.tensor([[0.0], [0.1], [0.2], [5.0]]), 2)
+        Chosen(indices=(1, 3), weights=(0.75, 0.25))
+
     Source: Arthur and Vassilvitskii, "k-means++: the advantages of careful seeding", SODA 2007.
     """
     x = _points(pool, count, model)
@@ -181,6 +186,11 @@ def at_random(pool: Any, count: int, seed: int = 0) -> Chosen:
 
     Raises:
         AnchorError: more pairs than the pool has.
+
+    Example:
+        >>> import torch
+        >>> at_random(torch.eye(9), 2).weights
+        (0.5, 0.5)
     """
     size = len(pool) if isinstance(pool, Tensor) else sum(batch_size(batch) for batch in pool)
     _check_count(count, size)
