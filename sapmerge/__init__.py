@@ -66,6 +66,7 @@ from sapmerge.losses import (
 )
 from sapmerge.merging.inspection import AdapterSummary, Inspection, LayerSummary, inspect
 from sapmerge.merging.merge import Merged, merge
+from sapmerge.merging.serving import check
 from sapmerge.merging.verification import reproduce, verify
 from sapmerge.methods import *
 from sapmerge.parsing import parse
@@ -141,6 +142,7 @@ __all__ = [
     "__version__",
     "compare",
     "inspect",
+    "check",
     "merge",
     "parse",
     "reproduce",

@@ -145,6 +145,11 @@ class Names:
             return None
         return matrix_shape(module, weight)
 
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Module -> (outputs, inputs) of its weight, by the names without wrappers."""
+        found = {self.plain[path]: self.shape(key) for key, path in self.paths.items()}
+        return {name: (shape[0], shape[1]) for name, shape in found.items() if shape is not None}
+
     def _in_transformers(self, key: str) -> str | None:
         """What transformers would rename the module to when it loads it into this model."""
         if not any(cls.__module__.startswith("transformers.") for cls in type(self.base).__mro__):

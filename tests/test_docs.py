@@ -39,7 +39,14 @@ FOLDERS = ("downloads/medical", "downloads/legal", "art", "sketch", "cartoon", "
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 # Random updates are no more low-rank after pruning than a program of the documentation has to be
 # quiet about it.
-quiet = pytest.mark.filterwarnings("ignore:the stored adapter keeps")
+_rank = pytest.mark.filterwarnings("ignore:the stored adapter keeps")
+# Models that are made from a config have no name.
+_base = pytest.mark.filterwarnings("ignore:no adapter names its base model")
+
+
+def quiet(test: Any) -> Any:
+    """Both marks."""
+    return _rank(_base(test))
 
 
 def blocks(page: Path, language: str) -> Iterator[tuple[int, str]]:

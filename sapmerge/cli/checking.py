@@ -1,4 +1,4 @@
-"""`sapmerge verify` and `sapmerge reproduce`."""
+"""`sapmerge check`, `sapmerge verify` and `sapmerge reproduce`."""
 
 from __future__ import annotations
 
@@ -8,13 +8,21 @@ from typing import Any
 
 from sapmerge.cli.recipes import imported
 from sapmerge.errors import OutputError
-from sapmerge.merging import verification
+from sapmerge.io.engines import ENGINES
+from sapmerge.merging import serving, verification
 
 __all__ = ["add_to"]
 
 
 def add_to(commands: Any) -> list[argparse.ArgumentParser]:
     """Add the commands; returns their parsers."""
+    serve = commands.add_parser(
+        "check", help="whether an engine serves an adapter", description="Check an adapter."
+    )
+    serve.add_argument("adapter", help="folder of any PEFT LoRA adapter")
+    serve.add_argument("--serving", required=True, choices=tuple(ENGINES), help="the engine")
+    serve.set_defaults(run=_check)
+
     check = commands.add_parser(
         "verify", help="check an output against its digests", description="Check an output."
     )
@@ -39,7 +47,15 @@ def add_to(commands: Any) -> list[argparse.ArgumentParser]:
         help="your functions in the recipe",
     )
     again.set_defaults(run=_reproduce)
-    return [check, again]
+    return [serve, check, again]
+
+
+def _check(options: argparse.Namespace) -> None:
+    title = ENGINES[options.serving].title
+    _report_problems(
+        serving.check(options.adapter, options.serving),
+        f"{title} serves it as PEFT does, by its source",
+    )
 
 
 def _verify(options: argparse.Namespace) -> None:

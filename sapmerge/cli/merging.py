@@ -16,6 +16,7 @@ from sapmerge.cli.recipe_files import chosen_method, dump_recipe, is_recipe, rea
 from sapmerge.cli.scoring import SETUP, setup_of
 from sapmerge.display.tables import Look, table
 from sapmerge.errors import MethodError, printable
+from sapmerge.io.engines import ENGINES
 from sapmerge.merging.spelling import CHOICES
 
 __all__ = ["add_to"]
@@ -57,6 +58,15 @@ def add_to(commands: Any) -> list[argparse.ArgumentParser]:
         "--names",
         choices=CHOICES,
         help="how the output spells its modules: as the adapters do, or ...",
+    )
+    merge.add_argument(
+        "--serving", choices=tuple(ENGINES), help="the engine that is to load the output"
+    )
+    merge.add_argument(
+        "--uniform-rank",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="one rank in all modules, padded with zeros",
     )
     merge.add_argument("--setup", help=f"for methods that read anchors: {SETUP}")
     merge.add_argument("--cache", metavar="DIR", help="of the anchors' statistics")
@@ -104,7 +114,13 @@ def _merge(options: argparse.Namespace) -> None:
         cache_only=options.cache_only,
     )
     os.makedirs(os.path.dirname(os.path.abspath(options.output)), exist_ok=True)
-    merged.save_pretrained(options.output, overwrite=options.overwrite, names=options.names)
+    merged.save_pretrained(
+        options.output,
+        overwrite=options.overwrite,
+        names=options.names,
+        uniform_rank=options.uniform_rank,
+        serving=options.serving,
+    )
     if options.json:
         print(json.dumps(merged.report.to_dict(), indent=2))
     elif not options.quiet:

@@ -27,6 +27,7 @@ from sapmerge.io.folder import BESIDE, CONFIG, WEIGHTS, read_folder, which_weigh
 from sapmerge.io.kinds.vectors import Vector
 from sapmerge.io.live import check_live_scaling, config_bytes, live_adapter
 from sapmerge.io.modules import BaseWeights, Module, SavedTensor
+from sapmerge.io.patterns import Budget, Selection
 from sapmerge.io.pickles import held
 from sapmerge.io.rearranged import Piece, rearranged
 from sapmerge.io.strict_json import parse
@@ -52,6 +53,7 @@ class Adapter:
         digest: sha256 of all that decides about the update: values, scalings, names. Not of path,
             label or order.
         files: file name -> sha256 of the bytes used; empty for adapters in memory.
+        settings: what the config says, every key checked.
         folder: where the files are, absolute, links resolved; None for adapters in memory.
 
     It can be pickled, for other processes: what lies in files is read there again, and compared.
@@ -70,6 +72,7 @@ class Adapter:
     task_type: str | None
     fan_in_fan_out: bool
     folder: str | None
+    settings: Settings = field(repr=False)
     _contents: Contents = field(repr=False)
     _base: BaseWeights | None = field(default=None, repr=False)
 
@@ -296,6 +299,28 @@ class Adapter:
             name, self.source, None if base is None else lambda: base.matrix(module)
         )
 
+    def selection(self) -> Selection:
+        """Which modules of a base the config means, whether they are in the file or not."""
+        chosen, where = self.settings, f"adapter {shown(self.source)}"
+        saved = (*chosen.saved, *chosen.heads)
+        return Selection(
+            chosen.targets,
+            chosen.excluded,
+            chosen.layers,
+            chosen.layers_pattern,
+            saved,
+            Budget(DEFAULT_LIMITS, where),
+        )
+
+    def reach(self, name: str) -> float:
+        """What the norm of an update is at most, told from what was seen when the adapter was
+        loaded; zero only for an update of zero, infinite where the norm depends on the base.
+
+        Args:
+            name: a key of `modules`.
+        """
+        return self._contents.readings[name].reach(self._contents.weights.facts)
+
     @pinned_state()
     def saved_tensor(self, name: str) -> Tensor:
         """One tensor of a module that was saved whole, in the dtype of the file.
@@ -371,6 +396,7 @@ def _finished(
         task_type=chosen.task_type,
         fan_in_fan_out=chosen.fan_in_fan_out,
         folder=folder,
+        settings=chosen,
         _contents=contents,
     )
 

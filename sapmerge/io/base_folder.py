@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -108,6 +108,21 @@ class BaseFolder:
     def _canonical(tensor: str) -> str:
         module, dot, leaf = tensor.rpartition(".")
         return f"{canonical(module, {})}{dot}{leaf}"
+
+    def modules(self) -> Iterator[str]:
+        """The modules that have a weight of two dimensions or more, by their canonical names."""
+        for key, tensor in self._names.items():
+            if key.endswith(".weight") and len(self.entries[tensor][1].shape) > 1:
+                yield key.removesuffix(".weight")
+
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Module -> (outputs, inputs) of its weight, by the folder's own names."""
+        found: dict[str, tuple[int, int]] = {}
+        for tensor, (_, entry) in self.entries.items():
+            if tensor.endswith(".weight") and len(entry.shape) == 2:
+                m, n = entry.shape[::-1] if self.conv1d else entry.shape
+                found[tensor.removesuffix(".weight")] = m, n
+        return found
 
     def find(self, name: str) -> str | None:
         """The folder's name of a tensor: the same, or the only one of which one is the

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["one_base", "unquantised"]
+__all__ = ["is_path", "one_base", "unquantised"]
 
 _QUANTISED = re.compile(
     r"(?:-unsloth)?-bnb-[48]bit|-gptq(?:-int[2-8])?|-awq(?:-int4)?|-fp8(?:-dynamic)?|-gptq-marlin",
@@ -24,6 +24,19 @@ def unquantised(name: str) -> str:
     plain = name.rstrip("/")
     match = re.search(rf"(?:{_QUANTISED.pattern})$", plain, re.IGNORECASE)
     return plain[: match.start()] if match and match.start() else plain
+
+
+_PATH = re.compile(r"[/\\~.]|[A-Za-z]:[/\\]|file:|[\w.-]+\\|[^/]*/[^/]*/")
+
+
+def is_path(name: str) -> bool:
+    """Whether the name of a base is a place on somebody's disk; names of the Hub have one slash.
+
+    Example:
+        >>> is_path("/home/someone/models/llama"), is_path("C:\\\\models"), is_path("meta/llama")
+        (True, True, False)
+    """
+    return _PATH.match(name.rstrip("/") or name) is not None
 
 
 def one_base(names: list[str]) -> str | None:

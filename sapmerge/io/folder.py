@@ -13,6 +13,7 @@ from sapmerge.io.contents import Contents, sort_contents
 from sapmerge.io.files import DEFAULT_LIMITS, Limits, RegularFile, reason
 from sapmerge.io.header import open_weights
 from sapmerge.io.listing import unread_weights, way_on
+from sapmerge.io.original_llava import MODEL_CONFIG, is_original_llava
 from sapmerge.io.pickles import open_pickle
 from sapmerge.io.strict_json import parse
 
@@ -62,6 +63,11 @@ def which_weights(folder: str, where: str, allow_pickle_weights: bool) -> tuple[
             f"{where}: {held} {verb} in {pickled[0]}, a pickle, which can hold code. If you trust "
             "its author, load it "
             "with sapmerge.Adapter.load(path, allow_pickle_weights=True), or ask for safetensors"
+        )
+    if BESIDE not in names and MODEL_CONFIG in names and is_original_llava(folder):
+        _warn(
+            f"{where}: {MODEL_CONFIG} is that of the original code of LLaVA, which saves the "
+            f"projector that it trains in {BESIDE}, and there is none: the merge is without it"
         )
     unread = unread_weights(names, (WEIGHTS, PICKLE, BESIDE))
     if unread is not None:

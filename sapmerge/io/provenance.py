@@ -18,6 +18,7 @@ from typing import Any, NoReturn, cast
 
 from sapmerge.errors import AdapterFormatError, SapmergeError
 from sapmerge.io.adapter import Adapter
+from sapmerge.io.engines import ENGINES
 from sapmerge.io.files import DEFAULT_LIMITS, RegularFile, shown
 from sapmerge.io.folder import BESIDE, CONFIG, PICKLE, WEIGHTS
 from sapmerge.io.names import STYLES
@@ -179,7 +180,11 @@ def _written(value: object) -> bool:
 
 
 _OPTIONAL = {"written"}
-_WRITTEN: Mapping[str, tuple[object, ...]] = {"names": ("input", *STYLES), "uniform_rank": (False,)}
+_WRITTEN: Mapping[str, tuple[object, ...]] = {
+    "names": ("input", *STYLES),
+    "uniform_rank": (False,),
+    "serving": tuple(ENGINES),
+}
 _texts = _all(_text, _text)
 _RECIPE: _Schema = {
     "method": ("text", _text),

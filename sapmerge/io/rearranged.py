@@ -4,6 +4,7 @@ or put together into them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -54,6 +55,9 @@ class _Pieces(NamedTuple):
 
     def bound(self, facts: Mapping[str, Facts]) -> float:
         return max(reading.bound(facts) for reading, _ in self.pieces)
+
+    def reach(self, facts: Mapping[str, Facts]) -> float:
+        return math.hypot(*(reading.reach(facts) for reading, _ in self.pieces))
 
     def mark(self) -> tuple[object, ...]:
         return tuple(piece for _, piece in self.pieces)

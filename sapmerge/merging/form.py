@@ -17,14 +17,17 @@ class Form:
     Args:
         names: see `spelling.written_names`.
         uniform_rank: whether all modules get the largest rank, padded with zeros.
+        serving: the engine that is to load it, see `io.engines`.
     """
 
     names: str | None = None
     uniform_rank: bool = True
+    serving: str | None = None
 
     def recorded(self, names: str | None) -> Mapping[str, object]:
         """What differs from the default, for the metadata;
         `names` is the choice that needs no model.
         """
         record: dict[str, object] = {} if names is None else {"names": names}
-        return record | ({} if self.uniform_rank else {"uniform_rank": False})
+        record |= {} if self.uniform_rank else {"uniform_rank": False}
+        return record | ({} if self.serving is None else {"serving": self.serving})

@@ -41,15 +41,18 @@ from sapmerge.merging.inputs import (
     weights_of,
     with_base,
 )
+from sapmerge.merging.meaning import say_of_inputs, written_base
+from sapmerge.merging.missing import say_what_is_missing
 from sapmerge.merging.report import LayerReport, Report, findings_of, notes_of
 from sapmerge.merging.reporting import report_of
 from sapmerge.merging.run import Run
 from sapmerge.merging.spelling import Own, one_spelling, say_what_is_not_shared
 from sapmerge.merging.stream import AdapterLayers
+from sapmerge.merging.tokens import say_other_tokens
 from sapmerge.merging.vectors import check_vectors, plan_vectors
 from sapmerge.merging.whole import save_merged
 from sapmerge.models import find_modules, find_saved
-from sapmerge.naming import base_of, without_wrappers
+from sapmerge.naming import Names, base_of, without_wrappers
 
 __all__ = ["Merged", "merge"]
 
@@ -135,15 +138,19 @@ def merge(
     model = without_wrappers(model)
     opened = one_spelling(load_adapters(adapters, model, weights), model)
     numbers = resolve_weights(weights, opened)
-    base = check_mergeable(opened, base_model)
+    at_hand = model is not None or folder is not None
+    base = written_base(check_mergeable(opened, base_model), opened, base_model, at_hand)
     if model is None:  # else the names are settled
         say_what_is_not_shared(opened)
     heads = plan_heads(opened, numbers, modules_to_save)
+    say_other_tokens(opened, heads)
     if folder is not None:
         folder.conv1d = any(adapter.fan_in_fan_out for adapter in opened)
     opened = with_base(opened, folder or model)
     check_copies(opened, weights_of(folder or model))
+    say_what_is_missing(opened, folder or model)
     stream = AdapterLayers.of(opened, numbers, check_device(device))
+    said = say_of_inputs(stream, method)
     if anchor_loader is not None:
         stream = stream.with_anchors(anchor_loader, model, loss, cache)
         assert stream.anchors is not None
@@ -174,6 +181,8 @@ def merge(
         stream=stream,
         prepared=prepared,
         own_names=Own.of(model),
+        shapes={} if not at_hand else folder.shapes() if folder else Names(model).shapes(),
+        said=said,
         progress=sys.stderr.isatty() if progress is None else progress,
     )
     return Merged(run)
@@ -242,6 +251,7 @@ class Merged:
         overwrite: bool = False,
         names: str | None = None,
         uniform_rank: bool = True,
+        serving: str | None = None,
     ) -> None:
         """Write a PEFT checkpoint: `PeftModel.from_pretrained(base, path)`.
         The folder appears whole or not at all.
@@ -255,13 +265,17 @@ class Merged:
             uniform_rank: give all modules the largest rank, padded with zeros: exact, and what
                 engines need that read no `rank_pattern` (llama.cpp, SGLang, TGI).
                 False: each its own, in a smaller file.
+            serving: the engine that is to load it: "vllm", "sglang", "llama.cpp", "tgi" or
+                "diffusers". The rank is one that it takes, modules that it stacks with others get
+                zeros, and names are those that it reads; what it cannot serve is refused. PEFT
+                reads the output, too. `check` says the same of any folder.
 
         Raises:
             OutputExistsError: `path` exists.
             OutputError: `path` is or holds one of the inputs, or holds more than an adapter.
             NonFiniteError: a merged update is not finite, or overflows the output's dtype.
         """
-        form = Form(names, uniform_rank)
+        form = Form(names, uniform_rank, serving)
         sinks.save(
             self.run, path, overwrite=overwrite, form=form, finish=self._measure, undo=self._undo()
         )

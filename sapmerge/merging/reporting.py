@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sapmerge.core.part import recipe
 from sapmerge.errors import warn
+from sapmerge.merging.meaning import say_of_result
 from sapmerge.merging.report import LayerReport, Report, describe_adapters, describe_pairs
 from sapmerge.merging.run import Run
 
@@ -32,4 +33,5 @@ def report_of(run: Run, layers: tuple[LayerReport, ...]) -> Report:
             f"the result is not low-rank, or too small for {run.dtype}. Use apply_to(model), "
             "which is lossless, or a larger rank, e.g. rank=0.95"
         )
+    say_of_result(run.adapters, run.weights, run.method, run.scale, layers, run.said)
     return report

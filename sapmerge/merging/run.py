@@ -49,6 +49,8 @@ class Run:
         prepared: the method, after its pre-pass.
         own_names: what the model calls its modules; None without one.
         progress: whether to show a bar.
+        shapes: of the weights of the base, by its own names, where it is at hand.
+        said: what was warned of before, see `meaning`.
     """
 
     adapters: tuple[Adapter, ...]
@@ -63,6 +65,8 @@ class Run:
     prepared: Method
     own_names: Own | None
     progress: bool = False
+    shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict[str, "tuple[int, int]"])
+    said: frozenset[str] = frozenset()
     kept: dict[str, LowRank] = field(default_factory=dict[str, LowRank])
     """With anchors: the update of every layer as a sink has stored it,
     for the loss of the merged model.

@@ -38,6 +38,7 @@ from sapmerge.merging.form import Form
 from sapmerge.merging.live import activate, ask, delete, live_parameters, names_in, own_heads
 from sapmerge.merging.report import LayerReport
 from sapmerge.merging.run import Run
+from sapmerge.merging.serving import served_form, served_rank, zeros_for
 from sapmerge.merging.spelling import spelling_of, written_names
 from sapmerge.merging.targets import check_parameters, check_separate
 from sapmerge.merging.texts import config_of, metadata_of
@@ -76,7 +77,9 @@ def save(
         finish: runs before the folder is put in its place.
         undo: what takes back the caller's part of it.
     """
-    written_names(run.adapters, form.names, run.own_names)  # refuses before any work
+    form = served_form(run, form)
+    names = written_names(run.adapters, form.names, run.own_names)  # refuses before any work
+    zeros_for(run, form, names)
     check_apart(path, (adapter.folder for adapter in run.adapters))
     writer = CheckpointWriter(path, overwrite=overwrite)
     try:
@@ -139,7 +142,9 @@ class _Checkpoint:
         for key, tensor in self._beside.tensors(self._adapted, names).items():
             self._writer.add(PREFIX + key, tensor)
         if self._form.uniform_rank:
-            self._widen(max(self._ranks.values()))
+            rank = served_rank(self._form.serving, max(self._ranks.values()))
+            self._widen(rank)
+            self._fill(rank)
         config = config_of(run, self._ranks, self._parameters, names) | self._beside.config(
             self._adapted, names
         )
@@ -167,6 +172,14 @@ class _Checkpoint:
             if rank != wanted:
                 self._writer.widen(key, dim, rank, wanted)
         self._ranks = dict.fromkeys(self._ranks, wanted)
+
+    def _fill(self, rank: int) -> None:
+        """Zeros for modules that an engine stacks with others."""
+        for name, (m, n) in zeros_for(self.run, self._form, self._names).items():
+            dtype = self.run.dtype
+            self._writer.add(f"{PREFIX}{name}.lora_A.weight", torch.zeros(rank, n, dtype=dtype))
+            self._writer.add(f"{PREFIX}{name}.lora_B.weight", torch.zeros(m, rank, dtype=dtype))
+            self._ranks[name] = rank
 
 
 def apply(run: Run, model: Any, finish: Finish, undo: Undo) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from sapmerge.errors import MethodError, SapmergeWarning
 from sapmerge.io.adapter import Adapter
 from sapmerge.io.names import STYLES, alike, plain, respelled, stem
+from sapmerge.io.original_llava import is_original_llava
 from sapmerge.merging.fused import as_in_parts, fitted
 from sapmerge.naming import Names
 
@@ -282,7 +283,9 @@ def _family(adapters: Sequence[Adapter], keys: Iterable[str], own: Own | None) -
         name.startswith("language_model.model.") for name in spelled
     ):
         return "llava"
-    return "llava" if any(_LLAVA.search(name) for name in bases) else ""
+    if any(_LLAVA.search(name) for name in bases):
+        return "llava"
+    return "llava" if any(is_original_llava(adapter.folder) for adapter in adapters) else ""
 
 
 def _as_the_inputs(adapters: Sequence[Adapter], family: str) -> dict[str, str]:

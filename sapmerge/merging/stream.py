@@ -43,6 +43,10 @@ class _Held:
         self.filling, self._room = False, room
         self._updates: dict[tuple[int, str], Update] = {}
 
+    def fits(self, size: int) -> bool:
+        """Whether there is room for so many bytes."""
+        return size <= self._room
+
     def get(self, key: tuple[int, str], read: Callable[[], Update]) -> Update:
         update = self._updates.get(key)
         if update is None:
@@ -128,6 +132,11 @@ class AdapterLayers:
             ],
         )
         return layer if record is None else layer.noting(record)
+
+    def can_be_held(self) -> bool:
+        """Whether all updates fit into what `holding` keeps, so that nothing is read twice."""
+        size = sum(4 * m.rank * sum(m.shape) for a in self.adapters for m in a.modules.values())
+        return self.held.fits(size)
 
     @contextmanager
     def holding(self) -> Generator[None]:

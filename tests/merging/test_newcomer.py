@@ -75,7 +75,10 @@ def test_an_output_is_never_one_of_the_inputs(pair: list[str]) -> None:
 def test_adapters_of_two_model_classes_without_a_base(pair: list[str]) -> None:
     for name, kind in (("a", "LlamaForCausalLM"), ("b", "CLIPModel")):
         path = Path(name) / "adapter_config.json"
-        mapping = {"auto_mapping": {"base_model_class": kind, "parent_library": "transformers"}}
+        mapping = {
+            "auto_mapping": {"base_model_class": kind, "parent_library": "transformers"},
+            "base_model_name_or_path": None,
+        }
         path.write_text(json.dumps(json.loads(path.read_text()) | mapping))
     refused("a: LlamaForCausalLM, b: CLIPModel", pair, method=sm.mean())
     assert (

@@ -30,7 +30,13 @@ def write_adapter(path: Path, seed: int, rank: int = 3) -> Path:
     tensors["base_model.model.head.weight"] = torch.randn(2, 6, generator=generator)
     path.mkdir()
     save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": ["q", "v"]}
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": 2 * rank,
+        "target_modules": ["q", "v"],
+        "base_model_name_or_path": "org/base",
+    }
     (path / "adapter_config.json").write_text(json.dumps(config | {"modules_to_save": ["head"]}))
     return path
 

@@ -156,3 +156,37 @@ def test_a_lora_here_and_saved_whole_there(tmp_path: Path) -> None:
         adapters = [sm.Adapter.load(path) for path in (one, two)]
     with pytest.raises(sm.IncompatibleAdaptersError, match=r"embed_tokens.*'a'.*'b'"):
         sm.merge(adapters, method=sm.mean(), modules_to_save="mean")
+
+
+@pytest.mark.parametrize(
+    ("config", "signed"),
+    [
+        ({"model_type": "llava_llama", "mm_projector_type": "mlp2x_gelu"}, True),
+        ({"model_type": "llava_qwen"}, True),
+        ({"model_type": "llava", "mm_projector_type": "mlp2x_gelu"}, True),
+        ({"model_type": "llava", "text_config": {}}, False),
+        ({"model_type": "llama"}, False),
+        (["llava_llama"], False),
+    ],
+)
+def test_the_config_of_the_original_llava_is_a_sign(
+    tmp_path: Path, config: object, signed: bool
+) -> None:
+    """Its adapters name a base of text, and their modules are those of a text model."""
+    one = train(llama, tmp_path / "a", 1, target_modules=QV)
+    (one / "config.json").write_text(json.dumps(config))
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        merged = sm.merge([one], method=sm.mean())
+    said = "".join(str(w.message) for w in found)
+    assert ("there is none: the merge is without it" in said) == signed
+    if not signed:
+        with pytest.raises(sm.MethodError, match="models like LLaVA"):
+            merged.save_pretrained(tmp_path / "out", names="llava")
+        return
+    merged.save_pretrained(tmp_path / "out", names="transformers 4")
+    names = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert f"{PREFIX}language_model.model.layers.0.self_attn.q_proj.lora_A.weight" in names
+    merged.save_pretrained(tmp_path / "own", names="llava")
+    wanted = load_file(one / "adapter_model.safetensors").keys()
+    assert load_file(tmp_path / "own" / "adapter_model.safetensors").keys() == wanted

@@ -42,6 +42,7 @@ def write_adapter(
         "r": rank,
         "lora_alpha": 2 * rank,
         "target_modules": targets,
+        "base_model_name_or_path": "org/base",
         **config,
     }
     (path / "adapter_config.json").write_text(json.dumps(written))

@@ -29,7 +29,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     root = tmp_path_factory.mktemp("finite")
     base, made = models.clip(), []
     for k, rank in enumerate((2, 3)):
-        models.with_peft(base, TARGETS, rank=rank, seed=k + 1).save_pretrained(root / f"client{k}")
+        client = models.with_peft(base, TARGETS, rank=rank, seed=k + 1)
+        client.peft_config["default"].base_model_name_or_path = "org/clip"
+        client.save_pretrained(root / f"client{k}")
         made.append(root / f"client{k}")
     return made
 

@@ -55,5 +55,8 @@ class Dora:
     def bound(self, facts: Mapping[str, Facts]) -> float:
         return float("inf")
 
+    def reach(self, facts: Mapping[str, Facts]) -> float:
+        return float("inf")
+
     def mark(self) -> tuple[object, ...]:
         return ("dora",)

@@ -216,6 +216,10 @@ class ExpertFactors:
         a, b = (facts[name].norm for name in self.tensors)
         return abs(self.scaling) * max(a, b, a * b)
 
+    def reach(self, facts: Mapping[str, Facts]) -> float:
+        a, b = (facts[name].norm for name in self.tensors)
+        return abs(self.scaling) * a * b
+
     def mark(self) -> tuple[object, ...]:
         return ("expert", self.expert, self.experts, *self.layout)
 

@@ -46,6 +46,10 @@ class Reading(Protocol):
         """
         ...
 
+    def reach(self, facts: Mapping[str, Facts]) -> float:
+        """The update's Frobenius norm is at most this; infinite where that depends on the base."""
+        ...
+
     def mark(self) -> tuple[object, ...]:
         """What the digest has to cover besides values, shapes and scaling."""
         ...
@@ -87,6 +91,10 @@ class Factors(NamedTuple):
         a, b = facts[self.a].norm, facts[self.b].norm
         a *= 1.0 if self.e is None else max(1.0, facts[self.e].norm)
         return max(abs(self.scaling) * max(b, a * b), a)
+
+    def reach(self, facts: Mapping[str, Facts]) -> float:
+        e = 1.0 if self.e is None else facts[self.e].norm
+        return abs(self.scaling) * facts[self.a].norm * facts[self.b].norm * e
 
     def mark(self) -> tuple[object, ...]:
         return () if self.e is None else ("adalora",)

@@ -59,5 +59,8 @@ class Started:
     def bound(self, facts: Mapping[str, Facts]) -> float:
         return float("inf")
 
+    def reach(self, facts: Mapping[str, Facts]) -> float:
+        return float("inf")
+
     def mark(self) -> tuple[object, ...]:
         return (self.start,)
