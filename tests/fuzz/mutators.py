@@ -9,6 +9,7 @@ from typing import Any
 
 from sapmerge.io.config import NEUTRAL, READ, REFUSED
 
+from .kinds import mutate_beside, mutate_kinds
 from .targets import SPLIT
 
 KEYS = sorted([*READ, *NEUTRAL, *REFUSED, "unheard_of", "", "\x1b[2J", "k" * 3000, "R", "r "])
@@ -333,9 +334,21 @@ def _folder(data: bytes, rng: random.Random) -> bytes:
     return config + SPLIT + _raw(weights, rng)
 
 
+def _kinds(data: bytes, rng: random.Random) -> bytes:
+    changed = mutate_kinds(data, rng) if rng.random() < 0.7 else None
+    return _keys(data, rng) if changed is None else changed
+
+
+def _beside(data: bytes, rng: random.Random) -> bytes:
+    return mutate_beside(data, rng) if rng.random() < 0.7 else _raw(data, rng)
+
+
 _MUTATORS: dict[str, Callable[[bytes, random.Random], bytes]] = {
     "config": _config,
     "header": _header,
     "keys": _keys,
     "folder": _folder,
+    "banks": _kinds,
+    "dora": _kinds,
+    "beside": _beside,
 }

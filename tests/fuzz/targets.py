@@ -1,4 +1,4 @@
-"""What is fuzzed: four functions of bytes. Each returns quietly,
+"""What is fuzzed: functions of bytes. Each returns quietly,
 or raises because a promise was broken.
 
 A `SapmergeError` is no finding; any other exception, a message that is no fit,
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
@@ -23,12 +24,16 @@ from sapmerge.io.adapter import Adapter
 from sapmerge.io.config import settings
 from sapmerge.io.contents import sort_contents
 from sapmerge.io.files import DEFAULT_LIMITS, HeldWeights, RegularFile
+from sapmerge.io.folder import BESIDE
 from sapmerge.io.header import DTYPES, open_weights
 from sapmerge.io.measuring import Entry
 from sapmerge.io.strict_json import parse
 from tests.corpus import oracle
-from tests.corpus.build import CONFIG, WEIGHTS, good_config, good_tensors
+from tests.corpus.build import CONFIG, WEIGHTS, good_config, good_tensors, header_of, stored
 
+from .kinds import RAN, beside_seed, kinds_seed
+
+_PARTS = re.compile(r"mm_projector|multi_modal_projector|vision|lm_head|embed|newline")
 SPLIT = b"\0\0SPLIT\0\0"
 _folder = Path(
     tempfile.mkdtemp(prefix="fuzz-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
@@ -145,7 +150,16 @@ def keys(data: bytes) -> None:
         contents = sort_contents(
             _Headers(entries), settings(config, "config"), config, "config", DEFAULT_LIMITS
         )  # type: ignore[arg-type]
-        used = [name for names in contents.tensors.values() for name in names]
+        experts = {n: m for n, m in contents.modules.items() if m.kind == "parameter"}
+        for name, module in experts.items():
+            rows = entries[contents.tensors[name][0]].shape[0]
+            if module.experts * module.rank != rows or module.expert >= module.experts:
+                raise Broken(
+                    f"{name} is one of {module.experts} of rank {module.rank}, {rows} rows"
+                )
+        later = {name for name, module in experts.items() if module.expert > 0}  # of one bank
+        tensors = contents.tensors.items()
+        used = [name for key, names in tensors if key not in later for name in names]
         if sorted(used) != sorted(entries):
             raise Broken(f"used {sorted(used)} of {sorted(entries)}")
 
@@ -176,18 +190,56 @@ def folder(data: bytes) -> None:
     quiet(work)
 
 
+def beside(data: bytes) -> None:
+    """The pickle beside an adapter of LLaVA. Accepted: nothing but finite parts of a projector, a
+    tower or the embeddings; and no code ran.
+    """
+    place = _folder / "llava"
+    place.mkdir(exist_ok=True)
+    (place / CONFIG).write_text(json.dumps(good_config()))
+    (place / WEIGHTS).write_bytes(stored(good_tensors()))
+    (place / BESIDE).write_bytes(data)
+    plain = set(Adapter.load(_good()).modules)
+
+    def work() -> None:
+        adapter = Adapter.load(place, allow_pickle_weights=True)
+        if set(adapter.modules) != plain:
+            raise Broken(f"the modules are {sorted(adapter.modules)}")
+        for name in adapter.saved:
+            if not _PARTS.search(name) or not bool(adapter.saved_tensor(name).isfinite().all()):
+                raise Broken(f"{name} was read")
+
+    quiet(work)
+    if os.path.exists(RAN):
+        raise Broken("code of the pickle ran")
+
+
+def _good() -> Path:
+    place = _folder / "good"
+    if not place.exists():
+        place.mkdir()
+        (place / CONFIG).write_text(json.dumps(good_config()))
+        (place / WEIGHTS).write_bytes(stored(good_tensors()))
+    return place
+
+
 TARGETS: Mapping[str, Callable[[bytes], None]] = {
     "config": config,
     "header": header,
     "keys": keys,
     "folder": folder,
+    "banks": keys,
+    "dora": keys,
+    "beside": beside,
 }
 
 
 def seed(target: str) -> bytes:
     """A good input."""
-    from tests.corpus.build import header_of, stored
-
+    if target == "beside":
+        return beside_seed()
+    if target in ("banks", "dora"):
+        return kinds_seed(target)
     tensors = good_tensors()
     text = json.dumps(good_config()).encode()
     if target == "config":
