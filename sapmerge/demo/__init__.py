@@ -177,7 +177,10 @@ class _Demo:
         sources = {other: self.output / "adapters" / other for other in DOMAINS if other != domain}
         method = getattr(library, name)()
         given = (self.anchors, base) if name in READ_ANCHORS else ()
-        merged = merge(sources, *given, method=method, rank="exact", progress=False)
+        here = str(self.output / "base")
+        merged = merge(
+            sources, *given, method=method, rank="exact", base_model=here, progress=False
+        )
         path = self.output / "merged" / name / f"without-{domain}"
         path.parent.mkdir(parents=True, exist_ok=True)
         merged.save_pretrained(path)
