@@ -121,5 +121,5 @@ def zeros_for(run: Run, form: Form, names: Mapping[str, str]) -> dict[str, tuple
     if form.serving is None:
         return {}
     shapes = {names.get(m.owner, m.owner): m.shape for m in run.stream.modules.values()}
-    known = run.shapes if form.names is None else {}
+    known = run.shapes if form.names is None else None
     return together(shapes, engine_of(form.serving), known)
