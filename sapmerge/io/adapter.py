@@ -27,7 +27,6 @@ from sapmerge.io.folder import BESIDE, CONFIG, WEIGHTS, read_folder, which_weigh
 from sapmerge.io.kinds.vectors import Vector
 from sapmerge.io.live import check_live_scaling, config_bytes, live_adapter
 from sapmerge.io.modules import BaseWeights, Module, SavedTensor
-from sapmerge.io.patterns import Budget, Selection
 from sapmerge.io.pickles import held
 from sapmerge.io.rearranged import Piece, rearranged
 from sapmerge.io.strict_json import parse
@@ -299,26 +298,8 @@ class Adapter:
             name, self.source, None if base is None else lambda: base.matrix(module)
         )
 
-    def selection(self) -> Selection:
-        """Which modules of a base the config means, whether they are in the file or not."""
-        chosen, where = self.settings, f"adapter {shown(self.source)}"
-        saved = (*chosen.saved, *chosen.heads)
-        return Selection(
-            chosen.targets,
-            chosen.excluded,
-            chosen.layers,
-            chosen.layers_pattern,
-            saved,
-            Budget(DEFAULT_LIMITS, where),
-        )
-
     def reach(self, name: str) -> float:
-        """What the norm of an update is at most, told from what was seen when the adapter was
-        loaded; zero only for an update of zero, infinite where the norm depends on the base.
-
-        Args:
-            name: a key of `modules`.
-        """
+        """A bound of the norm of an update, from what was seen at loading: zero for zero only."""
         return self._contents.readings[name].reach(self._contents.weights.facts)
 
     @pinned_state()

@@ -4,6 +4,7 @@ what they may be.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from functools import wraps
@@ -112,3 +113,19 @@ def check_method(method: Method | None, anchor_loader: Any, model: Any) -> Metho
 def _like(text: str) -> str:
     """The name of the method that a text may mean."""
     return next(iter(get_close_matches(text, methods.__all__, 1)), "mean")
+
+
+def check_cache(cache: Any, cache_only: bool, anchor_loader: Any) -> None:
+    """Whether the cache of a merge is the path of a folder, and of anchors that are there.
+
+    Raises:
+        MethodError: it is not.
+    """
+    if cache is not None and not isinstance(cache, (str, os.PathLike)):
+        raise MethodError(
+            f"cache is the path of a folder of your own; got a {type(cache).__name__}"
+        )
+    if cache_only and (cache is None or anchor_loader is None):
+        raise MethodError(
+            "cache_only=True needs cache=..., and the anchors and the model that the cache is for"
+        )

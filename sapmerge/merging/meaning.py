@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import is_dataclass
-from typing import cast
+from typing import Any, cast
 
 from sapmerge.core.lowrank import gram
 from sapmerge.core.part import parts
@@ -33,19 +33,19 @@ _BOUNDING = (CapShare, ClipNorms, ExcludeOutliers, GeometricMedian, Krum)
 _SHOWN = 3
 
 
-def written_base(base: Base, adapters: Sequence[Adapter], given: str | None, at_hand: bool) -> Base:
+def written_base(base: Base, adapters: Sequence[Adapter], given: str | None, model: Any) -> Base:
     """The base that the output names; it names no place on somebody's disk.
 
     Args:
         base: what the adapters name.
         given: `base_model` of the call, which is written as it is.
-        at_hand: whether there is a model, which tells whether the adapters fit.
+        model: of the merge, or its folder, which tells whether the adapters fit; or None.
     """
     if given is not None:
         return base
     unnamed = [adapter.label for adapter in adapters if not adapter.base_model]
     files = [adapter.label for adapter in adapters if adapter.folder is not None]
-    if base.name is None and not at_hand and set(unnamed) & set(files):
+    if base.name is None and model is None and set(unnamed) & set(files):
         warn(
             f"no adapter names its base model ({_listed(unnamed)}): whether they fit each other is "
             "not known, and the output names none. base_model='...' does"

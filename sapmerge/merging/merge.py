@@ -24,7 +24,7 @@ from sapmerge.errors import AnchorError, MethodError, NonFiniteError, warn
 from sapmerge.io.adapter import Adapter
 from sapmerge.losses import Loss
 from sapmerge.merging import sinks
-from sapmerge.merging.calling import check_method, says_what_is_meant
+from sapmerge.merging.calling import check_cache, check_method, says_what_is_meant
 from sapmerge.merging.copies import check_copies
 from sapmerge.merging.form import Form
 from sapmerge.merging.heads import HeadPolicy, plan_heads
@@ -46,13 +46,14 @@ from sapmerge.merging.missing import say_what_is_missing
 from sapmerge.merging.report import LayerReport, Report, findings_of, notes_of
 from sapmerge.merging.reporting import report_of
 from sapmerge.merging.run import Run
+from sapmerge.merging.serving import shapes_of
 from sapmerge.merging.spelling import Own, one_spelling, say_what_is_not_shared
 from sapmerge.merging.stream import AdapterLayers
 from sapmerge.merging.tokens import say_other_tokens
 from sapmerge.merging.vectors import check_vectors, plan_vectors
 from sapmerge.merging.whole import save_merged
 from sapmerge.models import find_modules, find_saved
-from sapmerge.naming import Names, base_of, without_wrappers
+from sapmerge.naming import base_of, without_wrappers
 
 __all__ = ["Merged", "merge"]
 
@@ -126,20 +127,12 @@ def merge(
         model = None
     method = check_method(method, anchor_loader, model)
     check_numbers(scale, rank)
-    if cache is not None and not isinstance(cache, (str, os.PathLike)):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise MethodError(
-            f"cache is the path of a folder of your own; got a {type(cache).__name__}"
-        )
-    if cache_only and (cache is None or anchor_loader is None):
-        raise MethodError(
-            "cache_only=True needs cache=..., and the anchors and the model that the cache is for"
-        )
+    check_cache(cache, cache_only, anchor_loader)
     weights = as_given(weights)
     model = without_wrappers(model)
     opened = one_spelling(load_adapters(adapters, model, weights), model)
     numbers = resolve_weights(weights, opened)
-    at_hand = model is not None or folder is not None
-    base = written_base(check_mergeable(opened, base_model), opened, base_model, at_hand)
+    base = written_base(check_mergeable(opened, base_model), opened, base_model, folder or model)
     if model is None:  # else the names are settled
         say_what_is_not_shared(opened)
     heads = plan_heads(opened, numbers, modules_to_save)
@@ -181,7 +174,7 @@ def merge(
         stream=stream,
         prepared=prepared,
         own_names=Own.of(model),
-        shapes={} if not at_hand else folder.shapes() if folder else Names(model).shapes(),
+        shapes=shapes_of(folder or model),
         said=said,
         progress=sys.stderr.isatty() if progress is None else progress,
     )
@@ -265,10 +258,8 @@ class Merged:
             uniform_rank: give all modules the largest rank, padded with zeros: exact, and what
                 engines need that read no `rank_pattern` (llama.cpp, SGLang, TGI).
                 False: each its own, in a smaller file.
-            serving: the engine that is to load it: "vllm", "sglang", "llama.cpp", "tgi" or
-                "diffusers". The rank is one that it takes, modules that it stacks with others get
-                zeros, and names are those that it reads; what it cannot serve is refused. PEFT
-                reads the output, too. `check` says the same of any folder.
+            serving: the engine that is to load it, too: "vllm", "sglang", "llama.cpp", "tgi" or
+                "diffusers". What it cannot serve is refused; see `check`.
 
         Raises:
             OutputExistsError: `path` exists.

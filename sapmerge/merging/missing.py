@@ -9,6 +9,8 @@ from typing import Any
 from sapmerge.errors import warn
 from sapmerge.io.adapter import Adapter
 from sapmerge.io.base_folder import BaseFolder
+from sapmerge.io.files import DEFAULT_LIMITS
+from sapmerge.io.patterns import Budget, Selection
 from sapmerge.naming import Names
 
 __all__ = ["say_what_is_missing"]
@@ -58,7 +60,15 @@ def _missing(adapter: Adapter, keys: Sequence[str]) -> list[str]:
     ]
     if not absent:
         return []
-    selection = adapter.selection()
+    chosen = adapter.settings
+    selection = Selection(
+        chosen.targets,
+        chosen.excluded,
+        chosen.layers,
+        chosen.layers_pattern,
+        (*chosen.saved, *chosen.heads),
+        Budget(DEFAULT_LIMITS, f"adapter {adapter.label!r}"),
+    )
     return [key for key, spelled in absent if selection.why_not(_like(spelled, key)) is None]
 
 

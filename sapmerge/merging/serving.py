@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from sapmerge.errors import MethodError, OutputError
 from sapmerge.io.adapter import Adapter
+from sapmerge.io.base_folder import BaseFolder
 from sapmerge.io.engines import (
     NAMES_OF_KINDS,
     NEW_TOWER,
@@ -20,8 +22,9 @@ from sapmerge.io.engines import (
 from sapmerge.merging.form import Form
 from sapmerge.merging.run import Run
 from sapmerge.merging.spelling import written_names
+from sapmerge.naming import Names
 
-__all__ = ["check", "served_form", "served_rank", "zeros_for"]
+__all__ = ["check", "served_form", "served_rank", "shapes_of", "zeros_for"]
 
 
 def check(path: str | os.PathLike[str], serving: str) -> list[str]:
@@ -45,6 +48,13 @@ def check(path: str | os.PathLike[str], serving: str) -> list[str]:
     """
     engine = engine_of(serving)
     return problems_in(Adapter.load(path), engine)
+
+
+def shapes_of(base: Any) -> dict[str, tuple[int, int]]:
+    """Module -> (outputs, inputs) of its weight in a model or a folder, by its own names."""
+    if base is None:
+        return {}
+    return base.shapes() if isinstance(base, BaseFolder) else Names(base).shapes()
 
 
 def served_form(run: Run, form: Form) -> Form:

@@ -73,7 +73,7 @@ class AdapterLayers:
     modules: Mapping[str, Module]
     device: torch.device
     anchors: Anchors | None = None
-    held: _Held = field(default_factory=partial(_Held, _HELD), repr=False)
+    held: _Held = field(default_factory=lambda: _Held(_HELD), repr=False)
 
     @staticmethod
     def of(
