@@ -160,6 +160,8 @@ def write_modules(page: Path, folder: Path) -> None:
     for _, text in blocks(page, "python"):
         if found := re.match(r"# (\w+\.py)\n", text):
             (folder / found[1]).write_text(text)
+            # Another page, or another test, may have had a module of this name.
+            sys.modules.pop(found[1].removesuffix(".py"), None)
 
 
 @quiet
@@ -203,7 +205,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_pages_are_short_and_public(page: Path) -> None:
     text = page.read_text()
     # methods.md is a table with one row per method, and no page to read from top to bottom.
-    assert page.stem == "methods" or text.count("\n") <= 180, page.name
+    assert page.stem == "methods" or text.count("\n") <= 200, page.name
     assert text.startswith("# ")
     assert not re.search(r"/(work|tmp|home)/|\.\./shared", text), "a path outside the repository"
 

@@ -84,8 +84,8 @@ def shortened(text: str, width: int) -> str:
 
     Example:
         >>> from sapmerge.display.tables import shortened
-        >>> shortened("model.layers.11.self_attn.q_proj", 17)
-        'model.la...q_proj'
+        >>> shortened("model.layers.11.self_attn.q_proj", 16)
+        'model.l...q_proj'
     """
     if len(text) <= width:
         return text

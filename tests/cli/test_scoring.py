@@ -69,4 +69,4 @@ def test_what_is_wrong(here: Path, setup: str, capsys: pytest.CaptureFixture[str
     assert "(anchors, model)" in fails(capsys, *score, "--setup", f"{setup}:pair", "--shard", "0/2")
     lacks = ["merge", *ADAPTERS, "-o", "out", "--method", "sap", "--cache", "cache", "--cache-only"]
     assert "the cache lacks" in fails(capsys, *lacks, "--setup", f"{setup}:setup")
-    assert "needs cache=" in fails(capsys, *lacks)
+    assert "--cache is of anchors" in fails(capsys, *lacks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -149,6 +150,9 @@ def _watched(
     def trace(frame: FrameType, event: str, arg: object) -> Any:
         return local if frame.f_code.co_filename.endswith(files) else None
 
+    # An interruption by a trace comes also where no real one can, on the way out of
+    # `without_interrupts`: its handler would stay.
+    handler = signal.getsignal(signal.SIGINT)
     sys.settrace(trace)
     try:
         action()
@@ -156,6 +160,7 @@ def _watched(
         pass
     finally:
         sys.settrace(None)
+        signal.signal(signal.SIGINT, handler)
 
 
 def _traced(action: Callable[[], object], files: tuple[str, ...], at: int) -> int:
@@ -172,6 +177,9 @@ def _traced(action: Callable[[], object], files: tuple[str, ...], at: int) -> in
     def trace(frame: FrameType, event: str, arg: object) -> Any:
         return local if frame.f_code.co_filename.endswith(files) else None
 
+    # An interruption by a trace comes also where no real one can, on the way out of
+    # `without_interrupts`: its handler would stay.
+    handler = signal.getsignal(signal.SIGINT)
     sys.settrace(trace)
     try:
         action()
@@ -179,4 +187,5 @@ def _traced(action: Callable[[], object], files: tuple[str, ...], at: int) -> in
         pass
     finally:
         sys.settrace(None)
+        signal.signal(signal.SIGINT, handler)
     return count
