@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 
-__all__ = ["is_path", "one_base", "unquantised"]
+__all__ = ["is_here", "is_path", "one_base", "unquantised"]
 
 _QUANTISED = re.compile(
     r"(?:-unsloth)?-bnb-[48]bit|-gptq(?:-int[2-8])?|-awq(?:-int4)?|-fp8(?:-dynamic)?|-gptq-marlin",
@@ -37,6 +38,11 @@ def is_path(name: str) -> bool:
         (True, True, False)
     """
     return _PATH.match(name.rstrip("/") or name) is not None
+
+
+def is_here(path: str) -> bool:
+    """Whether the folder of a base is on this machine; it is not opened."""
+    return os.path.isdir(path)
 
 
 def one_base(names: list[str]) -> str | None:

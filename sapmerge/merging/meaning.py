@@ -17,7 +17,7 @@ from sapmerge.core.part import parts
 from sapmerge.core.protocols import Method
 from sapmerge.errors import warn
 from sapmerge.io.adapter import Adapter
-from sapmerge.io.base_names import is_path
+from sapmerge.io.base_names import is_here, is_path
 from sapmerge.merging.inputs import Base
 from sapmerge.merging.report import LayerReport
 from sapmerge.merging.stream import AdapterLayers
@@ -34,7 +34,7 @@ _SHOWN = 3
 
 
 def written_base(base: Base, adapters: Sequence[Adapter], given: str | None, model: Any) -> Base:
-    """The base that the output names; it names no place on somebody's disk.
+    """The base that the output names; no place on somebody else's disk.
 
     Args:
         base: what the adapters name.
@@ -51,11 +51,13 @@ def written_base(base: Base, adapters: Sequence[Adapter], given: str | None, mod
             "not known, and the output names none. base_model='...' does"
         )
     if base.name is not None and is_path(base.name):
+        here = is_here(base.name)
         warn(
-            f"the adapters' base is {base.name!r}, a place on somebody's disk: the output does not "
-            "name it. base_model='...' says what it is"
+            f"the adapters' base is {base.name!r}, a place on somebody's disk: the model card does "
+            f"not name it, {'but the config does' if here else 'nor does the config'}. "
+            "base_model='...' says what it is"
         )
-        return Base(None, None)
+        return base if here else Base(None, None)
     return base
 
 

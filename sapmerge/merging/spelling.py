@@ -14,6 +14,7 @@ from sapmerge.errors import MethodError, SapmergeWarning
 from sapmerge.io.adapter import Adapter
 from sapmerge.io.names import STYLES, alike, plain, respelled, stem
 from sapmerge.io.original_llava import is_original_llava
+from sapmerge.merging.banks import check_experts
 from sapmerge.merging.fused import as_in_parts, fitted
 from sapmerge.naming import Names
 
@@ -50,9 +51,11 @@ def one_spelling(adapters: Sequence[Adapter], model: Any = None) -> list[Adapter
     """
     if model is not None:
         own = Names(model)
-        return [_as_in(adapter, own) for adapter in adapters]
-    joined = as_in_parts(_joined(adapters))
-    _say_what_differs(joined)
+        joined = [_as_in(adapter, own) for adapter in adapters]
+    else:
+        joined = as_in_parts(_joined(adapters))
+        _say_what_differs(joined)
+    check_experts(joined)
     return joined
 
 

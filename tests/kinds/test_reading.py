@@ -325,3 +325,24 @@ def test_a_shared_factor_stays_shared(tmp_path: Path) -> None:
     assert {row.rank for row in done.report.layers} == {4}
     config = json.loads((tmp_path / "merged" / "adapter_config.json").read_text())
     assert config["r"] == 4
+
+
+@pytest.mark.parametrize("with_model", [False, True])
+def test_a_bank_beside_modules_of_its_experts_is_refused(tmp_path: Path, with_model: bool) -> None:
+    """They are one weight in two spellings, and were merged as two."""
+    target = ["mlp.experts.gate_up_proj"]
+    bank = train(tmp_path, h.qwen_moe, 1, r=2, target_modules=[], target_parameters=target)
+    prefix = "base_model.model.model.layers.0.mlp.experts"
+    one = edit(
+        bank,
+        lambda c: c | {"target_modules": ["up_proj"], "target_parameters": None},
+        lambda _: {
+            f"{prefix}.{e}.up_proj.lora_{f}.weight": torch.ones(shape)
+            for e in range(4)
+            for f, shape in (("A", (2, 32)), ("B", (20, 2)))
+        },
+    )
+    model = h.qwen_moe() if with_model else None
+    with pytest.raises(sm.IncompatibleAdaptersError, match=r"experts.0.up_proj.*'gate_up_proj'"):
+        merged([bank, one], model=model)
+    assert len(merged([one]).run.stream.modules) == 4

@@ -148,6 +148,16 @@ def test_a_path_is_not_copied_into_the_output(
     assert 'base_model: "org/base"' in (tmp_path / "named" / "README.md").read_text()
 
 
+def test_a_path_that_is_here_is_kept_in_the_config(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """AutoPeftModel loads the base from there; the card does not tell."""
+    (tmp_path / "base").mkdir()
+    here = str(tmp_path / "base")
+    text = told([named(one, here) for one in pair], save=tmp_path / "out")
+    assert "but the config does" in text
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())[NAME] == here
+    assert here not in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_which_names_are_paths() -> None:
     paths = ["/a", "~/a", "../a/b", "D:/a", "\\\\host\\a", "a/b/c", "file:///a", "runs\\a"]
     assert [name for name in paths if not is_path(name)] == []
