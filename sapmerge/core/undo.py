@@ -6,8 +6,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from types import FrameType
 
 __all__ = ["Undo", "without_interrupts"]
@@ -50,24 +49,33 @@ class Undo:
             raise failure
 
 
-@contextmanager
-def without_interrupts() -> Generator[None]:
-    """Ctrl-C waits until the block is done. In other threads than the main one there is none."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGINT)
-    if not callable(before):  # the default action, or one that was not set from Python
-        yield
-        return
-    pressed: list[tuple[int, FrameType | None]] = []
-    try:
+class without_interrupts:
+    """Ctrl-C waits until the block is done. In other threads than the main one there is none.
+
+    A class: the end of a generator that was left hanging would put an old handler back later.
+    """
+
+    def __init__(self) -> None:
+        self._before: Callable[[int, FrameType | None], object] | None = None
+        self._pressed: list[tuple[int, FrameType | None]] = []
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return
+        before = signal.getsignal(signal.SIGINT)
+        if callable(before):  # else the default action, or one that was not set from Python
+            self._before = before
+            signal.signal(signal.SIGINT, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._pressed.append((number, frame))
+
+    def __exit__(self, *_: object) -> None:
+        if (before := self._before) is None:
+            return
         try:
-            signal.signal(signal.SIGINT, lambda number, frame: pressed.append((number, frame)))
-            yield
+            signal.signal(signal.SIGINT, before)
         finally:
             signal.signal(signal.SIGINT, before)
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if pressed:
-            before(*pressed[-1])
+            if self._pressed:
+                before(*self._pressed[-1])

@@ -10,7 +10,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from sapmerge.core.updates import Update
-from sapmerge.errors import AdapterFormatError, MethodError, NonFiniteError, SapmergeWarning
+from sapmerge.errors import (
+    AdapterFormatError,
+    LimitExceededError,
+    MethodError,
+    NonFiniteError,
+    SapmergeWarning,
+)
 from sapmerge.io.config import Settings
 from sapmerge.io.consistency import Checks
 from sapmerge.io.files import Limits, Weights, shown
@@ -147,6 +153,17 @@ def sort_contents(
     copies = {canonical(module, config): names for module, names in places.copies.items()}
     contents = Contents({}, {}, {}, {}, copies, places.twice, {}, weights)
     scalings = checks.scalings(pairs)
+    # Every expert is a layer: a few rows of a bank each, and many times their bytes in memory.
+    experts = sum(
+        pair.rank // scaling.rank
+        for pair, scaling in zip(pairs, scalings, strict=True)
+        if pair.kind == "parameter"
+    )
+    if experts > limits.tensors:
+        raise LimitExceededError(
+            f"{weights.where}: has factors for {experts} experts; the limit is {limits.tensors}: "
+            "Limits(tensors=...)"
+        )
     for module, reading in made_of(pairs, scalings, settings, config, where):
         if module.name in contents.modules:
             raise AdapterFormatError(

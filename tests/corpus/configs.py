@@ -289,6 +289,8 @@ CASES = [
     refuse("meaning", "experts, of a convolution", experts({EXPERTS + ".lora_A.weight": random((8, 4, 1), 1), EXPERTS + ".lora_B.weight": random((4, 8, 1), 2)}), "expected A"),
     refuse("meaning", "parameters in an order nobody knows", experts(bank("", 8) | bank(".base_layer", 8), target_parameters=["mlp.experts.up", "mlp.experts.down"]), "order"),
     refuse("meaning", "a base layer's factor where no parameter is named", with_tensors(bank(".base_layer", 8)), "base_layer"),
+    refuse("meaning", "200,001 experts", experts({EXPERTS + ".lora_A.weight": raw(np.ones((4 * 200_001, 1))), EXPERTS + ".lora_B.weight": raw(np.ones((1, 4 * 200_001)))}), "200001 experts"),
+    refuse("meaning", "lora_bias, a bias of an nn.MultiheadAttention", with_tensors(pair("attn", 48, 16) | pair("attn.base_layer.out_proj", 16, 16) | {f"{n}.lora_B.bias": raw([1.0] * (16 if "q_proj" in n else 8)) for n in LAYERS} | {PREFIX + "attn.lora_B.bias": raw([1.0] * 48)}, target_modules=[*BOTH, "attn"], lora_bias=True), "does not belong"),
     refuse("meaning", "experts with DoRA", experts(use_dora=True), "target_parameters"),
     refuse("meaning", "an out_proj beside no in_proj", with_tensors(pair("attn.base_layer.out_proj", 16, 16), target_modules=[*BOTH, "attn"]), "out_proj"),
     refuse("meaning", "an out_proj beside a narrow in_proj", with_tensors(pair("attn.base_layer.out_proj", 16, 16) | pair("attn", 32, 16), target_modules=[*BOTH, "attn"]), "3 d"),

@@ -82,6 +82,16 @@ def renamed(old: str, new: str) -> dict[str, Raw]:
     return {name.replace(old, new): tensor for name, tensor in good_tensors().items()}
 
 
+def beside(name: str, content: bytes) -> Callable[[Path], None]:
+    """The good adapter with another file in its folder."""
+
+    def build(folder: Path) -> None:
+        write(folder)
+        (folder / name).write_bytes(content)
+
+    return build
+
+
 def bombs(count: int, config: dict[str, object]) -> Callable[[Path], None]:
     def build(folder: Path) -> None:
         tensors: dict[str, Raw] = {}
@@ -205,4 +215,6 @@ CASES = [
     accept("tensors", "46,000 factors of 1 x 1", bombs(46_000, good_config(r=1, target_modules=["up_proj"]))),
     refuse("tensors", "66,000 factors of 1 x 1 with the wrong r", bombs(66_000, good_config(target_modules=["up_proj"])), "rank 1"),
     accept("tensors", "the good adapter", changed()),
+    warn("tensors", "weights that nobody reads", beside("value_head.safetensors", b"\0" * 8), "value_head.safetensors"),
+    warn("tensors", "the original LLaVA's config without its projector", beside("config.json", b'{"model_type": "llava_llama"}'), "non_lora_trainables.bin"),
 ]  # fmt: skip

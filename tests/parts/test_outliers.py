@@ -185,6 +185,7 @@ def times(adapter: sm.Adapter, factor: float) -> sm.Adapter:
     return sm.Adapter.from_state_dict(config, state, label=adapter.label)
 
 
+@pytest.mark.filterwarnings("ignore:.*of the energy of the merge")
 def test_anchors_see_the_clipped_adapter(tmp_path: Any) -> None:
     """As if the adapter had been that short in its file:
     losses, gradients and masks, with and without a cache.

@@ -88,6 +88,7 @@ def adapters(scales: Sequence[float]) -> dict[str, Adapter]:
     return made
 
 
+@pytest.mark.filterwarnings("ignore:.*of the energy of the merge")
 def test_the_report_marks_a_loud_adapter_and_says_by_how_much() -> None:
     made = adapters([1.0, 1.0, 1.0, 50.0])
     norms = torch.tensor([made[label].update("q").norm() for label in made])
