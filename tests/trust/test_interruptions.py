@@ -71,8 +71,8 @@ def test_real_ctrl_c_at_random_moments(paths: list[Path], tmp_path: Path) -> Non
     usual = time.monotonic() - start
     for number in range(3 * POINTS):
         timer = threading.Timer(draw.uniform(0, usual), os.kill, (os.getpid(), signal.SIGINT))
-        timer.start()
         try:
+            timer.start()  # it may be that fast
             run(number)
             timer.join()
             time.sleep(0.01)
