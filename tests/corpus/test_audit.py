@@ -83,7 +83,8 @@ def watch() -> None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 target = build(case, Path(place))
-            files = ["adapter_config.json", "adapter_model.safetensors"]
+            # config.json tells the original code of LLaVA.
+            files = ["adapter_config.json", "adapter_model.safetensors", "config.json"]
             files += ["adapter_model.bin"] if case.action == "pickle" else []
             folders = [target / "a", target / "b"] if case.action == "merge" else [target]
             allowed.clear()

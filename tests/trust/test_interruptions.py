@@ -9,6 +9,7 @@ import random
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import peft
@@ -21,6 +22,16 @@ from sapmerge.core.undo import Undo, without_interrupts
 from tests.trust.helpers import Small, batches, interrupted, lines, loss, same, state, write_adapter
 
 POINTS = int(os.environ.get("SAPMERGE_INTERRUPTIONS", "6"))
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c() -> Iterator[None]:
+    """Python's own handler, whatever the traced interruptions of other tests have left: they come
+    also where no real one can.
+    """
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
