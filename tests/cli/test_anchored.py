@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -51,15 +50,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         captions[f"{number}.png"] = "abcdef"[number] + " thing"
     (root / "photos" / "captions.json").write_text(json.dumps(captions))
     return root
-
-
-@pytest.fixture
-def here(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for source in root.iterdir():
-        (tmp_path / source.name).symlink_to(source)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    return tmp_path
 
 
 ADAPTERS = ("art", "sketch", "cartoon")

@@ -139,39 +139,34 @@ def _watched(
     seen: Counter[tuple[str, int]],
     stop: tuple[tuple[str, int], int] | None,
 ) -> None:
-    def local(frame: FrameType, event: str, arg: object) -> Any:
-        if event == "line":
-            place = frame.f_code.co_filename, frame.f_lineno
-            seen[place] += 1
-            if stop is not None and place == stop[0] and seen[place] == stop[1]:
-                raise KeyboardInterrupt
-        return local
+    def stops(frame: FrameType) -> bool:
+        place = frame.f_code.co_filename, frame.f_lineno
+        seen[place] += 1
+        return stop is not None and place == stop[0] and seen[place] == stop[1]
 
-    def trace(frame: FrameType, event: str, arg: object) -> Any:
-        return local if frame.f_code.co_filename.endswith(files) else None
-
-    # An interruption by a trace comes also where no real one can, on the way out of
-    # `without_interrupts`: its handler would stay.
-    handler = signal.getsignal(signal.SIGINT)
-    sys.settrace(trace)
-    try:
-        action()
-    except KeyboardInterrupt:
-        pass
-    finally:
-        sys.settrace(None)
-        signal.signal(signal.SIGINT, handler)
+    _stepped(action, files, stops)
 
 
 def _traced(action: Callable[[], object], files: tuple[str, ...], at: int) -> int:
     count = 0
 
-    def local(frame: FrameType, event: str, arg: object) -> Any:
+    def stops(_: FrameType) -> bool:
         nonlocal count
-        if event == "line":
-            count += 1
-            if count == at:
-                raise KeyboardInterrupt
+        count += 1
+        return count == at
+
+    _stepped(action, files, stops)
+    return count
+
+
+def _stepped(
+    action: Callable[[], object], files: tuple[str, ...], stops: Callable[[FrameType], bool]
+) -> None:
+    """Ctrl-C at the line of these files for which `stops` says so; it is asked before each."""
+
+    def local(frame: FrameType, event: str, arg: object) -> Any:
+        if event == "line" and stops(frame):
+            raise KeyboardInterrupt
         return local
 
     def trace(frame: FrameType, event: str, arg: object) -> Any:
@@ -188,4 +183,3 @@ def _traced(action: Callable[[], object], files: tuple[str, ...], at: int) -> in
     finally:
         sys.settrace(None)
         signal.signal(signal.SIGINT, handler)
-    return count
