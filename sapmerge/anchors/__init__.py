@@ -3,7 +3,7 @@
 This package is the only place with autograd.
 
     loading.py     batches: made from pairs, halved, and checked to be the same on every pass
-    folders.py     batches from a folder of images with captions
+    folders.py     batches from a folder of images with captions; saving.py writes one
     freezing.py    the base model while anchors run through it: frozen, and put back
     hooks.py       adapters put into a model and taken out again, and what passes through its layers
     gradients.py   the gradient of a layer, seen through products
@@ -22,9 +22,10 @@ This package is the only place with autograd.
 
 from sapmerge.anchors.anchors import Anchors
 from sapmerge.anchors.choose import Chosen, at_random, coreset, features, kmeans
-from sapmerge.anchors.folders import from_csv, from_folder
+from sapmerge.anchors.folders import Pair, from_csv, from_folder, read_folder
 from sapmerge.anchors.loading import from_pairs
 from sapmerge.anchors.mmd import MMD, mmd
+from sapmerge.anchors.saving import write_folder
 from sapmerge.losses import (
     alignment,
     centered_alignment,
@@ -38,6 +39,7 @@ __all__ = [
     "MMD",
     "Anchors",
     "Chosen",
+    "Pair",
     "alignment",
     "at_random",
     "centered_alignment",
@@ -52,4 +54,6 @@ __all__ = [
     "language_modeling",
     "mmd",
     "outputs_only",
+    "read_folder",
+    "write_folder",
 ]

@@ -5,13 +5,14 @@ them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from sapmerge.anchors.folders import Pair
 from sapmerge.anchors.freezing import frozen
 from sapmerge.anchors.loading import Batches, batch_size
 from sapmerge.anchors.transport import assign, nearest_plan, sinkhorn, squared_distances
@@ -53,6 +54,29 @@ class Chosen:
             {key: value[rows[some].to(value.device)] for key, value in joined.items()}
             | {WEIGHT: weights[some]}
             for some in torch.arange(len(rows)).tensor_split(count)
+        ]
+
+    def among(self, pool: Sequence[Pair]) -> list[Pair]:
+        """The chosen pairs of a pool, with their weights in the unit of an ordinary pair (mean 1).
+
+        Args:
+            pool: the pairs in the order of the features or batches that these were chosen from, as
+                `read_folder` gives them; weights of their own are replaced.
+
+        Raises:
+            AnchorError: a row that the pool does not have.
+
+        Example:
+            >>> from sapmerge import anchors
+            >>> pool = [anchors.Pair("a.jpg", "an ape"), anchors.Pair("b.jpg", "a bird")]
+            >>> anchors.Chosen((1,), (1.0,)).among(pool)
+            [Pair(image='b.jpg', text='a bird', weight=1.0)]
+        """
+        if max(self.indices, default=0) >= len(pool):
+            raise AnchorError(f"row {max(self.indices)} was chosen; the pool has {len(pool)} pairs")
+        return [
+            replace(pool[index], weight=weight * len(self.indices))
+            for index, weight in zip(self.indices, self.weights, strict=True)
         ]
 
 

@@ -5,21 +5,37 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeAlias, cast
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 from sapmerge.anchors.loading import from_pairs
 from sapmerge.errors import AnchorError, printable
 
-__all__ = ["from_csv", "from_folder"]
-
-Pair: TypeAlias = tuple[str, str]
+__all__ = ["Pair", "from_csv", "from_folder", "read_folder"]
 
 _IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _IMAGE_COLUMNS = ("file_name", "image", "file", "path", "filename", "filepath")
 _TEXT_COLUMNS = ("text", "caption", "title", "prompt")
 _STEMS = ("captions", "metadata")  # the second one is that of imagefolders of the Hub
+_WEIGHT_COLUMN = "weight"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An image, its text, and how much the two count among anchors.
+
+    Args:
+        image: a path, or a PIL image.
+        text: the caption.
+        weight: at least 0, in any unit; None where all pairs count the same.
+    """
+
+    image: Any
+    text: str
+    weight: float | None = None
 
 
 def from_folder(
@@ -31,7 +47,8 @@ def from_folder(
     list of objects), `captions.jsonl` (one object per line), `captions.csv`, `captions.txt` (file,
     a tab, caption); the same with `metadata` for `captions`; or `photo.txt` beside each
     `photo.jpg`. Objects and tables name the image `file_name` (or image, file, path) and the
-    caption `text` (or caption, title, prompt).
+    caption `text` (or caption, title, prompt); a number `weight`, in all of them or in none, says
+    how much the pair counts (`weights` of `from_pairs`).
 
     Args:
         folder: images and captions.
@@ -42,12 +59,31 @@ def from_folder(
         A list of dict batches in the order of the captions: an `anchor_loader` for `merge`.
 
     Raises:
-        AnchorError: no captions, an image without a caption, a caption without its image, or a
-            file that cannot be read; the message names it.
+        AnchorError: no captions, an image without a caption, a caption without its image, weights
+            of some pairs only, or a file that cannot be read; the message names it.
 
     Example:
         >>> from sapmerge import anchors
         >>> loader = anchors.from_folder("photos", processor)  # doctest: +SKIP
+    """
+    return _batches(read_folder(folder), processor, batch_size)
+
+
+def read_folder(folder: str | os.PathLike[str]) -> list[Pair]:
+    """The pairs of a folder, in the order of the captions, before any image is opened.
+
+    Args:
+        folder: as `from_folder` reads it.
+
+    Returns:
+        Pairs whose images are paths; the pool that anchors are chosen from, see `write_folder`.
+
+    Raises:
+        AnchorError: as `from_folder`.
+
+    Example:
+        >>> from sapmerge import anchors
+        >>> pool = anchors.read_folder("photos")  # doctest: +SKIP
     """
     root = os.fspath(folder)
     try:
@@ -58,18 +94,18 @@ def from_folder(
     tables = [f"{stem}{ending}" for stem in _STEMS for ending in _READERS]
     found = next((name for name in tables if name in present), None)
     if found is not None:
-        pairs = _read(os.path.join(root, found))
+        pairs = read_captions(os.path.join(root, found))
     else:
-        pairs = [(name, _beside(root, name, present)) for name in images]
+        pairs = [Pair(name, _beside(root, name, present)) for name in images]
     if not pairs:
         raise AnchorError(f"the anchors {root!r}: the folder holds no image and no captions")
-    left = sorted(set(images) - {os.path.normpath(name) for name, _ in pairs})
+    left = sorted(set(images) - {os.path.normpath(pair.image) for pair in pairs})
     if left:
         raise AnchorError(
             f"the anchors {root!r}: {len(left)} images have no caption in {found}, the first is "
             f"{left[0]!r}; write one, or move the image away"
         )
-    return _batches(root, pairs, processor, batch_size)
+    return _placed(root, pairs)
 
 
 def from_csv(
@@ -91,19 +127,25 @@ def from_csv(
         >>> loader = anchors.from_csv("photos/table.csv", processor)  # doctest: +SKIP
     """
     file = os.fspath(path)
-    return _batches(os.path.dirname(file) or ".", _read_csv(file), processor, batch_size)
+    pairs = _placed(os.path.dirname(file) or ".", _read_csv(file))
+    return _batches(pairs, processor, batch_size)
 
 
-def _batches(
-    root: str, pairs: Sequence[Pair], processor: Any, batch_size: int
-) -> list[dict[str, Any]]:
+def _placed(root: str, pairs: Sequence[Pair]) -> list[Pair]:
+    """Pairs with the full paths of their images, which are there."""
+    placed = [replace(pair, image=os.path.join(root, pair.image)) for pair in pairs]
+    for pair in placed:
+        if not os.path.isfile(pair.image):
+            raise AnchorError(f"the anchors {root!r}: there is no image {pair.image!r}")
+    return placed
+
+
+def _batches(pairs: Sequence[Pair], processor: Any, batch_size: int) -> list[dict[str, Any]]:
     if importlib.util.find_spec("PIL") is None:
         raise AnchorError("images need pillow: pip install pillow")
-    images = [os.path.join(root, name) for name, _ in pairs]
-    for image in images:
-        if not os.path.isfile(image):
-            raise AnchorError(f"the anchors {root!r}: there is no image {image!r}")
-    return from_pairs(images, [text for _, text in pairs], processor, batch_size)
+    images, texts = [pair.image for pair in pairs], [pair.text for pair in pairs]
+    weights = [pair.weight for pair in pairs if pair.weight is not None]
+    return from_pairs(images, texts, processor, batch_size, weights or None)
 
 
 def _beside(root: str, image: str, present: Sequence[str]) -> str:
@@ -124,7 +166,8 @@ def _text(path: str) -> str:
         raise AnchorError(f"the captions {path!r} cannot be read: {error}") from None
 
 
-def _read(path: str) -> list[Pair]:
+def read_captions(path: str) -> list[Pair]:
+    """The pairs of one file of captions, with images as it names them."""
     return _READERS[os.path.splitext(path)[1]](path)
 
 
@@ -132,7 +175,7 @@ def _read_json(path: str) -> list[Pair]:
     data = _parsed(_text(path), path)
     if isinstance(data, Mapping):
         table = cast("Mapping[str, Any]", data)
-        return [(name, _caption(text, path, name)) for name, text in table.items()]
+        return [Pair(name, _caption(text, path, name)) for name, text in table.items()]
     if not isinstance(data, list):
         raise AnchorError(f"the captions {path!r}: expected file -> caption, or a list of objects")
     return _rows(cast("list[Any]", data), path)
@@ -164,7 +207,7 @@ def _read_tabs(path: str) -> list[Pair]:
         if not tab and line.strip():
             raise AnchorError(f"the captions {path!r}, line {number}: expected file, tab, caption")
         if tab:
-            pairs.append((name.strip(), _caption(text, path, name)))
+            pairs.append(Pair(name.strip(), _caption(text, path, name)))
     return pairs
 
 
@@ -179,8 +222,40 @@ def _rows(rows: Iterable[Any], path: str) -> list[Pair]:
                 f"the captions {path!r}, entry {number}: expected file_name and text; it has "
                 f"{printable(str(sorted(map(str, table))))}"
             )
-        pairs.append((image, _caption(text, path, image)))
+        weight = _weight(table[_WEIGHT_COLUMN], path, image) if _WEIGHT_COLUMN in table else None
+        pairs.append(Pair(image, _caption(text, path, image), weight))
+    check_weights(pairs, f"the captions {path!r}")
     return pairs
+
+
+def check_weights(pairs: Sequence[Pair], where: str) -> None:
+    """Refuse weights that are no weights of all pairs.
+
+    Raises:
+        AnchorError: some pairs have one and others do not, one is negative or not finite, or all
+            are 0.
+    """
+    given = [pair.weight for pair in pairs if pair.weight is not None]
+    if not given:
+        return
+    if len(given) < len(pairs):
+        raise AnchorError(f"{where}: {len(given)} of {len(pairs)} pairs have a weight; all or none")
+    if not all(math.isfinite(weight) and weight >= 0 for weight in given) or sum(given) == 0:
+        raise AnchorError(f"{where}: weights are finite numbers, at least 0, and not all of them 0")
+
+
+def _weight(value: object, path: str, image: str) -> float | None:
+    if value is None:  # a row of a table that ends early
+        return None
+    try:
+        if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+            raise ValueError
+        return float(value)
+    except (ValueError, OverflowError):
+        raise AnchorError(
+            f"the captions {path!r}: the weight of {image!r} is {printable(repr(value))}, not a "
+            "number; a column that means something else needs another name"
+        ) from None
 
 
 def _caption(text: object, path: str, image: str) -> str:

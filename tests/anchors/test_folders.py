@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sapmerge import AnchorError
-from sapmerge.anchors import from_csv, from_folder, from_pairs
+from sapmerge.anchors import from_csv, from_folder, from_pairs, read_folder
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -130,3 +130,54 @@ def test_folders_that_are_none(folder: Path, tmp_path: Path) -> None:
     (folder / "a.jpg").write_bytes(b"no image")
     with pytest.raises(AnchorError, match=r"a.jpg' cannot be read"):
         from_folder(folder, processor)
+
+
+def as_weighted(folder: Path, write: str, weights: list[Any]) -> None:
+    rows = [
+        {"file_name": name, "text": text, "weight": weight}
+        for (name, text), weight in zip(CAPTIONS.items(), weights, strict=True)
+    ]
+    if write == "jsonl":
+        (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    elif write == "json":
+        (folder / "captions.json").write_text(json.dumps(rows))
+    else:
+        with open(folder / "captions.csv", "w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, ["file_name", "text", "weight"])
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+@pytest.mark.parametrize("write", ["json", "jsonl", "csv"])
+def test_weights_in_a_table(folder: Path, write: str) -> None:
+    weights = [0.5, 2, 0.1]
+    as_weighted(folder, write, weights)
+    names = [folder / name for name in CAPTIONS]
+    wanted = from_pairs(names, list(CAPTIONS.values()), processor, 2, weights)
+    found = from_folder(folder, processor, 2)
+    assert same(found, wanted)
+    for batch, other in zip(found, wanted, strict=True):
+        assert torch.equal(batch["anchor_weight"], other["anchor_weight"])
+    assert [pair.weight for pair in read_folder(folder)] == weights
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([1, 2, "heavy"], "weight of 'c.PNG' is 'heavy', not a number"),
+        ([1, True, 2], "weight of 'a.jpg' is True"),
+        ([1, None, 2], "2 of 3 pairs have a weight; all or none"),
+        ([1, -1, 2], "at least 0"),
+        ([1, 1e400, 2], "finite"),
+        ([0, 0, 0], "not all of them 0"),
+    ],
+)
+def test_weights_that_are_none(folder: Path, weights: list[Any], message: str) -> None:
+    as_weighted(folder, "jsonl", weights)
+    with pytest.raises(AnchorError, match=message):
+        from_folder(folder, processor)
+
+
+def test_a_folder_without_weights_has_none(folder: Path) -> None:
+    as_lines(folder, "captions")
+    assert "anchor_weight" not in from_folder(folder, processor)[0]
