@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from inspect import signature
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from sapmerge import contrib, methods
-from sapmerge.core.protocols import Method
 from sapmerge.errors import MethodError
-from sapmerge.parsing import parse
+
+if TYPE_CHECKING:
+    from sapmerge.core.protocols import Method
 
 __all__ = ["ALIASES", "factory_of", "method_named", "names"]
 
@@ -26,7 +26,9 @@ divided by their sum; PEFT's is the sum, as its `cat` and `svd` are."""
 
 def names() -> list[str]:
     """Of every method that a function makes."""
-    return [*methods.__all__, *(name for name in contrib.__all__ if name.islower())]
+    from sapmerge import contrib, methods  # here, as below: the shell's help names no method
+
+    return [name for name in (*methods.__all__, *contrib.__all__) if name.islower()]
 
 
 def factory_of(name: str) -> Callable[..., Method]:
@@ -41,6 +43,8 @@ def factory_of(name: str) -> Callable[..., Method]:
         close = get_close_matches(name.lower(), [*known, *ALIASES], 1)
         hint = f"did you mean {close[0]!r}? The" if close else "the"
         raise MethodError(f"there is no method {name!r}; {hint} methods are {', '.join(known)}")
+    from sapmerge import contrib, methods
+
     package = methods if real in methods.__all__ else contrib
     return cast("Callable[..., Method]", getattr(package, real))
 
@@ -67,6 +71,8 @@ def method_named(
             raise MethodError(
                 f"{next(iter(options))} goes with a method's name; write it into {text!r} instead"
             )
+        from sapmerge.parsing import parse
+
         return parse(text, functions)
     factory = factory_of(text)
     taken = signature(factory).parameters

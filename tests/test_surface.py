@@ -54,6 +54,7 @@ CODE = {
     ): "the one place that unpickles, tensors only, when the user says so",
     ("federated.extras", "importlib"): "packages of the extras, by constant names",
     ("anchors.folders", "importlib"): "whether pillow is installed",
+    ("__init__", "importlib"): "its own modules, from the table of public names",
     ("cli.recipes", "importlib"): "a function that the user typed",
     ("demo.extras", "importlib"): "packages of the extra, by constant names",
 }

@@ -6,10 +6,9 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
+from sapmerge.cli.choices import ENGINES
 from sapmerge.cli.recipes import imported
 from sapmerge.errors import OutputError
-from sapmerge.io.engines import ENGINES
-from sapmerge.merging import serving, verification
 
 __all__ = ["add_to"]
 
@@ -20,7 +19,7 @@ def add_to(commands: Any) -> list[argparse.ArgumentParser]:
         "check", help="whether an engine serves an adapter", description="Check an adapter."
     )
     serve.add_argument("adapter", help="folder of any PEFT LoRA adapter")
-    serve.add_argument("--serving", required=True, choices=tuple(ENGINES), help="the engine")
+    serve.add_argument("--serving", required=True, choices=ENGINES, help="the engine")
     serve.set_defaults(run=_check)
 
     check = commands.add_parser(
@@ -51,6 +50,9 @@ def add_to(commands: Any) -> list[argparse.ArgumentParser]:
 
 
 def _check(options: argparse.Namespace) -> None:
+    from sapmerge.io.engines import ENGINES
+    from sapmerge.merging import serving
+
     title = ENGINES[options.serving].title
     _report_problems(
         serving.check(options.adapter, options.serving),
@@ -59,6 +61,8 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _verify(options: argparse.Namespace) -> None:
+    from sapmerge.merging import verification
+
     problems = verification.verify(options.output, options.inputs)
     what = "config, weights and inputs" if options.inputs else "config and weights"
     _report_problems(
@@ -69,6 +73,8 @@ def _verify(options: argparse.Namespace) -> None:
 
 
 def _reproduce(options: argparse.Namespace) -> None:
+    from sapmerge.merging import verification
+
     functions = {name: imported(name) for name in options.use}
     _report_problems(
         verification.reproduce(options.output, options.inputs, functions), "the same bits again"

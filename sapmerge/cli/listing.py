@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
+from dataclasses import asdict
 from typing import Any
 
-from sapmerge.methods import anchored
-from sapmerge.named import ALIASES, factory_of, names
+from sapmerge.cli.catalogue import Described, catalogue
+from sapmerge.named import ALIASES, factory_of
 
 __all__ = ["add_to"]
 
@@ -28,44 +28,36 @@ def add_to(commands: Any) -> list[argparse.ArgumentParser]:
 
 
 def _methods(options: argparse.Namespace) -> None:
+    every = catalogue()
     if options.name is not None:
-        described = _described(options.name)
-        print(json.dumps(described, indent=2) if options.json else _page(described))
+        real = ALIASES.get(options.name, options.name)
+        if real not in every:
+            factory_of(real)  # the error, with the nearest name
+        one = every[real]
+        print(json.dumps(_data(one), indent=2) if options.json else _page(one))
         return
-    every = [_described(name) for name in names()]
     if options.json:
-        print(json.dumps(every, indent=2))
+        print(json.dumps([_data(one) for one in every.values()], indent=2))
         return
-    rows = [(one["name"], "anchors" if one["anchors"] else "", one["summary"]) for one in every]
-    width = max(len(row[0]) for row in rows)
-    for name, needs, summary in rows:
-        print(f"{name:<{width}}  {needs:<7}  {summary}")
+    width = max(map(len, every))
+    for one in every.values():
+        print(f"{one.name:<{width}}  {'anchors' if one.anchors else '':<7}  {one.summary}")
     print("\nalso called: " + ", ".join(f"{alias} ({real})" for alias, real in ALIASES.items()))
     print("`sapmerge methods NAME` describes one; those with anchors need --anchors and --model")
 
 
-def _described(name: str) -> dict[str, Any]:
-    factory = factory_of(name)
-    text = inspect.getdoc(factory) or ""
-    taken = inspect.signature(factory).parameters.values()
-    return {
-        "name": factory.__name__,
-        "anchors": factory.__name__ in anchored.__all__,
-        "summary": " ".join(text.split("\n\n")[0].split()),
-        "arguments": {p.name: None if p.default is p.empty else repr(p.default) for p in taken},
-        "aliases": [alias for alias, real in ALIASES.items() if real == factory.__name__],
-        "text": text,
-    }
+def _data(one: Described) -> dict[str, Any]:
+    return {**asdict(one), "summary": one.summary, "aliases": one.aliases}
 
 
-def _page(one: dict[str, Any]) -> str:
-    given = [f"{key}={value}" if value else key for key, value in one["arguments"].items()]
-    lines = [f"{one['name']}({', '.join(given)})", "", one["text"]]
-    if one["aliases"]:
-        lines += ["", f"also called {', '.join(one['aliases'])}"]
-    flags = [f"--{key}" for key in ("density", "seed") if key in one["arguments"]]
-    command = f"sapmerge merge A B -o OUT --method {one['name']}"
-    if one["anchors"]:
+def _page(one: Described) -> str:
+    given = [f"{key}={value}" if value else key for key, value in one.arguments.items()]
+    lines = [f"{one.name}({', '.join(given)})", "", one.text]
+    if one.aliases:
+        lines += ["", f"also called {', '.join(one.aliases)}"]
+    flags = [f"--{key}" for key in ("density", "seed") if key in one.arguments]
+    command = f"sapmerge merge A B -o OUT --method {one.name}"
+    if one.anchors:
         command += " --anchors DIR --model BASE"
     if flags:
         command += "".join(f" [{flag} ...]" for flag in flags)

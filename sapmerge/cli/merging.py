@@ -10,14 +10,13 @@ from typing import Any
 
 import sapmerge
 from sapmerge.cli.arguments import adapters_of, add_reading_options, policy_of, rank_of, weights_of
+from sapmerge.cli.choices import ENGINES, SPELLINGS
 from sapmerge.cli.models import add_model_options, anchors_of, loss_of, model_of
 from sapmerge.cli.pages import add_page, save_page
 from sapmerge.cli.recipe_files import chosen_method, dump_recipe, is_recipe, read_recipe
 from sapmerge.cli.scoring import SETUP, setup_of
 from sapmerge.display.tables import Look, table
 from sapmerge.errors import MethodError, printable
-from sapmerge.io.engines import ENGINES
-from sapmerge.merging.spelling import CHOICES
 
 __all__ = ["add_to"]
 
@@ -56,12 +55,10 @@ def add_to(commands: Any) -> list[argparse.ArgumentParser]:
     merge.add_argument("--base-model", help="the base model the output is for")
     merge.add_argument(
         "--names",
-        choices=CHOICES,
+        choices=SPELLINGS,
         help="how the output spells its modules: as the adapters do, or ...",
     )
-    merge.add_argument(
-        "--serving", choices=tuple(ENGINES), help="the engine that is to load the output"
-    )
+    merge.add_argument("--serving", choices=ENGINES, help="the engine that is to load the output")
     merge.add_argument(
         "--uniform-rank",
         action=argparse.BooleanOptionalAction,

@@ -6,15 +6,13 @@ import argparse
 import os
 from typing import TYPE_CHECKING, Any
 
+from sapmerge.cli.choices import DTYPES, LOSSES
 from sapmerge.errors import AnchorError, MethodError, ModelMismatchError, printable
 
 if TYPE_CHECKING:
     from torch import nn
 
 __all__ = ["add_model_options", "anchors_of", "loss_of", "model_of"]
-
-_LOSSES = ("alignment", "centered_alignment", "contrastive", "entropy", "language_modeling")
-_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -24,10 +22,10 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--anchors", metavar="DIR", help="images with captions.json, .jsonl, .csv or .txt"
     )
     group.add_argument("--model", help="the base model: a folder, or a name of the Hub")
-    group.add_argument("--loss", choices=_LOSSES, help="of the anchors; by default by the model")
+    group.add_argument("--loss", choices=LOSSES, help="of the anchors; by default by the model")
     group.add_argument("--batch-size", type=int, help="pairs per batch (default: 16)")
     group.add_argument("--device", help="where to compute: cpu, cuda, cuda:1, mps")
-    group.add_argument("--dtype", choices=_DTYPES, help="of the model (default: float32)")
+    group.add_argument("--dtype", choices=DTYPES, help="of the model (default: float32)")
 
 
 def model_of(options: argparse.Namespace) -> nn.Module:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from sapmerge.display.page import Page
+if TYPE_CHECKING:
+    from sapmerge.display.page import Page
 
 __all__ = ["add_page", "save_page"]
 

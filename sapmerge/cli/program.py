@@ -10,10 +10,10 @@ import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
-import sapmerge
 from sapmerge.cli import checking, comparing, listing, looking, merging, rounds, scoring, showing
 from sapmerge.cli.flags import in_flags, with_negative_numbers
 from sapmerge.errors import SapmergeError, SapmergeWarning, printable
+from sapmerge.version import __version__
 
 __all__ = ["main"]
 
@@ -67,7 +67,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="sapmerge", description="Merge LoRA adapters.")
-    parser.add_argument("--version", action="version", version=sapmerge.__version__)
+    parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for add in (merging, looking, listing, comparing, checking, scoring, rounds, showing):
         for command in add.add_to(commands):

@@ -6,11 +6,13 @@ import ast
 import importlib
 import re
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sapmerge.core.protocols import Method
 from sapmerge.errors import MethodError
 from sapmerge.named import method_named
+
+if TYPE_CHECKING:
+    from sapmerge.core.protocols import Method
 
 __all__ = ["imported", "method_of"]
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import argparse
 import os
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from sapmerge.cli.arguments import rank_of
 from sapmerge.cli.recipes import method_of
 from sapmerge.errors import MethodError, ModelMismatchError, RoundError, printable
-from sapmerge.federated.inbox import Inbox
-from sapmerge.io.files import shown
-from sapmerge.io.records import is_folder, read_record, write_record
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from sapmerge.federated.inbox import Inbox
 
 __all__ = ["add_to"]
 
@@ -107,16 +107,24 @@ def add_to(commands: Any) -> list[argparse.ArgumentParser]:
 
 
 def _is_round(folder: str) -> bool:
+    from sapmerge.io.records import is_folder, read_record
+
     return is_folder(folder) and read_record(os.path.join(folder, "round.json")) is not None
 
 
 def _opened(options: argparse.Namespace) -> Inbox:
+    from sapmerge.federated.inbox import Inbox
+    from sapmerge.io.files import shown
+
     if not _is_round(options.round):
         raise RoundError(f"{shown(options.round)} is no round; `sapmerge round new` makes one")
     return Inbox(options.round)
 
 
 def _new(options: argparse.Namespace) -> None:
+    from sapmerge.federated.inbox import Inbox
+    from sapmerge.io.files import shown
+
     if _is_round(options.round):
         raise RoundError(f"{shown(options.round)} is a round already")
     inbox = Inbox(
@@ -137,9 +145,12 @@ def _new(options: argparse.Namespace) -> None:
     )
 
 
-def _skeleton(name: str) -> torch.nn.Module:
+def _skeleton(name: str) -> nn.Module:
     """A transformers model without weights: names and shapes are in its configuration."""
+    import torch
     import transformers
+
+    from sapmerge.io.files import shown
 
     library: Any = transformers
     try:
@@ -159,6 +170,8 @@ def _skeleton(name: str) -> torch.nn.Module:
 
 
 def _add(options: argparse.Namespace) -> None:
+    from sapmerge.io.records import is_folder
+
     upload: Any = options.upload
     if upload.endswith(".zip") and not is_folder(upload):
         from sapmerge.io.uploads import zipped
@@ -185,6 +198,8 @@ def _remove(options: argparse.Namespace) -> None:
 
 
 def _merge(options: argparse.Namespace) -> None:
+    from sapmerge.io.records import write_record
+
     inbox = _opened(options)
     merged = inbox.merge(
         method=method_of(options.method, {"density": options.density}),

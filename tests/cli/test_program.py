@@ -69,11 +69,29 @@ def test_as_a_module(here: Path) -> None:
     assert "AdapterFormatError" in debug.stderr
 
 
+@pytest.mark.parametrize(
+    "command",
+    ["--help", "merge --help", "round add --help", "methods", "methods ties --json", "--version"],
+)
+def test_help_does_not_wait_for_torch(command: str, tmp_path: Path) -> None:
+    """Two seconds, when a shell's user only asks what there is."""
+    code = (
+        "import atexit, sys\n"
+        "from sapmerge.cli import main\n"
+        "slow = 'torch numpy peft safetensors yaml'.split()\n"
+        "atexit.register(lambda: print([n for n in slow if n in sys.modules], file=sys.stderr))\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    done = python("-c", code, *command.split(), cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "[]\n")
+    assert done.stdout
+
+
 def test_importing_sapmerge_imports_little(tmp_path: Path) -> None:
     code = (
         "import sys, sapmerge, sapmerge.cli\n"
-        "heavy = 'peft transformers regex huggingface_hub sklearn matplotlib safetensors "
-        "PIL'.split()\n"
+        "heavy = 'torch numpy peft transformers regex huggingface_hub sklearn matplotlib "
+        "safetensors PIL'.split()\n"
         "print([name for name in heavy if name in sys.modules])"
     )
     done = python("-c", code, cwd=tmp_path)

@@ -1,0 +1,12 @@
+"""What flags may be given, so that `--help` need not import what it is about."""
+
+from __future__ import annotations
+
+__all__ = ["DTYPES", "ENGINES", "LOSSES", "SPELLINGS"]
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+LOSSES = ("alignment", "centered_alignment", "contrastive", "entropy", "language_modeling")
+
+# The keys of tables of the library; a test holds them equal.
+ENGINES = ("vllm", "sglang", "llama.cpp", "tgi", "diffusers")
+SPELLINGS = ("input", "transformers 5", "transformers 4", "llava")
