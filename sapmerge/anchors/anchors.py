@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from torch import Tensor
 
+from sapmerge.anchors.digest import digest_of_weights
 from sapmerge.anchors.inputs import stream_grams
 from sapmerge.anchors.loading import batch_size
 from sapmerge.anchors.runner import Runner
@@ -16,6 +17,7 @@ from sapmerge.core.protocols import LayerStream, Units
 from sapmerge.core.updates import Update
 from sapmerge.errors import SapmergeWarning
 from sapmerge.losses import PAIR_LOSSES, Loss
+from sapmerge.models import exclusive
 
 __all__ = ["Anchors"]
 
@@ -39,6 +41,17 @@ class Anchors(Runner):
         ModelMismatchError: the model lacks a module.
         NonFiniteError: the model's weights are NaN or infinite.
     """
+
+    @property
+    def model_digest(self) -> str:
+        """sha256 of the base model's weights.
+
+        Raises:
+            AnchorError: they are not those that the merge began with any more.
+        """
+        with exclusive(self.model) as base:
+            self._base.check(base)
+            return digest_of_weights(base)
 
     def observe(self, layers: LayerStream, units: Units) -> GradientStatistics:
         """Gradients in the coordinates of `units`; nothing runs before the first

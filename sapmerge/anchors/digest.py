@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sapmerge.errors import AnchorError
 
-__all__ = ["digest", "digest_of_model"]
+__all__ = ["digest", "digest_of_model", "digest_of_weights"]
 
 _PLAIN = (
     bool,
@@ -65,6 +65,19 @@ def digest_of_model(base: nn.Module) -> str:
     config: Any = getattr(base, "config", None)
     settings = str(config.to_dict()) if hasattr(config, "to_dict") else ""
     return digest([parts, dict(sorted(tensors.items())), settings])
+
+
+def digest_of_weights(base: nn.Module) -> str:
+    """Of the values of a model's parameters and buffers by name, the same with adapters of PEFT
+    beside them, wherever it was loaded from: what an output says about its model.
+    """
+    tensors = [*base.named_parameters(), *base.named_buffers()]
+    own = {
+        name.replace(".base_layer.", ".").replace(".original_module.", "."): tensor
+        for name, tensor in tensors
+        if "lora_" not in name and "modules_to_save." not in name
+    }
+    return digest(dict(sorted(own.items())), everything=False)
 
 
 def _pieces(value: Any, within: set[int], everything: bool) -> Iterator[str | bytes | memoryview]:

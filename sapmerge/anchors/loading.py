@@ -200,9 +200,18 @@ class Batches:
                 f"{count}"
             )
 
+    def __len__(self) -> int:
+        """How many batches there are."""
+        return len(self._digests)
+
+    @property
+    def content(self) -> str:
+        """sha256 over the data of all batches, as the loader gives them."""
+        return digest(self._digests)
+
     @property
     def digest(self) -> str:
-        """sha256 over all batches."""
+        """sha256 over all batches, and the state of objects in them."""
         return digest(list(self._loader))
 
 

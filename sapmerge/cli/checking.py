@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from typing import Any
 
 from sapmerge.cli.choices import ENGINES
+from sapmerge.cli.models import add_model_options, anchors_of, loss_of, model_of
 from sapmerge.cli.recipes import imported
 from sapmerge.errors import OutputError
 
@@ -45,6 +47,7 @@ def add_to(commands: Any) -> list[argparse.ArgumentParser]:
         metavar="MODULE:FUNCTION",
         help="your functions in the recipe",
     )
+    add_model_options(again)
     again.set_defaults(run=_reproduce)
     return [serve, check, again]
 
@@ -76,9 +79,18 @@ def _reproduce(options: argparse.Namespace) -> None:
     from sapmerge.merging import verification
 
     functions = {name: imported(name) for name in options.use}
-    _report_problems(
-        verification.reproduce(options.output, options.inputs, functions), "the same bits again"
+    anchors = anchors_of(options)
+    folder = anchors is None and (options.model is None or os.path.isdir(options.model))
+    problems = verification.reproduce(
+        options.output,
+        options.inputs,
+        functions,
+        options.model if folder else model_of(options),
+        anchors,
+        loss_of(options),
+        options.device,
     )
+    _report_problems(problems, "the same bits again")
 
 
 def _report_problems(problems: Sequence[str], fine: str) -> None:

@@ -63,10 +63,11 @@ def _head(report: ReportData) -> Markup:
 
 
 def _adapters(report: ReportData) -> Markup:
+    given = ["given"] if any(a.used_weight != a.weight for a in report.adapters) else []
     rows = [
         [
             a.label,
-            f"{a.weight:g}",
+            *([f"{a.used_weight:.3g}", f"{a.weight:g}"] if given else [f"{a.weight:g}"]),
             a.layers,
             a.ranks,
             percent(a.energy_share),
@@ -77,7 +78,8 @@ def _adapters(report: ReportData) -> Markup:
         ]
         for a in report.adapters
     ]
-    head = ["adapter", "weight", "layers", "ranks", "energy share", "relative norm", "sha256"]
+    head = ["adapter", "weight", *given, "layers", "ranks", "energy share", "relative norm"]
+    head.append("sha256")
     return numbers(head, rows)
 
 

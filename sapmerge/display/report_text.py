@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -12,6 +13,7 @@ from sapmerge.errors import printable
 
 __all__ = ["report_text"]
 
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 _COLUMNS = ["rank", "density", "energy kept", "norm", "cosine", "sign conflict"]
 
 
@@ -29,8 +31,9 @@ def report_text(report: ReportData, look: Look) -> str:
         saved, dropped = list(report.modules_to_save), list(report.dropped_modules)
         lines.append(printable(f"modules    saved {saved}, left out {dropped}"))
     lines += [f"{key:<10} {printable(_short(value))}" for key, value in report.notes.items()]
-    head = ["adapter", "weight", "layers", "ranks", "energy share", "relative norm", "from"]
-    lines += ["", table(head, [_adapter(a) for a in report.adapters], look), ""]
+    given = ["given"] if any(a.used_weight != a.weight for a in report.adapters) else []
+    head = ["adapter", "weight", *given, "layers", "ranks", "energy share", "relative norm", "from"]
+    lines += ["", table(head, [_adapter(a, given) for a in report.adapters], look), ""]
     types = rows_by_type(report.layers)
     if len(report.layers) <= MOST_LAYERS:
         rows = [_layer(layer) for row in types for layer in row.layers]
@@ -41,12 +44,12 @@ def report_text(report: ReportData, look: Look) -> str:
     return "\n".join(lines)
 
 
-def _adapter(a: AdapterData) -> list[object]:
+def _adapter(a: AdapterData, given: list[str]) -> list[object]:
     loud: str = f"x {a.relative_norm:.2g}"
     if a.outlier is not None and abs(a.outlier) > 5:
         loud = Bad(f"{loud} outlier")
-    weight = f"{a.weight:g}"
-    return [a.label, weight, a.layers, a.ranks, percent(a.energy_share), loud, a.source]
+    weights = [f"{a.used_weight:.3g}", f"{a.weight:g}"] if given else [f"{a.weight:g}"]
+    return [a.label, *weights, a.layers, a.ranks, percent(a.energy_share), loud, a.source]
 
 
 def _layer(layer: LayerData) -> list[object]:
@@ -88,4 +91,6 @@ def _short(value: object) -> str:
     if isinstance(value, Mapping):
         entries = cast("Mapping[Any, Any]", value)
         return ", ".join(f"{key}: {_short(entry)}" for key, entry in entries.items())
+    if isinstance(value, str) and _DIGEST.fullmatch(value):
+        return value[:12]
     return f"{value:.4g}" if isinstance(value, float) else str(value)

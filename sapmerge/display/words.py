@@ -29,6 +29,7 @@ _WORDS = {
     "capped": ("Capped to", "the factor by which a loud adapter was shortened"),
     "excluded": ("Left out", "adapters that the anchors and the others speak against"),
     "contaminated": ("Contaminated", "adapters outside of what the others share"),
+    "digests": ("sha256", ""),
     "anchors": ("Anchors", "how many"),
     "loss": ("Loss", "of the anchors"),
 }

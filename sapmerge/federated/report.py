@@ -23,7 +23,8 @@ class ClientReport:
 
     Args:
         checks: what was measured when it came: modules, ranks, norm, warnings.
-        weight: its share of the samples, capped; of all merged clients the shares sum to 1.
+        weight: its share in the merge: of the samples, capped, times what the method made of it.
+            Of all merged clients the shares sum to 1.
         left_out: why it is not merged although it was kept; None if it is.
         agreement: its share by `WeighByAgreement`, if the method weighs so.
         anchor_loss: at base + adapter, if anchors were read.
@@ -110,15 +111,12 @@ def rows_of(
         weights: client -> weight, of those who are merged.
         aside: client -> why it is not.
     """
+    weights = weights if merged is None else merged.report.weights
     total = sum(weights.values()) or 1.0
     layers = merged.report.layers if merged is not None else ()
-    losses: Mapping[str, Any] = (
-        merged.report.notes.get("anchor loss", {}) if merged is not None else {}
-    )
-    agreements: list[Mapping[str, Any]] = [
-        r.notes["agreement"] for r in layers if "agreement" in r.notes
-    ]
-    agreement: Mapping[str, Any] = agreements[0] if agreements else {}
+    notes: Mapping[str, Any] = merged.report.notes if merged is not None else {}
+    losses: Mapping[str, Any] = notes.get("anchor loss", {})
+    agreement: Mapping[str, Any] = notes.get("agreement", {})
     return tuple(
         ClientReport(
             client=entry.client,

@@ -25,11 +25,13 @@ from sapmerge.io.names import STYLES
 from sapmerge.io.strict_json import parse
 from sapmerge.io.writing import CONFIG_DIGEST_KEY, TENSORS_DIGEST_KEY, digest_of
 
-__all__ = ["Provenance", "read_provenance"]
+__all__ = ["ANCHORS_KEY", "Provenance", "read_provenance"]
 
+ANCHORS_KEY = "sapmerge.anchors"
 _CHUNK = 1 << 22
 # characters per comma in a list of inputs: each has a digest of 64. More commas are no such list
 _SHORTEST = 32
+_KEY = re.compile(r"[A-Za-z0-9._ -]{1,64}")
 _LABEL, _SHA256 = re.compile(r"[A-Za-z0-9._-]{1,64}"), re.compile(r"[0-9a-f]{64}")
 
 
@@ -43,12 +45,15 @@ class Provenance:
             it was written (`names` and the like) if not by default.
         inputs: label, digest, weight, and file name -> sha256 of every adapter that went in.
         problems: what does not agree with the bytes, or with itself; empty for an intact output.
+        anchors: of a merge with anchors: the sha256 of the anchors and of the model's weights,
+            how many they are in how many batches, the losses, and what the method decided.
     """
 
     version: str
     recipe: Mapping[str, Any]
     inputs: Sequence[Mapping[str, Any]]
     problems: tuple[str, ...]
+    anchors: Mapping[str, Any] | None = None
 
 
 def read_provenance(path: str | os.PathLike[str]) -> Provenance:
@@ -86,7 +91,14 @@ def read_provenance(path: str | os.PathLike[str]) -> Provenance:
         problems.append("two inputs have one label")
     if recipe["weights"] != {entry["label"]: entry["weight"] for entry in inputs}:
         problems.append("the weights of the recipe are not those of the inputs")
-    return Provenance(metadata.get("sapmerge.version", "?"), recipe, inputs, tuple(problems))
+    anchors = None
+    if ANCHORS_KEY in metadata:
+        what = f"{where}, the anchors in its metadata"
+        anchors = _fitting(_table(metadata[ANCHORS_KEY], what), _ANCHORS, what)
+        if recipe["loss"] is None:
+            problems.append("the metadata has anchors, and the recipe no loss")
+    version = metadata.get("sapmerge.version", "?")
+    return Provenance(version, recipe, inputs, tuple(problems), anchors)
 
 
 def _recipe(text: str, where: str) -> Mapping[str, Any]:
@@ -207,6 +219,30 @@ _INPUT: _Schema = {
         "the sha256 of the files",
         _all(lambda name: name in (CONFIG, WEIGHTS, PICKLE, BESIDE), _like(_SHA256)),
     ),
+}
+
+
+def _count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _number_or_none(value: object) -> bool:
+    return value is None or _number(value)
+
+
+def _decision(value: object) -> bool:
+    if isinstance(value, list):
+        return all(map(_like(_LABEL), cast("list[object]", value)))
+    return _number(value) or _all(_like(_KEY), _number)(value)
+
+
+_ANCHORS: _Schema = {
+    "anchors": ("a sha256", _like(_SHA256)),
+    "model": ("a sha256, or null", lambda value: value is None or _like(_SHA256)(value)),
+    "count": ("how many", _count),
+    "batches": ("how many", _count),
+    "losses": ("a finite number or null for each", _all(_like(_KEY), _number_or_none)),
+    "decided": ("numbers, labels, or numbers by label", _all(_like(_KEY), _decision)),
 }
 
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 from sapmerge.display.summary import percent, span
+from sapmerge.display.words import title_of
+from sapmerge.io.adapter import Adapter
 from sapmerge.io.records import is_folder
+from sapmerge.merging.command import command_of
 from sapmerge.merging.inputs import in_content_order
-from sapmerge.merging.report import LayerReport
+from sapmerge.merging.report import LayerReport, Report
 from sapmerge.merging.run import Run
 
 __all__ = ["card_of", "hub_id"]
@@ -21,8 +25,20 @@ _SCHEME = re.compile(r"hf://([^@\s]+)(?:@([\w.-]+))?")
 _LEFT_OUT = "the stored adapter keeps less than 90 % of the merged update's energy"
 
 
-def card_of(run: Run, rows: Sequence[LayerReport]) -> str:
-    """README.md of an output: the same bytes for the same inputs in any order."""
+def card_of(
+    run: Run,
+    rows: Sequence[LayerReport],
+    report: Report | None,
+    said: Mapping[str, Any] | None,
+    written: Mapping[str, object],
+) -> str:
+    """README.md of an output: the same bytes for the same inputs in any order.
+
+    Args:
+        report: of the merge; without it weights are those that were given.
+        said: of the anchors, see `anchored`.
+        written: how it was written, where that is not the usual way.
+    """
     from sapmerge.version import __version__
 
     base = run.base.name if run.base.name and _is_id(run.base.name) else None
@@ -35,6 +51,8 @@ def card_of(run: Run, rows: Sequence[LayerReport]) -> str:
     recipe = {key: value for key, value in run.recipe.items() if key != "base_model"}
     count = len(run.adapters)
     parts = f"{count} adapter{'s' if count != 1 else ''}"
+    notes = [f"{_LEFT_OUT}."] if kept < 0.9 else []
+    notes += _remarks(run, report)
     text = [
         "# Merged LoRA adapter",
         "",
@@ -42,7 +60,7 @@ def card_of(run: Run, rows: Sequence[LayerReport]) -> str:
         + (f" of [{base}](https://huggingface.co/{base})" if base else "")
         + f": {len(rows)} layers, rank {ranks}, energy kept {percent(kept)}.",
         "",
-        *([f"**Note:** {_LEFT_OUT}.", ""] if kept < 0.9 else []),
+        *(line for note in notes for line in (f"**Note:** {note}", "")),
         "```python",
         "from peft import PeftModel",
         "",
@@ -53,11 +71,17 @@ def card_of(run: Run, rows: Sequence[LayerReport]) -> str:
         "",
         "| adapter | weight | layers | energy share | sha256 |",
         "|---|--:|--:|--:|---|",
-        *_inputs(run, rows),
+        *_inputs(run, rows, report),
         "",
+        "Energy share: of the squared norms of the weighted updates. The licences of the base and "
+        "of these adapters hold for the merge, too.",
+        "",
+        *([] if said is None else _anchors(said)),
         "## Recipe",
         "",
         *_fenced(json.dumps(recipe, indent=2, sort_keys=True), "json"),
+        "",
+        *_fenced(command_of({**run.recipe, "base_model": base}, _places(run), written), "sh"),
         "",
         "`sapmerge reproduce` makes it again from the adapters above and compares the bits.",
         "",
@@ -65,20 +89,82 @@ def card_of(run: Run, rows: Sequence[LayerReport]) -> str:
     return "\n".join(["---", *head, "---", *text])
 
 
-def _inputs(run: Run, rows: Sequence[LayerReport]) -> list[str]:
+def _in_order(run: Run) -> list[tuple[Adapter, float]]:
+    return sorted(zip(run.adapters, run.weights, strict=True), key=lambda p: in_content_order(*p))
+
+
+def _places(run: Run) -> list[tuple[str, str]]:
+    """Label and place of every adapter: of the Hub, or a word for the reader's own folder."""
+    places: list[tuple[str, str]] = []
+    for adapter, _ in _in_order(run):
+        found = hub_id(adapter.source)
+        own = re.sub(r"[^A-Z0-9]+", "_", adapter.label.upper())
+        place = own if found is None else f"hf://{found[0]}" + f"@{found[1]}" * bool(found[1])
+        places.append((adapter.label, place))
+    return places
+
+
+def _remarks(run: Run, report: Report | None) -> list[str]:
+    """What a user of the output should know."""
+    if report is None:
+        return []
+    weights = report.weights
+    out = [a.label for a, weight in _in_order(run) if weight != 0 and weights[a.label] == 0]
+    loud = sorted(a.label for a in report.adapters if a.outlier is not None and abs(a.outlier) > 5)
+    notes = [f"the method left out {', '.join(out)}."] if out else []
+    notes += [f"far from the others in norm: {', '.join(loud)}."] if loud else []
+    dropped = ", ".join(sorted(report.dropped_modules))
+    return notes + ([f"modules of the adapters that are left out: {dropped}."] if dropped else [])
+
+
+def _anchors(said: Mapping[str, Any]) -> list[str]:
+    """The section of a merge with anchors."""
+    model = said["model"]
+    lines = [
+        "## Anchors",
+        "",
+        f"{said['count']} in {said['batches']} batches, sha256 `{said['anchors'][:16]}`"
+        + (f"; weights of the model `{model[:16]}`." if model else "."),
+        "",
+        "| at | loss |",
+        "|---|--:|",
+        *(f"| {place} | {_number(loss)} |" for place, loss in said["losses"].items()),
+        "",
+    ]
+    decided = {key: value for key, value in said["decided"].items() if key != "weights"}
+    listed = [f"* {title_of(key)}: {_told(value)}" for key, value in decided.items()]
+    return [*lines, *listed, *([""] if listed else [])]
+
+
+def _told(value: Any) -> str:
+    if isinstance(value, Mapping):
+        entries = cast("Mapping[str, float]", value).items()
+        return ", ".join(f"{key} {_number(number)}" for key, number in entries)
+    return _number(value) if isinstance(value, float) else ", ".join(value)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _inputs(run: Run, rows: Sequence[LayerReport], report: Report | None) -> list[str]:
     energies = {a.label: sum(row.energies.get(a.label, 0.0) for row in rows) for a in run.adapters}
     total = sum(energies.values())
-    listed = sorted(zip(run.adapters, run.weights, strict=True), key=lambda p: in_content_order(*p))
+    shares = {label: energy / total if total else None for label, energy in energies.items()}
+    used = {a.label: weight for a, weight in _in_order(run)}
+    if report is not None:
+        used = report.weights
+        shares = {a.label: a.energy_share if total else None for a in report.adapters}
     lines: list[str] = []
-    for adapter, weight in listed:
+    for adapter, _ in _in_order(run):
         found = hub_id(adapter.source)
         name = adapter.label
         if found is not None:
             repository, revision = found
             place = f"https://huggingface.co/{repository}/tree/{revision or 'main'}"
             name = f"[{repository}]({place})"
-        share = percent(energies[adapter.label] / total if total else None)
-        row = (name, f"{weight:g}", len(adapter.modules), share, f"`{adapter.digest[:16]}`")
+        share, weight = percent(shares[adapter.label]), f"{used[adapter.label]:.4g}"
+        row = (name, weight, len(adapter.modules), share, f"`{adapter.digest[:16]}`")
         lines.append("| " + " | ".join(str(cell) for cell in row) + " |")
     return lines
 

@@ -288,11 +288,12 @@ class Merged:
             self._notes = self._notes or notes_of(mine)  # measured now: the base is about to change
             undo.add(mine.base_is_now)
 
-        def finish(rows: tuple[LayerReport, ...]) -> None:
-            self._report = report_of(self.run, rows)
+        def finish(rows: tuple[LayerReport, ...]) -> Report:
+            self._report = report = report_of(self.run, rows)
             if mine is not None:
                 self._applied = True
                 mine.base_is_now()
+            return report
 
         sinks.apply(self.run, model, finish, undo)
 
@@ -360,8 +361,7 @@ class Merged:
         """What was done; runs the merge once if no sink has run yet.
         The loss at a merged model is measured now.
         """
-        report = self._report
-        if report is None:
+        if (report := self._report) is None:
             report = self._measure(tuple(row for _, _, row in self.run.stored()))
         elif self.run.stream.anchors is not None and "anchor loss" not in report.notes:
             self._report = report = self._with_notes(report)
@@ -379,16 +379,17 @@ class Merged:
 
     def _measure(self, layers: tuple[LayerReport, ...]) -> Report:
         """The report with the anchors' losses, before the effect: they run the user's function."""
-        self._report = report = self._with_notes(report_of(self.run, layers))
-        return report
+        self._report = self._with_notes(report_of(self.run, layers))
+        return self._report
 
     def _with_notes(self, report: Report) -> Report:
         """The loss of the merged adapter is None if the model overflows with it,
         or is another one by now.
         """
         anchors, run = self.run.stream.anchors, self.run
+        found = {**report.notes, **findings_of(run.prepared)}
         if anchors is None:
-            return replace(report, notes=run.vectors.notes() | findings_of(run.prepared))
+            return replace(report, notes={**run.vectors.notes(), **found})
         notes = dict(self._notes or notes_of(anchors))
         if self._applied or len(self.run.kept) == len(report.layers):
             try:
@@ -396,4 +397,4 @@ class Merged:
             except (AnchorError, NonFiniteError):
                 merged = None
             notes["anchor loss"] = {**notes["anchor loss"], "merged adapter": merged}
-        return replace(report, notes=run.vectors.notes() | notes | findings_of(run.prepared))
+        return replace(report, notes={**run.vectors.notes(), **notes, **found})

@@ -31,7 +31,15 @@ from sapmerge.errors import AnchorError, NonFiniteError
 from sapmerge.io.adapter import Adapter
 from sapmerge.losses import loss_name
 
-__all__ = ["AdapterReport", "LayerReport", "Report", "by_label", "findings_of", "notes_of"]
+__all__ = [
+    "AdapterReport",
+    "LayerReport",
+    "Report",
+    "by_label",
+    "digests_of",
+    "findings_of",
+    "notes_of",
+]
 
 PAIRED = 128
 """Of more adapters the report has means over all pairs only: (K, K) matrices per layer would be
@@ -44,11 +52,14 @@ class AdapterReport:
     """One input: its part in the merge.
 
     Args:
-        energy_share: of sum_k ||w_k D_k||^2 over all layers.
+        weight: as it was given.
+        energy_share: of sum_k ||w_k D_k||^2 over all layers, w the weights that were used.
         relative_norm: ||w D|| over the median of all adapters.
         outlier: robust z-score of log ||w D||, from median and MAD (None for fewer than three
             non-zero adapters). Beyond 5 the adapter is marked in the table: look at it, or bound it
             with `CapShare`.
+        used_weight: after what the method made of the given one: 0 for an adapter that was left
+            out. Where that differs from layer to layer, it is the given one.
     """
 
     label: str
@@ -60,6 +71,7 @@ class AdapterReport:
     energy_share: float
     relative_norm: float
     outlier: float | None
+    used_weight: float
 
 
 @dataclass(frozen=True)
@@ -157,14 +169,26 @@ def by_label(labels: Sequence[str], matrix: torch.Tensor) -> Pairs:
 
 
 def describe_adapters(
-    adapters: Sequence[Adapter], weights: Sequence[float], layers: Sequence[LayerReport]
+    adapters: Sequence[Adapter],
+    weights: Sequence[float],
+    layers: Sequence[LayerReport],
+    used: Mapping[str, float],
 ) -> tuple[AdapterReport, ...]:
-    """The report of every adapter."""
+    """The report of every adapter.
+
+    Args:
+        used: label -> the weight that the method gave it.
+    """
     energies = {
         adapter.label: sum(layer.energies[adapter.label] for layer in layers)
         for adapter in adapters
     }
-    total = sum(energies.values())
+    given = {a.label: weight for a, weight in zip(adapters, weights, strict=True)}
+    brought = {
+        label: energy * (used[label] / given[label]) ** 2 if given[label] else 0.0
+        for label, energy in energies.items()
+    }
+    total = sum(brought.values())
     return tuple(
         AdapterReport(
             label=adapter.label,
@@ -173,9 +197,10 @@ def describe_adapters(
             weight=weight,
             layers=len(adapter.modules),
             ranks=_span([module.rank for module in adapter.modules.values()]),
-            energy_share=energies[adapter.label] / total if total else 0.0,
+            energy_share=brought[adapter.label] / total if total else 0.0,
             relative_norm=relative_norm,
             outlier=outlier,
+            used_weight=used[adapter.label],
         )
         for adapter, weight, (relative_norm, outlier) in zip(
             adapters, weights, _relative_norm(list(energies.values()))
@@ -215,6 +240,8 @@ class Report:
         cosine: adapter -> adapter -> cosine of the whole updates; empty for one adapter.
         sign_conflict: the same with the share of entries that have opposite signs, on at most 64
             rows of a layer.
+        notes: of the whole merge: what the anchors measured, with the digests of anchors and
+            model, and what the method decided for whole adapters (weights, agreement, scaling).
     """
 
     method: str
@@ -228,6 +255,11 @@ class Report:
     notes: Mapping[str, Any] = field(default_factory=dict[str, Any])
     cosine: Pairs = field(default_factory=dict[str, Mapping[str, float]])
     sign_conflict: Pairs = field(default_factory=dict[str, Mapping[str, float]])
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Adapter -> the weight that it had in the merge."""
+        return {adapter.label: adapter.used_weight for adapter in self.adapters}
 
     @property
     def energy_kept(self) -> float:
@@ -261,8 +293,8 @@ class Report:
 
 
 def notes_of(anchors: Anchors) -> dict[str, Any]:
-    """How many there are, the loss, and its mean at the base and at base + each adapter
-    as it was read.
+    """How many there are, the loss, its mean at the base and at base + each adapter
+    as it was read, and the digests of anchors and model.
 
     A loss is None where the model overflows (a method may have shortened the adapter),
     or is not the base any more.
@@ -272,8 +304,18 @@ def notes_of(anchors: Anchors) -> dict[str, Any]:
         "anchors": sum(batch_size(batch) for batch in anchors.batches),
         "loss": loss_name(anchors.loss),
         "anchor loss": {"base model": _loss(anchors, None), **losses},
+        "digests": digests_of(anchors),
     }
     return notes | ({"layers without gradient": sorted(anchors.unused)} if anchors.unused else {})
+
+
+def digests_of(anchors: Anchors) -> dict[str, str | None]:
+    """sha256 of the anchors and of the model's weights; None for a model that is another by now."""
+    try:
+        model = anchors.model_digest
+    except AnchorError:
+        model = None
+    return {"anchors": anchors.batches.content, "model": model}
 
 
 def findings_of(method: object) -> dict[str, Any]:

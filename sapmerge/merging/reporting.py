@@ -2,28 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
 from sapmerge.core.part import recipe
 from sapmerge.errors import warn
 from sapmerge.merging.meaning import say_of_result
 from sapmerge.merging.report import LayerReport, Report, describe_adapters, describe_pairs
 from sapmerge.merging.run import Run
 
-__all__ = ["report_of"]
+__all__ = ["WHOLE", "report_of"]
+
+WHOLE = (
+    "weights",
+    "agreement",
+    "anchor_weights",
+    "excluded",
+    "clipped",
+    "energy_factor",
+    "length",
+    "losses_by_length",
+    "coefficients",
+    "fit_loss",
+    "tuned",
+)
+"""What parts record in every layer and may decide once, for whole adapters."""
 
 
 def report_of(run: Run, layers: tuple[LayerReport, ...]) -> Report:
     """The report, before the effect: it may warn, and so raise."""
     labels = [adapter.label for adapter in run.adapters]
     layers, cosine, sign_conflict = describe_pairs(labels, layers)
+    layers, notes = _of_the_whole(layers)
+    given = dict(zip(labels, run.weights, strict=True))
     report = Report(
         method=recipe(run.method),
         base_model=run.base.name,
         scale=run.scale,
         rank=run.rank,
-        adapters=describe_adapters(run.adapters, run.weights, layers),
+        adapters=describe_adapters(
+            run.adapters, run.weights, layers, {**given, **notes.pop("weights", {})}
+        ),
         layers=layers,
         modules_to_save=run.heads.modules,
         dropped_modules=run.heads.dropped,
+        notes=notes,
         cosine=cosine,
         sign_conflict=sign_conflict,
     )
@@ -35,3 +59,35 @@ def report_of(run: Run, layers: tuple[LayerReport, ...]) -> Report:
         )
     say_of_result(run.adapters, run.weights, run.method, run.scale, layers, run.said)
     return report
+
+
+def _of_the_whole(
+    layers: Sequence[LayerReport],
+) -> tuple[tuple[LayerReport, ...], dict[str, Any]]:
+    """The layers without what is the same in all of them, and that, told once. Where modules have
+    methods of their own (`ByModule`), it stays with the layers.
+    """
+    found: dict[str, Any] = {}
+    for key in WHOLE:
+        values = [layer.notes.get(key) for layer in layers]
+        if values and values[0] is not None and all(value == values[0] for value in values):
+            found[key] = values[0]
+    rest = tuple(
+        replace(layer, notes={key: v for key, v in layer.notes.items() if key not in found})
+        if found
+        else layer
+        for layer in layers
+    )
+    return rest, {**found, **_saliency_kept(layers)}
+
+
+def _saliency_kept(layers: Sequence[LayerReport]) -> Mapping[str, Any]:
+    """Per adapter the share of its saliency, over all layers, that pruning kept."""
+    kept, whole = dict[str, float](), dict[str, float]()
+    for layer in layers:
+        shares: Mapping[str, float] = layer.notes.get("score_kept", {})
+        for label, saliency in layer.notes.get("saliency", {}).items():
+            kept[label] = kept.get(label, 0.0) + saliency * shares.get(label, 0.0)
+            whole[label] = whole.get(label, 0.0) + saliency
+    shares = {label: kept[label] / total for label, total in whole.items() if total}
+    return {"score_kept": shares} if shares else {}

@@ -32,11 +32,12 @@ from sapmerge.io.held_values import HeldValues
 from sapmerge.io.modules import Module
 from sapmerge.io.outputs import check_apart
 from sapmerge.io.writing import CheckpointWriter
+from sapmerge.merging.anchored import anchored
 from sapmerge.merging.bundles import Bundle, Bundler
 from sapmerge.merging.card import card_of
 from sapmerge.merging.form import Form
 from sapmerge.merging.live import activate, ask, delete, live_parameters, names_in, own_heads
-from sapmerge.merging.report import LayerReport
+from sapmerge.merging.report import LayerReport, Report
 from sapmerge.merging.run import Run
 from sapmerge.merging.serving import served_form, served_rank, zeros_for
 from sapmerge.merging.spelling import spelling_of, written_names
@@ -57,7 +58,7 @@ __all__ = ["add", "applied", "apply", "save", "save_together"]
 
 PREFIX = "base_model.model."
 _USUAL = Form()
-Finish: TypeAlias = Callable[[tuple[LayerReport, ...]], object]
+Finish: TypeAlias = Callable[[tuple[LayerReport, ...]], Report]
 """What is made of the reports of all layers before the effect; it may raise."""
 
 
@@ -149,12 +150,13 @@ class _Checkpoint:
             self._adapted, names
         )
         form = self._form.recorded(spelling_of(run.adapters, self._form.names, run.own_names))
-        if finish is not None:
-            finish(tuple(self._rows))
+        rows = tuple(self._rows)
+        report = None if finish is None else finish(rows)
+        said = None if report is None else anchored(run.stream.anchors, report)
         self._writer.commit(
             config=config,
-            metadata=metadata_of(run, form),
-            card=card_of(run, self._rows),
+            metadata=metadata_of(run, form, said),
+            card=card_of(run, rows, report, said, form),
             check=check_readable,
         )
 

@@ -121,7 +121,15 @@ def _task(run: Run) -> str | None:
     )
 
 
-def metadata_of(run: Run, form: Mapping[str, object]) -> dict[str, str]:
+def metadata_of(
+    run: Run, form: Mapping[str, object], said: Mapping[str, Any] | None
+) -> dict[str, str]:
+    """What an output says of its making.
+
+    Args:
+        form: how it was written, where that is not the usual way.
+        said: of its anchors, see `anchored`.
+    """
     from sapmerge.version import __version__
 
     inputs = [
@@ -136,4 +144,5 @@ def metadata_of(run: Run, form: Mapping[str, object]) -> dict[str, str]:
             {**run.recipe, **({"written": form} if form else {})}, sort_keys=True
         ),
         "sapmerge.inputs": json.dumps(inputs, sort_keys=True),
+        **({} if said is None else {"sapmerge.anchors": json.dumps(said, sort_keys=True)}),
     }

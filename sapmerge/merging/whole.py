@@ -16,6 +16,7 @@ from sapmerge.errors import ModelMismatchError
 from sapmerge.io.base_folder import BaseFolder, Spot
 from sapmerge.io.outputs import check_apart
 from sapmerge.io.whole import write_model
+from sapmerge.merging.report import digests_of
 from sapmerge.merging.run import Run
 from sapmerge.merging.texts import metadata_of
 from sapmerge.merging.vectors import Change
@@ -45,11 +46,13 @@ def save_merged(
             moved = _moves(run, base)
             for name in moved:
                 _check_plain(base, name)
-            metadata = metadata_of(run, {})
+            metadata = metadata_of(run, {}, None)
+            anchors = run.stream.anchors
             record = {
                 "version": metadata["sapmerge.version"],
                 "recipe": json.loads(metadata["sapmerge.recipe"]),
                 "inputs": json.loads(metadata["sapmerge.inputs"]),
+                **({} if anchors is None else {"digests": digests_of(anchors)}),
             }
             write_model(base, path, moved, record, overwrite=overwrite, undo=undo)
     except BaseException:

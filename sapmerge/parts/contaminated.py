@@ -19,6 +19,7 @@ from sapmerge.core.shared_subspace import Shared, block, convex, leave_one_out, 
 from sapmerge.core.stream import Mapped
 from sapmerge.core.updates import Update
 from sapmerge.errors import MethodError, SapmergeWarning
+from sapmerge.parts.mergers.linear import reweighed
 
 __all__ = ["FlagContaminated"]
 
@@ -157,7 +158,7 @@ class FlagContaminated:
         weights = tuple(
             w * factor for w, factor in zip(layer.weights, self.factors or (), strict=True)
         )
-        return replace(layer, weights=weights)
+        return reweighed(layer, weights)
 
     @staticmethod
     def _fire(test: str, flagged: list[int], asked: list[int], fired: dict[int, list[str]]) -> None:

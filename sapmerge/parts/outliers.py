@@ -24,7 +24,7 @@ from sapmerge.core.stream import Mapped, Scaled, anchors_of, scaled
 from sapmerge.core.updates import Update
 from sapmerge.errors import MethodError, SapmergeWarning
 from sapmerge.losses import comparing
-from sapmerge.parts.mergers.linear import shared_out
+from sapmerge.parts.mergers.linear import reweighed, shared_out
 
 __all__ = ["CapShare", "ClipNorms", "ExcludeOutliers"]
 
@@ -119,7 +119,7 @@ class ExcludeOutliers:
         return self.method(self._weighed(layer))
 
     def _weighed(self, layer: Layer) -> Layer:
-        return layer.with_weights(shared_out(layer.weights, self.shares or ()))
+        return reweighed(layer, shared_out(layer.weights, self.shares or ()))
 
     def _shares(self, products: Tensor, losses: Sequence[float], layer: Layer) -> tuple[float, ...]:
         """0 for an outlier or an adapter without updates, 1 for others;

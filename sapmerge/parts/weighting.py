@@ -19,7 +19,7 @@ from sapmerge.core.stream import Mapped, anchors_of
 from sapmerge.core.updates import Update
 from sapmerge.errors import MethodError, SapmergeWarning
 from sapmerge.losses import comparing
-from sapmerge.parts.mergers.linear import shared_out
+from sapmerge.parts.mergers.linear import reweighed, shared_out
 
 __all__ = ["WeighByAgreement", "WeighByAnchors"]
 
@@ -80,7 +80,7 @@ class WeighByAnchors:
         return self.method(self._weighed(layer))
 
     def _weighed(self, layer: Layer) -> Layer:
-        return layer.with_weights(shared_out(layer.weights, self.shares or ()))
+        return reweighed(layer, shared_out(layer.weights, self.shares or ()))
 
 
 _FEW = 0.1
@@ -148,7 +148,7 @@ class WeighByAgreement:
         return self.method(self._weighed(layer))
 
     def _weighed(self, layer: Layer) -> Layer:
-        return layer.with_weights(shared_out(layer.weights, self.shares or ()))
+        return reweighed(layer, shared_out(layer.weights, self.shares or ()))
 
     def _shares(self, products: Tensor, layer: Layer) -> tuple[float, ...]:
         """One factor per adapter, of mean 1 over those that are asked;

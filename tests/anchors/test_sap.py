@@ -239,10 +239,14 @@ def test_weights_by_anchors(loss: Any, margin: float) -> None:
     shares = torch.softmax(-torch.relu(losses - min(losses) - margin) / 0.3, 0)
     assert (max(shares) - min(shares) < 1e-6) == (margin == math.inf)
     weights = shares * torch.tensor([1.0, 2.0, 1.0])
-    for row in merged.report.layers:
-        assert row.notes["anchor_weights"] == pytest.approx(
-            {f"a{k}": float(s) for k, s in enumerate(shares)}, rel=1e-4
-        )
+    assert merged.report.notes["anchor_weights"] == pytest.approx(
+        {f"a{k}": float(s) for k, s in enumerate(shares)}, rel=1e-4
+    )
+    # those of one sign keep their sum
+    assert merged.report.weights == pytest.approx(
+        {f"a{k}": float(w) for k, w in enumerate(weights * 4 / weights.sum())}, rel=1e-4
+    )
+    assert not any("anchor_weights" in row.notes for row in merged.report.layers)
     for name, update in merged.updates():
         wanted = sum(w * a.update(name).dense() for w, a in zip(weights, adapters)) / weights.sum()
         assert error(update.dense(), wanted) < 1e-4
@@ -251,19 +255,18 @@ def test_weights_by_anchors(loss: Any, margin: float) -> None:
 def test_weights_by_anchors_around_sap() -> None:
     model, loader = models.clip(), models.pairs()
     adapters, _ = models.adapters(model, [models.VISION_TARGETS] * 2)
-    plain = models.merge(
-        adapters, loader, model, method=sm.WeighByAnchors(sm.mean())
-    ).report.layers[0]
+    plain = models.merge(adapters, loader, model, method=sm.WeighByAnchors(sm.mean())).report
     method = sm.WeighByAnchors(sm.ScaleByAnchors(sm.sap_original(0.9)))
-    around = models.merge(adapters, loader, model, method=method).report.layers[0]
+    around = models.merge(adapters, loader, model, method=method).report
     assert around.notes["anchor_weights"] == plain.notes["anchor_weights"]
-    assert {
-        "score_kept",
-        "anchor_stability",
-        "energy_factor",
-        "density",
-        "length",
-    } <= around.notes.keys()
+    assert {"score_kept", "energy_factor", "length", "losses_by_length"} <= around.notes.keys()
+    for row in around.layers:
+        assert set(row.notes) == {"score_kept", "anchor_stability", "density", "saliency"}
+    for label, kept in around.notes["score_kept"].items():
+        rows = [row.notes for row in around.layers if label in row.notes["saliency"]]
+        whole = sum(row["saliency"][label] for row in rows)
+        parts = sum(row["saliency"][label] * row["score_kept"][label] for row in rows)
+        assert kept == pytest.approx(parts / whole)
     for temperature in (0, -1.0, math.nan):
         with pytest.raises(MethodError, match="temperature must be positive"):
             sm.WeighByAnchors(sm.mean(), temperature=temperature)
@@ -280,8 +283,8 @@ def test_who_has_no_weight_is_not_weighed_by_anchors() -> None:
     method = sm.WeighByAnchors(sm.mean(), temperature=0.1)
     one = models.merge(adapters, loader, model, method=method, weights=[1.0, 0.0, 2.0])
     two = models.merge([adapters[0], adapters[2]], loader, model, method=method, weights=[1.0, 2.0])
-    wanted = {"a1": 0.0} | two.report.layers[0].notes["anchor_weights"]
-    assert one.report.layers[0].notes["anchor_weights"] == pytest.approx(wanted, rel=1e-9)
+    wanted = {"a1": 0.0} | two.report.notes["anchor_weights"]
+    assert one.report.notes["anchor_weights"] == pytest.approx(wanted, rel=1e-9)
     for (name, update), (_, other) in zip(one.updates(), two.updates(), strict=True):
         assert error(update.dense(), other.dense()) < 1e-5, name
 

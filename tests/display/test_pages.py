@@ -70,7 +70,9 @@ def report(
         for n, name in enumerate(names)
     )
     members = tuple(
-        AdapterReport(label, "/secret/place", f"{k:064x}", 1.0, len(names), "4", 0.5, 1.0, None)
+        AdapterReport(
+            label, "/secret/place", f"{k:064x}", 1.0, len(names), "4", 0.5, 1.0, None, 1.0
+        )
         for k, label in enumerate(labels)
     )
     pairs = {a: {b: 1.0 if a == b else -0.5 for b in labels} for a in labels}

@@ -815,4 +815,4 @@ def test_through_merge_on_a_clip() -> None:
         assert all(torch.equal(updates[key].dense(), again[key].dense()) for key in updates), name
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     report = models.merge(adapters, loader, model, method=methods["tune"]).report
-    assert report.layers[0].notes["tuned"]["chosen"]
+    assert report.notes["tuned"]["chosen"]

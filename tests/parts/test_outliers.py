@@ -201,7 +201,7 @@ def test_anchors_see_the_clipped_adapter(tmp_path: Any) -> None:
     for cache in (None, tmp_path, tmp_path):
         models.merge(loud, loader, model, method=inner, cache=cache)
         merged = models.merge(loud, loader, model, method=sm.ClipNorms(inner), cache=cache)
-        assert merged.report.layers[0].notes["clipped"] == {
+        assert merged.report.notes["clipped"] == {
             "a2": pytest.approx(2 * norms[1] / norms[2], rel=1e-5)
         }
         for name, update in merged.updates():
@@ -422,7 +422,7 @@ def test_excluded_adapters_have_no_weight_and_a_name() -> None:
     for name, update in merged.updates():
         wanted = (good.update(name).dense() + like.update(name).dense()) / 2
         torch.testing.assert_close(update.dense(), wanted, atol=1e-6, rtol=1e-5)
-    assert merged.report.layers[0].notes["excluded"] == ["bad"]
+    assert merged.report.notes["excluded"] == ["bad"]
     with pytest.raises(sm.MethodError, match="ExcludeOutliers needs anchors"):
         models.merge([good, like, bad], method=sm.ExcludeOutliers(sm.mean()))
 

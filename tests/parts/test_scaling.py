@@ -59,11 +59,11 @@ def test_length_is_where_the_anchors_stop(price: float, trust: float) -> None:
     wanted = chosen(losses, price) ** trust
     method = sm.ScaleByAnchors(sm.mean(), price=price, trust=trust)
     merged = models.merge(adapters, loader, model, method=method)
-    row = merged.report.layers[0]
-    assert list(row.notes["losses_by_length"].values()) == pytest.approx(losses, rel=1e-4)
-    assert row.notes["length"] == pytest.approx(wanted, rel=1e-2)
+    notes = merged.report.notes
+    assert list(notes["losses_by_length"].values()) == pytest.approx(losses, rel=1e-4)
+    assert notes["length"] == pytest.approx(wanted, rel=1e-2)
     for name, update in merged.updates():
-        expected = deltas[spelled[name]] * row.notes["length"]
+        expected = deltas[spelled[name]] * notes["length"]
         assert float((update.dense() - expected).norm() / expected.norm()) < 1e-5
 
 
@@ -73,7 +73,7 @@ def test_a_price_of_nothing_takes_the_lowest_loss_and_a_high_price_the_longest()
 
     def length(price: float) -> float:
         method = sm.ScaleByAnchors(sm.mean(), loss=sm.contrastive, price=price, trust=1.0)
-        return models.merge(adapters, loader, model, method=method).report.layers[0].notes["length"]
+        return models.merge(adapters, loader, model, method=method).report.notes["length"]
 
     assert length(100.0) == STEPS[-1]
     lengths = [length(price) for price in (0.0, 0.01, 0.1, 1.0, 100.0)]
@@ -87,7 +87,7 @@ def test_one_pair_per_batch_and_language_models_use_their_own_loss() -> None:
     spelled = {name: module.spelled for name, module in matched.run.stream.modules.items()}
     deltas = {spelled[name]: update.dense() for name, update in matched.updates()}
     merged = models.merge(adapters, loader, model, method=sm.ScaleByAnchors(sm.mean()))
-    losses = merged.report.layers[0].notes["losses_by_length"]
+    losses = merged.report.notes["losses_by_length"]
     assert losses[1.0] == pytest.approx(dense_loss(model, loader, deltas, sm.alignment), rel=1e-4)
 
 

@@ -208,3 +208,41 @@ def test_many_inputs_are_read(tmp_path: Path) -> None:
     sm.merge(inputs, method=sm.mean()).save_pretrained(tmp_path / "out")
     assert sm.verify(tmp_path / "out", inputs) == []
     assert sm.reproduce(tmp_path / "out", inputs[::-1]) == []
+
+
+SAID = {
+    "anchors": "a" * 64,
+    "model": "b" * 64,
+    "count": 4,
+    "batches": 1,
+    "losses": {"base model": 0.5, "a": None},
+    "decided": {"weights": {"a": 1.0, "b": 2.0}, "excluded": ["a"], "length": 1.0},
+}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({key: value} for key in ("anchors", "model") for value in (1, "", "0" * 63, ["a"])),
+        *({key: value} for key in ("count", "batches") for value in (0, -1, "1", True, 1.5)),
+        *({"losses": value} for value in (None, [], {"a": "x"}, {"a": HUGE}, {"<b>": 1.0})),
+        *({"decided": value} for value in (None, {"weights": "x"}, {"weights": {"a": [1]}})),
+        *({"decided": {"excluded": value}} for value in (["../x"], [1], {"a": {"b": 1.0}})),
+        {"more": 1},
+        *("null", "[]", "[1]", "{", "x" * 1000),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_forged_anchors_are_an_error_of_ours(out: Path, inputs: list[Path], change: Any) -> None:
+    recipe = json.loads(metadata_of(out)["sapmerge.recipe"]) | {"loss": "alignment"}
+    forge(out, recipe=recipe, anchors=SAID)
+    assert sm.verify(out) == []
+    forge(out, anchors=change if isinstance(change, str) else SAID | change)
+    for check in (sm.verify, sm.reproduce):
+        with pytest.raises(sm.AdapterFormatError, match="the anchors in its metadata"):
+            check(out, inputs)
+
+
+def test_anchors_without_a_loss_do_not_fit(out: Path) -> None:
+    forge(out, anchors=SAID)
+    assert sm.verify(out) == ["the metadata has anchors, and the recipe no loss"]

@@ -51,6 +51,12 @@ def shared_out(weights: Sequence[float], say: Sequence[float]) -> tuple[float, .
     return tuple(out)
 
 
+def reweighed(layer: Layer, weights: Sequence[float]) -> Layer:
+    """The layer with other weights, which the report tells."""
+    layer.record("weights", dict(zip(layer.adapters, weights, strict=True)))
+    return layer.with_weights(weights)
+
+
 @part
 class Sum:
     """sum_k w_k D_k (task arithmetic, Ilharco et al., https://arxiv.org/abs/2212.04089)."""
