@@ -1,5 +1,5 @@
-"""What the reference has to be told about the sources: `@part` makes a dataclass, and `Example:` in
-a docstring is a section with a session.
+"""What the reference has to be told about the sources: `@part` makes a dataclass, `Example:` in a
+docstring is a section with a session, and the package has its `__all__` when it runs.
 """
 
 from __future__ import annotations
@@ -17,6 +17,10 @@ class Parts(griffe.Extension):
         for decorator in cls.decorators:
             if str(decorator.value) == "part":
                 decorator.value = DATACLASS
+
+    def on_module_members(self, *, mod: griffe.Module, **_: Any) -> None:
+        if mod.path == "sapmerge":
+            mod.exports = []  # without any, Griffe looks at none of the modules below
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         if obj.docstring is not None:

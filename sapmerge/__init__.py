@@ -71,6 +71,7 @@ if TYPE_CHECKING:  # for type checkers, editors and the reference: the names of 
     )
     from sapmerge.io.adapter import Adapter as Adapter
     from sapmerge.io.files import Limits as Limits
+    from sapmerge.io.formats.convert import Converted as Converted, convert as convert
     from sapmerge.io.modules import Module as Module, SavedTensor as SavedTensor
     from sapmerge.losses import (
         alignment as alignment,

@@ -14,6 +14,7 @@ _NAMES: Mapping[str, str] = {
     "sapmerge.comparing": "Comparison MethodResult compare",
     "sapmerge.io.adapter": "Adapter",
     "sapmerge.io.files": "Limits",
+    "sapmerge.io.formats.convert": "Converted convert",
     "sapmerge.io.modules": "Module SavedTensor",
     "sapmerge.merging.inspection": "AdapterSummary Inspection LayerSummary inspect",
     "sapmerge.merging.merge": "Merged merge",

@@ -31,6 +31,7 @@ import sapmerge
 from sapmerge import cli
 
 from .anchors.test_loading import clip_processor
+from .io.formats.test_convert import kohya, mlx
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -109,6 +110,8 @@ def downloads(tmp_path_factory: pytest.TempPathFactory) -> Path:
         peft_model.save_pretrained(root / name, save_embedding_layers=False)
     write_base(root / "base")
     write_photos(root / "photos")
+    kohya(root / "style.safetensors")
+    mlx(root / "adapters")
     return root
 
 

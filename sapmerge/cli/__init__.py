@@ -1,11 +1,12 @@
-"""The command line: `sapmerge merge`, `inspect`, `methods`, `compare`, `verify`, `reproduce`,
-`score`, `round`, `demo`.
+"""The command line: `sapmerge merge`, `inspect`, `methods`, `compare`, `convert`, `verify`,
+`reproduce`, `score`, `round`, `demo`.
 
 program.py     what all commands share: the parser, and errors as one line
 merging.py     merge
 looking.py     inspect
 listing.py     methods; catalogue.py reads them as text
 comparing.py   compare
+converting.py  convert
 checking.py    verify, reproduce
 scoring.py     score
 rounds.py      round

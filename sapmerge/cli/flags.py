@@ -10,6 +10,7 @@ __all__ = ["in_flags", "with_negative_numbers"]
 _FIXED = (
     ("overwrite=True", "--overwrite"),
     ("sapmerge.Adapter.load(path, allow_pickle_weights=True)", "--allow-pickle"),
+    ("allow_pickle=True", "--allow-pickle"),
     ("Adapter.from_hub('user/name')", "hf://user/name"),
     ("Use apply_to(model), which is lossless, or a larger rank", "Use a larger rank"),
     ("use Sum()", "use --method task_arithmetic"),

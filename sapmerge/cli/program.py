@@ -10,7 +10,17 @@ import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
-from sapmerge.cli import checking, comparing, listing, looking, merging, rounds, scoring, showing
+from sapmerge.cli import (
+    checking,
+    comparing,
+    converting,
+    listing,
+    looking,
+    merging,
+    rounds,
+    scoring,
+    showing,
+)
 from sapmerge.cli.flags import in_flags, with_negative_numbers
 from sapmerge.errors import SapmergeError, SapmergeWarning, printable
 from sapmerge.version import __version__
@@ -69,7 +79,17 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="sapmerge", description="Merge LoRA adapters.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (merging, looking, listing, comparing, checking, scoring, rounds, showing):
+    for add in (
+        merging,
+        looking,
+        listing,
+        comparing,
+        converting,
+        checking,
+        scoring,
+        rounds,
+        showing,
+    ):
         for command in add.add_to(commands):
             command.add_argument(
                 "--debug", action="store_true", help="show the traceback of an error"

@@ -9,6 +9,7 @@ from sapmerge import losses
 from sapmerge.cli import choices
 from sapmerge.cli.catalogue import catalogue
 from sapmerge.io.engines import ENGINES
+from sapmerge.io.formats.convert import FORMATS
 from sapmerge.merging.spelling import CHOICES
 from sapmerge.methods import anchored
 from sapmerge.named import factory_of, names
@@ -50,4 +51,5 @@ PUBLIC = ("Factors", "Taylor", "MatchNorm", "Mean", "Sum", "Keep")
 def test_choices_are_those_of_the_library() -> None:
     assert set(choices.ENGINES) == set(ENGINES)
     assert choices.SPELLINGS == CHOICES
+    assert choices.FORMATS == FORMATS
     assert set(choices.LOSSES) == set(losses.NAMED)
