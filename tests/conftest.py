@@ -226,6 +226,37 @@ def _outer(layer: sm.Layer, update: sm.Update) -> Tensor:
     return update.dense().double()
 
 
+class QuadraticLoss(LinearLoss):
+    """Anchors whose loss is the sum of |update - target|^2 / 2 over the layers."""
+
+    def __init__(self, layers: Sequence[sm.Layer], targets: Mapping[str, Tensor]) -> None:
+        super().__init__(layers)
+        self.targets = targets
+
+    def loss_of(
+        self, updates: Mapping[str, sm.Update], loss: Callable[..., Tensor] | None = None
+    ) -> float:
+        gaps = [u.dense().double() - self.targets[name] for name, u in sorted(updates.items())]
+        return sum(float(gap.square().sum()) / 2 for gap in gaps)
+
+    def slopes(
+        self,
+        updates: Mapping[str, sm.Update],
+        directions: Mapping[str, Sequence[sm.Update]],
+        loss: Callable[..., Tensor] | None = None,
+    ) -> tuple[float, dict[str, Tensor]]:
+        found = {
+            name: torch.stack(
+                [
+                    ((updates[name].dense() - self.targets[name]) * u.dense()).sum().double()
+                    for u in along
+                ]
+            )
+            for name, along in directions.items()
+        }
+        return self.loss_of(updates), found
+
+
 def _outer_shape(layer: sm.Layer) -> tuple[int, int]:
     """The shape of the weight matrix itself, from the outermost frames that are there."""
     m = next((f.U.shape[0] for f in layer.frames if f.U is not None), layer.shape[0])

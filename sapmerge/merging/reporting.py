@@ -25,6 +25,7 @@ WHOLE = (
     "losses_by_length",
     "coefficients",
     "fit_loss",
+    "search_loss",
     "tuned",
 )
 """What parts record in every layer and may decide once, for whole adapters."""

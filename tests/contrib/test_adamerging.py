@@ -132,6 +132,69 @@ def test_it_learns_whom_to_trust() -> None:
     assert torch.equal(got.dense(), again.dense())
 
 
+def test_directions_reach_the_closed_form() -> None:
+    """The best coefficients of rank-one terms are those of a least squares problem."""
+    (layer,) = make_layers((2, 3), {"l": (7, 6)}, weights=(1.0, 0.5))
+    terms = []
+    for update, weight in zip(layer, layer.weights):
+        U, s, Vh = torch.linalg.svd(update.dense())
+        terms += [weight * s[i] * torch.outer(U[:, i], Vh[i]) for i in range(update.rank)]
+    M = torch.stack([term.flatten() for term in terms], 1)
+    wanted = torch.tensor([0.2, 0.7, 0.5, 0.9, 0.4]).double()
+    noise = torch.randn(42, generator=torch.Generator().manual_seed(0)).double()
+    noise -= M @ torch.linalg.lstsq(M, noise[:, None]).solution[:, 0]
+    target = (M @ wanted + noise).view(7, 6)
+    anchors = conftest.QuadraticLoss([layer], {"l": target})
+    found: dict[str, Any] = {}
+    noting = changed(layer, record=found.__setitem__)
+    got = sm.on_one_layer(sm.tara(lr=0.01, steps=500), noting, anchors)
+    coefficients = [c for row in found["direction_coefficients"].values() for c in row]
+    assert coefficients == pytest.approx(wanted.tolist(), abs=1e-3)
+    assert error(got.dense(), (M @ wanted).view(7, 6)) < 1e-2
+    assert found["fit_loss"][-1] == pytest.approx(float(noise.square().sum()) / 2, rel=1e-3)
+
+
+def test_directions_of_one_rank_are_layers() -> None:
+    """With adapters of rank one, TARA is layer-wise AdaMerging."""
+    layers = make_layers((1, 1, 1), weights=(1.0, 0.5, 0.7))
+    anchors = conftest.LinearLoss(layers)
+    stream = conftest.Anchored(layers, anchors)
+    one, other = (sm.prepare(make(steps=4), stream) for make in (sm.tara, sm.adamerging))
+    for layer in layers:
+        assert error(one(layer).dense(), other(layer).dense()) < 1e-12
+
+
+def test_directions_on_a_model_are_steps_of_adam() -> None:
+    """Slopes of rank-one terms by autograd through the dense weights."""
+    _, layers, model, loader, _ = plain()
+    model.words.padding_idx = None
+    layers.sort(key=lambda layer: layer.name)
+    terms = []
+    for layer in layers:
+        members = []
+        for member in layer.members:
+            if member.absent:
+                continue
+            U, s, Vh = torch.linalg.svd(member.update.dense(), full_matrices=False)
+            members += [
+                sm.Member(sm.LowRank(U[:, i : i + 1] * s[i], Vh[i : i + 1]), "x", member.weight)
+                for i in range(member.update.rank)
+            ]
+        terms.append(layer.with_members(members))
+    width = max(map(len, terms))
+    c = torch.full((len(terms), width), 0.3, dtype=torch.float64).requires_grad_()
+    adam = torch.optim.Adam([c], lr=0.05)
+    for _ in range(3):
+        _, gradient = by_autograd(model, loader, terms, c.detach(), models.plain_loss)
+        c.grad = gradient
+        adam.step()
+        c.data.clamp_(0, 1)
+    prepared = sm.prepare(sm.tara(lr=0.05, steps=3), layers)
+    for row, layer, term in zip(c.detach(), layers, terms):
+        wanted = sum(x * w * u.dense() for x, w, u in zip(row, term.weights, term))
+        assert error(prepared(layer).dense(), wanted) < 1e-8, layer.name
+
+
 def test_in_a_basis_the_coefficients_are_the_same() -> None:
     _, layers, *_ = plain()
     plainly = sm.prepare(sm.adamerging(steps=3), layers)
