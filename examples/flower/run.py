@@ -32,8 +32,9 @@ if __name__ == "__main__":
         "ONE_SHOT_FOLDER": str(target),
         "ONE_SHOT_LEFT_OUT": "outline",
         "ONE_SHOT_NODES": "8",
+        "ONE_SHOT_SEED": "0",
     }
     if not (target / "base").exists():
-        task.make_base(target)
+        task.make_base(target, seed=0)
     if "--base-only" not in sys.argv:
         main(target)

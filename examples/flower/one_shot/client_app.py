@@ -16,10 +16,10 @@ app = ClientApp()
 @app.train()
 def answer(message: Any, context: Any) -> Any:
     folder, left_out = Path(task.setting(context, "folder")), task.setting(context, "left-out")
-    which = int(context.node_config["partition-id"])
+    which, seed = int(context.node_config["partition-id"]), int(task.setting(context, "seed"))
 
     def train(_: Any, config: Any) -> tuple[object, int]:
-        return task.train(folder, which, left_out)
+        return task.train(folder, which, left_out, seed)
 
     return train_app(train, keep=str(folder / f"keep{which}"), client=f"client{which}")(
         message, context
