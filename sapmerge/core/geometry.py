@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from sapmerge.core.linalg import norm
-from sapmerge.core.lowrank import gram, nothing_but_rounding, summed_by_columns
+from sapmerge.core.lowrank import add_by_columns, gram, nothing_but_rounding
 from sapmerge.core.updates import Dense, LowRank, Update
 
 __all__ = [
+    "Crowd",
     "Geometry",
     "SAMPLED_ROWS",
     "geometry",
     "off_diagonal_mean",
-    "of_many",
     "share_opposed",
     "sign_counts",
 ]
@@ -110,34 +110,51 @@ def sign_counts(updates: Sequence[Update], rows: int | None = None) -> tuple[Ten
     return both, opposed
 
 
-def of_many(updates: Sequence[Update], rows: int = SAMPLED_ROWS) -> tuple[float, float]:
-    """The mean cosine of all pairs, and the share of opposite signs over all pairs, of updates so
-    many that their pairs are not looked at: no (K, K) matrix is formed.
+class Crowd:
+    """How the updates of one layer lie to each other, where they are so many that their pairs are
+    not looked at: no (K, K) matrix is formed, and no update is held.
 
-    The cosine from the norm of the sum of the updates, each scaled to norm 1; a zero update has
-    cosine 0. Signs are counted on evenly spaced rows, entry by entry: p positive and q negative
-    ones are p q opposed pairs.
+    Args:
+        shape: (m, n) of the layer.
+        rows: on how many rows, evenly spaced, signs are counted.
     """
-    count, (m, n) = len(updates), updates[0].shape
-    units = [(u, 1 / u.norm()) for u in updates if not nothing_but_rounding(u)]
-    low = [(update, scale) for update, scale in units if isinstance(update, LowRank)]
-    total = summed_by_columns(low, (m, n)) if low else torch.zeros(m, n, dtype=torch.float64)
-    for update, scale in units:
-        if isinstance(update, Dense):
-            total.add_(update.matrix, alpha=scale)
-    cosine = (norm(total) ** 2 - len(units)) / (count * (count - 1))
-    looked_at = min(m, rows)
-    index = torch.tensor([row * m // looked_at for row in range(looked_at)], device=total.device)
-    positive = torch.zeros(looked_at, n, dtype=torch.float64, device=total.device)
-    negative = torch.zeros_like(positive)
-    for update in updates:
-        some = update.rows(index)
-        positive += some > 0
-        negative += some < 0
-    both = positive + negative
-    pairs = float((both * (both - 1) / 2).sum())
-    opposed = float((positive * negative).sum())
-    return max(-1.0, min(1.0, cosine)), opposed / pairs if pairs else 0.0
+
+    def __init__(self, shape: tuple[int, int], rows: int = SAMPLED_ROWS) -> None:
+        looked_at = min(shape[0], rows)
+        self._index = torch.tensor([row * shape[0] // looked_at for row in range(looked_at)])
+        self._count = self._units = 0
+        self._total = torch.zeros(shape, dtype=torch.float64)
+        self._positive = torch.zeros(looked_at, shape[1], dtype=torch.float64)
+        self._negative = torch.zeros_like(self._positive)
+
+    def add(self, updates: Sequence[Update]) -> None:
+        """Look at some of them."""
+        units = [(u, 1 / u.norm()) for u in updates if not nothing_but_rounding(u)]
+        self._count, self._units = self._count + len(updates), self._units + len(units)
+        low = [(update, scale) for update, scale in units if isinstance(update, LowRank)]
+        add_by_columns(self._total, low)
+        for update, scale in units:
+            if isinstance(update, Dense):
+                self._total.add_(update.matrix.cpu(), alpha=scale)
+        for update in updates:
+            some = update.rows(self._index.to(update.device)).cpu()
+            self._positive += some > 0
+            self._negative += some < 0
+
+    def cosine(self) -> float:
+        """The mean over all pairs, from the norm of the sum of the updates, each scaled to norm 1;
+        a zero update has cosine 0.
+        """
+        cosine = (norm(self._total) ** 2 - self._units) / (self._count * (self._count - 1))
+        return max(-1.0, min(1.0, cosine))
+
+    def sign_conflict(self) -> float:
+        """The share of opposite signs over all pairs, counted entry by entry: p positive and q
+        negative ones are p q opposed pairs.
+        """
+        both = self._positive + self._negative
+        pairs = float((both * (both - 1) / 2).sum())
+        return float((self._positive * self._negative).sum()) / pairs if pairs else 0.0
 
 
 def share_opposed(both: Tensor, opposed: Tensor) -> Tensor:

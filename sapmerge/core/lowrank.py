@@ -21,7 +21,7 @@ __all__ = [
     "nothing_but_rounding",
     "rounded_share",
     "size_of",
-    "summed_by_columns",
+    "add_by_columns",
     "truncate",
     "whole_gram",
 ]
@@ -73,22 +73,18 @@ def nothing_but_rounding(update: Update) -> bool:
     return update.norm() <= _ROUNDING * size_of(update)
 
 
-def summed_by_columns(low: Sequence[tuple[LowRank, float]], shape: tuple[int, int]) -> Tensor:
-    """sum of scale * update as a float64 matrix, by so many updates at a time that a product of
-    their factors is worth a call.
+def add_by_columns(total: Tensor, low: Sequence[tuple[LowRank, float]]) -> None:
+    """Add sum of scale * update to a float64 matrix, in place, by so many updates at a time that a
+    product of their factors is worth a call.
     """
-    total = torch.zeros(shape, dtype=torch.float64, device=low[0][0].device)
     some, columns = list[tuple[LowRank, float]](), 0
     for number, (update, scale) in enumerate(low, 1):
         some.append((update, scale))
         columns += update.rank
         if columns >= _ROWS or number == len(low):
-            joined = concatenate(
-                [each.to(dtype=torch.float64) for each, _ in some], [factor for _, factor in some]
-            )
-            total.addmm_(joined.B, joined.A)
+            B = torch.cat([each.B.double() * factor for each, factor in some], 1)
+            total.addmm_(B, torch.cat([each.A for each, _ in some]).double())
             some, columns = [], 0
-    return total
 
 
 def _factor_gram(updates: Sequence[LowRank]) -> Tensor:
@@ -113,12 +109,13 @@ def _factor_gram(updates: Sequence[LowRank]) -> Tensor:
 
 def concatenate(updates: Sequence[LowRank], weights: Sequence[float]) -> LowRank:
     """sum_k weights[k] * updates[k], exactly, as one low-rank update of rank sum_k r_k."""
-    return LowRank(
-        torch.cat(
-            [update.B * weight for update, weight in zip(updates, weights, strict=True)], dim=1
-        ),
-        torch.cat([update.A for update in updates]),
-    )
+    A = torch.cat([update.A for update in updates])
+    B = A.new_empty(updates[0].shape[0], len(A))
+    start = 0
+    for update, weight in zip(updates, weights, strict=True):  # one by one: no second copy of all
+        torch.mul(update.B, weight, out=B[:, start : start + update.rank])
+        start += update.rank
+    return LowRank(B, A)
 
 
 def truncate(update: Update, rank: int | float | str | None, default: int) -> tuple[LowRank, float]:

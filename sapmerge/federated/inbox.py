@@ -31,6 +31,7 @@ from sapmerge.io.atomic import StagedFolder
 from sapmerge.io.uploads import files_of, stage
 from sapmerge.losses import Loss
 from sapmerge.merging.heads import HeadPolicy
+from sapmerge.merging.inputs import sharing
 from sapmerge.merging.merge import Merged, merge
 
 __all__ = ["Inbox"]
@@ -232,8 +233,9 @@ class Inbox:
                 warnings.warn(
                     f"{client!r} is left out of the merge: {why}", SapmergeWarning, stacklevel=2
                 )
+        adapters = sharing(self._folder.load(entry) for entry, _ in entries)
         self._merged = merge(
-            {entry.client: self._folder.load(entry) for entry, _ in entries},
+            {adapter.label: adapter for adapter in adapters},
             anchor_loader,
             model,
             method=method,

@@ -104,8 +104,7 @@ class Adapter:
 
         Raises:
             AdapterFormatError, AdapterConfigError, AdapterSecurityError, LimitExceededError,
-            NonFiniteError: the
-                message names folder, file and tensor or key.
+            NonFiniteError: the message names folder, file and tensor or key.
         """
         if not isinstance(path, (str, bytes, os.PathLike)):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise AdapterFormatError(
@@ -145,8 +144,7 @@ class Adapter:
 
         Args:
             repo_id: "user/name".
-            revision: a commit, tag or branch; a commit is the only one that cannot change under
-                you.
+            revision: a commit, tag or branch; only a commit cannot change under you.
             label: by default the part of `repo_id` after the slash.
             subfolder: of the repository, where the two files are not at its top.
             token: as for `huggingface_hub.hf_hub_download`.
@@ -180,8 +178,7 @@ class Adapter:
                 ) from None
             except EntryNotFoundError:
                 raise AdapterFormatError(
-                    f"the Hub repository {shown(repo_id)} has no {name}; only adapters saved as "
-                    "safetensors are read"
+                    f"the Hub repository {shown(repo_id)} has no {name}; only safetensors are read"
                 ) from None
             except (HfHubHTTPError, HFValidationError) as error:
                 raise AdapterFormatError(
@@ -248,6 +245,11 @@ class Adapter:
         """The same adapter under another label."""
         return replace(self, label=_checked_label(label))
 
+    def sharing(self, other: Adapter) -> Adapter:
+        """The same adapter; where the two agree, with the other's tables, which are held once."""
+        contents = self._contents.sharing(other._contents)
+        return replace(self, modules=MappingProxyType(contents.modules), _contents=contents)
+
     def respelled(
         self, names: Mapping[str, str], cut: Mapping[str, Sequence[Piece]] | None = None
     ) -> Adapter:
@@ -269,9 +271,7 @@ class Adapter:
         )
 
     def with_base(self, base: BaseWeights) -> Adapter:
-        """The same adapter, with the weights of its base at hand:
-        some kinds of updates depend on them.
-        """
+        """The same adapter, with its base's weights at hand: some kinds of updates need them."""
         return replace(self, _base=base)
 
     @pinned_state()

@@ -125,6 +125,16 @@ class Contents:
             )
         return update
 
+    def sharing(self, other: Contents) -> Contents:
+        """The same, with the other's tables where they are equal; see `Adapter.sharing`."""
+        mine, theirs = self.weights, other.weights
+        if mine.entries == theirs.entries and mine.facts.keys() == theirs.facts.keys():
+            mine.entries = theirs.entries
+            mine.facts = {name: mine.facts[name] for name in theirs.facts}
+        tables = ("modules", "readings", "saved", "vectors", "copies", "twice", "tensors")
+        alike = {name for name in tables if getattr(self, name) == getattr(other, name)}
+        return replace(self, **{name: getattr(other, name) for name in alike})
+
     def digest(self) -> str:
         """sha256 of all that decides about the update. Needs `weights.facts`."""
         digest = hashlib.sha256()

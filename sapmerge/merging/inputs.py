@@ -31,6 +31,7 @@ __all__ = [
     "load_adapters",
     "open_base",
     "resolve_weights",
+    "sharing",
     "weights_of",
     "with_base",
 ]
@@ -64,9 +65,9 @@ def load_adapters(
             f"{adapters!r}"
         )
     if isinstance(adapters, Mapping):
-        opened = [_open(adapter, model, str(label)) for label, adapter in adapters.items()]
+        opened = sharing(_open(adapter, model, str(label)) for label, adapter in adapters.items())
     elif isinstance(adapters, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
-        opened = [_open(adapter, model, None) for adapter in adapters]
+        opened = sharing(_open(adapter, model, None) for adapter in adapters)
     else:
         raise MethodError(
             f"merge takes a list of adapters or a mapping label -> adapter; got {shown(adapters)}"
@@ -74,6 +75,16 @@ def load_adapters(
     if not opened:
         raise MethodError("there are no adapters to merge: the list is empty")
     return _uniquely_labelled(opened, weights)
+
+
+def sharing(adapters: Iterable[Adapter]) -> list[Adapter]:
+    """The adapters, with one table of modules for all that have the same: a thousand of them would
+    hold hundreds of megabytes of names and shapes.
+    """
+    found: list[Adapter] = []
+    for adapter in adapters:
+        found.append(adapter.sharing(found[0]) if found else adapter)
+    return found
 
 
 def _open(adapter: Any, model: Any, label: str | None) -> Adapter:

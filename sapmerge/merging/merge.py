@@ -43,6 +43,7 @@ from sapmerge.merging.inputs import (
 )
 from sapmerge.merging.meaning import say_of_inputs, written_base
 from sapmerge.merging.missing import say_what_is_missing
+from sapmerge.merging.needs import check_needs
 from sapmerge.merging.report import LayerReport, Report, findings_of, notes_of
 from sapmerge.merging.reporting import report_of
 from sapmerge.merging.run import Run
@@ -88,8 +89,7 @@ def merge(
             base's weights; the output spells its modules as a loaded model does (without one, as
             the adapters do).
         method: e.g. `ties(density=0.2)`; with anchors `sap()` by default. It may see several layers
-            at the same time, in threads: functions of your own should keep nothing from one layer
-            to the next.
+            at the same time, in threads: functions of your own should keep nothing of a layer.
         weights: one number per adapter, 1 by default; also a mapping label -> number.
         scale: multiplies the merged update.
         rank: None: exact where the result is low-rank, else the largest rank of the inputs. An int
@@ -143,6 +143,7 @@ def merge(
     check_copies(opened, weights_of(folder or model))
     say_what_is_missing(opened, folder or model)
     stream = AdapterLayers.of(opened, numbers, check_device(device))
+    check_needs(method, stream)
     said = say_of_inputs(stream, method)
     if anchor_loader is not None:
         stream = stream.with_anchors(anchor_loader, model, loss, cache)

@@ -14,9 +14,9 @@ from sapmerge.anchors.anchors import Anchors
 from sapmerge.anchors.loading import batch_size
 from sapmerge.core.geometry import (
     SAMPLED_ROWS,
+    Crowd,
     Geometry,
     geometry,
-    of_many,
     off_diagonal_mean,
 )
 from sapmerge.core.layer import Layer
@@ -34,9 +34,12 @@ from sapmerge.losses import loss_name
 __all__ = [
     "AdapterReport",
     "LayerReport",
+    "PAIRED",
     "Report",
     "by_label",
+    "describe",
     "digests_of",
+    "energies_of",
     "findings_of",
     "notes_of",
 ]
@@ -112,35 +115,40 @@ class LayerReport:
         return sum(kept.values()) / len(kept) if kept else None
 
 
-def describe(
-    layer: Layer, merged: Update, stored_rank: int, energy_kept: float, notes: Mapping[str, Any]
-) -> LayerReport:
-    """The report of one layer."""
+def describe(layer: Layer, merged: Update, notes: Mapping[str, Any]) -> LayerReport:
+    """The report of one layer, stored as it is."""
     there = [k for k, present in enumerate(layer.present) if present] or list(range(len(layer)))
     inputs = [layer.updates[k] for k in there]
+    pairs = None
     if len(inputs) > PAIRED:
-        pairs, (cosine, sign_conflict) = None, of_many(inputs)
+        crowd = Crowd(layer.shape)
+        crowd.add(inputs)
+        cosine, sign_conflict = crowd.cosine(), crowd.sign_conflict()
     else:
         pairs = geometry(inputs, SAMPLED_ROWS)
         cosine = off_diagonal_mean(pairs.cosine)
         sign_conflict = off_diagonal_mean(pairs.sign_conflict)
-    norms = {layer.adapters[k]: layer.weights[k] * layer.updates[k].norm() for k in there}
     return LayerReport(
         name=layer.name,
         shape=layer.shape,
         adapters=tuple(
             label for label, there in zip(layer.adapters, layer.present, strict=True) if there
         ),
-        rank=stored_rank,
-        energy_kept=energy_kept,
+        rank=merged.rank,
+        energy_kept=1.0,
         norm=merged.norm(),
         cosine=cosine,
         sign_conflict=sign_conflict,
-        energies=dict.fromkeys(layer.adapters, 0.0)
-        | {label: norm * norm for label, norm in norms.items()},
+        energies=energies_of(layer),
         notes=notes,
         pairs=pairs,
     )
+
+
+def energies_of(layer: Layer) -> dict[str, float]:
+    """Adapter -> (w ||D||)^2; 0 where it lacks the layer."""
+    norms = {m.label: 0.0 if m.absent else m.weight * m.update.norm() for m in layer.members}
+    return {label: norm * norm for label, norm in norms.items()}
 
 
 def describe_pairs(

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -24,6 +24,7 @@ from sapmerge.io.modules import Module
 from sapmerge.losses import loss_name
 from sapmerge.merging.heads import Heads
 from sapmerge.merging.inputs import Base
+from sapmerge.merging.pieces import in_pieces, summed
 from sapmerge.merging.report import LayerReport, describe
 from sapmerge.merging.spelling import Own
 from sapmerge.merging.stream import AdapterLayers, in_order, with_progress
@@ -116,12 +117,22 @@ class Run:
 
         def finished(name: str) -> tuple[str, Update, LayerReport]:
             with pinned_state():
-                layer, update, notes = self.merged(name)
+                merger = None
+                if isinstance(self.rank, int) and not lossless:
+                    merger = in_pieces(self.stream, self.prepared, name)
+                if merger is None:
+                    layer, update, notes = self.merged(name)
+                    row = describe(layer, update, notes)
+                    del layer  # many clients' factors, which the decomposition has no use for
+                else:
+                    update, row = summed(self.stream, merger, name, self.scale)
+                    self._check_finite(name, update)
                 kept, energy = update, 1.0
                 if not lossless:
                     kept, energy = truncate(update, self.rank, default)
+                    kept = kept if merger is None else kept.to(dtype=torch.float32)
                     energy *= rounded_share(kept, self.dtype)
-                return name, kept, describe(layer, update, kept.rank, energy, notes)
+                return name, kept, replace(row, rank=kept.rank, energy_kept=energy)
 
         layers = in_order(finished, self.stream.modules, self.stream.layers_at_once())
         for name, kept, row in with_progress(layers, len(self.stream.modules), self.progress):
@@ -147,8 +158,11 @@ class Run:
                     f"{self.method!r} made an update {update.shape} for layer {name!r} "
                     f"{layer.shape}"
                 )
-            if not math.isfinite(update.norm()):
-                raise NonFiniteError(
-                    f"the merged update of layer {name!r} is NaN or infinite: {self.method!r}"
-                )
+            self._check_finite(name, update)
         return layer, update, notes
+
+    def _check_finite(self, name: str, update: Update) -> None:
+        if not math.isfinite(update.norm()):
+            raise NonFiniteError(
+                f"the merged update of layer {name!r} is NaN or infinite: {self.method!r}"
+            )

@@ -124,14 +124,15 @@ class AdapterLayers:
 
     def layer(self, name: str, record: Callable[[str, object], None] | None = None) -> Layer:
         """One layer; an adapter that lacks it has an absent update."""
-        layer = Layer(
-            name,
-            [
-                Member(self._update(k, name), adapter.label, self.weights[k], adapter.digest)
-                for k, adapter in enumerate(self.adapters)
-            ],
-        )
+        layer = Layer(name, self.members(name, slice(None)))
         return layer if record is None else layer.noting(record)
+
+    def members(self, name: str, some: slice) -> list[Member]:
+        """What some of the adapters have of a layer."""
+        return [
+            Member(self._update(k, name), adapter.label, self.weights[k], adapter.digest)
+            for k, adapter in list(enumerate(self.adapters))[some]
+        ]
 
     def can_be_held(self) -> bool:
         """Whether all updates fit into what `holding` keeps, so that nothing is read twice."""

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sapmerge.core.geometry import geometry, of_many, off_diagonal_mean
+from sapmerge.core.geometry import Crowd, geometry, off_diagonal_mean
 from sapmerge.core.lowrank import concatenate, truncate
 from sapmerge.core.updates import Dense, LowRank, Update
 
@@ -23,7 +23,10 @@ def test_means_over_pairs_without_pairs(kind: str) -> None:
         updates[2] = Dense(updates[2].dense())
     if kind == "with zeros":
         updates[4] = LowRank(torch.zeros(9, 1), torch.ones(1, 7))
-    cosine, conflict = of_many(updates)
+    crowd = Crowd((9, 7))
+    crowd.add(updates[:2])
+    crowd.add(updates[2:])
+    cosine, conflict = crowd.cosine(), crowd.sign_conflict()
     pairs = geometry(updates)
     assert cosine == pytest.approx(off_diagonal_mean(pairs.cosine), abs=1e-9)
     opposed, both = pairs.opposed, pairs.both

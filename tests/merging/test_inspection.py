@@ -241,4 +241,4 @@ def test_names_of_adapters_in_a_live_model() -> None:
 
 def test_energies_beyond_float64_are_infinite() -> None:
     layer = sm.Layer("l", (low_rank((4, 4), 2, 0),), weights=(1e200,))
-    assert describe(layer, layer.updates[0], 2, 1.0, {}).energies == {"adapter0": float("inf")}
+    assert describe(layer, layer.updates[0], {}).energies == {"adapter0": float("inf")}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,8 @@ from sapmerge.parts.mergers.robust import members
 
 __all__ = ["CoordinateMedian", "TrimmedMean"]
 
+_ENTRIES = 1 << 20  # of all members together, that are looked at at a time
+
 
 @part
 class CoordinateMedian:
@@ -23,12 +27,7 @@ class CoordinateMedian:
     """
 
     def __call__(self, layer: Layer) -> Update:
-        stack, weights = _stack(layer)
-        values, order = stack.sort(dim=0)
-        share = (weights / weights.sum())[order].cumsum(0)
-        low = (share < 0.5 - 1e-9).sum(0, keepdim=True)
-        high = (share <= 0.5 + 1e-9).sum(0, keepdim=True).clamp(max=len(stack) - 1)
-        return Dense(((values.gather(0, low) + values.gather(0, high)) / 2)[0])
+        return Dense(torch.cat([_median(*block) for block in _blocks(layer)]))
 
 
 @part
@@ -55,19 +54,36 @@ class TrimmedMean:
             )
 
     def __call__(self, layer: Layer) -> Update:
-        stack, weights = _stack(layer)
-        shares = weights / weights.sum()
-        kept = ~(_lowest(stack, shares, self.trim) | _lowest(-stack, shares, self.trim))
-        layer.record("trimmed", 1.0 - float(kept.double().mean()))
-        mass = (shares[:, None, None] * kept).to(stack.dtype)
-        return Dense((mass * stack).sum(0) / mass.sum(0))
+        means, kept_of_all = list[Tensor](), 0.0
+        for stack, shares in _blocks(layer):
+            kept = ~(_lowest(stack, shares, self.trim) | _lowest(-stack, shares, self.trim))
+            kept_of_all += float(kept.double().mean()) * stack.shape[1] / layer.shape[0]
+            mass = (shares[:, None, None] * kept).to(stack.dtype)
+            means.append((mass * stack).sum(0) / mass.sum(0))
+        layer.record("trimmed", 1.0 - kept_of_all)
+        return Dense(torch.cat(means))
 
 
-def _stack(layer: Layer) -> tuple[Tensor, Tensor]:
-    """The members' updates as (K, m, n), and their positive weights."""
+def _blocks(layer: Layer) -> Iterator[tuple[Tensor, Tensor]]:
+    """Some rows of the members' updates as (K, rows, n), and the members' shares of the weight:
+    of factors no matrix is made.
+    """
     index, signs, weights = members(layer)
-    matrices = [layer.updates[k].dense() * float(signs[place]) for place, k in enumerate(index)]
-    return torch.stack(matrices), weights.to(matrices[0].device)
+    updates = [layer.updates[k] for k in index]
+    shares = (weights / weights.sum()).to(updates[0].device)
+    (m, n), count = layer.shape, len(updates)
+    rows = max(1, _ENTRIES // (count * n))
+    for start in range(0, m, rows):
+        some = torch.arange(start, min(start + rows, m), device=updates[0].device)
+        yield torch.stack([u.rows(some) * float(s) for u, s in zip(updates, signs)]), shares
+
+
+def _median(stack: Tensor, shares: Tensor) -> Tensor:
+    values, order = stack.sort(dim=0)
+    share = shares[order].cumsum(0)
+    low = (share < 0.5 - 1e-9).sum(0, keepdim=True)
+    high = (share <= 0.5 + 1e-9).sum(0, keepdim=True).clamp(max=len(stack) - 1)
+    return ((values.gather(0, low) + values.gather(0, high)) / 2)[0]
 
 
 def _lowest(stack: Tensor, shares: Tensor, trim: float) -> Tensor:

@@ -30,9 +30,13 @@ def total_weight(layer: Layer, advice: str) -> float:
     Raises:
         MethodError: it is zero; `advice` ends the message.
     """
-    total = sum(layer.weights)
-    if abs(total) <= 1e-12 * sum(abs(weight) for weight in layer.weights):
-        raise MethodError(f"the weights {layer.weights} sum to zero, so they have no mean{advice}")
+    return _total(layer.weights, advice)
+
+
+def _total(weights: tuple[float, ...], advice: str) -> float:
+    total = sum(weights)
+    if abs(total) <= 1e-12 * sum(abs(weight) for weight in weights):
+        raise MethodError(f"the weights {weights} sum to zero, so they have no mean{advice}")
     return total
 
 
@@ -62,7 +66,11 @@ class Sum:
     """sum_k w_k D_k (task arithmetic, Ilharco et al., https://arxiv.org/abs/2212.04089)."""
 
     def __call__(self, layer: Layer) -> Update:
-        return weighted_sum(layer, layer.weights)
+        return weighted_sum(layer, self.shares(layer.weights))
+
+    def shares(self, weights: tuple[float, ...]) -> tuple[float, ...]:
+        """What every update is multiplied by in the sum."""
+        return weights
 
 
 @part
@@ -74,8 +82,12 @@ class Mean:
     """
 
     def __call__(self, layer: Layer) -> Update:
-        total = total_weight(layer, "; use Sum()")
-        return weighted_sum(layer, tuple(weight / total for weight in layer.weights))
+        return weighted_sum(layer, self.shares(layer.weights))
+
+    def shares(self, weights: tuple[float, ...]) -> tuple[float, ...]:
+        """What every update is multiplied by in the sum."""
+        total = _total(weights, "; use Sum()")
+        return tuple(weight / total for weight in weights)
 
 
 @part

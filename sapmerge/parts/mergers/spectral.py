@@ -36,7 +36,7 @@ from sapmerge.core.lowrank import size_of
 from sapmerge.core.part import part, prepare
 from sapmerge.core.protocols import LayerStream, Method
 from sapmerge.core.updates import Update, zero_of
-from sapmerge.errors import MethodError
+from sapmerge.errors import LimitExceededError, MethodError
 from sapmerge.parts.mergers.linear import Sum, total_weight
 
 __all__ = ["CART", "Decorrelate", "Isotropic", "IsotropicCommonSpecific"]
@@ -121,14 +121,22 @@ class Decorrelate:
         check_rank("Decorrelate", self.rank)
         check_fraction("Decorrelate's strength", self.strength)
 
-    def __call__(self, layer: Layer) -> Layer:
-        count, room = sum(layer.present), min(layer.shape)
+    def check_count(self, name: str, shape: tuple[int, int], count: int) -> None:
+        """Whether a layer has a direction for each of so many adapters.
+
+        Raises:
+            LimitExceededError: it has not.
+        """
+        room = min(shape)
         if count > max(room, CROWD) and self.rank is None and self.strength == 1:
-            raise MethodError(
-                f"Decorrelate: layer {layer.name!r} {layer.shape} has {room} orthogonal "
-                f"directions, fewer than one for each of {count} adapters; merge groups of at most "
-                f"{room // 2}, or use a method that is a sum (mean, iso_c)"
+            raise LimitExceededError(
+                f"Decorrelate: layer {name!r} {shape} has {room} orthogonal directions, fewer than "
+                f"one for each of {count} adapters; merge groups of at most {room // 2}, or use a "
+                "method that is a sum (mean, iso_c)"
             )
+
+    def __call__(self, layer: Layer) -> Layer:
+        self.check_count(layer.name, layer.shape, sum(layer.present))
         core = cores_of(layer)
         updates: list[Update] = [zero_of(update) for update in layer]
         rank = min(layer.shape) if self.rank is None and self.strength < 1 else self.rank

@@ -1,0 +1,31 @@
+"""What the machine has."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+__all__ = ["memory_of"]
+
+
+def memory_of(device: torch.device) -> int | None:
+    """Bytes of memory, swap included; None where it cannot be told."""
+    if device.type == "cuda":
+        properties: Any = torch.cuda.get_device_properties(device)  # pyright: ignore[reportUnknownMemberType]
+        return int(properties.total_memory)
+    found: list[int] = []
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            sizes = {line.split(":")[0]: int(line.split()[1]) << 10 for line in file}
+        found.append(sizes["MemTotal"] + sizes.get("SwapTotal", 0))
+    except (OSError, KeyError, ValueError):
+        if hasattr(os, "sysconf") and {"SC_PHYS_PAGES", "SC_PAGE_SIZE"} <= os.sysconf_names.keys():
+            found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    try:
+        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as file:
+            found.append(int(file.read()))
+    except (OSError, ValueError):  # no such group, or "max"
+        pass
+    return min(found, default=None)
