@@ -60,14 +60,12 @@ def leave_one_out(blocks: Blocks, rank: int) -> Shared:
     """
     adapters = sorted({k for own in blocks.values() for k in own})
     weights = dict.fromkeys(adapters, 1.0)
-    grams = {name: {k: F @ F.T for k, F in own.items()} for name, own in blocks.items()}
     bases: dict[str, Tensor] = {}
     for _ in range(_ITERATIONS):
         squares, counts = dict.fromkeys(adapters, 0.0), dict.fromkeys(adapters, 0)
-        for name, own in grams.items():
-            U = bases[name] = _top(sum_of(own, weights), rank)
-            for k in own:
-                F = blocks[name][k]
+        for name, own in blocks.items():
+            U = bases[name] = _top(own, weights, rank)
+            for k, F in own.items():
                 squares[k] += norm(F - U @ (U.T @ F)) ** 2
                 counts[k] += 1
         new = {k: 1 / max(math.sqrt(squares[k] / counts[k]), _NEAREST) for k in adapters}
@@ -75,32 +73,27 @@ def leave_one_out(blocks: Blocks, rank: int) -> Shared:
         weights = new
         if settled:
             break
-    score = {k: _z(k, blocks, grams, weights, rank) for k in adapters}
+    score = {k: _z(k, blocks, weights, rank) for k in adapters}
     return Shared(bases, score, _energies(blocks, bases))
 
 
-def sum_of(
-    grams: Mapping[int, Tensor], weights: Mapping[int, float], without: int | None = None
-) -> Tensor:
-    """sum_k w_k G_k."""
-    total = torch.zeros_like(next(iter(grams.values())))
-    for k, gram in grams.items():
-        if k != without:
-            total.add_(gram, alpha=weights[k])
-    return total
+def _top(own: Mapping[int, Tensor], weights: Mapping[int, float], rank: int) -> Tensor:
+    """The `rank` largest eigenvectors of sum_k w_k F_k F_k^T, from the factors side by side where
+    they have fewer columns than rows: no (m, m) matrix is formed then.
+    """
+    G = torch.cat([F * math.sqrt(weights[k]) for k, F in own.items()], 1)
+    if rank <= G.shape[1] < len(G):
+        return svd(G)[0][:, :rank]
+    return torch.linalg.eigh(G @ G.T).eigenvectors[:, -rank:]  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
 
 
-def _top(symmetric: Tensor, rank: int) -> Tensor:
-    return torch.linalg.eigh(symmetric).eigenvectors[:, -rank:]  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
-
-
-def _z(k: int, blocks: Blocks, grams: Blocks, weights: Mapping[int, float], rank: int) -> float:
+def _z(k: int, blocks: Blocks, weights: Mapping[int, float], rank: int) -> float:
     inside = mean = variance = 0.0
-    for name, own in blocks.items():
+    for own in blocks.values():
         if k not in own or len(own) < 2:
             continue
         m, r = own[k].shape[0], min(rank, own[k].shape[0])
-        U = _top(sum_of(grams[name], weights, k), r)
+        U = _top({other: F for other, F in own.items() if other != k}, weights, r)
         inside += norm(U.T @ own[k]) ** 2
         effective = sum(norm(F) ** 4 / norm(F.T @ F) ** 2 for F in own.values()) / len(own)
         mean += r / m

@@ -13,8 +13,8 @@ __all__ = ["memory_of"]
 def memory_of(device: torch.device) -> int | None:
     """Bytes of memory, swap included; None where it cannot be told."""
     if device.type == "cuda":
-        properties: Any = torch.cuda.get_device_properties(device)  # pyright: ignore[reportUnknownMemberType]
-        return int(properties.total_memory)
+        cuda: Any = torch.cuda
+        return int(cuda.get_device_properties(device).total_memory)
     found: list[int] = []
     try:
         with open("/proc/meminfo", encoding="ascii") as file:

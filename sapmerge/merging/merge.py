@@ -103,8 +103,7 @@ def merge(
         progress: False: no progress bar. None: one if stderr is a terminal.
         cache: a folder of your own for the anchors' statistics: a merge that was killed goes on
             where it was, and one that differs in the density alone needs no pass at all.
-        cache_only: run no model: an error says what the cache lacks. `sapmerge.federated.score`
-            fills it, on several machines if need be.
+        cache_only: run no model: an error says what the cache lacks (`federated.score` fills it).
 
     Returns:
         A lazy `Merged`: nothing is merged before it is saved, applied, added or reported.

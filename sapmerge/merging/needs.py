@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from types import MappingProxyType
-from typing import cast
+from typing import TypeGuard, cast
 
 from sapmerge.core.part import parts
 from sapmerge.core.protocols import Method
@@ -18,6 +18,7 @@ from sapmerge.io.machine import memory_of
 from sapmerge.merging.pieces import in_pieces
 from sapmerge.merging.stream import AdapterLayers
 from sapmerge.parts.bases import CoreSpace, SharedBasis
+from sapmerge.parts.contaminated import FlagContaminated
 from sapmerge.parts.mergers.cover_space import InCoverSpace
 from sapmerge.parts.mergers.spectral import CART, Decorrelate, IsotropicCommonSpecific
 from sapmerge.parts.prune import Prune
@@ -74,6 +75,13 @@ def check_needs(method: Method, stream: AdapterLayers) -> None:
     inside = any(isinstance(one, In) for one in found)
     apart = [one for one in found if isinstance(one, Decorrelate) and not inside]
     core = any(isinstance(one, _CORE) for one in found)  # its sides are at most the sum of ranks
+    sides = {0 if one.side == "left" else 1 for one in found if _shares(one)}
+    blocks = sum(  # of all layers at the same time
+        8 * module.shape[side] * module.rank
+        for side in sides
+        for adapter in stream.adapters
+        for module in adapter.modules.values()
+    )
     for name, module in stream.modules.items():
         ranks = [a.modules[name].rank for a in stream.adapters if name in a.modules]
         for one in apart:
@@ -82,10 +90,11 @@ def check_needs(method: Method, stream: AdapterLayers) -> None:
         total = sum(ranks)
         matrix = 4 * (min(m, total) * min(n, total) if core else m * n)
         factors = 0 if in_pieces(stream, method, name) else 4 * (m + n) * total
-        need = factors + held * matrix * len(ranks)
+        need = factors + held * matrix * len(ranks) + blocks
         if room is not None and need > room:
             each = math.ceil(need / len(ranks))
             what = f"{held} matrices" if held else "the factors"
+            what += ", and one factor of all layers," if blocks else ""
             raise LimitExceededError(
                 f"{_name(method)} would need {_size(need)} for {len(ranks)} adapters, and "
                 f"{_size(room)} are there: of layer {name!r} {module.shape} it holds {what} of "
@@ -93,6 +102,10 @@ def check_needs(method: Method, stream: AdapterLayers) -> None:
                 "and then their results, or use what takes a few adapters or rows at a time: "
                 "mean() with rank=..., coordinate_median(), trimmed_mean()"
             )
+
+
+def _shares(one: object) -> TypeGuard[FlagContaminated]:
+    return isinstance(one, FlagContaminated) and "shared" in one.tests
 
 
 def _size(count: int) -> str:

@@ -22,7 +22,7 @@ from sapmerge.merging import needs
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore::sapmerge.errors.SapmergeWarning")
 HELD = ["ties", "dare", "consensus_ta", "sce", "knots", "core_space", "cart", "dc_merge", "iso_cts"]
-NOT_HELD = ["mean", "coordinate_median", "trimmed_mean", "iso_c"]
+NOT_HELD = ["mean", "coordinate_median", "trimmed_mean", "iso_c", "clair"]
 RULES = {"MatchEnergy": "MatchEnergy(Chain(Mean()))", "ClipNorms": "ClipNorms(mean())"}
 RULES |= {"WeighByAgreement": "WeighByAgreement(mean())"}
 
@@ -66,6 +66,16 @@ def test_too_many_for_the_memory_are_refused_by_name() -> None:
     sm.merge(adapters(2_500_000 // each), method=sm.ties())
     with pytest.raises(sm.LimitExceededError):
         sm.merge(adapters(2_500_000 // each + 1), method=sm.ties())
+
+
+def test_clair_holds_a_factor_of_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    some, need = adapters(50), 50 * 2 * (8 * SHAPE[0] + 4 * sum(SHAPE))
+    monkeypatch.setattr(needs, "memory_of", lambda _: need)
+    sm.merge(some, method=sm.clair())
+    monkeypatch.setattr(needs, "memory_of", lambda _: need - 1)
+    with pytest.raises(sm.LimitExceededError, match="one factor of all layers"):
+        sm.merge(some, method=sm.clair())
+    sm.merge(some, method=sm.FlagContaminated(sm.mean(), tests=("norm",)))
 
 
 @pytest.mark.usefixtures("small_machine")
