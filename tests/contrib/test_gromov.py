@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import sapmerge as sm
 from sapmerge.contrib import gromov
 from tests.anchors import models
+from tests.conftest import low_rank
 
 pytest.importorskip("ot", reason="the extra gromov (POT) is not installed")
 
@@ -203,6 +204,96 @@ def test_two_clips_whose_neurons_are_permuted() -> None:
     for name, update in wanted.items():
         torch.testing.assert_close(found[name].dense(), update.dense(), atol=1e-6, rtol=1e-5)
         assert not torch.allclose(unaligned[name].dense(), update.dense(), atol=1e-4)
+
+
+LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def tiny_llama(keys: int = 2) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        **models.TEXT, max_position_embeddings=32, pad_token_id=0, num_key_value_heads=keys
+    )
+    return models.louder(LlamaForCausalLM(config).eval())
+
+
+def test_two_llamas_whose_neurons_are_permuted() -> None:
+    """Rotary positions: queries and keys stay, streams, MLPs and values are found."""
+    generator, base = torch.Generator().manual_seed(4), tiny_llama()
+    other, places = copy.deepcopy(base), dict[str, tuple[Tensor, Tensor]]()
+    stream = torch.randperm(16, generator=generator)
+    for block in range(2):
+        prefix = f"model.layers.{block}"
+        hidden = torch.randperm(24, generator=generator)
+        values = torch.cat([8 * k + torch.randperm(8, generator=generator) for k in range(2)])
+        for leaf in LLAMA:
+            where = "mlp" if leaf in LLAMA[4:] else "self_attn"
+            inner = torch.arange(16) if leaf in LLAMA[:2] else values
+            inner = hidden if where == "mlp" else inner
+            sides = (inner, stream) if leaf not in ("o_proj", "down_proj") else (stream, inner)
+            places[f"{prefix}.{where}.{leaf}"] = sides
+    with torch.no_grad():
+        for name, tensor in other.named_parameters():
+            rows, columns = places.get(name.rpartition(".")[0], (None, stream))
+            moved = tensor[..., columns]
+            tensor.copy_(moved if rows is None else moved[rows])
+    batch = {"input_ids": torch.tensor([[1, 5, 9, 7]])}
+    with torch.no_grad():
+        torch.testing.assert_close(
+            other(**batch).logits, base(**batch).logits, atol=1e-4, rtol=1e-4
+        )
+    adapter = models.adapters(base, [list(LLAMA)])[0][0]
+    with pytest.raises(sm.MethodError, match=r"feeds rotary positions .*rotary=True"):
+        gromov.GromovAlign.between(base, other, adapter.modules, gromov.transformer(2))
+    wiring = gromov.transformer(2, rotary=True)
+    align = gromov.GromovAlign.between(base, other, adapter.modules, wiring)
+    for name, update in ((name, adapter.update(name)) for name in adapter.modules):
+        rows, columns = places[name]
+        foreign = sm.Dense(update.dense()[rows][:, columns])
+        torch.testing.assert_close(align.update(name, foreign).dense(), update.dense())
+
+
+def test_grouped_keys_are_refused_by_name() -> None:
+    base = tiny_llama(keys=1)
+    adapter = models.adapters(base, [["q_proj", "o_proj"]])[0][0]
+    wiring = gromov.transformer(2, rotary=True)
+    message = r"layers\.0\.self_attn' has grouped keys \(8 rows for 16"
+    with pytest.raises(sm.MethodError, match=message):
+        gromov.GromovAlign.between(base, base, adapter.modules, wiring)
+    mlp = models.adapters(base, [["up_proj", "down_proj"]])[0][0]
+    align = gromov.GromovAlign.between(base, base, mlp.modules, gromov.transformer(2))
+    assert align.kept(mlp) == pytest.approx(1)
+
+
+def test_a_wiring_that_does_not_fit() -> None:
+    base = models.clip()
+    adapter = models.adapters(base, [["fc1"]])[0][0]
+    with pytest.raises(sm.MethodError, match="the wiring does not fit"):
+        gromov.GromovAlign.between(
+            base, base, adapter.modules, lambda _: (gromov.Space("all"), gromov.Space("all"))
+        )
+
+
+def test_laws() -> None:
+    """What `tests/methods/test_laws.py` asks of methods without extras; the order of adapters
+    counts here: the first one is the reference.
+    """
+    D, E = (low_rank((9, 8), rank, rank).dense() for rank in (3, 2))
+    for method in (gromov.dgsm_tefm(), gromov.dgsm_tefm(average=True), gromov.dgsm_tefm(rank=2)):
+        whole = method(layer(D, E)).dense()
+        for factor in (-1.0, 1e3, 1e-3):
+            scaled = method(layer(factor * D, factor * E)).dense()
+            torch.testing.assert_close(scaled, factor * whole, atol=1e-9 * abs(factor), rtol=1e-7)
+        torch.testing.assert_close(method(layer(D)).dense(), D)
+        members = sm.Layer("l", [sm.Dense(D), sm.Dense(E), sm.Dense(D)], weights=(1.0, 1.0, 0.0))
+        torch.testing.assert_close(method(members).dense(), whole)
+        left = torch.randn(3, 3, dtype=torch.float64) + 3 * torch.eye(3)
+        first = low_rank((9, 8), 3, 3)
+        split = sm.LowRank(first.B @ left, torch.linalg.solve(left, first.A))
+        mixed = sm.Layer("l", [split, sm.Dense(E)])
+        torch.testing.assert_close(method(mixed).dense(), whole)
 
 
 def same(one: str, other: str) -> bool:

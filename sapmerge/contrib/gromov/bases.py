@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sapmerge.contrib.gromov.plans import gromov_plan, neuron_distances
 from sapmerge.core.updates import Dense, LowRank, Update
 from sapmerge.errors import MethodError
 from sapmerge.io.adapter import Adapter
 from sapmerge.io.modules import Module
-from sapmerge.models import ModelWeights
+from sapmerge.models import ModelWeights, find_modules
 
 __all__ = ["GromovAlign", "Space", "Wiring", "transformer"]
 
@@ -28,10 +28,12 @@ class Space:
     Args:
         name: of the stream; layers that share it are aligned by one plan.
         groups: equal parts, as heads, whose neurons stay within them.
+        kept: coordinates that correspond already, and stay as they are.
     """
 
     name: str
     groups: int = 1
+    kept: bool = False
 
 
 Wiring: TypeAlias = Callable[[str], tuple[Space, Space]]
@@ -49,20 +51,22 @@ _LEAVES = {
     "fc2": ("stream", "hidden"),
     "down_proj": ("stream", "hidden"),
 }
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj")
 _BLOCK = re.compile(r"(?P<tower>.*?)(?:layers|blocks|h)\.(?P<block>\d+)\.(?:.*\.)?(?P<leaf>\w+)")
 
 
-def transformer(heads: int | Mapping[str, int]) -> Wiring:
+def transformer(heads: int | Mapping[str, int], rotary: bool = False) -> Wiring:
     """How a transformer's linear layers hang together.
 
     All layers that write into the residual stream of a tower, and all that read it, share one plan;
     so do q and k of a block, v and o, and both sides of its MLP. Queries and values are matched
-    within their heads, which keep their order. Grouped keys, and rotary positions, whose pairs of
-    coordinates must stay together, are not covered.
+    within their heads, which keep their order. Grouped keys are not covered, and refused.
 
     Args:
         heads: how many, or part of a module's name -> how many, e.g.
             {"vision_model": 12, "text_model": 8}.
+        rotary: queries and keys keep their coordinates: rotary positions turn them in pairs of
+            fixed frequencies, and another order would be another function.
 
     Example:
         >>> from sapmerge.contrib import gromov
@@ -84,7 +88,9 @@ def transformer(heads: int | Mapping[str, int]) -> Wiring:
             if kind == "stream":
                 return Space(f"{match['tower']}stream")
             return Space(
-                f"{match['tower']}{match['block']}.{kind}", 1 if kind == "hidden" else counts[0]
+                f"{match['tower']}{match['block']}.{kind}",
+                1 if kind == "hidden" else counts[0],
+                rotary and kind == "queries",
             )
 
         outputs, inputs = _LEAVES[match["leaf"]]
@@ -129,23 +135,38 @@ class GromovAlign:
             wiring: as `transformer(heads)`.
 
         Raises:
-            MethodError: a layer that the wiring does not know, or that is not linear.
+            MethodError: a layer that the wiring does not know, or that is not linear; grouped keys;
+                rotary positions, without a wiring that keeps queries and keys.
             ModelMismatchError: a base lacks a module.
             SapmergeError: POT is not installed.
         """
         odd = [name for name, module in modules.items() if module.kind != "linear"]
         if odd:
             raise MethodError(f"only linear layers can be aligned; {odd[0]!r} is none")
+        for base in (base_a, base_b):
+            _check_attention(base, modules, wiring)
         sums: dict[str, tuple[Space, list[Tensor]]] = {}
         weights = [ModelWeights(base, modules) for base in (base_a, base_b)]
         for name, module in modules.items():
             pair = [each.matrix(module) for each in weights]
             for space, turned in zip(wiring(name), (False, True), strict=True):
+                if space.kept:
+                    size = pair[0].shape[turned]
+                    sums[space.name] = (space, [torch.eye(size, dtype=torch.float64)])
+                    continue
                 found = [neuron_distances(w.T if turned else w) for w in pair]
                 kept = sums.setdefault(space.name, (space, [torch.zeros_like(f) for f in found]))[1]
                 for total, each in zip(kept, found, strict=True):
+                    if total.shape != each.shape:
+                        raise MethodError(
+                            f"{name!r} has {len(each)} neurons in {space.name!r}, where another "
+                            f"layer has {len(total)}: the wiring does not fit"
+                        )
                     total += each
-        plans = {name: _grouped(space, *pair) for name, (space, pair) in sums.items()}
+        plans = {
+            name: (found[0], 0.0) if space.kept else _grouped(space, *found)
+            for name, (space, found) in sums.items()
+        }
         return cls(
             {name: transport for name, (transport, _) in plans.items()},
             {name: distance for name, (_, distance) in plans.items()},
@@ -200,6 +221,29 @@ class GromovAlign:
             for name, update in ((name, adapter.update(name)) for name in adapter.modules)
         ]
         return math.sqrt(sum(a**2 for a, _ in sizes) / sum(b**2 for _, b in sizes))
+
+
+def _check_attention(base: Any, modules: Mapping[str, Module], wiring: Wiring) -> None:
+    """Refuse attention whose coordinates are bound in ways that no plan of a space respects."""
+    found = find_modules(base, modules)
+    owners: dict[str, nn.Module] = dict(base.named_modules())
+    names = {id(module): name for name, module in owners.items()}
+    rotary = [name for name, module in owners.items() if "Rotary" in type(module).__name__]
+    for name, module in found.items():
+        parent, _, leaf = names.get(id(module), "").rpartition(".")
+        pair = [owners.get(f"{parent}.{one}") for one in ("q_proj", "k_proj")]
+        rows = [len(one.weight) for one in pair if isinstance(one, nn.Linear)]
+        if leaf in _ATTENTION and len(set(rows)) > 1:
+            raise MethodError(
+                f"{parent!r} has grouped keys ({rows[1]} rows for {rows[0]} of its queries), which "
+                "cannot be aligned; leave its layers out of the adapters"
+            )
+        turned = next((r for r in rotary if parent.startswith(r.rpartition(".")[0])), None)
+        if leaf in ("q_proj", "k_proj") and turned is not None and not wiring(name)[0].kept:
+            raise MethodError(
+                f"{names[id(module)]!r} feeds rotary positions ({turned!r}), which bind its "
+                "coordinates in pairs: keep them, gromov.transformer(heads, rotary=True)"
+            )
 
 
 def _grouped(space: Space, one: Tensor, other: Tensor) -> tuple[Tensor, float]:
