@@ -71,8 +71,8 @@ def transformer(heads: int | Mapping[str, int], rotary: bool = False) -> Wiring:
     Example:
         >>> from sapmerge.contrib import gromov
         >>> outputs, inputs = gromov.transformer(heads=4)("text.layers.0.self_attn.v_proj")
-        >>> outputs, inputs.name
-        (Space(name='text.0.values', groups=4), 'text.stream')
+        >>> outputs.name, outputs.groups, inputs.name
+        ('text.0.values', 4, 'text.stream')
     """
 
     def wiring(name: str) -> tuple[Space, Space]:
