@@ -422,7 +422,7 @@ def _hostile(
 
 
 def test_200_hostile_uploads_and_none_gets_in(tmp_path: Path) -> None:
-    """And no good one is lost among them."""
+    """And no good one is lost among them, nor replaced by what claims its name."""
     chance, box = random.Random(0), inbox(tmp_path)
     config, state = pair(3)
     good = uploads(tmp_path, 4)
@@ -430,6 +430,7 @@ def test_200_hostile_uploads_and_none_gets_in(tmp_path: Path) -> None:
         if number % 50 == 25:
             assert box.add(good[number // 50], good[number // 50].name)
         upload, client, samples = _hostile(chance, config, state)
+        client = good[number % 4].name if client == "c" and number % 3 == 0 else client
         outcome = box.add(upload, client, samples)
         assert not outcome, (number, outcome)
         assert outcome.reason
@@ -442,6 +443,11 @@ def test_200_hostile_uploads_and_none_gets_in(tmp_path: Path) -> None:
     ]
     assert len(dict(box.merge(method=sm.mean()).updates())) == 3
     assert box.report.refused
+    (tmp_path / "clean").mkdir()
+    clean = inbox(tmp_path / "clean")
+    for folder in good:
+        assert clean.add(folder, folder.name)
+    assert merged_bytes(box, tmp_path / "out") == merged_bytes(clean, tmp_path / "clean" / "out")
 
 
 def test_a_zip_bomb_is_refused(tmp_path: Path) -> None:
