@@ -23,7 +23,9 @@ if TYPE_CHECKING:  # for type checkers, editors and the reference: the names of 
     from sapmerge.comparing import (
         Comparison as Comparison,
         MethodResult as MethodResult,
+        SearchResult as SearchResult,
         compare as compare,
+        search as search,
     )
     from sapmerge.contrib import *
     from sapmerge.core.frames import Frames as Frames

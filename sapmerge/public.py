@@ -11,7 +11,7 @@ __all__ = ["HOMES", "METHODS", "MODULES"]
 
 _NAMES: Mapping[str, str] = {
     # a merge: adapters in, one adapter out
-    "sapmerge.comparing": "Comparison MethodResult compare",
+    "sapmerge.comparing": "Comparison MethodResult SearchResult compare search",
     "sapmerge.io.adapter": "Adapter",
     "sapmerge.io.files": "Limits",
     "sapmerge.io.formats.convert": "Converted convert",

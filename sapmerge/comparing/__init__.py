@@ -1,6 +1,8 @@
 """Methods compared on a metric of one's own.
 
-compare.py   every method merged, applied, evaluated; the model as it was after each
+compare.py   every method of a list
+search.py    parameters of methods, by Optuna (extra `search`)
+bench.py     one method merged, applied, evaluated; the model as it was after each
 metric.py    what a metric returns, read as a number with an interval where it tells
 table.py     the leaderboard: what is better, and what cannot be told apart
 kept.py      results of an earlier run, kept in a folder
@@ -8,6 +10,7 @@ plot.py      the leaderboard as a picture (extra `plot`)
 """
 
 from sapmerge.comparing.compare import compare
+from sapmerge.comparing.search import SearchResult, search
 from sapmerge.comparing.table import Comparison, MethodResult
 
-__all__ = ["Comparison", "MethodResult", "compare"]
+__all__ = ["Comparison", "MethodResult", "SearchResult", "compare", "search"]

@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
-import time
-import warnings
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any, TypeAlias, cast
 
 import torch
-from torch import nn
 
-from sapmerge.anchors.digest import digest
+from sapmerge.comparing.bench import Bench, check_bench, statistics_in
 from sapmerge.comparing.kept import KeptResults
-from sapmerge.comparing.metric import Score, read_scores
 from sapmerge.comparing.table import BASE, Comparison, MethodResult
 from sapmerge.core.part import recipe
 from sapmerge.core.protocols import Method
-from sapmerge.errors import AnchorError, MethodError, SapmergeError, SapmergeWarning
+from sapmerge.errors import MethodError
 from sapmerge.losses import Loss
 from sapmerge.merging.calling import check_method
 from sapmerge.merging.inputs import Adapters, as_given, load_adapters
-from sapmerge.merging.merge import Merged, merge
 from sapmerge.named import method_named
 from sapmerge.parts.scaling import MatchEnergy
 
@@ -95,10 +89,7 @@ def compare(
         ... # doctest: +SKIP
         >>> print(table)  # doctest: +SKIP
     """
-    if not hasattr(model, "named_modules"):
-        raise MethodError("compare needs the loaded base model: model=...")
-    if not callable(evaluate):
-        raise MethodError(f"evaluate is a function of the model; got a {type(evaluate).__name__}")
+    check_bench(model, evaluate, "compare")
     plan = _plan(methods, matched, lambda one: check_method(one, anchor_loader, model))
     numbers = as_given(weights)
     opened = load_adapters(adapters, model, numbers)
@@ -115,17 +106,12 @@ def compare(
     kept = KeptResults(folder, settings, model, evaluate)
     results = list[MethodResult]()
     with ExitStack() as stack:
-        cache = _cache(folder, anchor_loader, loss, stack)
-
-        def merged(method: Method) -> Merged:
-            return _quietly_merged(
-                opened, anchor_loader, model, method=method, cache=cache, progress=False, **call
-            )
-
+        cache = statistics_in(folder, anchor_loader, loss, stack)
+        bench = Bench(opened, anchor_loader, model, evaluate, call, cache)
         for name, length, method in _with_bar(plan, progress):
             found = kept.get(method, name, length)
             if found is None:
-                found = _result(name, length, method, merged, model, evaluate)
+                found = bench.result(name, length, method)
                 if not found.problem:
                     kept.put(method, found)
             results.append(found)
@@ -156,77 +142,6 @@ def _plan(methods: object, matched: bool, checked: Callable[[Any], Method]) -> l
         if matched and not isinstance(method, MatchEnergy):
             plan.append((name, "matched", MatchEnergy(method)))
     return plan
-
-
-def _result(
-    name: str,
-    length: str,
-    method: Method | None,
-    merged: Callable[[Method], Merged],
-    model: nn.Module,
-    evaluate: Callable[[Any], Any],
-) -> MethodResult:
-    start, norm, entered = time.perf_counter(), 0.0, False
-    text = "" if method is None else recipe(method)
-    with _as_it_was(model):
-        try:
-            if method is None:
-                scores = _evaluated(model, evaluate)
-            else:
-                with merged(method).applied(model) as report:
-                    entered = True
-                    norm = sum(layer.norm**2 for layer in report.layers) ** 0.5
-                    scores = _evaluated(model, evaluate)
-        except SapmergeError as error:
-            if method is None or entered:
-                raise
-            return MethodResult(name, length, text, problem=str(error))
-    return MethodResult(name, length, text, scores, norm, time.perf_counter() - start)
-
-
-def _evaluated(model: nn.Module, evaluate: Callable[[Any], Any]) -> dict[str, Score]:
-    model.eval()
-    with torch.no_grad():
-        return read_scores(evaluate(model))
-
-
-@contextmanager
-def _as_it_was(model: nn.Module) -> Generator[None]:
-    """Buffers and training modes are put back: a metric may change them."""
-    modes = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
-
-
-def _quietly_merged(*arguments: Any, **options: Any) -> Merged:
-    """Without the warning that a method reads no anchors: others of the comparison do."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "the anchors were not used", SapmergeWarning)
-        return merge(*arguments, **options)
-
-
-def _cache(
-    folder: str | os.PathLike[str] | None, loader: Any, loss: Loss | None, stack: ExitStack
-) -> str | None:
-    """Where statistics over the anchors are kept for the methods to come: in the folder, or a
-    temporary one. None without anchors, or with anchors that cannot be told by their content.
-    """
-    if loader is None:
-        return None
-    if folder is not None:
-        return os.path.join(os.fspath(folder), "statistics")
-    try:
-        digest([list(loader), loss])
-    except AnchorError:
-        return None
-    return stack.enter_context(tempfile.TemporaryDirectory(prefix="sapmerge-"))
 
 
 def _with_bar(plan: Sequence[_Planned], progress: bool | None) -> Iterator[_Planned]:
