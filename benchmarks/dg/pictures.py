@@ -32,12 +32,12 @@ REFERENCES = (
 
 
 def draw(source: Path, target: Path) -> None:
-    """One panel per setting, task and regime."""
+    """One panel per setting, task and regime; two in a row, to be read at the width of a page."""
     tables = json.loads(source.read_text(encoding="utf-8"))
-    height = 1 + 0.19 * max(len(_best(table)) for table in tables.values())
-    rows, columns = -(-len(tables) // 4), min(4, len(tables))
+    height = 1 + 0.24 * max(len(_best(table)) for table in tables.values())
+    rows, columns = -(-len(tables) // 2), min(2, len(tables))
     figure, axes = pyplot.subplots(
-        rows, columns, figsize=(3.6 * columns, height * rows), squeeze=False
+        rows, columns, figsize=(4.4 * columns, height * rows), squeeze=False
     )
     for axis in axes.flat[len(tables) :]:
         axis.axis("off")
@@ -45,15 +45,20 @@ def draw(source: Path, target: Path) -> None:
         lines = sorted(_best(table).items(), key=lambda line: line[1][0])
         for place, (name, (centre, width)) in enumerate(lines):
             colour = OURS if name.startswith("sap") else OTHER
-            axis.errorbar(centre, place, xerr=width, fmt="o", ms=3, lw=1, color=colour)
-        axis.set_yticks(range(len(lines)), [name for name, _ in lines], fontsize=6)
-        axis.axvline(0, color="grey", lw=0.8)
-        axis.set_title(title, fontsize=8)
-        axis.set_xlabel("points over the energy-matched mean", fontsize=7)
-        axis.tick_params(axis="x", labelsize=7)
+            axis.errorbar(centre, place, xerr=width, fmt="o", ms=4.5, lw=1.6, color=colour)
+        axis.set_yticks(range(len(lines)), [_short(name) for name, _ in lines], fontsize=10)
+        axis.axvline(0, color="grey", lw=1)
+        axis.set_title(title, fontsize=11.5)
+        axis.set_xlabel("points over the matched mean", fontsize=10)
+        axis.tick_params(axis="x", labelsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=130)
+
+
+def _short(name: str) -> str:
+    return name.replace("mean weighed by", "mean by").replace("_", " ")
 
 
 def _best(table: Mapping[str, Mapping[str, float]]) -> dict[str, tuple[float, float]]:
