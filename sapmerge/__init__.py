@@ -161,7 +161,7 @@ if TYPE_CHECKING:  # for type checkers, editors and the reference: the names of 
     from sapmerge.parts.scorers import (
         SNIP as SNIP,
         Activation as Activation,
-        Fisher as Fisher,
+        SecondOrder as SecondOrder,
         Magnitude as Magnitude,
         PerSampleTaylor as PerSampleTaylor,
         Random as Random,

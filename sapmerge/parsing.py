@@ -44,10 +44,10 @@ from sapmerge.parts.scaling import MatchEnergy, ScaleByAnchors, ScaleByDepth
 from sapmerge.parts.scorers import (
     SNIP,
     Activation,
-    Fisher,
     Magnitude,
     PerSampleTaylor,
     Random,
+    SecondOrder,
     SignedTaylor,
     Taylor,
 )
@@ -91,7 +91,7 @@ CALLABLE: Mapping[str, Callable[..., Any]] = {
         FactorMean,
         FactorSum,
         Factors,
-        Fisher,
+        SecondOrder,
         FisherMean,
         FlagContaminated,
         Flip,

@@ -50,7 +50,7 @@ _NAMES: Mapping[str, str] = {
     "sapmerge.parts.rescalers": "Divide Keep MatchNorm",
     "sapmerge.parts.scaling": "MatchEnergy ScaleByAnchors ScaleByDepth",
     "sapmerge.parts.scorers": (
-        "Activation Fisher Magnitude PerSampleTaylor Random SNIP SignedTaylor Taylor"
+        "Activation Magnitude PerSampleTaylor Random SNIP SecondOrder SignedTaylor Taylor"
     ),
     "sapmerge.parts.transforms": "Consensus ElectSign RoundOff Select SmoothSpectrum WeighByEnergy",
     "sapmerge.parts.tuning": "Tune",
@@ -96,7 +96,7 @@ MODULES = frozenset(
         "merging",
         "methods",
         "models",
-        "named",
+        "method_names",
         "naming",
         "parsing",
         "parts",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
 import os
 import pickle
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 
 import sapmerge
 from sapmerge import contrib, methods, public
+from sapmerge.core.part import parts
 
 ROOT = Path(__file__).parents[1]
 
@@ -53,6 +55,19 @@ def test_no_name_is_a_module_too() -> None:
     """Importing the module would put it in the name's place."""
     here = {path.stem for path in (ROOT / "sapmerge").iterdir()}
     assert not here & set(sapmerge.__all__)
+
+
+def test_names_that_differ_by_case_mean_one_thing() -> None:
+    """A class, and the function whose method is made of it."""
+    alike = {name.lower(): name for name in sapmerge.__all__ if name != name.lower()}
+    pairs = {name: alike[name] for name in sapmerge.__all__ if name in alike}
+    assert {"mean", "krum", "tune", "slerp", "regmean", "cart", "wudi"} <= pairs.keys()
+    for lower, upper in pairs.items():
+        function, kind = getattr(sapmerge, lower), getattr(sapmerge, upper)
+        if lower == "routed":
+            assert inspect.signature(function).return_annotation == upper
+        else:
+            assert any(isinstance(step, kind) for step in parts(function())), upper
 
 
 def in_a_new_process(code: str) -> str:

@@ -155,7 +155,7 @@ def study() -> list[Contender]:
         add(f"-w g, factors, 0.5, {loss.__name__}", pruned(sm.SignedTaylor(), 0.5, unit), loss)
     add("-w g, factors, 0.5", pruned(sm.SignedTaylor(), 0.5, unit))
     add("|w| E|g|, factors, 0.5", pruned(sm.PerSampleTaylor(), 0.5, unit))
-    add("Fisher, factors, 0.5", pruned(sm.Fisher(), 0.5, unit))
+    add("Fisher, factors, 0.5", pruned(sm.SecondOrder(), 0.5, unit))
     add("|w g| at the base, factors, 0.5", pruned(sm.Taylor("base"), 0.5, unit))
     add(
         "|w g|, factors, 0.5, nothing given back per layer",

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from sapmerge.named import ALIASES
+from sapmerge.method_names import ALIASES
 
 __all__ = ["Described", "catalogue"]
 
@@ -43,7 +43,7 @@ class Described:
 
 
 def catalogue() -> dict[str, Described]:
-    """Name -> method, in the order of `sapmerge.named.names()`."""
+    """Name -> method, in the order of `sapmerge.method_names.names()`."""
     package = Path(__file__).parents[1]
     found = [one for name in ("methods", "contrib") for one in _package(package / name)]
     return {one.name: one for one in found}

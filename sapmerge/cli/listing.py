@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from sapmerge.cli.catalogue import Described, catalogue
-from sapmerge.named import ALIASES, factory_of
+from sapmerge.method_names import ALIASES, factory_of
 
 __all__ = ["add_to"]
 

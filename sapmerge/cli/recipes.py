@@ -9,7 +9,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from sapmerge.errors import MethodError
-from sapmerge.named import method_named
+from sapmerge.method_names import method_named
 
 if TYPE_CHECKING:
     from sapmerge.core.protocols import Method

@@ -19,7 +19,7 @@ from sapmerge.errors import MethodError
 from sapmerge.losses import Loss
 from sapmerge.merging.calling import check_method
 from sapmerge.merging.inputs import Adapters, as_given, load_adapters
-from sapmerge.named import method_named
+from sapmerge.method_names import method_named
 from sapmerge.parts.scaling import MatchEnergy
 
 __all__ = ["MethodLike", "compare"]

@@ -21,7 +21,7 @@ from sapmerge.errors import MethodError
 from sapmerge.losses import Loss
 from sapmerge.merging.calling import check_method
 from sapmerge.merging.inputs import Adapters, as_given, load_adapters
-from sapmerge.named import factory_of
+from sapmerge.method_names import factory_of
 
 __all__ = ["SearchResult", "SearchTrial", "Space", "search"]
 

@@ -15,7 +15,7 @@ from sapmerge.core.protocols import Stats
 
 __all__ = [
     "Activation",
-    "Fisher",
+    "SecondOrder",
     "Magnitude",
     "PerSampleTaylor",
     "Random",
@@ -113,7 +113,7 @@ class PerSampleTaylor:
 
 
 @part
-class Fisher:
+class SecondOrder:
     """w^2 E[g^2] / 2 with the mean over single anchors:
     the second-order effect of dropping w (diagonal Fisher, OBD).
 

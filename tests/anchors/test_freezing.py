@@ -409,7 +409,7 @@ def test_layers_that_take_no_part_have_scores_of_zero() -> None:
     for (_, name, _), gradient in spy.gradient.items():
         assert gradient.abs().sum() == 0 if name in dead else gradient.abs().sum() > 0
     with pytest.warns(SapmergeWarning, match="1 layers") as caught:
-        models.merge(adapters, loader, model, method=sm.sap(0.9, scorer=sm.Fisher()))
+        models.merge(adapters, loader, model, method=sm.sap(0.9, scorer=sm.SecondOrder()))
     assert len(caught) == 1
 
 

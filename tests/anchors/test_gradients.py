@@ -284,7 +284,7 @@ def test_statistics_per_sample_equal_a_loop_over_samples(
         (sm.Taylor(), lambda v, g, a, s: (v * g).abs()),
         (sm.SignedTaylor(), lambda v, g, a, s: -v * g),
         (sm.PerSampleTaylor(), lambda v, g, a, s: v.abs() * a),
-        (sm.Fisher(), lambda v, g, a, s: v.square() * s / 2),
+        (sm.SecondOrder(), lambda v, g, a, s: v.square() * s / 2),
     ],
 )
 def test_scorers(plain: Any, scorer: Any, formula: Any) -> None:

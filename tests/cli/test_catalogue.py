@@ -11,8 +11,8 @@ from sapmerge.cli.catalogue import catalogue
 from sapmerge.io.engines import ENGINES
 from sapmerge.io.formats.convert import FORMATS
 from sapmerge.merging.spelling import CHOICES
+from sapmerge.method_names import factory_of, names
 from sapmerge.methods import anchored
-from sapmerge.named import factory_of, names
 from sapmerge.parsing import parse
 
 

@@ -10,7 +10,7 @@ import pytest
 import sapmerge as sm
 from sapmerge.cli import main
 from sapmerge.cli.flags import in_flags, with_negative_numbers
-from sapmerge.named import names
+from sapmerge.method_names import names
 
 from ..conftest import error
 from ..models import products

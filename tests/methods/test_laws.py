@@ -139,7 +139,7 @@ VARIANTS = {
     "sap": [
         {"units": sm.Directions()},
         {"units": sm.Entries(), "density": 0.4},
-        {"scorer": sm.Fisher()},
+        {"scorer": sm.SecondOrder()},
     ],
     "core_space": [
         {"inner": methods.ties(0.5, scope="adapter")},
