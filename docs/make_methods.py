@@ -64,6 +64,10 @@ same primitives, so empty cells can be filled: `In(CoreSpace(), ...)` gives a ro
 `MatchEnergy(...)` another norm, a function of yours another scorer. [Your own
 criterion](criteria.md) shows how.
 
+Formulas: [averages and medians](methods/averaging.md), [pruning](methods/pruning.md), [shared
+spaces](methods/shared_space.md), [spectra](methods/spectral.md), [factors](methods/lora_native.md),
+[anchors](methods/anchored.md), [contrib](methods/contrib.md).
+
 This page is written by `python -m docs.make_methods`: the composition is read off the code, and
 *result*, *invariant to* and *forms* are measured on random layers. A test fails when it is out of
 date.

@@ -131,6 +131,19 @@ def linked(text: str, page: str, files: dict[str, Path]) -> str:
     return re.sub(r"(!?\[[^\]]*\])\(([^)#\s]+)(#[^)]*)?\)", link, text)
 
 
+def typeset(text: str) -> str:
+    """A page whose formulas are MathML, which browsers draw by themselves: no script, no fonts from
+    elsewhere. In the repository they are LaTeX between dollars, which GitHub draws.
+    """
+    from latex2mathml.converter import convert
+
+    def block(found: re.Match[str]) -> str:
+        return f'<div class="formula">{convert(found[1].strip(), display="block")}</div>'
+
+    text = re.sub(r"\$\$(.+?)\$\$", block, text, flags=re.DOTALL)
+    return re.sub(r"\$([^$\n]+)\$", lambda found: convert(found[1]), text)
+
+
 def gather() -> None:
     """Write all pages into build/pages."""
     shutil.rmtree(PAGES, ignore_errors=True)
@@ -140,6 +153,8 @@ def gather() -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.suffix == ".md":
             text = path.read_text(encoding="utf-8")
+            if page.startswith("methods/"):
+                text = typeset(text)
             if path.name == "LICENSE":
                 text = f"# License\n\n```\n{text}```\n"
             target.write_text(linked(text, page, files), encoding="utf-8")

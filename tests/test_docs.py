@@ -224,6 +224,26 @@ def test_the_table_of_methods_is_that_of_the_code() -> None:
     assert (ROOT / "docs" / "methods.md").read_text() == make_methods.page()
 
 
+def test_every_method_has_its_formula() -> None:
+    """On the page of its family, typeset."""
+    from docs import make_site
+
+    families = dict.fromkeys(sapmerge.contrib.__all__, "contrib")
+    for name in sapmerge.methods.__all__:
+        families[name] = getattr(sapmerge, name).__module__.rpartition(".")[2]
+    pages = {path.stem: path.read_text() for path in (ROOT / "docs" / "methods").glob("*.md")}
+    for family, text in pages.items():
+        parts = re.findall(r"^## `(\w+)`\n\n\$\$", text, re.MULTILINE)
+        assert parts == re.findall(r"^## `(\w+)`", text, re.MULTILINE), family
+        wanted = {name for name, home in families.items() if home == family and name.islower()}
+        assert (set(parts), len(parts)) == (wanted, len(wanted)), family
+        assert text.count("\n") <= 200
+    if importlib.util.find_spec("latex2mathml"):
+        drawn = make_site.typeset(pages["averaging"])
+        assert "$" not in drawn
+        assert "<mfrac><mrow><msub><mo>&#x02211;</mo><mi>k</mi></msub>" in drawn
+
+
 @pytest.mark.parametrize(
     "module",
     ["sapmerge", *(found.name for found in pkgutil.walk_packages(sapmerge.__path__, "sapmerge."))],
@@ -247,14 +267,18 @@ def test_public_functions_have_an_example() -> None:
     assert not [name for name, thing in functions.items() if ">>> " not in (thing.__doc__ or "")]
 
 
-def test_the_gallery_is_what_its_scripts_print() -> None:
-    """If this fails, run: python -m docs.make_gallery"""
+def test_the_gallery_is_what_its_scripts_print(tmp_path: Path) -> None:
+    """Twice in one folder. If this fails, run: python -m docs.make_gallery"""
     from docs import make_gallery
 
     scripts = sorted(make_gallery.GALLERY.glob("*.py"))
-    assert len(scripts) >= 3
+    assert len(scripts) >= 6
     for script in scripts:
-        assert script.with_suffix(".md").read_text(encoding="utf-8") == make_gallery.page(script)
+        text = script.with_suffix(".md").read_text(encoding="utf-8")
+        assert text == make_gallery.page(script, tmp_path)
+        for picture in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text):
+            assert (script.parent / picture).exists()
+    assert make_gallery.page(scripts[0], tmp_path) == scripts[0].with_suffix(".md").read_text()
 
 
 def test_the_reference_has_every_public_name() -> None:
