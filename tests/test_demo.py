@@ -5,6 +5,7 @@ Trained for a few steps only.
 from __future__ import annotations
 
 import importlib
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,8 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import sapmerge as sm
 from sapmerge import demo, methods
 from sapmerge.demo import DemoResult, data, domains, training
+from sapmerge.demo.clock import Clock
+from sapmerge.demo.lessons import PICTURES
+from sapmerge.demo.report import BAD
 from sapmerge.errors import MethodError, OutputExistsError, SapmergeError
 
 pytest.importorskip("transformers", reason="the demo trains a CLIPModel: pip install transformers")
@@ -23,6 +28,8 @@ pytest.importorskip(
 )
 pytest.importorskip("matplotlib", reason="the demo draws a chart: pip install 'sapmerge[demo]'")
 
+transformers = pytest.importorskip("transformers")
+PeftModel = pytest.importorskip("peft").PeftModel
 COMPARED = tuple(name for name in ("sap", "mean", "ties") if name in methods.__all__)
 
 
@@ -172,7 +179,8 @@ def test_the_result_is_complete(outcome):
     result, said = outcome
     every = list(domains.DOMAINS)
     assert list(result.merged) == list(COMPARED)
-    for accuracies in (result.zero_shot, result.own, result.single, *result.merged.values()):
+    merged = [*result.merged.values(), *result.with_bad.values()]
+    for accuracies in (result.zero_shot, result.own, result.single, *merged):
         assert list(accuracies) == every
         assert all(0 <= value <= 1 for value in accuracies.values())
     for accuracies in (result.zero_shot, result.own, *result.merged.values()):
@@ -181,17 +189,29 @@ def test_the_result_is_complete(outcome):
             for value in accuracies.values()
         )
     assert (result.anchors, result.tested, result.quick) == (32, 400, True)
-    assert list(result.seconds) == ["base model", "adapters", "merging"]
+    assert list(result.seconds) == ["base model", "adapters", "lessons", "merging"]
     assert result.chart.read_bytes().startswith(b"\x89PNG")
-    assert len(said) == 1 + len(every) + len(COMPARED)
+    assert len(said) == 1 + len(every) + 1 + 1 + len(COMPARED)
+    assert list(result.with_bad) == list(COMPARED)
+    assert [lesson.picture.name for lesson in result.lessons] == list(PICTURES)
+    for lesson in result.lessons:
+        assert lesson.picture.read_bytes().startswith(b"\x89PNG")
+        assert lesson.sentence in str(result)
 
 
 def test_the_table_holds_every_number_and_the_caveat(outcome):
     result, _ = outcome
     text = str(result)
-    rows = {
-        line[:30].strip(): line[30:].split() for line in text.splitlines() if line.startswith("  ")
-    }
+    alone, beside = text.split("merged from these three and one that calls each digit the next")
+
+    def rows_of(text: str) -> dict[str, list[str]]:
+        lines = [line for line in text.splitlines() if line.startswith("  ")]
+        return {line[:30].strip(): line[30:].split() for line in lines}
+
+    rows = rows_of(alone)
+    for label, accuracies in result.with_bad.items():
+        expected = [*accuracies.values(), sum(accuracies.values()) / 4]
+        assert rows_of(beside)[label] == [f"{100 * value:.1f}" for value in expected]
     table = {"zero-shot": result.zero_shot, "adapter of the domain": result.own, **result.merged}
     for label, accuracies in table.items():
         expected = [*accuracies.values(), sum(accuracies.values()) / 4]
@@ -228,6 +248,71 @@ def test_the_merge_saw_the_three_other_adapters(outcome):
         assert {domain for domain in domains.DOMAINS if f"{domain} " in card} == set(
             domains.DOMAINS
         ) - {left_out}
+        card = (result.merged_adapter("mean", left_out, bad=True) / "README.md").read_text()
+        assert "| bad | 1 |" in card
+
+
+def test_sentences_are_of_the_adapters(outcome):
+    """Cosines, losses and shares, against the definitions on what PEFT loads."""
+    result, _ = outcome
+    disagree, judged, _, pruned, _ = (lesson.sentence for lesson in result.lessons)
+    adapters = {
+        name: sm.Adapter.load(result.output / "adapters" / name) for name in (*domains.DOMAINS, BAD)
+    }
+    whole = {
+        name: torch.cat([adapter.update(layer).dense().flatten() for layer in adapter.modules])
+        for name, adapter in adapters.items()
+    }
+    cosine = torch.cosine_similarity
+    pairs = [
+        cosine(whole[a], whole[b], 0) for a in domains.DOMAINS for b in domains.DOMAINS if a < b
+    ]
+    assert f"a cosine of {min(pairs):+.2f} to {max(pairs):+.2f}" in disagree
+    base = transformers.CLIPModel.from_pretrained(result.base)
+    model = PeftModel.from_pretrained(base, result.output / "adapters" / BAD).get_base_model()
+    digits, splits = data.load_digits(), data.split(data.load_digits().labels, 32, 0)
+    batches = data.anchor_batches(digits.take(splits.anchors), 0)
+    with torch.no_grad():
+        loss = sum(float(sm.alignment(model.eval(), batch)) for batch in batches) / len(batches)
+    assert f"({loss:.2f} for the bad one)" in judged
+    assert all(0.5 < float(share) / 100 <= 1 for share in re.findall(r"(\d+)%", pruned))
+
+
+def test_the_bar_counts_all_steps(tmp_path, monkeypatch):
+    """What is announced is what is done."""
+    clocks = []
+
+    class Watched(Clock):
+        def __post_init__(self):
+            clocks.append(self)
+            self.done = 0
+
+        def step(self, count=1):
+            self.done += count
+
+    monkeypatch.setattr(demo, "Clock", Watched)
+    monkeypatch.setattr(demo, "QUICK", training.Plan(base_steps=3, adapter_steps=2, batch_size=16))
+    demo.run(tmp_path / "demo", quick=True, methods=["mean"])
+    (clock,) = clocks
+    assert clock.done == clock.total
+    (tmp_path / "demo" / "merged" / "notes.txt").write_text("mine")
+    again = demo.run(tmp_path / "demo", quick=True, methods=["mean"], overwrite=True)
+    assert again.chart.exists()
+    (tmp_path / "demo" / "notes.txt").write_text("mine")
+    with pytest.raises(OutputExistsError, match=r"notes\.txt.*not of a demo"):
+        demo.run(tmp_path / "demo", quick=True, methods=["mean"], overwrite=True)
+    assert again.chart.exists()
+
+
+def test_a_bar_says_what_is_done_and_for_how_long(capsys):
+    clock = Clock(100, shown=True)
+    clock.begin("the adapter of 'ink'")
+    clock.step(50)
+    clock.begin("merges by mean")
+    clock.close()
+    shown = capsys.readouterr().err
+    assert "the adapter of 'ink'" in shown
+    assert re.search(r"50 %.*merges by mean, .* left", shown)
 
 
 def test_threads_and_random_state_are_put_back(tmp_path, monkeypatch):

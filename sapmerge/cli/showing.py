@@ -19,6 +19,7 @@ def add_to(commands: Any) -> list[argparse.ArgumentParser]:
         "-o", "--output", default="sapmerge-demo", help="folder to write (default: %(default)s)"
     )
     demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--overwrite", action="store_true", help="replace an earlier demo")
     demo.set_defaults(run=_demo)
     return [demo]
 
@@ -26,6 +27,10 @@ def add_to(commands: Any) -> list[argparse.ArgumentParser]:
 def _demo(options: argparse.Namespace) -> None:
     from sapmerge.demo import run
 
-    print(
-        run(Path(options.output), seed=options.seed, say=lambda line: print(line, file=sys.stderr))
+    found = run(
+        Path(options.output),
+        seed=options.seed,
+        say=lambda line: print(line, file=sys.stderr),
+        overwrite=options.overwrite,
     )
+    print(found)

@@ -1,19 +1,20 @@
-"""What the demo found: a table in text, and a bar chart."""
+"""What the demo found, in text."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch.nn.functional as F
-from torch import Tensor
+from sapmerge.demo.lessons import Lesson
 
-from sapmerge.demo.extras import extra
+__all__ = ["BAD", "SUMS", "DemoResult", "average"]
 
-__all__ = ["DemoResult", "draw"]
+BAD = "bad"
+"""The client whose labels are wrong: each digit is called the next one."""
+SUMS = ("task_arithmetic", "dare")
+"""Methods that add updates up: of K of them the demo takes 1 / sqrt(K) of the sum."""
 
 Accuracies = Mapping[str, float]
 """Accuracy by domain, in [0, 1]."""
@@ -30,6 +31,8 @@ class DemoResult:
         own: of each domain's adapter on its own domain.
         single: of one adapter of another domain, the mean over the three.
         merged: method -> accuracy of its merge of the three other adapters, on the domain left out.
+        with_bad: the same with a fourth client among them, whose labels are wrong.
+        lessons: what SAP does, step by step.
         anchors: how many image-text pairs the methods that read anchors saw.
         tested: how many digits each accuracy is measured on.
         seconds: of each phase.
@@ -42,6 +45,8 @@ class DemoResult:
     own: Accuracies
     single: Accuracies
     merged: Mapping[str, Accuracies]
+    with_bad: Mapping[str, Accuracies]
+    lessons: Sequence[Lesson]
     anchors: int
     tested: int
     seconds: Accuracies
@@ -61,9 +66,10 @@ class DemoResult:
         """The folder of each domain's adapter."""
         return {domain: self.output / "adapters" / domain for domain in self.own}
 
-    def merged_adapter(self, method: str, left_out: str) -> Path:
-        """The folder of a merged adapter."""
-        return self.output / "merged" / method / f"without-{left_out}"
+    def merged_adapter(self, method: str, left_out: str, bad: bool = False) -> Path:
+        """The folder of a merged adapter, with the bad client among its inputs or not."""
+        name = f"without-{left_out}" + "-with-bad" * bad
+        return self.output / "merged" / method / name
 
     def __str__(self) -> str:
         domains = list(self.zero_shot)
@@ -75,8 +81,14 @@ class DemoResult:
 
         phases = ", ".join(f"{phase} {taken:.0f}" for phase, taken in self.seconds.items())
         error = 196 * math.sqrt(0.25 / self.tested)
+        steps = [
+            f"{number}  {lesson.sentence}\n   {lesson.picture.name}"
+            for number, lesson in enumerate(self.lessons, 1)
+        ]
         return "\n".join(
             [
+                *steps,
+                "",
                 f"Accuracy in % on {self.tested} unseen handwritten digits; base model, generic "
                 f"style: {100 * self.generic:.1f}",
                 "",
@@ -86,9 +98,12 @@ class DemoResult:
                 row("adapter of one other domain", self.single),
                 "merged from the three other domains:",
                 *(row(name, accuracies) for name, accuracies in self.merged.items()),
+                "merged from these three and one that calls each digit the next:",
+                *(row(name, accuracies) for name, accuracies in self.with_bad.items()),
                 "",
-                f"Every method runs with its defaults; {self.anchors} generic image-text pairs are "
-                "the anchors.",
+                f"Every method runs with its defaults, sums of K adapters ({', '.join(SUMS)}) at "
+                "1 / sqrt(K) of their",
+                f"length; {self.anchors} generic image-text pairs are the anchors.",
                 "This demonstrates the pipeline. It is no evidence for or against any method: one "
                 "tiny model, four",
                 f"made-up domains, and every number is good to about {error:.0f} points.",
@@ -97,6 +112,11 @@ class DemoResult:
                 f"{self.output}: chart in {self.chart.name}, adapters in adapters/ and merged/, "
                 "base model in base/",
                 f"{sum(self.seconds.values()):.0f} seconds ({phases})",
+                "",
+                "With adapters of your own:",
+                "  sapmerge inspect A B C --html look.html",
+                "  sapmerge merge A B C -o merged --method ties --density 0.2",
+                "  sapmerge merge A B C -o merged --anchors IMAGES --model BASE",
             ]
         )
 
@@ -104,67 +124,3 @@ class DemoResult:
 def average(accuracies: Accuracies) -> float:
     """The mean over the domains."""
     return sum(accuracies.values()) / len(accuracies)
-
-
-def draw(result: DemoResult, examples: Mapping[str, Tensor]) -> None:
-    """Draw examples of the styles above a bar chart of the averages,
-    with a mark per domain left out.
-
-    Args:
-        result: what to draw; the chart goes to `result.chart`.
-        examples: style -> images (n, 3, h, w) in [-1, 1].
-    """
-    figure = extra("matplotlib.figure").Figure(figsize=(10, 7), dpi=150, layout="constrained")
-    grid = figure.add_gridspec(2, len(examples), height_ratios=(1, 2.6))
-    for column, (style, images) in enumerate(examples.items()):
-        axes = figure.add_subplot(grid[0, column])
-        axes.imshow(_tiles(images).numpy())
-        axes.set_title("generic (base model)" if style == "generic" else style, fontsize=11)
-        axes.axis("off")
-    _bars(figure.add_subplot(grid[1, :]), result)
-    figure.savefig(result.chart)
-
-
-def _tiles(images: Tensor, side: int = 3) -> Tensor:
-    """The first side x side images as one, with white between them."""
-    padded = ((images[: side * side] + 1) / 2).permute(0, 2, 3, 1)
-    padded = F.pad(padded, (0, 0, 1, 1, 1, 1), value=1.0)
-    _, height, width, _ = padded.shape
-    return (
-        padded.view(side, side, height, width, 3)
-        .transpose(1, 2)
-        .reshape(side * height, side * width, 3)
-    )
-
-
-def _bars(plot: Any, result: DemoResult) -> None:
-    rows = {
-        "zero-shot": result.zero_shot,
-        "one other\nadapter": result.single,
-        **{name.replace("_", "\n"): accuracies for name, accuracies in result.merged.items()},
-        "adapter of\nthe domain": result.own,
-    }
-    reference, merged = "#b8bec6", "#4c78a8"
-    colours = [reference, reference, *(merged for _ in result.merged), reference]
-    heights = [100 * average(accuracies) for accuracies in rows.values()]
-    plot.bar(range(len(rows)), heights, width=0.7, color=colours, zorder=2)
-    for k, height in enumerate(heights):
-        ink = "white" if colours[k] == merged else "#222222"
-        plot.text(
-            k, 1.5, f"{height:.0f}", ha="center", va="bottom", color=ink, fontsize=11, zorder=4
-        )
-    for domain, marker in zip(result.zero_shot, "osD^"):
-        values = [100 * accuracies[domain] for accuracies in rows.values()]
-        look = {"s": 42, "marker": marker, "color": "#222222", "edgecolor": "white", "zorder": 3}
-        plot.scatter(range(len(rows)), values, label=domain, **look)
-    plot.axhline(heights[0], color="#666666", linewidth=1, linestyle="--", zorder=1)
-    plot.set_xticks(range(len(rows)), rows)
-    plot.set_ylim(0, 100)
-    plot.set_ylabel("accuracy, %")
-    plot.set_title(
-        "Accuracy by domain, and the mean as a bar. Blue: merged from the other three adapters",
-        fontsize=11,
-    )
-    plot.grid(axis="y", color="#e6e6e6", zorder=0)
-    plot.spines[["top", "right"]].set_visible(False)
-    plot.legend(ncols=4, loc="upper left", frameon=False, fontsize=10)

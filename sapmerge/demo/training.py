@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +42,13 @@ class Plan:
     rank: int = 8
 
 
-def train_base(digits: Digits, plan: Plan, seed: int, path: Path) -> Any:
+def _unseen() -> None:
+    """Nobody watches."""
+
+
+def train_base(
+    digits: Digits, plan: Plan, seed: int, path: Path, stepped: Callable[[], None] = _unseen
+) -> Any:
     """Train a `CLIPModel` from scratch on the generic style, and save it.
 
     Args:
@@ -50,6 +56,7 @@ def train_base(digits: Digits, plan: Plan, seed: int, path: Path) -> Any:
         plan: how.
         seed: of the weights and the batches.
         path: folder to write.
+        stepped: is called after every step.
     """
     torch.manual_seed(seed)  # pyright: ignore[reportUnknownMemberType]
     model = _untrained()
@@ -61,6 +68,7 @@ def train_base(digits: Digits, plan: Plan, seed: int, path: Path) -> Any:
         plan.batch_size,
         plan.base_rate,
         generator(seed, "base"),
+        stepped,
     )
     with _no_progress_bar():
         model.save_pretrained(str(path))
@@ -69,7 +77,14 @@ def train_base(digits: Digits, plan: Plan, seed: int, path: Path) -> Any:
 
 
 def train_adapter(
-    model: Any, digits: Digits, style: Style, domain: str, plan: Plan, seed: int, path: Path
+    model: Any,
+    digits: Digits,
+    style: Style,
+    domain: str,
+    plan: Plan,
+    seed: int,
+    path: Path,
+    stepped: Callable[[], None] = _unseen,
 ) -> Any:
     """Train a LoRA of the vision tower on one domain, and save it with PEFT.
 
@@ -81,6 +96,7 @@ def train_adapter(
         plan: how to train.
         seed: of the weights and the batches.
         path: folder to write.
+        stepped: is called after every step.
 
     Returns:
         The `PeftModel`, on a copy of the base.
@@ -97,7 +113,8 @@ def train_adapter(
         warnings.simplefilter("ignore", FutureWarning)
         adapted = peft.get_peft_model(copy.deepcopy(model), config)
     batches = generator(seed, "adapter", domain)
-    _train(adapted, digits, style, plan.adapter_steps, plan.batch_size, plan.adapter_rate, batches)
+    steps, size, rate = plan.adapter_steps, plan.batch_size, plan.adapter_rate
+    _train(adapted, digits, style, steps, size, rate, batches, stepped)
     adapted.save_pretrained(str(path), save_embedding_layers=False)
     return adapted
 
@@ -163,6 +180,7 @@ def _train(
     batch_size: int,
     rate: float,
     batches: torch.Generator,
+    stepped: Callable[[], None],
 ) -> None:
     weights: list[Tensor] = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=0.05, fused=True)
@@ -177,6 +195,7 @@ def _train(
         loss.backward()  # pyright: ignore[reportUnknownMemberType]
         optimizer.step()  # pyright: ignore[reportUnknownMemberType]
         schedule.step()
+        stepped()
     model.eval()
 
 
