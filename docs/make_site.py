@@ -123,6 +123,8 @@ def linked(text: str, page: str, files: dict[str, Path]) -> str:
 
     def link(found: re.Match[str]) -> str:
         label, target, anchor = found[1], found[2], found[3] or ""
+        if label.startswith("!") and "://" in target:
+            return ""  # a badge: the site loads nothing from elsewhere
         if "://" in target or target.startswith("mailto:"):
             return found[0]
         place = pages.get((here / target).resolve())
@@ -141,7 +143,7 @@ def typeset(text: str) -> str:
         return f'<div class="formula">{convert(found[1].strip(), display="block")}</div>'
 
     text = re.sub(r"\$\$(.+?)\$\$", block, text, flags=re.DOTALL)
-    return re.sub(r"\$([^$\n]+)\$", lambda found: convert(found[1]), text)
+    return re.sub(r"\$([^$\n]+)\$", lambda found: f"<span>{convert(found[1])}</span>", text)
 
 
 def gather() -> None:
