@@ -58,7 +58,10 @@ CODE = {
     ("cli.recipes", "importlib"): "a function that the user typed",
     ("demo.extras", "importlib"): "packages of the extra, by constant names",
 }
-NETWORK = {("io.adapter", "huggingface_hub"): "Adapter.from_hub"}
+NETWORK = {
+    ("io.adapter", "huggingface_hub"): "Adapter.from_hub",
+    ("io.hub", "huggingface_hub"): "Merged.push_to_hub",
+}
 
 LONGEST = 400  # lines of at most 100 columns
 

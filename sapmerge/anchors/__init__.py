@@ -23,6 +23,7 @@ This package is the only place with autograd.
 from sapmerge.anchors.anchors import Anchors
 from sapmerge.anchors.choose import Chosen, at_random, coreset, features, kmeans
 from sapmerge.anchors.folders import Pair, from_csv, from_folder, read_folder
+from sapmerge.anchors.hub import read_dataset
 from sapmerge.anchors.loading import from_pairs
 from sapmerge.anchors.mmd import MMD, mmd
 from sapmerge.anchors.saving import write_folder
@@ -54,6 +55,7 @@ __all__ = [
     "language_modeling",
     "mmd",
     "outputs_only",
+    "read_dataset",
     "read_folder",
     "write_folder",
 ]

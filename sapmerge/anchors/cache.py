@@ -19,7 +19,10 @@ from sapmerge.core.updates import LowRank, Update
 from sapmerge.io.cache import Cache
 from sapmerge.version import __version__
 
-__all__ = ["Resume"]
+__all__ = ["LOSSES", "Resume"]
+
+LOSSES = "losses"
+"""Where losses are, in the folder of a cache."""
 
 Found = Mapping[str, Mapping[str, tuple[Tensor, Tensor]]]
 """layer -> part -> two halves of a statistic."""
@@ -49,7 +52,7 @@ class Resume:
         loss: Callable[..., Any],
     ) -> None:
         self._cache, self._digests = Cache(folder), digests
-        self._losses = Cache(os.path.join(folder, "losses"))
+        self._losses = Cache(os.path.join(folder, LOSSES))
         self._common = [
             __version__,
             torch.__version__,

@@ -14,11 +14,21 @@ from typing import Any, cast
 from sapmerge.anchors.loading import from_pairs
 from sapmerge.errors import AnchorError, printable
 
-__all__ = ["Pair", "from_csv", "from_folder", "read_folder"]
+__all__ = [
+    "IMAGE_COLUMNS",
+    "TEXT_COLUMNS",
+    "Pair",
+    "batches",
+    "check_weights",
+    "from_csv",
+    "from_folder",
+    "read_captions",
+    "read_folder",
+]
 
 _IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-_IMAGE_COLUMNS = ("file_name", "image", "file", "path", "filename", "filepath")
-_TEXT_COLUMNS = ("text", "caption", "title", "prompt")
+IMAGE_COLUMNS = ("file_name", "image", "file", "path", "filename", "filepath")
+TEXT_COLUMNS = ("text", "caption", "title", "prompt")
 _STEMS = ("captions", "metadata")  # the second one is that of imagefolders of the Hub
 _WEIGHT_COLUMN = "weight"
 
@@ -66,7 +76,7 @@ def from_folder(
         >>> from sapmerge import anchors
         >>> loader = anchors.from_folder("photos", processor)  # doctest: +SKIP
     """
-    return _batches(read_folder(folder), processor, batch_size)
+    return batches(read_folder(folder), processor, batch_size)
 
 
 def read_folder(folder: str | os.PathLike[str]) -> list[Pair]:
@@ -128,7 +138,7 @@ def from_csv(
     """
     file = os.fspath(path)
     pairs = _placed(os.path.dirname(file) or ".", _read_csv(file))
-    return _batches(pairs, processor, batch_size)
+    return batches(pairs, processor, batch_size)
 
 
 def _placed(root: str, pairs: Sequence[Pair]) -> list[Pair]:
@@ -140,7 +150,8 @@ def _placed(root: str, pairs: Sequence[Pair]) -> list[Pair]:
     return placed
 
 
-def _batches(pairs: Sequence[Pair], processor: Any, batch_size: int) -> list[dict[str, Any]]:
+def batches(pairs: Sequence[Pair], processor: Any, batch_size: int) -> list[dict[str, Any]]:
+    """Pairs as an `anchor_loader`."""
     if importlib.util.find_spec("PIL") is None:
         raise AnchorError("images need pillow: pip install pillow")
     images, texts = [pair.image for pair in pairs], [pair.text for pair in pairs]
@@ -215,8 +226,8 @@ def _rows(rows: Iterable[Any], path: str) -> list[Pair]:
     pairs = list[Pair]()
     for number, row in enumerate(rows, 1):
         table = cast("Mapping[str, Any]", row if isinstance(row, Mapping) else {})
-        image = next((table[name] for name in _IMAGE_COLUMNS if name in table), None)
-        text = next((table[name] for name in _TEXT_COLUMNS if name in table), None)
+        image = next((table[name] for name in IMAGE_COLUMNS if name in table), None)
+        text = next((table[name] for name in TEXT_COLUMNS if name in table), None)
         if not isinstance(image, str) or text is None:
             raise AnchorError(
                 f"the captions {path!r}, entry {number}: expected file_name and text; it has "

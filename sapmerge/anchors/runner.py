@@ -20,6 +20,7 @@ from sapmerge.anchors.freezing import BaseWeights, frozen
 from sapmerge.anchors.gradients import Call, TokenGradient, token_gradient
 from sapmerge.anchors.hooks import Seen, Watch, attached, check_base, seeing
 from sapmerge.anchors.loading import Batches, Half, batch_size
+from sapmerge.anchors.passes import Passes
 from sapmerge.anchors.prefix import Prefix
 from sapmerge.anchors.towers import embedded, stand_in
 from sapmerge.core.linalg import finite, wide
@@ -104,7 +105,7 @@ class Runner:
             check_base(base, self.sites)
             self._base.note(base)
         self._used = _Flag()  # shared by copies
-        self.cache_only, self.shard = False, Shard()
+        self.cache_only, self.shard, self.passes = False, Shard(), Passes()
         self.unused = set[str]()
         self.resume: Resume | None = None
         self._known: dict[Load | None, float] = {}  # who gives an adapter -> its loss
@@ -157,7 +158,7 @@ class Runner:
             torch.no_grad(),
             attached(self.sites, self._moved(updates), who),
         ):
-            for batch, size in self._batches(base, loss):
+            for batch, size in self._batches(base, loss, f"loss at {who}"):
                 total, count = (
                     total + float(self._value(loss, base, batch, who)) * size,
                     count + size,
@@ -245,7 +246,7 @@ class Runner:
             scales = (
                 _HALF_SCALES if any(p.dtype == torch.float16 for p in base.parameters()) else (1.0,)
             )
-            for batch, size in self._batches(base, self.loss):
+            for batch, size in self._batches(base, self.loss, f"gradients at {who}"):
 
                 def run(
                     scale: float,
@@ -292,7 +293,7 @@ class Runner:
             torch.no_grad(),
             attached(self.sites, self._moved(updates), who),
         ):
-            for batch, size in self._batches(base, self.loss):
+            for batch, size in self._batches(base, self.loss, f"inputs at {who}"):
                 with seeing(self.sites, watched, size, count):
                     self._value(self.loss, base, batch, who)
                 count += size
@@ -372,14 +373,14 @@ class Runner:
             if not update.absent
         }
 
-    def _batches(self, base: nn.Module, loss: Loss) -> Iterator[tuple[Any, int]]:
+    def _batches(self, base: nn.Module, loss: Loss, what: str) -> Iterator[tuple[Any, int]]:
         """Batches and their sizes; the embeddings of a tower that no adapter touches stand in
         for its inputs.
         """
         alike = loss in PAIR_LOSSES
         if self._prefix.embedded is None and alike:
             self._prefix.embedded = embedded(base, self.targets.values(), self._tried)
-        for number, batch in enumerate(self.batches):
+        for number, batch in enumerate(self.passes.over(self.batches, len(self.batches), what)):
             size = batch_size(batch)
             self._prefix.on(number)
             yield (stand_in(batch, number, self._prefix.embedded or {}) if alike else batch), size

@@ -1,18 +1,23 @@
-"""The command line: `sapmerge merge`, `inspect`, `methods`, `compare`, `convert`, `verify`,
-`reproduce`, `score`, `round`, `demo`.
+"""The command line.
 
-program.py     what all commands share: the parser, and errors as one line
+program.py     what all commands share: errors as one line
+commands.py    the commands, and the parser made of them
 merging.py     merge
-looking.py     inspect
-listing.py     methods; catalogue.py reads them as text
 comparing.py   compare
-converting.py  convert
-checking.py    verify, reproduce
+listing.py     methods; catalogue.py reads them as text
+looking.py     inspect
+checking.py    check, verify, reproduce
+choosing.py    anchors
 scoring.py     score
+caching.py     cache
 rounds.py      round
+clients.py     neighbours, prompts
+converting.py  convert
 showing.py     demo
+completing.py  completion
 arguments.py   adapters, weights, ranks and policies as they are typed
 models.py      the base model and the anchors
+pages.py       --html
 choices.py     what flags may be given
 flags.py       messages of the library, said in flags
 recipe_files.py   merges written down as YAML

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -18,14 +19,20 @@ __all__ = ["add_to"]
 def add_to(commands: Any) -> list[argparse.ArgumentParser]:
     """Add the commands; returns their parsers."""
     serve = commands.add_parser(
-        "check", help="whether an engine serves an adapter", description="Check an adapter."
+        "check",
+        help="whether an engine serves an adapter",
+        description="Check an adapter.",
+        epilog="example: sapmerge check merged --serving vllm",
     )
     serve.add_argument("adapter", help="folder of any PEFT LoRA adapter")
     serve.add_argument("--serving", required=True, choices=ENGINES, help="the engine")
     serve.set_defaults(run=_check)
 
     check = commands.add_parser(
-        "verify", help="check an output against its digests", description="Check an output."
+        "verify",
+        help="check an output against its digests",
+        description="Check an output.",
+        epilog="example: sapmerge verify merged --inputs art sketch",
     )
     check.add_argument("output", help="folder that sapmerge wrote")
     check.add_argument(
@@ -34,7 +41,10 @@ def add_to(commands: Any) -> list[argparse.ArgumentParser]:
     check.set_defaults(run=_verify)
 
     again = commands.add_parser(
-        "reproduce", help="merge again and compare bits", description="Run the stored recipe."
+        "reproduce",
+        help="merge again and compare bits",
+        description="Run the stored recipe.",
+        epilog="example: sapmerge reproduce merged --inputs art sketch",
     )
     again.add_argument("output", help="folder that sapmerge wrote")
     again.add_argument(
@@ -49,6 +59,8 @@ def add_to(commands: Any) -> list[argparse.ArgumentParser]:
     )
     add_model_options(again)
     again.set_defaults(run=_reproduce)
+    for parser in (serve, check, again):
+        parser.add_argument("--json", action="store_true", help="data instead of a line")
     return [serve, check, again]
 
 
@@ -60,6 +72,7 @@ def _check(options: argparse.Namespace) -> None:
     _report_problems(
         serving.check(options.adapter, options.serving),
         f"{title} serves it as PEFT does, by its source",
+        options,
     )
 
 
@@ -72,6 +85,7 @@ def _verify(options: argparse.Namespace) -> None:
         problems,
         f"{what} have the digests in the output's metadata. That its recipe gives these weights "
         "is a claim: `sapmerge reproduce` proves it",
+        options,
     )
 
 
@@ -90,10 +104,13 @@ def _reproduce(options: argparse.Namespace) -> None:
         loss_of(options),
         options.device,
     )
-    _report_problems(problems, "the same bits again")
+    _report_problems(problems, "the same bits again", options)
 
 
-def _report_problems(problems: Sequence[str], fine: str) -> None:
+def _report_problems(problems: Sequence[str], fine: str, options: argparse.Namespace) -> None:
+    if options.json:
+        print(json.dumps({"problems": list(problems)}, indent=2))
+        raise SystemExit(2 if problems else 0)
     if problems:
         raise OutputError("; ".join(problems))
     print(fine)

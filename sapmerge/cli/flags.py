@@ -11,6 +11,7 @@ _FIXED = (
     ("overwrite=True", "--overwrite"),
     ("sapmerge.Adapter.load(path, allow_pickle_weights=True)", "--allow-pickle"),
     ("allow_pickle=True", "--allow-pickle"),
+    ("sapmerge.convert(source, output) makes", "`sapmerge convert` makes"),
     ("Adapter.from_hub('user/name')", "hf://user/name"),
     ("Use apply_to(model), which is lossless, or a larger rank", "Use a larger rank"),
     ("use Sum()", "use --method task_arithmetic"),

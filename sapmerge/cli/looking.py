@@ -18,7 +18,10 @@ __all__ = ["add_to"]
 def add_to(commands: Any) -> list[argparse.ArgumentParser]:
     """Add the command; returns its parser."""
     look = commands.add_parser(
-        "inspect", help="describe and compare adapters", description="Describe adapters."
+        "inspect",
+        help="describe and compare adapters",
+        description="Describe adapters.",
+        epilog="example: sapmerge inspect art sketch --html look.html",
     )
     look.add_argument("adapters", nargs="+", metavar="ADAPTER")
     look.add_argument("--json", action="store_true", help="data instead of tables")

@@ -62,8 +62,7 @@ def add_to(commands: Any) -> list[argparse.ArgumentParser]:
     merge.add_argument(
         "--uniform-rank",
         action=argparse.BooleanOptionalAction,
-        default=True,
-        help="one rank in all modules, padded with zeros",
+        help="one rank in all modules, padded with zeros (the default)",
     )
     merge.add_argument("--setup", help=f"for methods that read anchors: {SETUP}")
     merge.add_argument("--cache", metavar="DIR", help="of the anchors' statistics")
@@ -71,6 +70,9 @@ def add_to(commands: Any) -> list[argparse.ArgumentParser]:
         "--cache-only", action="store_true", help="run no model; `sapmerge score` fills the cache"
     )
     merge.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    merge.add_argument(
+        "--push-to-hub", metavar="USER/NAME", help="upload the output to this repository, too"
+    )
     add_page(merge)
     add_reading_options(merge)
     merge.add_argument("--json", action="store_true", help="the report as data")
@@ -85,6 +87,10 @@ def add_to(commands: Any) -> list[argparse.ArgumentParser]:
 def _merge(options: argparse.Namespace) -> None:
     if is_recipe(options.adapters):
         read_recipe(options)
+    if options.push_to_hub is not None:
+        from sapmerge.io.hub import check_name
+
+        check_name(options.push_to_hub)
     if options.dump_recipe is not None:
         dump_recipe(options, options.dump_recipe)
     if options.method is None and options.anchors is None and options.setup is None:
@@ -115,9 +121,14 @@ def _merge(options: argparse.Namespace) -> None:
         options.output,
         overwrite=options.overwrite,
         names=options.names,
-        uniform_rank=options.uniform_rank,
+        uniform_rank=options.uniform_rank is not False,
         serving=options.serving,
     )
+    address = None
+    if options.push_to_hub is not None:
+        from sapmerge.io.hub import upload
+
+        address = upload(options.output, options.push_to_hub)
     if options.json:
         print(json.dumps(merged.report.to_dict(), indent=2))
     elif not options.quiet:
@@ -126,6 +137,8 @@ def _merge(options: argparse.Namespace) -> None:
         if options.verbose:
             print(f"\n{_every_layer(merged.report)}")
         print(f"\nwritten to {printable(options.output)}")
+        if address is not None:
+            print(f"uploaded: {printable(address)}")
     save_page(options, lambda: merged.report.plot())
 
 

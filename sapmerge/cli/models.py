@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from sapmerge.cli.choices import DTYPES, LOSSES
@@ -12,17 +15,34 @@ from sapmerge.errors import AnchorError, MethodError, ModelMismatchError, printa
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["add_model_options", "anchors_of", "loss_of", "model_of"]
+    from sapmerge.anchors.folders import Pair
+
+__all__ = [
+    "add_base_options",
+    "add_model_options",
+    "anchors_of",
+    "batches_of",
+    "loss_of",
+    "model_of",
+    "pairs_of",
+]
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """`--model`, `--anchors` and what goes with them."""
     group = parser.add_argument_group("anchors and the base model")
     group.add_argument(
-        "--anchors", metavar="DIR", help="images with captions.json, .jsonl, .csv or .txt"
+        "--anchors",
+        metavar="DIR",
+        help="images with captions.json, .jsonl, .csv or .txt; or hf://user/dataset:split",
     )
-    group.add_argument("--model", help="the base model: a folder, or a name of the Hub")
     group.add_argument("--loss", choices=LOSSES, help="of the anchors; by default by the model")
+    add_base_options(group)
+
+
+def add_base_options(group: Any) -> None:
+    """`--model` and how it runs."""
+    group.add_argument("--model", help="the base model: a folder, or a name of the Hub")
     group.add_argument("--batch-size", type=int, help="pairs per batch (default: 16)")
     group.add_argument("--device", help="where to compute: cpu, cuda, cuda:1, mps")
     group.add_argument("--dtype", choices=DTYPES, help="of the model (default: float32)")
@@ -41,12 +61,27 @@ def model_of(options: argparse.Namespace) -> nn.Module:
             raise ModelMismatchError(
                 f"--model {printable(options.model)}: transformers has no {architecture}"
             )
-        found: Any = kind.from_pretrained(options.model, dtype=options.dtype or "float32")
+        with _own_bars(library, options):
+            found: Any = kind.from_pretrained(options.model, dtype=options.dtype or "float32")
     except (OSError, ValueError, KeyError) as error:
         raise ModelMismatchError(
             f"--model {printable(options.model)}: cannot be loaded ({error})"
         ) from None
     return found.eval().to(options.device or "cpu")
+
+
+@contextmanager
+def _own_bars(library: Any, options: argparse.Namespace) -> Generator[None]:
+    """No bars of transformers where there are none of ours."""
+    logging = library.utils.logging
+    shown = logging.is_progress_bar_enabled()
+    if getattr(options, "quiet", False) or not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def anchors_of(options: argparse.Namespace) -> list[dict[str, Any]] | None:
@@ -56,14 +91,30 @@ def anchors_of(options: argparse.Namespace) -> list[dict[str, Any]] | None:
             if getattr(options, flag) is not None:
                 raise MethodError(f"--{flag.replace('_', '-')} is of anchors: add --anchors DIR")
         return None
+    return batches_of(pairs_of(options.anchors), options)
+
+
+def pairs_of(anchors: str) -> list[Pair]:
+    """Images and captions of a folder, or of hf://user/dataset:split."""
+    from sapmerge.anchors import read_dataset, read_folder
+
+    if anchors.startswith("hf://"):
+        name, _, split = anchors.removeprefix("hf://").removeprefix("datasets/").partition(":")
+        name, _, revision = name.partition("@")
+        return read_dataset(name, split=split or "train", revision=revision or None)
+    if not os.path.isdir(anchors):
+        raise AnchorError(f"--anchors {printable(anchors)}: there is no such folder")
+    return read_folder(anchors)
+
+
+def batches_of(pairs: Sequence[Pair], options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Pairs as batches for the model of `--model`."""
     if options.model is None:
         raise AnchorError("anchors run through the base model: add --model FOLDER_OR_NAME")
-    if not os.path.isdir(options.anchors):
-        raise AnchorError(f"--anchors {printable(options.anchors)}: there is no such folder")
     size = 16 if options.batch_size is None else options.batch_size
     if size < 1:
         raise AnchorError(f"--batch-size {size}: a batch holds at least one pair")
-    from sapmerge.anchors import from_folder
+    from sapmerge.anchors.folders import batches
 
     try:
         processor = _transformers().AutoProcessor.from_pretrained(options.model)
@@ -72,7 +123,7 @@ def anchors_of(options: argparse.Namespace) -> list[dict[str, Any]] | None:
             f"--model {printable(options.model)} has no processor that turns images and captions "
             f"into batches ({error})"
         ) from None
-    return from_folder(options.anchors, processor, size)
+    return batches(pairs, processor, size)
 
 
 def loss_of(options: argparse.Namespace) -> Any:

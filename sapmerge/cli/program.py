@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import io
 import os
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import NoReturn
 
-from sapmerge.cli import (
-    checking,
-    comparing,
-    converting,
-    listing,
-    looking,
-    merging,
-    rounds,
-    scoring,
-    showing,
-)
+from sapmerge.cli.commands import parser
 from sapmerge.cli.flags import in_flags, with_negative_numbers
 from sapmerge.errors import SapmergeError, SapmergeWarning, printable
-from sapmerge.version import __version__
 
 __all__ = ["main"]
 
@@ -31,7 +18,7 @@ __all__ = ["main"]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code (0, or 2 for an error that is the user's to mend)."""
     _print_in_any_encoding()
-    options = _parser().parse_args(
+    options = parser().parse_args(
         with_negative_numbers(sys.argv[1:] if arguments is None else arguments)
     )
     warnings.simplefilter("always", SapmergeWarning)
@@ -68,33 +55,6 @@ def _print_in_any_encoding() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"sapmerge: {message}; see {self.prog} --help\n")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="sapmerge", description="Merge LoRA adapters.")
-    parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (
-        merging,
-        looking,
-        listing,
-        comparing,
-        converting,
-        checking,
-        scoring,
-        rounds,
-        showing,
-    ):
-        for command in add.add_to(commands):
-            command.add_argument(
-                "--debug", action="store_true", help="show the traceback of an error"
-            )
-    return parser
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any, cast
 
+from sapmerge.cli.choices import ENGINES, SPELLINGS
 from sapmerge.cli.recipes import method_of
 from sapmerge.errors import MethodError, printable
 
@@ -24,6 +25,8 @@ _KEYS: Mapping[str, tuple[type, ...]] = {
     "base": _TEXT,
     "modules_to_save": (str, dict),
     "names": _TEXT,
+    "serving": _TEXT,
+    "uniform_rank": (bool,),
     "anchors": (dict,),
 }
 _OF_ADAPTERS: Mapping[str, tuple[type, ...]] = {
@@ -92,9 +95,17 @@ def read_recipe(options: argparse.Namespace) -> None:
         "base_model": recipe.get("base"),
         "modules_to_save": recipe.get("modules_to_save"),
         "names": recipe.get("names"),
+        "serving": recipe.get("serving"),
+        "uniform_rank": recipe.get("uniform_rank"),
         "anchors": anchors.pop("folder", None),
         **anchors,
     }
+    for key, allowed in (("names", SPELLINGS), ("serving", ENGINES)):
+        if said[key] is not None and said[key] not in allowed:
+            raise MethodError(
+                f"the recipe {printable(name)}: {key} is one of {', '.join(allowed)}; got "
+                f"{printable(str(said[key])[:80])!r}"
+            )
     for key, value in said.items():
         if getattr(options, key) is None:
             setattr(options, key, value)
@@ -164,6 +175,8 @@ def dump_recipe(options: argparse.Namespace, path: str) -> None:
         "base": options.base_model,
         "modules_to_save": options.modules_to_save,
         "names": options.names,
+        "serving": options.serving,
+        "uniform_rank": options.uniform_rank,
         "anchors": {key: value for key, value in anchors.items() if value is not None},
     }
     kept = {key: value for key, value in recipe.items() if value is not None and value != {}}
@@ -184,7 +197,7 @@ def _checked(found: object, keys: Mapping[str, tuple[type, ...]], where: str) ->
             meant = _THEIRS.get(str(key)) or (close[0] if close else "")
             hint = f"did you mean {meant}?" if meant else f"the keys are {', '.join(keys)}"
             raise MethodError(f"{where}: unknown key {printable(str(key))!r}; {hint}")
-        if not isinstance(value, keys[key]) or isinstance(value, bool):
+        if not isinstance(value, keys[key]) or (isinstance(value, bool) and bool not in keys[key]):
             kinds = " or ".join(kind.__name__ for kind in keys[key])
             raise MethodError(f"{where}: {key} is a {kinds}; got {printable(str(value)[:80])!r}")
     return dict(table)

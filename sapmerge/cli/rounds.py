@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +22,18 @@ __all__ = ["add_to"]
 def add_to(commands: Any) -> list[argparse.ArgumentParser]:
     """Add the command; returns the parsers of its actions."""
     parser = commands.add_parser(
-        "round", help="a one-shot federated round", description="A one-shot federated round."
+        "round",
+        help="a one-shot federated round",
+        description="A one-shot federated round.",
+        epilog="example: sapmerge round new round-1 --model base --quorum 20",
     )
     actions = parser.add_subparsers(required=True, metavar="ACTION")
 
     new = actions.add_parser(
-        "new", help="make a round", description="Make a round: what its uploads must be."
+        "new",
+        help="make a round",
+        description="Make a round: what its uploads must be.",
+        epilog="example: sapmerge round new round-1 --model base --quorum 20",
     )
     new.add_argument("round", metavar="ROUND", help="folder to make")
     source = new.add_mutually_exclusive_group(required=True)
@@ -53,7 +60,10 @@ def add_to(commands: Any) -> list[argparse.ArgumentParser]:
     new.set_defaults(run=_new)
 
     add = actions.add_parser(
-        "add", help="check an upload and keep it", description="Check an upload and keep it."
+        "add",
+        help="check an upload and keep it",
+        description="Check an upload and keep it.",
+        epilog="example: sapmerge round add round-1 upload.zip --client hospital-7 --samples 1200",
     )
     add.add_argument("round", metavar="ROUND")
     add.add_argument(
@@ -66,23 +76,33 @@ def add_to(commands: Any) -> list[argparse.ArgumentParser]:
     add.set_defaults(run=_add)
 
     look = actions.add_parser(
-        "list", help="who is there", description="Who is there, and with how many samples."
+        "list",
+        help="who is there",
+        description="Who is there, and with how many samples.",
+        epilog="example: sapmerge round list round-1 --expected hospital-7 hospital-8",
     )
     look.add_argument("round", metavar="ROUND")
     look.add_argument(
         "--expected", nargs="+", default=[], metavar="CLIENT", help="say who of these is missing"
     )
+    look.add_argument("--json", action="store_true", help="data instead of lines")
     look.set_defaults(run=_list)
 
     remove = actions.add_parser(
-        "remove", help="take a client out", description="Remove a client and its upload."
+        "remove",
+        help="take a client out",
+        description="Remove a client and its upload.",
+        epilog="example: sapmerge round remove round-1 hospital-7",
     )
     remove.add_argument("round", metavar="ROUND")
     remove.add_argument("client", metavar="CLIENT")
     remove.set_defaults(run=_remove)
 
     merge = actions.add_parser(
-        "merge", help="merge what is kept", description="Merge what is kept, by samples."
+        "merge",
+        help="merge what is kept",
+        description="Merge what is kept, by samples.",
+        epilog="example: sapmerge round merge round-1 -o merged",
     )
     merge.add_argument("round", metavar="ROUND")
     merge.add_argument("-o", "--output", required=True, help="folder to write")
@@ -95,10 +115,14 @@ def add_to(commands: Any) -> list[argparse.ArgumentParser]:
     )
     merge.add_argument("--modules-to-save", help="heads: mean or drop")
     merge.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    merge.add_argument("--json", action="store_true", help="the report as data")
     merge.set_defaults(run=_merge)
 
     report = actions.add_parser(
-        "report", help="every client and every refusal", description="Describe a round."
+        "report",
+        help="every client and every refusal",
+        description="Describe a round.",
+        epilog="example: sapmerge round report round-1 --json",
     )
     report.add_argument("round", metavar="ROUND")
     report.add_argument("--json", action="store_true", help="data instead of a page")
@@ -185,9 +209,13 @@ def _add(options: argparse.Namespace) -> None:
 
 def _list(options: argparse.Namespace) -> None:
     inbox = _opened(options)
+    missing = inbox.missing(options.expected)
+    if options.json:
+        print(json.dumps({"clients": dict(inbox.clients), "missing": list(missing)}, indent=2))
+        return
     for client, samples in inbox.clients.items():
         print(f"{client}\t{samples}")
-    for client in inbox.missing(options.expected):
+    for client in missing:
         print(f"{client}\tmissing")
 
 
@@ -209,7 +237,10 @@ def _merge(options: argparse.Namespace) -> None:
     )
     merged.save_pretrained(options.output, overwrite=options.overwrite)
     write_record(os.path.join(inbox.path, "report.json"), inbox.report.to_dict())
-    print(f"{inbox.report}\n\nwritten to {printable(options.output)}")
+    if options.json:
+        print(inbox.report.to_json().decode(), end="")
+    else:
+        print(f"{inbox.report}\n\nwritten to {printable(options.output)}")
 
 
 def _report(options: argparse.Namespace) -> None:

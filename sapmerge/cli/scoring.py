@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from typing import Any, cast
 
@@ -21,6 +22,7 @@ def add_to(commands: Any) -> list[argparse.ArgumentParser]:
         "score",
         help="fill the cache of a merge",
         description="Run the anchors' passes of some adapters; `merge --cache-only` reads them.",
+        epilog="example: sapmerge score art sketch --setup mine:setup --cache kept --shard 0/2",
     )
     parser.add_argument(
         "adapters", nargs="+", metavar="ADAPTER", help="all of the merge, in any order"
@@ -40,6 +42,7 @@ def add_to(commands: Any) -> list[argparse.ArgumentParser]:
     parser.add_argument("--density", type=float, help="fraction kept, in (0, 1]")
     parser.add_argument("--seed", type=int, help="of methods that draw random masks")
     parser.add_argument("--weights", help="those of the merge")
+    parser.add_argument("--json", action="store_true", help="data instead of a line")
     parser.set_defaults(run=_score)
     return [parser]
 
@@ -83,6 +86,9 @@ def _score(options: argparse.Namespace) -> None:
         loss=loss,
     )
     number, count = options.shard
+    if options.json:
+        print(json.dumps({"shard": number, "of": count, "complete": whole}))
+        return
     print(
         "the cache has what the merge needs"
         if whole

@@ -13,7 +13,10 @@ __all__ = ["add_to"]
 def add_to(commands: Any) -> list[argparse.ArgumentParser]:
     """Add the command; returns its parser."""
     demo = commands.add_parser(
-        "demo", help="the mission in small, in about a minute", description="Train, merge, compare."
+        "demo",
+        help="the mission in small, in about a minute",
+        description="Train, merge, compare.",
+        epilog="example: sapmerge demo -o demo --seed 1",
     )
     demo.add_argument(
         "-o", "--output", default="sapmerge-demo", help="folder to write (default: %(default)s)"

@@ -7,8 +7,9 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,8 +20,9 @@ from sapmerge.errors import OutputError
 from sapmerge.io.leftovers import alive
 from sapmerge.io.locks import lock
 
-__all__ = ["Cache"]
+__all__ = ["Cache", "Gathered", "gather"]
 
+_RESULT = re.compile(r"[0-9a-f]{64}\.safetensors")
 _SCRATCH = re.compile(r"\.[0-9a-f]{64}\.safetensors\.(\d{1,9})(-[0-9a-f]{8})?\.tmp")
 _ATTEMPTS = 100
 
@@ -79,6 +81,25 @@ class Cache:
                 f"cannot write to the cache {str(self._folder)!r}: {error}"
             ) from error
 
+    def files(self) -> list[str]:
+        """The names of the results that lie there, sorted."""
+        try:
+            return sorted(name for name in os.listdir(self._folder) if _RESULT.fullmatch(name))
+        except OSError:
+            return []
+
+    def key_of(self, name: str) -> str | None:
+        """The key of a result by the name of its file; None if it is damaged."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with cast("Any", safe_open(self._folder / name, "pt")) as file:
+                metadata: dict[str, str] = file.metadata() or {}
+        except (OSError, SafetensorError):
+            return None
+        key = metadata.get("key", "")
+        return key if self._path(key).name == name else None
+
     def _write(self, path: Path, data: bytes) -> None:
         """One file, whole or not at all; a name of its own for every writer,
         also for those of one process.
@@ -99,6 +120,60 @@ class Cache:
 
     def _path(self, key: str) -> Path:
         return self._folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """What `gather` did, in numbers of results.
+
+    Args:
+        copied: were new.
+        there: were in the target already.
+        damaged: files that cannot be read, and are left where they are.
+        different: have other numbers than the target's under the same key, which are kept.
+    """
+
+    copied: int
+    there: int
+    damaged: tuple[str, ...]
+    different: tuple[str, ...]
+
+
+def gather(
+    target: str | os.PathLike[str], sources: Sequence[str | os.PathLike[str]], parts: Sequence[str]
+) -> Gathered:
+    """Copy what caches of other machines have into one; every result is checked as it is read.
+
+    Args:
+        target: a folder, made if it does not exist.
+        sources: folders of caches.
+        parts: folders in a cache that hold results, "" for its top.
+
+    Raises:
+        OutputError: a source is no folder, or the target cannot be written.
+    """
+    copied, there, damaged, different = 0, 0, list[str](), list[str]()
+    for source in sources:
+        if not os.path.isdir(source):
+            raise OutputError(f"the cache {os.fsdecode(source)!r} is no folder")
+        for part in parts:
+            mine, theirs = Cache(Path(target) / part), Cache(Path(source) / part)
+            for name in theirs.files():
+                path, key = os.path.join(os.fsdecode(source), part, name), theirs.key_of(name)
+                found = None if key is None else theirs.get(key)
+                if key is None or found is None:
+                    damaged.append(path)
+                    continue
+                own = mine.get(key)
+                if own is None:
+                    mine.put(key, *found)
+                    copied += 1
+                    continue
+                there += 1
+                same = own[0].keys() == found[0].keys() and own[1] == found[1]
+                if not same or not all(torch.equal(own[0][x], found[0][x]) for x in own[0]):
+                    different.append(path)
+    return Gathered(copied, there, tuple(damaged), tuple(different))
 
 
 def _digest(key: str, tensors: Mapping[str, Tensor], notes: str) -> str:

@@ -32,18 +32,17 @@ _STATE = re.compile(
     r"|(?:rng_state|random_states|zero_pp_rank|mp_rank|bf16_zero_pp_rank|sampler|optimizer|scheduler)_.*"
 )
 _SHOWN = 8
-# Names of other formats, and what they are.
-_OTHERS = (
-    ("adapters.safetensors", "an adapter of MLX; convert it to PEFT's format (mlx_lm can fuse it "
-                             "into its base)"),
-    ("pytorch_lora_weights.safetensors", "a LoRA in the format of diffusers; load it there, or "
-                                         "convert it to PEFT's"),
-    ("pytorch_lora_weights.bin", "a LoRA in the format of diffusers; load it there, or convert it "
-                                 "to PEFT's"),
-    ("adapter_model.pt", "an adapter of torchtune; save it in PEFT's format: "
-                         "save_adapter_weights_only with "
-     "FullModelHFCheckpointer writes adapter_model.safetensors"),
-)  # fmt: skip
+_CONVERT = "sapmerge.convert(source, output) makes a PEFT folder of it"
+_OTHERS = {
+    "adapters.safetensors": f"an adapter of MLX: {_CONVERT}",
+    "pytorch_lora_weights.safetensors": f"a LoRA in the format of diffusers: {_CONVERT}",
+    "pytorch_lora_weights.bin": "a LoRA in the format of diffusers, and a pickle; save it there as "
+    "safetensors",
+    "adapter_model.pt": f"an adapter of torchtune: {_CONVERT}",
+}
+"""Names of other formats, and what they are."""
+_MODEL = re.compile(r"(?:pytorch_|tf_)?model(?:-\d+-of-\d+)?\.(?:safetensors|bin|h5)")
+"""The weights of a whole model."""
 
 
 def unread_weights(names: Collection[str], read: Collection[str]) -> str | None:
@@ -74,7 +73,7 @@ def way_on(folder: str, names: Iterable[str], config: str) -> str:
             f"{'is an adapter' if len(inside) == 1 else 'are adapters'}: give {shown(inside[-1])} "
             "in it as the folder"
         )
-    for name, what in _OTHERS:
+    for name, what in _OTHERS.items():
         if name in names:
             return f"{name} is {what}"
     gguf = next((name for name in names if name.lower().endswith(".gguf")), None)
@@ -89,6 +88,12 @@ def way_on(folder: str, names: Iterable[str], config: str) -> str:
             "adapter again"
         )
     weights = [name for name in names if _holds_weights(name)]
+    if "config.json" in names and any(map(_MODEL.fullmatch, names)):
+        whole = next(name for name in names if _MODEL.fullmatch(name))
+        return (
+            f"it is a whole model ({shown(whole)}), no adapter: give it as the base, model=..., "
+            "and the folder of an adapter here"
+        )
     if weights:
         return (
             "nothing is downloaded for a local folder; it holds "

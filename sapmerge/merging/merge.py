@@ -10,7 +10,6 @@ import os
 import sys
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from sapmerge.core.protocols import Method
 from sapmerge.core.torch_state import pinned_state
 from sapmerge.core.undo import Undo
 from sapmerge.core.updates import Update
-from sapmerge.errors import AnchorError, MethodError, NonFiniteError, warn
+from sapmerge.errors import MethodError, warn
 from sapmerge.io.adapter import Adapter
 from sapmerge.losses import Loss
 from sapmerge.merging import sinks
@@ -28,6 +27,7 @@ from sapmerge.merging.calling import check_cache, check_method, says_what_is_mea
 from sapmerge.merging.copies import check_copies
 from sapmerge.merging.form import Form
 from sapmerge.merging.heads import HeadPolicy, plan_heads
+from sapmerge.merging.hub import push_to_hub
 from sapmerge.merging.inputs import (
     Adapters,
     Base,
@@ -44,8 +44,8 @@ from sapmerge.merging.inputs import (
 from sapmerge.merging.meaning import say_of_inputs, written_base
 from sapmerge.merging.missing import say_what_is_missing
 from sapmerge.merging.needs import check_needs
-from sapmerge.merging.report import LayerReport, Report, findings_of, notes_of
-from sapmerge.merging.reporting import report_of
+from sapmerge.merging.report import LayerReport, Report, notes_of
+from sapmerge.merging.reporting import report_of, with_notes
 from sapmerge.merging.run import Run
 from sapmerge.merging.serving import shapes_of
 from sapmerge.merging.spelling import Own, one_spelling, say_what_is_not_shared
@@ -144,10 +144,11 @@ def merge(
     stream = AdapterLayers.of(opened, numbers, check_device(device))
     check_needs(method, stream)
     said = say_of_inputs(stream, method)
+    show = sys.stderr.isatty() if progress is None else progress
     if anchor_loader is not None:
         stream = stream.with_anchors(anchor_loader, model, loss, cache)
         assert stream.anchors is not None
-        stream.anchors.cache_only = cache_only
+        stream.anchors.cache_only, stream.anchors.passes.shown = cache_only, show
     elif folder is not None:
         folder.check(stream.modules.values(), heads.shapes())
     elif model is not None:
@@ -176,7 +177,7 @@ def merge(
         own_names=Own.of(model),
         shapes=shapes_of(folder or model),
         said=said,
-        progress=sys.stderr.isatty() if progress is None else progress,
+        progress=show,
     )
     return Merged(run)
 
@@ -271,6 +272,8 @@ class Merged:
             self.run, path, overwrite=overwrite, form=form, finish=self._measure, undo=self._undo()
         )
 
+    push_to_hub = push_to_hub  # uploads what save_pretrained writes
+
     def apply_to(self, model: Any) -> None:
         """Add the merged update to the weights of `model`, in place, without any loss of rank.
 
@@ -364,7 +367,7 @@ class Merged:
         if (report := self._report) is None:
             report = self._measure(tuple(row for _, _, row in self.run.stored()))
         elif self.run.stream.anchors is not None and "anchor loss" not in report.notes:
-            self._report = report = self._with_notes(report)
+            self._report = report = with_notes(report, self.run, self._notes, self._applied)
         return report
 
     def _undo(self) -> Undo:
@@ -379,22 +382,6 @@ class Merged:
 
     def _measure(self, layers: tuple[LayerReport, ...]) -> Report:
         """The report with the anchors' losses, before the effect: they run the user's function."""
-        self._report = self._with_notes(report_of(self.run, layers))
+        rows = report_of(self.run, layers)
+        self._report = with_notes(rows, self.run, self._notes, self._applied)
         return self._report
-
-    def _with_notes(self, report: Report) -> Report:
-        """The loss of the merged adapter is None if the model overflows with it,
-        or is another one by now.
-        """
-        anchors, run = self.run.stream.anchors, self.run
-        found = {**report.notes, **findings_of(run.prepared)}
-        if anchors is None:
-            return replace(report, notes={**run.vectors.notes(), **found})
-        notes = dict(self._notes or notes_of(anchors))
-        if self._applied or len(self.run.kept) == len(report.layers):
-            try:
-                merged = anchors.loss_of({} if self._applied else self.run.kept)
-            except (AnchorError, NonFiniteError):
-                merged = None
-            notes["anchor loss"] = {**notes["anchor loss"], "merged adapter": merged}
-        return replace(report, notes={**run.vectors.notes(), **notes, **found})

@@ -7,12 +7,19 @@ from dataclasses import replace
 from typing import Any
 
 from sapmerge.core.part import recipe
-from sapmerge.errors import warn
+from sapmerge.errors import AnchorError, NonFiniteError, warn
 from sapmerge.merging.meaning import say_of_result
-from sapmerge.merging.report import LayerReport, Report, describe_adapters, describe_pairs
+from sapmerge.merging.report import (
+    LayerReport,
+    Report,
+    describe_adapters,
+    describe_pairs,
+    findings_of,
+    notes_of,
+)
 from sapmerge.merging.run import Run
 
-__all__ = ["WHOLE", "report_of"]
+__all__ = ["WHOLE", "report_of", "with_notes"]
 
 WHOLE = (
     "weights",
@@ -92,3 +99,25 @@ def _saliency_kept(layers: Sequence[LayerReport]) -> Mapping[str, Any]:
             whole[label] = whole.get(label, 0.0) + saliency
     shares = {label: kept[label] / total for label, total in whole.items() if total}
     return {"score_kept": shares} if shares else {}
+
+
+def with_notes(report: Report, run: Run, notes: Mapping[str, Any] | None, applied: bool) -> Report:
+    """The report with the anchors' losses and with what the method found.
+
+    The loss of the merged adapter is None if the model overflows with it, or is another one by now.
+
+    Args:
+        notes: of the anchors, if they were measured before.
+        applied: whether the model has the merged update.
+    """
+    anchors, found = run.stream.anchors, {**report.notes, **findings_of(run.prepared)}
+    if anchors is None:
+        return replace(report, notes={**run.vectors.notes(), **found})
+    measured = dict(notes or notes_of(anchors))
+    if applied or len(run.kept) == len(report.layers):
+        try:
+            merged = anchors.loss_of({} if applied else run.kept)
+        except (AnchorError, NonFiniteError):
+            merged = None
+        measured["anchor loss"] = {**measured["anchor loss"], "merged adapter": merged}
+    return replace(report, notes={**run.vectors.notes(), **measured, **found})

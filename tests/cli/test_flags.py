@@ -88,6 +88,44 @@ def test_an_adapter_one_level_below(here: Path, capsys: pytest.CaptureFixture[st
     assert "'inner' in it" in text
 
 
+def test_what_is_no_adapter(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A message says what it is, and the flag or the command."""
+    for name, held, text in (
+        ("base", ("config.json", "model.safetensors"), "a whole model ('model.safetensors'), no"),
+        (
+            "shards",
+            ("config.json", "pytorch_model-00001-of-00002.bin"),
+            "as the base, --model, and",
+        ),
+        ("mlx", ("adapters.safetensors",), "an adapter of MLX: `sapmerge convert` makes a PEFT"),
+        ("pipe", ("pytorch_lora_weights.safetensors",), "diffusers: `sapmerge convert` makes"),
+        ("tune", ("adapter_model.pt",), "an adapter of torchtune: `sapmerge convert` makes"),
+    ):
+        (here / name).mkdir()
+        for file in held:
+            (here / name / file).write_bytes(b"{}")
+        for command in (["merge", name, "-o", "out", "--method", "mean"], ["inspect", name]):
+            assert text in fails(capsys, *command)
+
+
+def test_checks_as_data(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The problems; the exit code says whether there are any."""
+    assert main(["merge", "left", "right", "-o", "both", "--method", "mean", "--quiet"]) == 0
+    for command in (
+        ["verify", "both", "--inputs", "left", "right"],
+        ["reproduce", "both", "--inputs", "left", "right"],
+        ["check", "both", "--serving", "vllm"],
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main([*command, "--json"])
+        assert stop.value.code == 0
+        assert json.loads(capsys.readouterr().out) == {"problems": []}
+    with pytest.raises(SystemExit) as stop:
+        main(["verify", "both", "--inputs", "left", "--json"])
+    assert stop.value.code == 2
+    assert json.loads(capsys.readouterr().out)["problems"]
+
+
 def test_json_and_verbose(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["merge", "left", "right", "--method", "mean"]
     assert main([*command, "-o", "first", "--json"]) == 0

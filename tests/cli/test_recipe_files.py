@@ -50,6 +50,25 @@ def test_flags_go_before_the_file(here: Path) -> None:
     assert files(here / "out") == files(here / "p")
 
 
+def test_how_the_output_is_written(here: Path) -> None:
+    """`serving` and `uniform_rank` of `save_pretrained`; a flag goes before them."""
+    text = "adapters: [left, right]\nmethod: mean\nrank: exact\n"
+    (here / "recipe.yaml").write_text(f"{text}uniform_rank: false\n")
+    (here / "served.yaml").write_text(f"{text}serving: vllm\n")
+    merged = sm.merge(["left", "right"], method=sm.mean(), rank="exact")
+    merged.save_pretrained("several", uniform_rank=False)
+    merged.save_pretrained("uniform", uniform_rank=True)
+    merged.save_pretrained("vllm", serving="vllm")
+    for command, wanted in (
+        (["recipe.yaml"], "several"),
+        (["recipe.yaml", "--uniform-rank"], "uniform"),
+        (["served.yaml"], "vllm"),
+    ):
+        assert main(["merge", *command, "-o", f"of-{wanted}", "--quiet"]) == 0
+        assert files(here / f"of-{wanted}") == files(here / wanted)
+    assert files(here / "uniform") != files(here / "several") != files(here / "vllm")
+
+
 def test_labels_and_heads(here: Path) -> None:
     recipe = {
         "adapters": [{"path": "one", "label": "a"}, {"path": "two", "label": "b"}],
@@ -70,6 +89,8 @@ def test_labels_and_heads(here: Path) -> None:
         ["left", "right", "--method", "ties", "--density", "0.4", "--weights", "1,-0.5"],
         ["x=left", "y=right", "--method", "mean", "--weights", "x=2,y=1", "--rank", "2"],
         ["one", "two", "--method", "Chain(Mean())", "--modules-to-save", "mean", "--scale", "2"],
+        ["left", "right", "--method", "mean", "--no-uniform-rank", "--names", "input"],
+        ["left", "right", "--method", "mean", "--serving", "vllm"],
     ],
 )
 def test_what_is_dumped_is_read_back(here: Path, flags: list[str]) -> None:
@@ -90,6 +111,10 @@ def test_what_is_dumped_is_read_back(here: Path, flags: list[str]) -> None:
         ("adapters: [left]\nanchors: {foldre: x}", "'foldre'; did you mean folder"),
         ("adapters: [{path: left, revision: v1}]", "is a folder, which has no revision"),
         ("adapters: [{path: left, label: a}, right]", "label all adapters, or none"),
+        ("adapters: [left]\nserving: vlm", "serving is one of vllm, sglang"),
+        ("adapters: [left]\nnames: v4", "names is one of input, transformers 5"),
+        ("adapters: [left]\nuniform_rank: 1", "uniform_rank is a bool; got '1'"),
+        ("adapters: [left]\nrank: true", "rank is a int or float or str; got 'True'"),
         ("adapters: []", "names no adapters"),
         ("- left", "expected keys and values"),
         ("adapters: [", "cannot be read"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,9 @@ def test_shards_and_one_process_make_the_same_bytes(
     out = capsys.readouterr().out
     assert "shard 1/2 is done; the cache lacks what others run" in out
     assert "the cache has what the merge needs" in out
+    shard = ["--cache", "new", "--shard", "0/2", "--json", *method]
+    assert main(["score", *ADAPTERS, *shard]) == 0
+    assert json.loads(capsys.readouterr().out) == {"shard": 0, "of": 2, "complete": False}
     module.passes.clear()
     only = ["--cache", "cache", "--cache-only", "--quiet"]
     assert main(["merge", *ADAPTERS, "-o", "sharded", *only, *method]) == 0
