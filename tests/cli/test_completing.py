@@ -8,7 +8,7 @@ import subprocess
 import pytest
 
 from sapmerge.cli import main
-from sapmerge.named import names
+from sapmerge.method_names import names
 
 
 def completed(script: str, *words: str) -> list[str]:
