@@ -138,9 +138,9 @@ VERDICTS: tuple[tuple[str, str, str], ...] = (
 LEFT_OUT = """
 ## Not here, and why
 
-* RegMean++ and IterIS take RegMean's inputs from the merged model, round after round. With anchors
-  that all adapters share, its inputs are the same for all of them, and RegMean with one Gram matrix
-  is `mean`.
+* RegMean++ takes RegMean's inputs from the merged model, round after round. With anchors that all
+  adapters share, these are the same for all of them, and RegMean with one Gram matrix is `mean`.
+  IterIS pairs them with each adapter's own outputs, which takes two models at once on every batch.
 * AdaRank learns binary masks of singular directions by a training loop with straight-through
   gradients. `tara` has coefficients in [0, 1] in their place.
 * CAT (LoRA soups) is `adamerging("layer", loss)` with a loss on examples of the task.

@@ -21,6 +21,7 @@ ASKING = (
     sm.ScaleByAnchors,
     sm.Tune,
     sm.FitCoefficients,
+    sm.SearchCoefficients,
     sm.PruneGroups,
     sm.PruneLayers,
     FisherMean,
@@ -70,7 +71,10 @@ def contrib() -> list[Contender]:
     """`sapmerge.contrib`, without what needs more than adapters and anchors (lorm a shared factor,
     movement runs).
     """
-    names = ("adamerging", "ctm", "emr", "gradpruner", "loraprune", "pcb", "wudi")
+    names = (
+        *("adamerging", "ctm", "emr", "gradpruner", "loraprune", "lorahub", "nsc", "pcb", "pico"),
+        *("ram", "score", "spectral_surgery", "star", "tara", "wudi"),
+    )
     return [contender(name, getattr(sm, name)()) for name in names]
 
 

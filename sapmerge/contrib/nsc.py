@@ -15,7 +15,7 @@ from sapmerge.core.linalg import numerical_rank, wide
 from sapmerge.core.part import part, unprepared
 from sapmerge.core.protocols import LayerStream, Method
 from sapmerge.errors import AnchorError
-from sapmerge.losses import WEIGHT
+from sapmerge.losses import WEIGHT, embeddings
 from sapmerge.parts.mergers.linear import Sum
 from sapmerge.parts.wrappers import Chain
 
@@ -71,13 +71,21 @@ class NullSpaceRatio:
                     )
                 if not isinstance(modules[name], _NOT_ROWS):
                     handles.append(modules[name].register_forward_pre_hook(hook(bases)))
-            model(**{key: value for key, value in batch.items() if key != WEIGHT})
+            _run(model, batch)
         finally:
             for handle in handles:
                 handle.remove()
         if not ratios:
             raise AnchorError("no adapted linear layer ran, so there is no input to look at")
         return torch.stack(ratios).mean()
+
+
+def _run(model: nn.Module, batch: Mapping[str, Any]) -> None:
+    """A forward pass; of both towers, where embeddings may stand in for the inputs of one."""
+    if hasattr(model, "get_image_features") and hasattr(model, "get_text_features"):
+        embeddings(model, batch)
+    else:
+        model(**{key: value for key, value in batch.items() if key != WEIGHT})
 
 
 def _unread(x: Tensor, V: Tensor, weights: Tensor | None) -> Tensor:
@@ -107,8 +115,8 @@ def nsc(
         steps: of Adam, each with all anchors.
 
     Needs neither captions nor labels that mean anything, but batches that the model runs on:
-    `model(**batch)`. What the last layers do is not seen, as nothing adapted reads their outputs:
-    their coefficients stay at `init`.
+    `model(**batch)`, or both towers. What the last layers do is not seen, as nothing adapted reads
+    their outputs: their coefficients stay at `init`.
 
     Example:
         >>> import sapmerge as sm

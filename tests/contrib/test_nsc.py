@@ -107,3 +107,10 @@ def test_on_a_clip() -> None:
     losses = merged.report.notes["fit_loss"]
     assert 0 < losses[1] < 1
     assert losses[1] != losses[0]
+    (batch,) = models.pairs((4,))
+    with torch.no_grad():
+        image = model.get_image_features(pixel_values=batch["pixel_values"])
+    image = image if isinstance(image, Tensor) else image.pooler_output
+    fixed = [{"input_ids": batch["input_ids"], "image_embeds": image}]
+    loss = sm.merge(made, fixed, model, method=sm.nsc(steps=1)).report.notes["fit_loss"]
+    assert loss[0] != losses[0]  # the text tower's layers alone
