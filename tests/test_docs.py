@@ -37,7 +37,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FOLDERS = ("downloads/medical", "downloads/legal", "art", "sketch", "cartoon", "a", "b", "c")
 
-TWICE = {"anchors", "clip", "criteria", "llava", "llm", "quickstart", "sap", "serving"}
+TWICE = {"anchors", "clip", "criteria", "llava", "llm", "open_clip", "quickstart", "sap", "serving"}
 """Guides that are run again in the folder of an earlier run."""
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
