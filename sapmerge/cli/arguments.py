@@ -17,20 +17,38 @@ __all__ = [
     "rank_of",
     "split_methods",
     "weights_of",
+    "with_hub",
 ]
 
 
-def add_reading_options(parser: argparse.ArgumentParser) -> None:
+def add_reading_options(parser: Any) -> None:
     """What goes with adapters that are read."""
     parser.add_argument(
         "--allow-pickle", action="store_true", help="read weights in .bin files, which you trust"
     )
+    parser.add_argument(
+        "--hub", action="store_true", help="user/name that is no folder is of the Hub"
+    )
 
 
-def adapters_of(arguments: Sequence[str], allow_pickle: bool = False) -> Any:
+def with_hub(arguments: Sequence[str]) -> list[str]:
+    """`--hub`: hf:// before what is called user/name and is no folder."""
+    found = list[str]()
+    for argument in arguments:
+        label, separator, text = argument.rpartition("=")
+        named = re.fullmatch(r"[\w.-]+/[\w.-]+(?:/[\w./-]+)?(?:@[\w./-]+)?", text)
+        if named and not os.path.lexists(text) and not os.path.lexists(argument):
+            text = f"hf://{text}"
+        found.append(f"{label}{separator}{text}")
+    return found
+
+
+def adapters_of(options: argparse.Namespace) -> Any:
     """Folders and hf://user/name@revision, or label=either for all of them; what exists as it is
     written is a folder.
     """
+    arguments: list[str] = with_hub(options.adapters) if options.hub else options.adapters
+    allow_pickle: bool = options.allow_pickle
     pairs = [argument.partition("=") for argument in arguments]
     if not any(map(os.path.lexists, arguments)) and all(
         separator and re.fullmatch(r"[A-Za-z0-9._-]{1,64}", label) for label, separator, _ in pairs

@@ -9,7 +9,7 @@ import json
 import os
 from typing import Any
 
-from sapmerge.cli.arguments import adapters_of, weights_of
+from sapmerge.cli.arguments import adapters_of, add_reading_options, weights_of
 from sapmerge.errors import printable
 
 __all__ = ["add_to"]
@@ -35,6 +35,7 @@ def add_to(commands: Any) -> list[argparse.ArgumentParser]:
         help="between updates (default: %(default)s)",
     )
     near.add_argument("--json", action="store_true", help="data instead of a table")
+    add_reading_options(near)
     near.set_defaults(run=_neighbours)
 
     mean = commands.add_parser(
@@ -59,7 +60,7 @@ def _neighbours(options: argparse.Namespace) -> None:
     from sapmerge.federated import neighbours
     from sapmerge.merging.inputs import load_adapters
 
-    opened = load_adapters(adapters_of(options.adapters))
+    opened = load_adapters(adapters_of(options))
     labels = [adapter.label for adapter in opened]
     found = neighbours(
         {adapter.label: adapter for adapter in opened},

@@ -7,7 +7,13 @@ import json
 from typing import Any
 
 import sapmerge
-from sapmerge.cli.arguments import adapters_of, policy_of, split_methods, weights_of
+from sapmerge.cli.arguments import (
+    adapters_of,
+    add_reading_options,
+    policy_of,
+    split_methods,
+    weights_of,
+)
 from sapmerge.cli.models import add_model_options, anchors_of, loss_of, model_of
 from sapmerge.cli.recipes import imported, method_of
 
@@ -45,6 +51,7 @@ def add_to(commands: Any) -> list[argparse.ArgumentParser]:
     parser.add_argument("--json", action="store_true", help="data instead of a table")
     parser.add_argument("--quiet", action="store_true", help="no progress")
     add_model_options(parser)
+    add_reading_options(parser)
     parser.set_defaults(run=_compare)
     return [parser]
 
@@ -53,7 +60,7 @@ def _compare(options: argparse.Namespace) -> None:
     evaluate = imported(options.evaluate)
     methods = {text: method_of(text, {}) for text in split_methods(options.methods)}
     table = sapmerge.compare(
-        adapters_of(options.adapters),
+        adapters_of(options),
         methods,
         anchors_of(options),
         model_of(options),

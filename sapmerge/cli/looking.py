@@ -32,7 +32,7 @@ def add_to(commands: Any) -> list[argparse.ArgumentParser]:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    found = sapmerge.inspect(adapters_of(options.adapters, options.allow_pickle))
+    found = sapmerge.inspect(adapters_of(options))
     look = Look.of(sys.stdout)
     print(json.dumps(found.to_dict(), indent=2) if options.json else found.to_text(look))
     save_page(options, found.plot)

@@ -9,7 +9,14 @@ import sys
 from typing import Any
 
 import sapmerge
-from sapmerge.cli.arguments import adapters_of, add_reading_options, policy_of, rank_of, weights_of
+from sapmerge.cli.arguments import (
+    adapters_of,
+    add_reading_options,
+    policy_of,
+    rank_of,
+    weights_of,
+    with_hub,
+)
 from sapmerge.cli.choices import ENGINES, SPELLINGS
 from sapmerge.cli.models import add_model_options, anchors_of, loss_of, model_of
 from sapmerge.cli.pages import add_page, save_page
@@ -37,56 +44,64 @@ def add_to(commands: Any) -> list[argparse.ArgumentParser]:
         "recipe.yaml",
     )
     merge.add_argument("-o", "--output", required=True, help="folder to write")
-    merge.add_argument(
+    how = merge.add_argument_group("how to merge")
+    how.add_argument(
         "--method",
         help="a name (`sapmerge methods` lists them), a recipe, or module:function; sap by default "
         "with --anchors",
     )
-    merge.add_argument("--density", type=float, help="fraction kept, in (0, 1]")
-    merge.add_argument("--seed", type=int, help="of methods that draw random masks")
-    merge.add_argument("--weights", help="one number per adapter: --weights=1,0.5,-1")
-    merge.add_argument("--scale", type=float, default=1.0, help="multiplies the merged update")
-    merge.add_argument(
-        "--rank", type=rank_of, help="cap on the rank, share of energy in (0, 1), or 'exact'"
-    )
-    merge.add_argument(
+    how.add_argument("--density", type=float, help="fraction kept, in (0, 1]")
+    how.add_argument("--seed", type=int, help="of methods that draw random masks")
+    how.add_argument("--weights", help="one number per adapter: --weights=1,0.5,-1")
+    how.add_argument("--scale", type=float, default=1.0, help="multiplies the merged update")
+    how.add_argument(
         "--modules-to-save", help="heads: mean, first, drop, or module=adapter[,module=adapter]"
     )
-    merge.add_argument("--base-model", help="the base model the output is for")
-    merge.add_argument(
+    _add_output(merge.add_argument_group("the output"))
+    add_reading_options(merge.add_argument_group("the adapters"))
+    said = merge.add_argument_group("what is said")
+    add_page(said)
+    said.add_argument("--json", action="store_true", help="the report as data")
+    said.add_argument("-v", "--verbose", action="store_true", help="every layer in the report")
+    said.add_argument("--quiet", action="store_true", help="no progress, no report")
+    said.add_argument("--dump-recipe", metavar="FILE", help="write this call as a recipe.yaml")
+    anchors = add_model_options(merge)
+    anchors.add_argument("--setup", help=f"instead of --anchors and --model: {SETUP}")
+    anchors.add_argument("--cache", metavar="DIR", help="of the anchors' statistics")
+    anchors.add_argument(
+        "--cache-only", action="store_true", help="run no model; `sapmerge score` fills the cache"
+    )
+    merge.set_defaults(run=_merge, parameters=None, modules=None)
+    return [merge]
+
+
+def _add_output(group: Any) -> None:
+    group.add_argument(
+        "--rank", type=rank_of, help="cap on the rank, share of energy in (0, 1), or 'exact'"
+    )
+    group.add_argument("--base-model", help="the base model the output is for")
+    group.add_argument(
         "--names",
         choices=SPELLINGS,
         help="how the output spells its modules: as the adapters do, or ...",
     )
-    merge.add_argument("--serving", choices=ENGINES, help="the engine that is to load the output")
-    merge.add_argument(
+    group.add_argument("--serving", choices=ENGINES, help="the engine that is to load the output")
+    group.add_argument(
         "--uniform-rank",
         action=argparse.BooleanOptionalAction,
         help="one rank in all modules, padded with zeros (the default)",
     )
-    merge.add_argument("--setup", help=f"for methods that read anchors: {SETUP}")
-    merge.add_argument("--cache", metavar="DIR", help="of the anchors' statistics")
-    merge.add_argument(
-        "--cache-only", action="store_true", help="run no model; `sapmerge score` fills the cache"
-    )
-    merge.add_argument("--overwrite", action="store_true", help="replace an existing output")
-    merge.add_argument(
+    group.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    group.add_argument(
         "--push-to-hub", metavar="USER/NAME", help="upload the output to this repository, too"
     )
-    add_page(merge)
-    add_reading_options(merge)
-    merge.add_argument("--json", action="store_true", help="the report as data")
-    merge.add_argument("-v", "--verbose", action="store_true", help="every layer in the report")
-    merge.add_argument("--dump-recipe", metavar="FILE", help="write this call as a recipe.yaml")
-    merge.add_argument("--quiet", action="store_true", help="no progress, no report")
-    add_model_options(merge)
-    merge.set_defaults(run=_merge, parameters=None, modules=None)
-    return [merge]
 
 
 def _merge(options: argparse.Namespace) -> None:
     if is_recipe(options.adapters):
         read_recipe(options)
+    if options.hub:
+        options.adapters = with_hub(options.adapters)
     if options.push_to_hub is not None:
         from sapmerge.io.hub import check_name
 
@@ -101,7 +116,7 @@ def _merge(options: argparse.Namespace) -> None:
     method = chosen_method(options)
     loader, model, loss = _anchored(options)
     merged = sapmerge.merge(
-        adapters_of(options.adapters, options.allow_pickle),
+        adapters_of(options),
         loader,
         model,
         method=method,

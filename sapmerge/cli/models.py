@@ -28,8 +28,8 @@ __all__ = [
 ]
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """`--model`, `--anchors` and what goes with them."""
+def add_model_options(parser: argparse.ArgumentParser) -> Any:
+    """`--model`, `--anchors` and what goes with them; the group that they are in."""
     group = parser.add_argument_group("anchors and the base model")
     group.add_argument(
         "--anchors",
@@ -38,6 +38,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--loss", choices=LOSSES, help="of the anchors; by default by the model")
     add_base_options(group)
+    return group
 
 
 def add_base_options(group: Any) -> None:

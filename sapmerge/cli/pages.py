@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sapmerge.display.page import Page
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 __all__ = ["add_page", "save_page"]
 
 
-def add_page(parser: argparse.ArgumentParser) -> None:
+def add_page(parser: Any) -> None:
     """The flag."""
     parser.add_argument(
         "--html", metavar="FILE", type=_html, help="write a page of pictures, e.g. report.html"

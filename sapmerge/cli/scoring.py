@@ -7,7 +7,7 @@ import json
 import re
 from typing import Any, cast
 
-from sapmerge.cli.arguments import adapters_of, weights_of
+from sapmerge.cli.arguments import adapters_of, add_reading_options, weights_of
 from sapmerge.cli.recipes import imported, method_of
 from sapmerge.errors import MethodError
 
@@ -42,6 +42,7 @@ def add_to(commands: Any) -> list[argparse.ArgumentParser]:
     parser.add_argument("--density", type=float, help="fraction kept, in (0, 1]")
     parser.add_argument("--seed", type=int, help="of methods that draw random masks")
     parser.add_argument("--weights", help="those of the merge")
+    add_reading_options(parser)
     parser.add_argument("--json", action="store_true", help="data instead of a line")
     parser.set_defaults(run=_score)
     return [parser]
@@ -73,7 +74,7 @@ def _score(options: argparse.Namespace) -> None:
     from sapmerge.federated.shards import score
 
     method = method_of(options.method, {"density": options.density, "seed": options.seed})
-    adapters, weights = adapters_of(options.adapters), weights_of(options.weights)
+    adapters, weights = adapters_of(options), weights_of(options.weights)
     anchors, model, loss = setup_of(options.setup)
     whole = score(
         adapters,

@@ -188,6 +188,26 @@ def test_the_hub(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert hub.asked[-1] == ("somebody/art", None, "sub/folder")
 
 
+def test_bare_names_of_the_hub(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With --hub, and only what is no folder; without it nothing is downloaded."""
+    import huggingface_hub
+
+    hub = Hub(here / "left")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hub)
+    (here / "a").mkdir()
+    (here / "a" / "b").symlink_to(here / "right")
+    command = ["merge", "x=somebody/art@v1", "y=a/b", "-o", "out", "--method", "mean", "--hub"]
+    assert main([*command, "--dump-recipe", "r.yaml", "--quiet"]) == 0
+    assert set(hub.asked) == {("somebody/art", "v1", None)}
+    sm.merge({"x": "left", "y": "right"}, method=sm.mean()).save_pretrained("python")
+    assert sm.Adapter.load("out").digest == sm.Adapter.load("python").digest
+    assert "path: hf://somebody/art@v1" in (here / "r.yaml").read_text()
+    hub.asked.clear()
+    assert main(["inspect", "somebody/art", "right"]) == 2
+    assert not hub.asked
+    assert main(["inspect", "somebody/art", "right", "--hub"]) == 0
+
+
 def test_names_of_the_hub_that_are_none(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "expected hf://user/name" in fails(
         capsys, "merge", "hf://art", "-o", "out", "--method", "mean"
