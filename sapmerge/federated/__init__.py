@@ -22,6 +22,7 @@ from sapmerge.federated.refinement import refine
 from sapmerge.federated.report import ClientReport, RoundReport
 from sapmerge.federated.rules import FedEx, fedex, fedit, fedrpca, ffa, flex, flora, hetlora, yoco
 from sapmerge.federated.shards import Stage, plan, score
+from sapmerge.federated.sketch import Sketch
 from sapmerge.federated.state import MergeState
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "Prompts",
     "Refused",
     "RoundReport",
+    "Sketch",
     "Slot",
     "Stage",
     "TwoAdapters",

@@ -18,7 +18,7 @@ from sapmerge.errors import IncompatibleAdaptersError, MethodError
 from sapmerge.federated.contract import Slot
 from sapmerge.io.adapter import Adapter
 
-__all__ = ["MergeState"]
+__all__ = ["MergeState", "plain_slots"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,25 +101,7 @@ class MergeState:
 
     def _moved(self, adapter: Adapter, weight: float, members: Mapping[str, float]) -> MergeState:
         sums, slots = dict(self.sums), dict(self.slots)
-        odd = next(
-            (
-                m.name
-                for m in adapter.modules.values()
-                if m.kind not in ("linear", "conv", "embedding")
-            ),
-            None,
-        )
-        if adapter.vectors or odd is not None:
-            what = odd or next(iter(adapter.vectors.values())).name
-            raise MethodError(
-                f"a state sums plain LoRA; adapter {adapter.label!r} changes {what!r}: use merge"
-            )
-        for name, module in adapter.modules.items():
-            slot = Slot(
-                module.kind,
-                module.shape,
-                tuple(module.a_shape[1:]) if module.kind == "conv" else (),
-            )
+        for name, slot in plain_slots(adapter).items():
             self._check(name, slot, repr(adapter.label))
             slots[name] = slot
             if weight:
@@ -225,6 +207,25 @@ class MergeState:
         return MergeState(
             getattr(torch, notes["dtype"].removeprefix("torch.")), notes["members"], sums, slots
         )
+
+
+def plain_slots(adapter: Adapter) -> dict[str, Slot]:
+    """Module -> what it is, of an adapter of plain LoRA.
+
+    Raises:
+        MethodError: it changes something that cannot be summed.
+    """
+    plain = ("linear", "conv", "embedding")
+    odd = next((m.name for m in adapter.modules.values() if m.kind not in plain), None)
+    if adapter.vectors or odd is not None:
+        what = odd or next(iter(adapter.vectors.values())).name
+        raise MethodError(
+            f"a state sums plain LoRA; adapter {adapter.label!r} changes {what!r}: use merge"
+        )
+    return {
+        name: Slot(m.kind, m.shape, tuple(m.a_shape[1:]) if m.kind == "conv" else ())
+        for name, m in adapter.modules.items()
+    }
 
 
 def _sum(total: Update | None, update: Update, weight: float) -> Update:
