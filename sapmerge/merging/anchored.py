@@ -38,13 +38,16 @@ def anchored(anchors: Anchors | None, report: Report) -> dict[str, Any] | None:
     if anchors is None:
         return None
     notes = report.notes
+    # That of the output itself is left to its report: a merge from a cache alone runs no model, and
+    # writes the same bytes.
+    losses = {who: loss for who, loss in notes["anchor loss"].items() if who != "merged adapter"}
     decided = {key: _short(notes[key]) for key in _DECIDED if key in notes}
     return {
         "anchors": notes["digests"]["anchors"],
         "model": notes["digests"]["model"],
         "count": notes["anchors"],
         "batches": len(anchors.batches),
-        "losses": _short(notes["anchor loss"]),
+        "losses": _short(losses),
         "decided": {"weights": _short(report.weights), **decided},
     }
 
