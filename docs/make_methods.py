@@ -132,6 +132,13 @@ VERDICTS: tuple[tuple[str, str, str], ...] = (
         "ours, two seeds of PACS, with code before this: none beat the energy-matched mean. All "
         "methods in one bed: [evidence](evidence.md)",
     ),
+    (
+        "`tara`, `nsc`, `lorahub`, `spectral_surgery`, `star`",
+        "gains over the merges before them",
+        "ours, digits in four styles, one seed of training, all at one length: none above the mean "
+        "by its interval over images, `tara`, `nsc` and `lorahub` below it "
+        "([table](../benchmarks/results/coefficients.md))",
+    ),
 )
 """Methods, what their authors claim, and what others found."""
 
