@@ -366,15 +366,13 @@ def mutants() -> Iterator[Step]:
     found = mutations.mutants()
     with tempfile.TemporaryDirectory() as place:
         built = mutations.prepare(Path(place))
+        reach = mutations.Reach(built, tests=True)
 
         def act(_: Path, mutant: mutations.Mutant) -> Counts:
-            case = mutations.noticed_by_corpus(mutant, built)
-            if case is not None:
-                return {"by the corpus": 1, f"note: {case}": 0}
-            by = mutations.noticed_by_tests(mutant)
-            if by is None:
+            kind, by = mutations.noticed(mutant, built, reach)
+            if not kind:
                 raise AssertionError(f"nobody notices: {mutant}")
-            return {"by tests": 1, f"note: {by}": 0}
+            return {f"by the {kind}": 1, f"note: {by}": 0}
 
         for mutant in found:
             yield Step(f"{mutant}"[:150], lambda place, mutant=mutant: act(place, mutant))

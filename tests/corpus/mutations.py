@@ -2,7 +2,8 @@
 reader notices.
 
 `python -m tests.corpus.mutations` removes every check of the reader in turn and prints what nobody
-noticed; `--tests` also asks the tests of the reader (`TESTS`) about what the corpus let pass.
+noticed; `--tests` also asks the tests of the reader (`TESTS`) about what the corpus let pass. Asked
+are those who come to the check (`reached.py`).
 """
 
 from __future__ import annotations
@@ -11,18 +12,19 @@ import argparse
 import ast
 import importlib.abc
 import importlib.machinery
+import itertools
 import os
-import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from tests.corpus import reached
 
 ROOT = Path(__file__).parents[2]
 READERS = (
@@ -166,17 +168,20 @@ def mutated(mutant: Mutant) -> ast.Module:
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Gives one module of the package another body."""
+    """Gives modules of the package other bodies: file -> body."""
 
-    def __init__(self, mutant: Mutant) -> None:
-        self.name = mutant.file.removesuffix(".py").replace("/", ".")
-        self.mutant = mutant
+    def __init__(self, bodies: Mapping[str, ast.Module]) -> None:
+        self.bodies = {
+            file.removesuffix(".py").replace("/", "."): (file, body)
+            for file, body in bodies.items()
+        }
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> Any:
-        return importlib.machinery.ModuleSpec(fullname, self) if fullname == self.name else None
+        return importlib.machinery.ModuleSpec(fullname, self) if fullname in self.bodies else None
 
     def exec_module(self, module: ModuleType) -> None:
-        exec(compile(mutated(self.mutant), self.mutant.file, "exec"), module.__dict__)
+        file, body = self.bodies[module.__name__]
+        exec(compile(body, file, "exec"), module.__dict__)
 
 
 def prepare(place: Path) -> list[tuple[Any, Path]]:
@@ -193,17 +198,60 @@ def prepare(place: Path) -> list[tuple[Any, Path]]:
     return built
 
 
+class Reach:
+    """Who comes to which check: the number of a case, or the name of a test."""
+
+    def __init__(self, built: Sequence[tuple[Any, Path]], tests: bool = False) -> None:
+        noting = {file: reached.instrumented(file, source(file), _is_check) for file in FILES}
+        with tempfile.TemporaryDirectory() as place:
+            log = Path(place) / "cases"
+            log.touch()
+            _child(lambda: _all_cases(noting, built, log), SECONDS * 60)
+            self.cases, self.tests = reached.reading(log), reached.Reached()
+            if tests:
+                bodies = {file: ast.unparse(body) for file, body in noting.items()}
+                named = dict.fromkeys((*itertools.chain(*TESTS.values()), *READING))
+                self.tests = reached.suite(ROOT, _made(Path(place) / "copy"), bodies, [*named])
+
+    def of(self, mutant: Mutant) -> tuple[list[int], list[str]]:
+        """The cases and the tests that come to a check."""
+        place = mutant.file, mutant.line
+        return [int(number) for number in self.cases.get(place, [])], self.tests.get(place, [])
+
+
+def _made(place: Path) -> Path:
+    place.mkdir()
+    return place
+
+
+def _all_cases(
+    bodies: Mapping[str, ast.Module], built: Sequence[tuple[Any, Path]], log: Path
+) -> str:
+    from tests.corpus.runner import judged
+
+    os.environ[reached.LOG] = str(log)
+    _with(bodies)
+    for number, (case, target) in enumerate(built):
+        os.environ[reached.CASE] = str(number)
+        judged(case, target)
+    return ""
+
+
 def noticed_by_corpus(mutant: Mutant, built: Sequence[tuple[Any, Path]]) -> str | None:
     """The first case that comes out differently without the check, or None.
     In a child: imports cannot be undone.
     """
+    return _child(lambda: _first_difference(mutant, built), SECONDS)
+
+
+def _child(work: Callable[[], str], seconds: int) -> str | None:
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(reader)
-        signal.alarm(SECONDS)
+        signal.alarm(seconds)
         try:
-            os.write(writer, _first_difference(mutant, built).encode())
+            os.write(writer, work().encode())
         except BaseException as error:
             os.write(writer, f"{type(error).__name__}".encode())
         os._exit(0)
@@ -214,12 +262,17 @@ def noticed_by_corpus(mutant: Mutant, built: Sequence[tuple[Any, Path]]) -> str 
     return (said or None) if status == 0 else "never ends"
 
 
+def _with(bodies: Mapping[str, ast.Module]) -> None:
+    """From here on the package has these bodies; this process is of no other use."""
+    for name in [name for name in sys.modules if name.split(".")[0] == "sapmerge"]:
+        del sys.modules[name]
+    sys.meta_path.insert(0, _Finder(bodies))
+
+
 def _first_difference(mutant: Mutant, built: Sequence[tuple[Any, Path]]) -> str:
     from tests.corpus.runner import judged, problems
 
-    for name in [name for name in sys.modules if name.split(".")[0] == "sapmerge"]:
-        del sys.modules[name]
-    sys.meta_path.insert(0, _Finder(mutant))
+    _with({mutant.file: mutated(mutant)})
     for case, target in built:
         # twice: a machine that is busy may be too slow for a clock of the reader once
         if problems(case, judged(case, target)) and problems(case, judged(case, target)):
@@ -227,27 +280,28 @@ def _first_difference(mutant: Mutant, built: Sequence[tuple[Any, Path]]) -> str:
     return ""
 
 
-def noticed_by_tests(mutant: Mutant) -> str | None:
-    """Which test fails on a copy of the package without the check."""
-    name = mutant.file.removeprefix("sapmerge/io/").removesuffix(".py")
+def noticed_by_tests(mutant: Mutant, tests: Sequence[str]) -> str | None:
+    """Which of these tests fails on a copy of the package without the check."""
+    if not tests:
+        return None
     with tempfile.TemporaryDirectory() as place:
-        for part in ("sapmerge", "tests", "pyproject.toml"):
-            source, target = ROOT / part, Path(place) / part
-            (shutil.copytree if source.is_dir() else shutil.copy)(source, target)
+        reached.copied(ROOT, Path(place))
         (Path(place) / mutant.file).write_text(ast.unparse(mutated(mutant)))
-        options = ["-x", "-q", "--tb=no", "-p", "no:cacheprovider"]
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", *options, *TESTS.get(name, READING)],
-            cwd=place,
-            env={**os.environ, "PYTHONPATH": place},
-            capture_output=True,
-            text=True,
-            timeout=1800,
-        )
+        done = reached.pytest(Path(place), ["-x", *tests], {})
     if done.returncode not in (0, 1):  # anything but "all passed" and "some failed"
         raise RuntimeError(f"pytest could not run: {done.stdout[-2000:]} {done.stderr[-2000:]}")
     failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
     return failed[0].split()[1] if done.returncode else None
+
+
+def noticed(mutant: Mutant, built: Sequence[tuple[Any, Path]], reach: Reach) -> tuple[str, str]:
+    """("corpus" or "tests", who) or ("", "")."""
+    cases, tests = reach.of(mutant)
+    by = noticed_by_corpus(mutant, [built[number] for number in cases])
+    if by is not None:
+        return "corpus", by
+    by = noticed_by_tests(mutant, tests)
+    return ("", "") if by is None else ("tests", by)
 
 
 def sample(chosen: Sequence[Mutant], place: Path) -> list[tuple[Mutant, str | None]]:
@@ -275,12 +329,11 @@ def main() -> None:
     caught = 0
     with tempfile.TemporaryDirectory() as place:
         built = prepare(Path(place))
+        reach = Reach(built, options.tests)
         for mutant in all_of_them:
-            by = noticed_by_corpus(mutant, built)
-            if by is None and options.tests:
-                by = noticed_by_tests(mutant)
-            caught += by is not None
-            print(f"{'caught' if by else 'MISSED'}  {mutant}  [{by}]", flush=True)
+            kind, by = noticed(mutant, built, reach)
+            caught += bool(kind)
+            print(f"{'caught' if kind else 'MISSED'}  {mutant}  [{by}]", flush=True)
     print(f"{caught} of {len(all_of_them)} removed checks were noticed")
 
 
