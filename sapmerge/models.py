@@ -7,7 +7,7 @@ from __future__ import annotations
 import re
 import threading
 import weakref
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
+from sapmerge.core.undo import restoring
 from sapmerge.errors import ModelMismatchError
 from sapmerge.io.modules import Module
 from sapmerge.naming import Names, base_of, is_transposed, matrix_shape
@@ -52,7 +53,11 @@ def exclusive(model: Any) -> Generator[nn.Module]:
         raise ModelMismatchError(f"expected a torch module; got a {type(model).__name__}")
     with _locks_lock:
         lock = _locks.setdefault(base, threading.RLock())
-    with lock:
+    owned = cast("Callable[[], bool]", lock._is_owned)  # type: ignore[attr-defined]  # pyright: ignore
+    with restoring() as undo:
+        if not owned():
+            undo.add(lambda: owned() and lock.release())
+            lock.acquire()
         yield base
 
 

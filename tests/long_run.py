@@ -182,8 +182,9 @@ class Scene:
         assert found == wanted, f"{sorted(found ^ wanted)} is there or is missing"
         if self.out.exists():
             assert sm.verify(self.out) == []
-        assert (torch.get_num_threads(), torch.get_default_dtype()) == (1, torch.float32)
-        assert torch.is_grad_enabled()
+        told = torch.get_num_threads(), torch.get_default_dtype()
+        assert told == (1, torch.float32), f"torch is left with {told}"
+        assert torch.is_grad_enabled(), "the grad mode stayed off"
 
 
 SCENES = {
@@ -197,43 +198,83 @@ SCENES = {
 }
 
 
+Points = list[tuple[str, tuple[Any, ...], int]]
+"""(scene, place, which time)"""
+
+
 def interruptions(chunk: int = 40) -> Iterator[Step]:
     """At every line, when it is reached for the first and for the last time, in random order."""
-    points: list[tuple[str, tuple[str, int], int]] = []
-    for name, files in SCENES.items():
-        with tempfile.TemporaryDirectory() as place:
-            counted = forked(lambda name=name, place=place: _counted(Path(place), name))
-        for place_, count in counted["places"]:
-            if str(place_[0]).endswith(files):
-                points += [(name, tuple(place_), nth) for nth in sorted({1, count})]
-    random.Random(0).shuffle(points)
+    points = [point for point in _points(h.places) if str(point[1][0]).endswith(SCENES[point[0]])]
     for number, start in enumerate(range(0, len(points), chunk)):
         some = points[start : start + chunk]
-        yield Step(f"points {number} of {-(-len(points) // chunk)}", _interrupting(some))
+        yield Step(f"points {number} of {-(-len(points) // chunk)}", _interrupting(some, _at_line))
 
 
-def _counted(place: Path, name: str) -> dict[str, Any]:
+def moments(chunk: int = 40) -> Iterator[Step]:
+    """Real ones wherever Python looks for them, the first and the last time; random order. Also
+    inside of context managers, and where they are delayed.
+    """
+    points = _points(h.moments)
+    for number, start in enumerate(range(0, len(points), chunk)):
+        some = points[start : start + chunk]
+        yield Step(
+            f"moments {number} of {-(-len(points) // chunk)}", _interrupting(some, _at_moment)
+        )
+
+
+def _points(look: Callable[[Callable[[], object], tuple[str, ...]], Counter[Any]]) -> Points:
+    points: Points = []
+    for name in SCENES:
+        with tempfile.TemporaryDirectory() as place:
+            found = forked(lambda name=name, place=place: _seen(Path(place), name, look))
+        for where, count in found["places"]:
+            points += [(name, tuple(where), nth) for nth in sorted({1, count})]
+    random.Random(0).shuffle(points)
+    return points
+
+
+def _seen(
+    place: Path, name: str, look: Callable[[Callable[[], object], tuple[str, ...]], Counter[Any]]
+) -> dict[str, Any]:
     scene = Scene(place, name)
     scene.again()
-    return {"places": list(h.places(scene.act, SCENES[name]).items())}
+    return {"places": list(look(scene.act, SCENES[name]).items())}
 
 
-def _interrupting(points: list[tuple[str, tuple[str, int], int]]) -> Callable[[Path], Counts]:
+def _at_line(scene: Scene, where: tuple[Any, ...], nth: int) -> bool:
+    reached = h.interrupted_at(scene.act, SCENES[scene.name], where, nth)
+    if reached:
+        scene.check()
+    return reached
+
+
+def _at_moment(scene: Scene, where: tuple[Any, ...], nth: int) -> bool:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        h.pressed(scene.act, SCENES[scene.name], where, nth)
+    except KeyboardInterrupt:
+        scene.check()  # while the exception is alive, and what it holds with it
+        return True
+    return False
+
+
+def _interrupting(
+    points: Points, interrupt: Callable[[Scene, tuple[Any, ...], int], bool]
+) -> Callable[[Path], Counts]:
     def act(place: Path) -> Counts:
-        seen = Counter[str]()
-        for number, (name, line, nth) in enumerate(points):
+        seen, bad = Counter[str](), list[str]()
+        for number, (name, where, nth) in enumerate(points):
             (place / str(number)).mkdir()
             scene = Scene(place / str(number), name)
             scene.again()
-            if not h.interrupted_at(scene.act, SCENES[name], line, nth):
-                seen["not reached again"] += 1
-                continue
-            seen[name] += 1
             try:
-                scene.check()
+                seen[name if interrupt(scene, where, nth) else "not reached again"] += 1
             except AssertionError as error:
-                where = f"{line[0].removeprefix(str(ROOT))}:{line[1]}, time {nth}, {name}"
-                raise AssertionError(f"{where}: {error}") from error
+                file, *rest = where
+                bad.append(f"{str(file).removeprefix(str(ROOT))}:{rest}, {nth}, {name}: {error}")
+                torch.set_grad_enabled(True)
+            shutil.rmtree(scene.place)
+        assert not bad, "; ".join(bad)
         return seen
 
     return act
@@ -246,7 +287,7 @@ def signals(chunk: int = 20) -> Iterator[Step]:
 
 
 def _signals(place: Path, seed: int, count: int) -> Counts:
-    draw, seen = random.Random(seed), Counter[str]()
+    draw, seen, bad = random.Random(seed), Counter[str](), list[str]()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in range(count):
         name = draw.choice(list(SCENES))
@@ -275,9 +316,14 @@ def _signals(place: Path, seed: int, count: int) -> Counts:
                 seen[f"{name}, done"] += 1
             else:
                 seen[name] += 1
-                scene.check()
+                try:
+                    scene.check()
+                except AssertionError as error:
+                    bad.append(f"{name}: {error}")
+                    torch.set_grad_enabled(True)
             continue
         seen["came too late"] += 1
+    assert not bad, "; ".join(bad)
     return seen
 
 
@@ -385,6 +431,7 @@ PARTS: dict[str, tuple[Callable[[], Iterator[Step]], float]] = {
     "faults": (faults, 0.1),
     "kills": (kills, 0.15),
     "interruptions": (interruptions, 0.25),
+    "moments": (moments, 0.1),
     "signals": (signals, 0.1),
     "threads": (threads, 0.05),
     "fuzz": (fuzzing, 0.1),

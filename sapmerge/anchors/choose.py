@@ -16,6 +16,7 @@ from sapmerge.anchors.folders import Pair
 from sapmerge.anchors.freezing import frozen
 from sapmerge.anchors.loading import Batches, batch_size
 from sapmerge.anchors.transport import assign, nearest_plan, sinkhorn, squared_distances
+from sapmerge.core.torch_state import pinned
 from sapmerge.errors import AnchorError
 from sapmerge.losses import WEIGHT, embeddings
 from sapmerge.models import device_of
@@ -80,6 +81,7 @@ class Chosen:
         ]
 
 
+@pinned
 def features(pool: Any, model: Any) -> Tensor:
     """What a model makes of a pool: unit image and text embeddings side by side, / sqrt 2.
 

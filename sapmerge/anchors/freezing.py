@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sapmerge.core.torch_state import model_state
-from sapmerge.core.undo import Undo
+from sapmerge.core.undo import restoring
 from sapmerge.errors import AnchorError
 from sapmerge.models import device_of, exclusive
 
@@ -48,28 +48,22 @@ def frozen(model: Any) -> Generator[nn.Module]:
                 "an adapter of the model is merged into its weights, so these are not the base's: "
                 "unmerge_adapter() first"
             )
-        undo = Undo()
-        try:
-            try:
-                undo.add(partial(_put_back, _changed_by_running(base)))
-                undo.add(
-                    partial(
-                        _ask,
-                        {parameter: parameter.requires_grad for parameter in base.parameters()},
-                    )
+        with restoring() as undo:
+            undo.add(partial(_put_back, _changed_by_running(base)))
+            undo.add(
+                partial(
+                    _ask,
+                    {parameter: parameter.requires_grad for parameter in base.parameters()},
                 )
-                undo.add(partial(_train, {module: module.training for module in base.modules()}))
-                for module in active:
-                    undo.add(partial(_switch, module, True))
-                    _switch(module, False)
-                base.eval()
-                base.requires_grad_(False)
-                with model_state(device_of(base)):
-                    yield base
-            finally:
-                undo.run()
-        finally:
-            undo.run()
+            )
+            undo.add(partial(_train, {module: module.training for module in base.modules()}))
+            for module in active:
+                undo.add(partial(_switch, module, True))
+                _switch(module, False)
+            base.eval()
+            base.requires_grad_(False)
+            with model_state(device_of(base)):
+                yield base
 
 
 def _ask(asking: Mapping[nn.Parameter, bool]) -> None:

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from sapmerge.anchors.gradients import Call, TokenGradient, embed_scale, token_gradient
 from sapmerge.anchors.parameters import Leaf, substituted
 from sapmerge.core.linalg import finite
-from sapmerge.core.undo import Undo, without_interrupts
+from sapmerge.core.undo import restoring, without_interrupts
 from sapmerge.core.updates import LowRank, Update
 from sapmerge.errors import AnchorError, NonFiniteError
 from sapmerge.models import Site, weight_view
@@ -173,18 +173,12 @@ def attached(
 @contextmanager
 def removed(register: Iterable[Callable[[], RemovableHandle]]) -> Generator[None]:
     """Hooks that are gone on the way out, also if not all of them came to be."""
-    undo = Undo()
-    try:
-        try:
-            with without_interrupts():
-                for one in register:
-                    handle = one()
-                    undo.add(handle.remove)
-            yield
-        finally:
-            undo.run()
-    finally:
-        undo.run()
+    with restoring() as undo:
+        with without_interrupts():
+            for one in register:
+                handle = one()
+                undo.add(handle.remove)
+        yield
 
 
 def looked_at(

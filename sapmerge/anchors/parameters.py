@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from sapmerge.anchors.gradients import Call
-from sapmerge.core.undo import Undo
+from sapmerge.core.undo import restoring
 from sapmerge.core.updates import Update
 from sapmerge.errors import NonFiniteError
 from sapmerge.models import Site, unwrapped
@@ -68,35 +68,29 @@ def substituted(
     for name, site in sites.items():
         if name in updates or name in watched:
             groups.setdefault(id(site.parameter), {})[name] = site
-    leaves, undo = list[Leaf](), Undo()
-    try:
-        try:
-            for layers in groups.values():
-                first = next(iter(layers.values()))
-                value = first.parameter.detach().clone()
-                for name, site in layers.items():
-                    if name in updates:
-                        (value[site.part] if site.part else value).add_(
-                            site.view(updates[name].dense()).to(value)
-                        )
-                if not bool(torch.isfinite(value).all()):
-                    raise NonFiniteError(
-                        f"the weight of {next(iter(layers))!r} plus its update is not finite in "
-                        f"{who}"
+    leaves = list[Leaf]()
+    with restoring() as undo:
+        for layers in groups.values():
+            first = next(iter(layers.values()))
+            value = first.parameter.detach().clone()
+            for name, site in layers.items():
+                if name in updates:
+                    (value[site.part] if site.part else value).add_(
+                        site.view(updates[name].dense()).to(value)
                     )
-                wanted = {name: site for name, site in layers.items() if name in watched}
-                if wanted:
-                    leaf = Leaf(torch.zeros_like(value, requires_grad=True), wanted)
-                    leaves.append(leaf)
-                    value = value + leaf.zero
-                owner, attribute = _holder(first)
-                undo.add(partial(owner.__dict__.pop, attribute, None))
-                owner.__dict__[attribute] = value
-            yield leaves
-        finally:
-            undo.run()
-    finally:
-        undo.run()
+            if not bool(torch.isfinite(value).all()):
+                raise NonFiniteError(
+                    f"the weight of {next(iter(layers))!r} plus its update is not finite in {who}"
+                )
+            wanted = {name: site for name, site in layers.items() if name in watched}
+            if wanted:
+                leaf = Leaf(torch.zeros_like(value, requires_grad=True), wanted)
+                leaves.append(leaf)
+                value = value + leaf.zero
+            owner, attribute = _holder(first)
+            undo.add(partial(owner.__dict__.pop, attribute, None))
+            owner.__dict__[attribute] = value
+        yield leaves
 
 
 def _holder(site: Site) -> tuple[nn.Module, str]:

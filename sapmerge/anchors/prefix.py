@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sapmerge.anchors.calls import Call, Traces, version_of
 from sapmerge.anchors.hooks import removed
-from sapmerge.core.undo import Undo
+from sapmerge.core.undo import restoring
 
 __all__ = ["Prefix"]
 
@@ -168,16 +168,11 @@ def _largest(module: nn.Module, targets: set[nn.Module]) -> Iterator[nn.Module]:
 @contextmanager
 def _replaced(module: nn.Module, forward: Callable[..., Any]) -> Generator[None]:
     """Another `forward` for a module."""
-    own, undo = vars(module).get("forward"), Undo()
-    try:
-        try:
-            undo.add(functools.partial(_restore, module, own))
-            module.forward = forward
-            yield
-        finally:
-            undo.run()
-    finally:
-        undo.run()
+    own = vars(module).get("forward")
+    with restoring() as undo:
+        undo.add(functools.partial(_restore, module, own))
+        module.forward = forward
+        yield
 
 
 def _restore(module: nn.Module, own: Callable[..., Any] | None) -> None:

@@ -19,6 +19,7 @@ from sapmerge.comparing.metric import Score, read_scores
 from sapmerge.comparing.table import MethodResult
 from sapmerge.core.part import recipe
 from sapmerge.core.protocols import Method
+from sapmerge.core.undo import restoring
 from sapmerge.errors import AnchorError, MethodError, SapmergeError, SapmergeWarning
 from sapmerge.losses import Loss
 from sapmerge.merging.merge import Merged, merge
@@ -123,11 +124,14 @@ def _as_it_was(model: nn.Module) -> Generator[None]:
     """Buffers and training modes are put back: a metric may change them."""
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    try:
-        yield
-    finally:
+
+    def put_back() -> None:
         for module, mode in modes:
             module.training = mode
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)
+
+    with restoring() as undo:
+        undo.add(put_back)
+        yield

@@ -15,6 +15,7 @@ from sapmerge.comparing.kept import KeptResults
 from sapmerge.comparing.table import BASE, Comparison, MethodResult
 from sapmerge.core.part import recipe
 from sapmerge.core.protocols import Method
+from sapmerge.core.undo import guarded
 from sapmerge.errors import MethodError
 from sapmerge.losses import Loss
 from sapmerge.merging.calling import check_method
@@ -28,6 +29,7 @@ MethodLike: TypeAlias = "Method | str"
 """A method, its name, or a recipe."""
 
 
+@guarded
 def compare(
     adapters: Adapters,
     methods: Sequence[MethodLike] | Mapping[str, MethodLike],

@@ -11,13 +11,20 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any, cast
+from functools import wraps
+from typing import Any, NoReturn, ParamSpec, TypeVar, cast
 
 import torch
+from torch.fx import _symbolic_trace
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack  # pyright: ignore
 
-from sapmerge.core.undo import Undo, without_interrupts
+from sapmerge.core.undo import Undo, guarded, restoring, without_interrupts
+from sapmerge.errors import SapmergeError
 
-__all__ = ["model_state", "pinned_state", "without_autocast"]
+__all__ = ["model_state", "pinned", "pinned_state", "without_autocast"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _AUTOCAST = ("cpu", "cuda", "xpu", "mps")
 
@@ -93,28 +100,41 @@ def pinned_state() -> Generator[None]:
     nothing of the caller's decides on a bit.
 
     On one thread sums are taken in one order. It may be entered again inside.
+
+    Raises:
+        SapmergeError: torch is tracing or transforming a function, and tensors have no values.
     """
-    undo, who, modes = Undo(), object(), ExitStack()
-    try:
-        try:
-            undo.add(lambda: _process.leave(who))
-            _process.enter(who)
-            _note_outside(undo)
-            _set_threads(1, undo)
-            # An interruption between the change of a mode and the note of how to leave it would
-            # leave it changed, and so would one in the middle of leaving.
-            undo.add(modes.close)
-            with without_interrupts():
-                modes.enter_context(without_autocast())
-                if torch.get_default_device().type != "cpu":
-                    modes.enter_context(torch.device("cpu"))
-                modes.enter_context(torch.inference_mode(False))
-                modes.enter_context(torch.no_grad())
-            yield
-        finally:
-            undo.run()
-    finally:
-        undo.run()
+    _check_values()
+    with restoring() as undo:
+        who, modes = object(), ExitStack()
+        undo.add(lambda: _process.leave(who))
+        _process.enter(who)
+        _note_outside(undo)
+        _set_threads(1, undo)
+        # An interruption between the change of a mode and the note of how to leave it would
+        # leave it changed, and so would one in the middle of leaving.
+        undo.add(modes.close)
+        with without_interrupts():
+            modes.enter_context(without_autocast())
+            if torch.get_default_device().type != "cpu":
+                modes.enter_context(torch.device("cpu"))
+            modes.enter_context(torch.inference_mode(False))
+            modes.enter_context(torch.no_grad())
+        yield
+
+
+def pinned(function: Callable[P, R]) -> Callable[P, R]:
+    """A function that runs in `pinned_state` and leaves nothing behind, whenever Ctrl-C comes:
+    of functions that users call.
+    """
+
+    @guarded
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        with pinned_state():
+            return function(*args, **kwargs)
+
+    return run
 
 
 @contextmanager
@@ -125,22 +145,47 @@ def model_state(device: torch.device) -> Generator[None]:
     A model may make tensors where the caller has put it,
     so a default device of its kind holds inside.
     """
-    with pinned_state():
-        undo = Undo()  # inside: the threads are put back while it is known how many there were
-        try:
-            try:
-                threads, default = _own.outside
-                _set_threads(threads, undo)
-                modes = ExitStack()
-                undo.add(modes.close)
-                if default.type == device.type != "cpu":
-                    with without_interrupts():
-                        modes.enter_context(default)
-                yield
-            finally:
-                undo.run()
-        finally:
-            undo.run()
+    # `restoring` inside: the threads are put back while it is known how many there were
+    with pinned_state(), restoring() as undo:
+        threads, default = _own.outside
+        _set_threads(threads, undo)
+        modes = ExitStack()
+        undo.add(modes.close)
+        if default.type == device.type != "cpu":
+            with without_interrupts():
+                modes.enter_context(default)
+        yield
+
+
+_VALUELESS = {"FakeTensorMode", "ProxyTorchDispatchMode", "FunctionalTensorMode"}
+"""The modes of torch in which tensors have no values, by the names of their classes:
+their modules are slow to import.
+"""
+
+
+def _check_values() -> None:
+    """Refuse to work where tensors have no values, or are those of a transformation.
+
+    `torch.compile` is no such place: it leaves what it cannot trace to Python.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return
+    if torch._C._len_torch_dispatch_stack():  # pyright: ignore
+        modes = {type(mode).__name__ for mode in _get_current_dispatch_mode_stack()}
+        if found := modes & _VALUELESS:
+            _refuse(f"{' and '.join(sorted(found))} is active")
+    if torch._C._functorch.peek_interpreter_stack() is not None:  # pyright: ignore
+        _refuse("a transformation of torch.func (vmap, grad, jvp, functionalize) is running")
+    if torch.jit.is_tracing() or (  # pyright: ignore
+        getattr(_symbolic_trace, "_is_fx_tracing_flag", False) and not torch.compiler.is_compiling()
+    ):
+        _refuse("torch.jit or torch.fx is tracing a function")
+
+
+def _refuse(why: str) -> NoReturn:
+    raise SapmergeError(
+        f"{why}, so tensors have no values of their own: read and merge adapters outside of it"
+    )
 
 
 def _note_outside(undo: Undo) -> None:

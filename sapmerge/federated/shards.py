@@ -25,7 +25,7 @@ from sapmerge.core.layer import Layer
 from sapmerge.core.part import prepare
 from sapmerge.core.protocols import LayerStream, Method, Units
 from sapmerge.core.stream import Stream
-from sapmerge.core.torch_state import pinned_state
+from sapmerge.core.torch_state import pinned
 from sapmerge.core.updates import LowRank, Update
 from sapmerge.errors import MethodError, NonFiniteError, SapmergeWarning
 from sapmerge.losses import Loss
@@ -42,6 +42,7 @@ from sapmerge.methods.anchored import sap
 __all__ = ["Stage", "plan", "score"]
 
 
+@pinned
 def score(
     adapters: Adapters,
     anchors: Any,
@@ -86,7 +87,7 @@ def score(
     )
     seen: Any = stream.anchors
     seen.shard = mine = Shard(number, count)
-    with pinned_state(), warnings.catch_warnings():
+    with warnings.catch_warnings():
         if count > 1:
             # of placeholders: the merge says what is so
             warnings.simplefilter("ignore", SapmergeWarning)

@@ -16,7 +16,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from sapmerge.core.torch_state import pinned_state
+from sapmerge.core.torch_state import pinned
 from sapmerge.core.updates import Update
 from sapmerge.errors import AdapterFormatError, MethodError
 from sapmerge.io.beside import with_beside
@@ -82,7 +82,7 @@ class Adapter:
         )
 
     @classmethod
-    @pinned_state()
+    @pinned
     def load(
         cls,
         path: str | os.PathLike[str],
@@ -196,7 +196,7 @@ class Adapter:
         )
 
     @classmethod
-    @pinned_state()
+    @pinned
     def from_state_dict(
         cls,
         config: object,
@@ -217,7 +217,7 @@ class Adapter:
         return _in_memory(config, state_dict, label or "adapter", "(config, state_dict)", limits)
 
     @classmethod
-    @pinned_state()
+    @pinned
     def from_peft_model(
         cls,
         model: nn.Module,
@@ -274,7 +274,7 @@ class Adapter:
         """The same adapter, with its base's weights at hand: some kinds of updates need them."""
         return replace(self, _base=base)
 
-    @pinned_state()
+    @pinned
     def update(self, name: str) -> Update:
         """The update of one weight matrix in float32, every scaling folded in.
 
@@ -302,7 +302,7 @@ class Adapter:
         """A bound of the norm of an update, from what was seen at loading: zero for zero only."""
         return self._contents.readings[name].reach(self._contents.weights.facts)
 
-    @pinned_state()
+    @pinned
     def saved_tensor(self, name: str) -> Tensor:
         """One tensor of a module that was saved whole, in the dtype of the file.
 
@@ -313,7 +313,7 @@ class Adapter:
             raise MethodError(f"adapter {shown(self.source)} has no saved tensor {shown(name)}")
         return self._contents.weights.read(self._contents.tensors[name][0])
 
-    @pinned_state()
+    @pinned
     def vector(self, key: str) -> Tensor:
         """A bias, or rows of an embedding, as the file has them, in float32.
 
@@ -334,7 +334,7 @@ class Adapter:
             for name, tensors in self._contents.copies.items()
         }
 
-    @pinned_state()
+    @pinned
     def copied(self, name: str) -> Tensor:
         """The copy of a module's weight in the base, in float32."""
         return self._contents.weights.read(self._contents.copies[name][0]).float()

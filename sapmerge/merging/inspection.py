@@ -12,7 +12,7 @@ from typing import Any, cast
 from torch import nn
 
 from sapmerge.core.geometry import Geometry, geometry, off_diagonal_mean
-from sapmerge.core.torch_state import pinned_state
+from sapmerge.core.torch_state import pinned
 from sapmerge.display.data import Pairs
 from sapmerge.display.inspection_page import inspection_page
 from sapmerge.display.inspection_text import inspection_text
@@ -113,7 +113,7 @@ class Inspection:
         return self.to_text()
 
 
-@pinned_state()
+@pinned
 def inspect(adapters: Adapters, model: Any = None) -> Inspection:
     """Describe adapters, and compare them if they fit together.
 

@@ -16,7 +16,7 @@ import torch
 
 from sapmerge.core.part import prepare, recipe
 from sapmerge.core.protocols import Method
-from sapmerge.core.torch_state import pinned_state
+from sapmerge.core.torch_state import pinned
 from sapmerge.core.undo import Undo
 from sapmerge.core.updates import Update
 from sapmerge.errors import MethodError, warn
@@ -60,7 +60,7 @@ __all__ = ["Merged", "merge"]
 
 
 @says_what_is_meant
-@pinned_state()
+@pinned
 def merge(
     adapters: Adapters,
     anchor_loader: Any = None,
@@ -360,6 +360,7 @@ class Merged:
         save_merged(self.run, base_folder, path, overwrite=overwrite)
 
     @property
+    @pinned
     def report(self) -> Report:
         """What was done; runs the merge once if no sink has run yet.
         The loss at a merged model is measured now.

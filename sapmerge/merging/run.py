@@ -16,7 +16,7 @@ from sapmerge.core.layer import Layer
 from sapmerge.core.lowrank import rounded_share, truncate
 from sapmerge.core.part import recipe
 from sapmerge.core.protocols import Method
-from sapmerge.core.torch_state import pinned_state
+from sapmerge.core.torch_state import pinned
 from sapmerge.core.updates import Dense, LowRank, Update
 from sapmerge.errors import MethodError, NonFiniteError
 from sapmerge.io.adapter import Adapter
@@ -115,24 +115,24 @@ class Run:
             default=1,
         )
 
+        @pinned
         def finished(name: str) -> tuple[str, Update, LayerReport]:
-            with pinned_state():
-                merger = None
-                if isinstance(self.rank, int) and not lossless:
-                    merger = in_pieces(self.stream, self.prepared, name)
-                if merger is None:
-                    layer, update, notes = self.merged(name)
-                    row = describe(layer, update, notes)
-                    del layer  # many clients' factors, which the decomposition has no use for
-                else:
-                    update, row = summed(self.stream, merger, name, self.scale)
-                    self._check_finite(name, update)
-                kept, energy = update, 1.0
-                if not lossless:
-                    kept, energy = truncate(update, self.rank, default)
-                    kept = kept if merger is None else kept.to(dtype=torch.float32)
-                    energy *= rounded_share(kept, self.dtype)
-                return name, kept, replace(row, rank=kept.rank, energy_kept=energy)
+            merger = None
+            if isinstance(self.rank, int) and not lossless:
+                merger = in_pieces(self.stream, self.prepared, name)
+            if merger is None:
+                layer, update, notes = self.merged(name)
+                row = describe(layer, update, notes)
+                del layer  # many clients' factors, which the decomposition has no use for
+            else:
+                update, row = summed(self.stream, merger, name, self.scale)
+                self._check_finite(name, update)
+            kept, energy = update, 1.0
+            if not lossless:
+                kept, energy = truncate(update, self.rank, default)
+                kept = kept if merger is None else kept.to(dtype=torch.float32)
+                energy *= rounded_share(kept, self.dtype)
+            return name, kept, replace(row, rank=kept.rank, energy_kept=energy)
 
         layers = in_order(finished, self.stream.modules, self.stream.layers_at_once())
         for name, kept, row in with_progress(layers, len(self.stream.modules), self.progress):
@@ -140,25 +140,24 @@ class Run:
                 self.kept[name] = LowRank(kept.B, kept.A)  # without what it has computed
             yield self.stream.modules[name], kept, row
 
+    @pinned
     def merged(self, name: str) -> tuple[Layer, Update, dict[str, Any]]:
         """A layer, its merged update, and what the parts of the method recorded."""
         notes: dict[str, Any] = {}
-        with pinned_state():
-            layer = self.stream.layer(name, notes.__setitem__)
-            update = self.prepared(layer)
-            if not isinstance(update, (LowRank, Dense)):  # pyright: ignore[reportUnnecessaryIsInstance]
-                raise MethodError(
-                    f"a method returns an update, LowRank(B, A) or Dense(matrix); {self.method!r} "
-                    f"returned a {type(update).__name__} for layer {name!r}"
-                )
-            if self.scale != 1.0:
-                update = update.scaled(self.scale)
-            if update.shape != layer.shape:
-                raise MethodError(
-                    f"{self.method!r} made an update {update.shape} for layer {name!r} "
-                    f"{layer.shape}"
-                )
-            self._check_finite(name, update)
+        layer = self.stream.layer(name, notes.__setitem__)
+        update = self.prepared(layer)
+        if not isinstance(update, (LowRank, Dense)):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise MethodError(
+                f"a method returns an update, LowRank(B, A) or Dense(matrix); {self.method!r} "
+                f"returned a {type(update).__name__} for layer {name!r}"
+            )
+        if self.scale != 1.0:
+            update = update.scaled(self.scale)
+        if update.shape != layer.shape:
+            raise MethodError(
+                f"{self.method!r} made an update {update.shape} for layer {name!r} {layer.shape}"
+            )
+        self._check_finite(name, update)
         return layer, update, notes
 
     def _check_finite(self, name: str, update: Update) -> None:

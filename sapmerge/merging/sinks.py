@@ -18,8 +18,8 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
-from sapmerge.core.torch_state import pinned_state
-from sapmerge.core.undo import Undo
+from sapmerge.core.torch_state import pinned
+from sapmerge.core.undo import Undo, restoring
 from sapmerge.core.updates import Update
 from sapmerge.errors import (
     MethodError,
@@ -85,21 +85,30 @@ def save(
     writer = CheckpointWriter(path, overwrite=overwrite)
     try:
         undo.add(writer.withdraw)
-        with pinned_state(), writer:
-            checkpoint = _Checkpoint(run, writer, form)
-            for module, update, row in run.stored():
-                checkpoint.add(module, update, row)
-            checkpoint.finish(finish)
+        _filled(run, writer, form, finish)
     except BaseException:
-        undo.run()
+        try:
+            undo.run()
+        finally:
+            undo.run()
         raise
 
 
+@pinned
+def _filled(run: Run, writer: CheckpointWriter, form: Form, finish: Finish) -> None:
+    with writer:
+        checkpoint = _Checkpoint(run, writer, form)
+        for module, update, row in run.stored():
+            checkpoint.add(module, update, row)
+        checkpoint.finish(finish)
+
+
+@pinned
 def save_together(runs: Mapping[str, Run]) -> None:
     """Write several checkpoints (path -> run) side by side, layer by layer:
     what they share is read once.
     """
-    with pinned_state(), ExitStack() as stack:
+    with ExitStack() as stack:
         making = [
             (_Checkpoint(run, stack.enter_context(CheckpointWriter(path))), run.stored())
             for path, run in runs.items()
@@ -199,15 +208,23 @@ def apply(run: Run, model: Any, finish: Finish, undo: Undo) -> None:
 def _alone(model: Any, undo: Undo, work: Callable[[nn.Module], object]) -> None:
     """Work on a model that no other merge sees meanwhile; whatever fails is taken back."""
     try:
-        with exclusive(model) as base, pinned_state():
-            try:
-                work(base)
-            except BaseException:
-                undo.run()
-                raise
+        _with_base(model, undo, work)
     except BaseException:
-        undo.run()  # what was cut short, and what was interrupted on the way out
+        try:
+            undo.run()  # what was cut short, and what was interrupted on the way out
+        finally:
+            undo.run()
         raise
+
+
+@pinned
+def _with_base(model: Any, undo: Undo, work: Callable[[nn.Module], object]) -> None:
+    with exclusive(model) as base:
+        try:
+            work(base)
+        except BaseException:
+            undo.run()
+            raise
 
 
 @contextmanager
@@ -216,21 +233,14 @@ def applied(run: Run, model: Any) -> Generator[tuple[LayerReport, ...]]:
 
     The model is this thread's alone as long as the block runs.
     """
-    held, undo = HeldValues(), Undo()
-    with exclusive(model) as base:
-        try:
-            try:
-                undo.add(held.put_back)
-                with pinned_state():
-                    rows = _added(run, model, base, held)
-                yield rows
-            finally:
-                undo.run()
-        finally:
-            undo.run()  # goes on where an interruption stopped the first one
-            held.close()
+    held = HeldValues()
+    with exclusive(model) as base, restoring() as undo:
+        undo.add(held.close)
+        undo.add(held.put_back)
+        yield _added(run, model, base, held)
 
 
+@pinned
 def _added(run: Run, model: Any, base: nn.Module, held: HeldValues) -> tuple[LayerReport, ...]:
     """Every value is read back: some kinds of tensors take a write and keep what they had."""
     sites, rows = find_sites(model, run.stream.modules), list[LayerReport]()

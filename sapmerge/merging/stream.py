@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,9 +16,9 @@ import torch
 
 from sapmerge.anchors.anchors import Anchors
 from sapmerge.core.layer import Layer, Member
-from sapmerge.core.torch_state import pinned_state
+from sapmerge.core.torch_state import pinned
 from sapmerge.core.updates import LowRank, Update, absent
-from sapmerge.errors import SapmergeWarning
+from sapmerge.errors import warn
 from sapmerge.io.adapter import Adapter
 from sapmerge.io.modules import Module
 from sapmerge.losses import Loss
@@ -104,11 +103,9 @@ class AdapterLayers:
 
         beside = [adapter.label for adapter in self.adapters if adapter.vectors]
         if beside:
-            warnings.warn(
+            warn(
                 f"the anchors see {beside} without their biases and rows of embeddings: losses "
-                "and gradients are those of the base plus the updates of its matrices",
-                SapmergeWarning,
-                stacklevel=4,
+                "and gradients are those of the base plus the updates of its matrices"
             )
         readers = [
             (adapter.label, partial(self._updates, k)) for k, adapter in enumerate(self.adapters)
@@ -185,15 +182,11 @@ def in_order(function: Callable[[T], R], items: Iterable[T], workers: int) -> It
         yield from map(function, items)
         return
 
-    def pinned(item: T) -> R:
-        with pinned_state():
-            return function(item)
-
     waiting = deque[Future[R]]()
     pool = ThreadPoolExecutor(workers, "sapmerge")
     try:
         for item in items:
-            waiting.append(pool.submit(pinned, item))
+            waiting.append(pool.submit(pinned(function), item))
             if len(waiting) > workers:
                 yield waiting.popleft().result()
         while waiting:

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from sapmerge.core.torch_state import pinned_state
+from sapmerge.core.torch_state import pinned
 from sapmerge.core.undo import Undo
 from sapmerge.errors import ModelMismatchError
 from sapmerge.io.base_folder import BaseFolder, Spot
@@ -38,26 +38,37 @@ def save_merged(
     """
     undo = Undo()
     try:
-        with pinned_state():
-            base = BaseFolder(
-                base_folder, conv1d=any(adapter.fan_in_fan_out for adapter in run.adapters)
-            )
-            check_apart(path, (base.path, *(adapter.folder for adapter in run.adapters)))
-            moved = _moves(run, base)
-            for name in moved:
-                _check_plain(base, name)
-            metadata = metadata_of(run, {}, None)
-            anchors = run.stream.anchors
-            record = {
-                "version": metadata["sapmerge.version"],
-                "recipe": json.loads(metadata["sapmerge.recipe"]),
-                "inputs": json.loads(metadata["sapmerge.inputs"]),
-                **({} if anchors is None else {"digests": digests_of(anchors)}),
-            }
-            write_model(base, path, moved, record, overwrite=overwrite, undo=undo)
+        _written(run, base_folder, path, overwrite, undo)
     except BaseException:
-        undo.run()
+        try:
+            undo.run()
+        finally:
+            undo.run()  # goes on where an interruption stopped the first one
         raise
+
+
+@pinned
+def _written(
+    run: Run,
+    base_folder: str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    overwrite: bool,
+    undo: Undo,
+) -> None:
+    base = BaseFolder(base_folder, conv1d=any(adapter.fan_in_fan_out for adapter in run.adapters))
+    check_apart(path, (base.path, *(adapter.folder for adapter in run.adapters)))
+    moved = _moves(run, base)
+    for name in moved:
+        _check_plain(base, name)
+    metadata = metadata_of(run, {}, None)
+    anchors = run.stream.anchors
+    record = {
+        "version": metadata["sapmerge.version"],
+        "recipe": json.loads(metadata["sapmerge.recipe"]),
+        "inputs": json.loads(metadata["sapmerge.inputs"]),
+        **({} if anchors is None else {"digests": digests_of(anchors)}),
+    }
+    write_model(base, path, moved, record, overwrite=overwrite, undo=undo)
 
 
 def _moves(run: Run, base: BaseFolder) -> Mapping[str, Callable[[Tensor], Tensor]]:

@@ -18,7 +18,7 @@ from sapmerge.anchors.freezing import frozen
 from sapmerge.anchors.loading import Batches
 from sapmerge.core.layer import Layer
 from sapmerge.core.lowrank import weighted_sum
-from sapmerge.core.torch_state import pinned_state
+from sapmerge.core.torch_state import pinned
 from sapmerge.core.updates import Update
 from sapmerge.errors import MethodError
 from sapmerge.io.adapter import Adapter
@@ -53,7 +53,7 @@ from sapmerge.routing.routers import FixedRouter, LearnedRouter, Router, RouterL
 __all__ = ["Routed", "routed"]
 
 
-@pinned_state()
+@pinned
 def routed(
     adapters: Adapters,
     anchor_loader: Any = None,
@@ -177,6 +177,7 @@ class Routed:
             sites_of(without_wrappers(model), self.stream.modules), self.stacks, self.weigh
         )
 
+    @pinned
     def usage(
         self, loader: Any, model: Any, loss: Loss | None = None
     ) -> dict[str, dict[str, float]]:
@@ -274,7 +275,7 @@ class Routed:
         write_routed(path, config, factors, self.states, card_of(config))
 
     @classmethod
-    @pinned_state()
+    @pinned
     def load(cls, path: str | os.PathLike[str]) -> Routed:
         """Read a folder of `save_pretrained`: nothing in it is believed, every tensor and key has
         to fit.

@@ -203,33 +203,40 @@ class Reach:
 
     def __init__(self, built: Sequence[tuple[Any, Path]], tests: bool = False) -> None:
         noting = {file: reached.instrumented(file, source(file), _is_check) for file in FILES}
-        with tempfile.TemporaryDirectory() as place:
-            log = Path(place) / "cases"
-            log.touch()
-            _child(lambda: _all_cases(noting, built, log), SECONDS * 60)
-            self.cases, self.tests = reached.reading(log), reached.Reached()
-            if tests:
-                bodies = {file: ast.unparse(body) for file, body in noting.items()}
-                named = dict.fromkeys((*itertools.chain(*TESTS.values()), *READING))
-                self.tests = reached.suite(ROOT, _made(Path(place) / "copy"), bodies, [*named])
+        self.cases = _logged(lambda: _all_cases(noting, built))
+        self.tests: reached.Reached = {}
+        self.failing = set[str]()  # without a mutant, too
+        named = dict.fromkeys((*itertools.chain(*TESTS.values()), *READING)) if tests else ()
+        for file in named:
+            with tempfile.NamedTemporaryFile() as failures:
+
+                def ran(file: str = file, out: Path = Path(failures.name)) -> str:
+                    out.write_text("\n".join(_ran(noting, [file])))
+                    return ""
+
+                for place, who in _logged(ran).items():
+                    self.tests.setdefault(place, []).extend(who)
+                self.failing |= {*Path(failures.name).read_text().split("\n")}
 
     def of(self, mutant: Mutant) -> tuple[list[int], list[str]]:
         """The cases and the tests that come to a check."""
         place = mutant.file, mutant.line
-        return [int(number) for number in self.cases.get(place, [])], self.tests.get(place, [])
+        tests = [test for test in self.tests.get(place, []) if test not in self.failing]
+        return [int(number) for number in self.cases.get(place, [])], tests
 
 
-def _made(place: Path) -> Path:
-    place.mkdir()
-    return place
+def _logged(work: Callable[[], str]) -> reached.Reached:
+    """What is reached in a child."""
+    with tempfile.NamedTemporaryFile() as log:
+        os.environ[reached.LOG] = log.name
+        failed = _child(work, 60 * SECONDS)
+        assert failed is None, failed
+        return reached.reading(Path(log.name))
 
 
-def _all_cases(
-    bodies: Mapping[str, ast.Module], built: Sequence[tuple[Any, Path]], log: Path
-) -> str:
+def _all_cases(bodies: Mapping[str, ast.Module], built: Sequence[tuple[Any, Path]]) -> str:
     from tests.corpus.runner import judged
 
-    os.environ[reached.LOG] = str(log)
     _with(bodies)
     for number, (case, target) in enumerate(built):
         os.environ[reached.CASE] = str(number)
@@ -252,6 +259,8 @@ def _child(work: Callable[[], str], seconds: int) -> str | None:
         signal.alarm(seconds)
         try:
             os.write(writer, work().encode())
+        except SystemExit:
+            os._exit(0)
         except BaseException as error:
             os.write(writer, f"{type(error).__name__}".encode())
         os._exit(0)
@@ -262,10 +271,14 @@ def _child(work: Callable[[], str], seconds: int) -> str | None:
     return (said or None) if status == 0 else "never ends"
 
 
+_KEPT = ("tests.corpus", "tests.corpus.mutations", "tests.corpus.reached")
+
+
 def _with(bodies: Mapping[str, ast.Module]) -> None:
     """From here on the package has these bodies; this process is of no other use."""
-    for name in [name for name in sys.modules if name.split(".")[0] == "sapmerge"]:
-        del sys.modules[name]
+    for name in list(sys.modules):
+        if name.startswith(("sapmerge", "tests.")) and name not in _KEPT:
+            del sys.modules[name]
     sys.meta_path.insert(0, _Finder(bodies))
 
 
@@ -281,17 +294,32 @@ def _first_difference(mutant: Mutant, built: Sequence[tuple[Any, Path]]) -> str:
 
 
 def noticed_by_tests(mutant: Mutant, tests: Sequence[str]) -> str | None:
-    """Which of these tests fails on a copy of the package without the check."""
+    """Which of these tests fails without the check."""
     if not tests:
         return None
-    with tempfile.TemporaryDirectory() as place:
-        reached.copied(ROOT, Path(place))
-        (Path(place) / mutant.file).write_text(ast.unparse(mutated(mutant)))
-        done = reached.pytest(Path(place), ["-x", *tests], {})
-    if done.returncode not in (0, 1):  # anything but "all passed" and "some failed"
-        raise RuntimeError(f"pytest could not run: {done.stdout[-2000:]} {done.stderr[-2000:]}")
-    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    return failed[0].split()[1] if done.returncode else None
+    bodies = {mutant.file: mutated(mutant)}
+    return _child(lambda: next(iter(_ran(bodies, ["-x", *tests])), ""), 10 * SECONDS)
+
+
+def _ran(bodies: Mapping[str, ast.Module], tests: Sequence[str]) -> list[str]:
+    """The tests that fail, in this process; programs that tests start are as they were."""
+    import pytest
+
+    failed = list[str]()
+
+    class Failing:
+        def pytest_runtest_logreport(self, report: Any) -> None:
+            if report.failed:
+                failed.append(report.nodeid)
+
+    _with(bodies)
+    os.chdir(ROOT)
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    options = ["-q", "--tb=no", "-p", "no:cacheprovider"]
+    code = pytest.main([*options, *tests], plugins=[Failing()])
+    if code not in (0, 1):  # nothing that could be called noticed
+        raise SystemExit(f"pytest could not run: {code}")
+    return failed
 
 
 def noticed(mutant: Mutant, built: Sequence[tuple[Any, Path]], reach: Reach) -> tuple[str, str]:

@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import ast
 import os
-import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["LOG", "instrumented", "note", "reading", "suite"]
+__all__ = ["CASE", "LOG", "Reached", "instrumented", "note", "reading"]
 
 LOG, CASE = "SAPMERGE_REACHED", "SAPMERGE_CASE"
 """Variables of the environment: the file to write to, and the case that runs."""
@@ -46,7 +43,9 @@ def instrumented(file: str, text: str, is_check: Callable[[ast.AST], bool]) -> a
             said = f"from tests.corpus.reached import note\nnote({file!r}, {node.lineno})"  # type: ignore[attr-defined]
             return [*ast.parse(said).body, node]
 
-    return ast.fix_missing_locations(Noting().visit(ast.parse(text)))
+    module = ast.parse(text)
+    Noting().visit(module)
+    return ast.fix_missing_locations(module)
 
 
 def reading(log: Path) -> Reached:
@@ -58,45 +57,3 @@ def reading(log: Path) -> Reached:
         if who not in mine:
             mine.append(who)
     return found
-
-
-def suite(root: Path, place: Path, modules: Mapping[str, str], tests: Sequence[str]) -> Reached:
-    """Which tests come to which checks.
-
-    Args:
-        root: of the repository.
-        place: an empty folder for a copy of it.
-        modules: file -> what its body is in the copy.
-        tests: what pytest runs.
-    """
-    copied(root, place)
-    for file, text in modules.items():
-        (place / file).write_text(text)
-    log = place / "reached"
-    log.touch()
-    done = pytest(place, tests, {LOG: str(log)})
-    if done.returncode not in (0, 1) or not log.stat().st_size:
-        raise RuntimeError(f"pytest could not run: {done.stdout[-2000:]} {done.stderr[-2000:]}")
-    return reading(log)
-
-
-def copied(root: Path, place: Path) -> None:
-    """What tests need of the repository."""
-    for part in ("sapmerge", "tests", "pyproject.toml"):
-        source, target = root / part, place / part
-        (shutil.copytree if source.is_dir() else shutil.copy)(source, target)
-
-
-def pytest(
-    place: Path, tests: Sequence[str], more: Mapping[str, str]
-) -> subprocess.CompletedProcess[str]:
-    """Run tests in a copy of the repository."""
-    options = ["-q", "--tb=no", "-p", "no:cacheprovider", *tests]
-    return subprocess.run(
-        [sys.executable, "-m", "pytest", *options],
-        cwd=place,
-        env={**os.environ, "PYTHONPATH": str(place), **more},
-        capture_output=True,
-        text=True,
-        timeout=3600,
-    )

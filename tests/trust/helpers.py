@@ -183,3 +183,50 @@ def _stepped(
     finally:
         sys.settrace(None)
         signal.signal(signal.SIGINT, handler)
+
+
+Moment = tuple[str, int, str]
+"""A file, a line, and what happens there: a function begins, or one of C returns."""
+MANAGERS = ("/contextlib.py", "/signal.py", "/grad_mode.py", "/autocast_mode.py", "/_contextlib.py")
+"""Where Python's and torch's own context managers are made."""
+
+
+def moments(action: Callable[[], object], files: tuple[str, ...]) -> Counter[Moment]:
+    """Where Python looks for signals, in these files and in `MANAGERS`, and how often."""
+    seen = Counter[Moment]()
+    _pressed(action, files, seen, None)
+    return seen
+
+
+def pressed(
+    action: Callable[[], object], files: tuple[str, ...], moment: Moment, nth: int
+) -> Counter[Moment]:
+    """A real Ctrl-C when a moment comes for the n-th time; also while they are delayed. The
+    KeyboardInterrupt is the caller's to catch.
+    """
+    seen = Counter[Moment]()
+    _pressed(action, files, seen, (moment, nth))
+    return seen
+
+
+def _pressed(
+    action: Callable[[], object],
+    files: tuple[str, ...],
+    seen: Counter[Moment],
+    stop: tuple[Moment, int] | None,
+) -> None:
+    def profile(frame: FrameType, event: str, arg: object) -> None:
+        file = frame.f_code.co_filename
+        if event not in ("call", "c_return") or not (file.endswith((*files, *MANAGERS))):
+            return
+        moment = file, frame.f_lineno, f"{event} {getattr(arg, '__name__', '')}"
+        seen[moment] += 1
+        if stop is not None and moment == stop[0] and seen[moment] == stop[1]:
+            sys.setprofile(None)
+            signal.raise_signal(signal.SIGINT)
+
+    sys.setprofile(profile)
+    try:
+        action()
+    finally:
+        sys.setprofile(None)

@@ -18,8 +18,20 @@ import torch
 from torch import nn
 
 import sapmerge as sm
-from sapmerge.core.undo import Undo, without_interrupts
-from tests.trust.helpers import Small, batches, interrupted, lines, loss, same, state, write_adapter
+from sapmerge.core.undo import Undo, guarded, restoring, without_interrupts
+from sapmerge.models import exclusive
+from tests.trust.helpers import (
+    Small,
+    batches,
+    interrupted,
+    lines,
+    loss,
+    moments,
+    pressed,
+    same,
+    state,
+    write_adapter,
+)
 
 POINTS = int(os.environ.get("SAPMERGE_INTERRUPTIONS", "6"))
 
@@ -95,6 +107,93 @@ def test_real_ctrl_c_at_random_moments(paths: list[Path], tmp_path: Path) -> Non
         assert (torch.get_num_threads(), torch.get_default_dtype()) == (threads, torch.float32)
         assert torch.is_grad_enabled()
     assert stopped > 0
+
+
+MANAGING = ("core/undo.py", "core/torch_state.py", "anchors/freezing.py", "sapmerge/models.py")
+
+
+def test_a_context_manager_that_is_interrupted_itself(paths: list[Path]) -> None:
+    """At each moment at which Python looks for signals in what enters and leaves blocks. The
+    exception is still alive where the model is looked at: no generator of it has been closed.
+    """
+    model = Small().train()
+    before, threads = state(model), torch.get_num_threads()
+
+    def action() -> None:
+        loss_of = sm.anchors.outputs_only(loss)
+        sm.merge(paths, batches(), model, loss=loss_of, method=sm.sap_original())
+
+    found = moments(action, MANAGING)
+    every = [(moment, nth) for moment, count in found.items() for nth in sorted({1, count})]
+    assert len(every) > 150
+    with torch.autocast("cpu", torch.bfloat16):
+        for moment, nth in random.Random(1).sample(every, min(len(every), 2 * POINTS)):
+            with pytest.raises(KeyboardInterrupt) as caught:
+                pressed(action, MANAGING, moment, nth)
+            assert caught.tb is not None
+            assert same(before, state(model)), (moment, nth)
+            assert torch.is_grad_enabled(), (moment, nth)
+            assert torch.is_autocast_enabled("cpu"), (moment, nth)
+            assert torch.get_num_threads() == threads, (moment, nth)
+            assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_another_thread_can_have_the_model_after_an_interruption(paths: list[Path]) -> None:
+    model, got = Small(), list[bool]()
+
+    def action() -> None:
+        sm.merge(paths, batches(), model, loss=loss, method=sm.sap_original())
+
+    def other() -> None:
+        with exclusive(model):
+            got.append(True)
+
+    files = ("sapmerge/models.py",)
+    inside = [moment for moment in moments(action, files) if moment[0].endswith(files)]
+    assert len(inside) > 10
+    chosen = random.Random(0).sample(inside, min(len(inside), POINTS))
+    for moment in chosen:
+        with pytest.raises(KeyboardInterrupt) as caught:
+            pressed(action, files, moment, 1)
+        thread = threading.Thread(target=other, daemon=True)
+        thread.start()
+        thread.join(10)
+        assert caught.tb is not None  # it is still alive
+    assert len(got) == len(chosen)
+
+
+def test_what_a_block_left_is_put_back_by_the_function_around_it() -> None:
+    said = list[str]()
+
+    @guarded
+    def function() -> None:
+        with restoring() as outer:
+            outer.add(lambda: said.append("outer"))
+            inner = restoring()
+            inner.__enter__().add(lambda: said.append("inner"))  # and nobody leaves it
+        said.append("left")
+
+    with restoring() as mine:
+        mine.add(lambda: said.append("mine"))
+        function()
+        assert said == ["outer", "left", "inner"]
+    assert said[3:] == ["mine"]
+
+
+def test_all_that_was_left_is_put_back_and_the_first_failure_is_raised() -> None:
+    said = list[str]()
+
+    def fails() -> None:
+        raise ValueError("one")
+
+    @guarded
+    def function() -> None:
+        restoring().__enter__().add(lambda: said.append("first"))
+        restoring().__enter__().add(fails)
+
+    with pytest.raises(ValueError, match="one"):
+        function()
+    assert said == ["first"]
 
 
 def test_steps_that_were_cut_short_run_again() -> None:

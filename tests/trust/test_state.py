@@ -14,6 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sapmerge as sm
@@ -74,6 +77,13 @@ class Passing(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class Calling(TorchFunctionMode):
+    """Sees every function of torch and changes none."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
 STATES: dict[str, Callable[[], Any]] = {
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
     "float64": lambda: setting(torch.set_default_dtype, torch.float64, torch.float32),
@@ -88,6 +98,8 @@ STATES: dict[str, Callable[[], Any]] = {
     "no mkldnn": lambda: torch.backends.mkldnn.flags(enabled=False),
     "numpy": errors_of_numpy,
     "dispatch": Passing,
+    "function": Calling,
+    "forward gradients": torch.autograd.forward_ad.dual_level,
     "anomalies": lambda: torch.autograd.set_detect_anomaly(True, check_nan=False),
     "saved on the cpu": torch.autograd.graph.save_on_cpu,
     "two threads": lambda: setting(torch.set_num_threads, 2, 1),
@@ -131,6 +143,91 @@ def test_applying_and_looking(paths: list[Path], name: str) -> None:
         got, told = run()
     assert told == said
     assert all(torch.equal(got[key], tensor) for key, tensor in wanted.items())
+
+
+def called_by(transform: Callable[[Any], Any]) -> Callable[[Callable[[], Any]], Any]:
+    """Call a function inside of another one that torch transforms or traces."""
+
+    def run(action: Callable[[], Any]) -> Any:
+        def function(x: torch.Tensor) -> torch.Tensor:
+            action()
+            return x.sum()
+
+        return transform(function)
+
+    return run
+
+
+def in_fake_mode(action: Callable[[], Any]) -> Any:
+    with FakeTensorMode():
+        return action()
+
+
+ONES = torch.ones(3)
+VALUELESS: dict[str, Callable[[Callable[[], Any]], Any]] = {
+    "fake": in_fake_mode,
+    "vmap": called_by(lambda f: torch.func.vmap(f)(torch.ones(2, 3))),
+    "grad": called_by(lambda f: torch.func.grad(f)(ONES)),
+    "jvp": called_by(lambda f: torch.func.jvp(f, (ONES,), (ONES,))),
+    "functionalize": called_by(lambda f: torch.func.functionalize(f)(ONES)),
+    "make_fx": called_by(lambda f: make_fx(f)(ONES)),
+    "jit": called_by(lambda f: torch.jit.trace(f, ONES, check_trace=False)),
+    "fx": called_by(torch.fx.symbolic_trace),
+}
+
+
+@pytest.mark.parametrize("name", VALUELESS)
+def test_where_tensors_have_no_values_nothing_is_read_or_merged(
+    paths: list[Path], tmp_path: Path, name: str
+) -> None:
+    model, before, refused = Small(), seen(), list[str]()
+    kept, ready = state(model), sm.merge(paths, method=sm.mean())
+    adapter = ready.adapters[0]
+    actions: dict[str, Callable[[], object]] = {
+        "load": lambda: sm.Adapter.load(paths[0]),
+        "update": lambda: adapter.update(next(iter(adapter.modules))),
+        "merge": lambda: sm.merge(paths, method=sm.mean()),
+        "anchors": lambda: sm.merge(paths, BATCHES, model, loss=loss, method=sm.sap_original()),
+        "inspect": lambda: sm.inspect(paths),
+        "save": lambda: ready.save_pretrained(tmp_path / "out"),
+        "apply": lambda: ready.apply_to(model),
+        "report": lambda: ready.report,
+    }
+
+    def all_of_them() -> None:
+        for what, action in actions.items():
+            with pytest.raises(sm.SapmergeError, match="tensors have no values of their own"):
+                action()
+            refused.append(what)
+
+    VALUELESS[name](all_of_them)
+    assert refused[: len(actions)] == list(actions)
+    assert not (tmp_path / "out").exists()
+    assert same(kept, state(model))
+    assert seen() == before
+    ready.save_pretrained(tmp_path / "out")  # and outside of it all is well
+    assert sm.verify(tmp_path / "out") == []
+
+
+def test_tensors_without_values_are_refused_as_inputs(paths: list[Path]) -> None:
+    adapter = sm.Adapter.load(paths[0])
+    names = [
+        f"base_model.model.{name}.lora_{part}.weight" for name in adapter.modules for part in "AB"
+    ]
+    with FakeTensorMode():
+        fakes = {name: torch.ones(*((2, 8) if "lora_A" in name else (12, 2))) for name in names}
+        model = torch.nn.Sequential()
+        model.layers = torch.nn.ModuleList(
+            torch.nn.ModuleDict({p: torch.nn.Linear(8, 12, False) for p in ("q_proj", "v_proj")})
+            for _ in range(2)
+        )
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"]}
+    with pytest.raises(sm.SapmergeError, match="FakeTensor"):
+        sm.Adapter.from_state_dict(config, fakes)
+    with pytest.raises(sm.SapmergeError):
+        sm.merge(paths, method=sm.mean()).apply_to(model)
+    with pytest.raises(sm.SapmergeError):
+        sm.merge(paths, BATCHES, model, loss=loss, method=sm.sap_original())
 
 
 def test_no_random_state_is_read_or_changed(paths: list[Path], tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from sapmerge.core.torch_state import pinned_state
+from sapmerge.core.torch_state import pinned
 from sapmerge.errors import AdapterFormatError, MethodError, OutputExistsError
 from sapmerge.io.atomic import StagedFolder
 from sapmerge.io.files import shown
@@ -50,7 +50,7 @@ class Converted:
         return f"{self.source} -> {self.target} ({counts}): {', '.join(self.paths)}"
 
 
-@pinned_state()
+@pinned
 def convert(
     source: str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]],
     output: str | os.PathLike[str],
