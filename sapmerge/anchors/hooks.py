@@ -47,6 +47,11 @@ def check_base(base: nn.Module, sites: Mapping[str, Site]) -> None:
                 "weights (accelerate's offloaded layers work, their hooks bring the weights in)"
             )
     for name, parameter in base.named_parameters():
+        if type(parameter).__name__ == "FakeTensor":
+            raise AnchorError(
+                f"the base model's weight of {names.get(id(parameter), name)!r} is a FakeTensor, "
+                "without values: load the model outside of FakeTensorMode"
+            )
         if not (
             parameter.is_meta
             or not parameter.is_floating_point()
