@@ -5,13 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from dg import contenders as dg
 from dg.contenders import contender, pruned
 from dg.trial import AS_IS, MATCHED, Contender
 from torch import Tensor
 
 import sapmerge as sm
 
-__all__ = ["confirmed", "defended", "gradients", "parts", "peers", "robust", "told", "upload"]
+__all__ = [
+    "confirmed",
+    "defended",
+    "gradients",
+    "library",
+    "parts",
+    "peers",
+    "robust",
+    "slow",
+    "told",
+    "upload",
+]
 
 LENGTHS = (AS_IS, 0.7, 0.8, 0.9, MATCHED, 1.2)
 SHORTER = (AS_IS, 0.8, 0.9, MATCHED)
@@ -110,6 +122,23 @@ def defended() -> list[Contender]:
         _at("ties", sm.ties(), AS_IS),
         _at("krum", sm.krum(), AS_IS),
     ]
+
+
+def library() -> list[Contender]:
+    """Every method that needs nothing but adapters and anchors (`slow` has two more), and `wudi`
+    with the filter that keeps it from overshooting (SWUDI).
+    """
+    found = [*dg.library(), *dg.contrib()]
+    for name in ("pico", "score"):
+        found.append(contender(name, getattr(sm, name)()))
+    found.append(contender("swudi", sm.wudi(share=0.1)))
+    found.append(contender("swudi_a", sm.wudi(share="auto")))
+    return [Contender(c.name, c.method, c.loss, c.anchors, (AS_IS, MATCHED)) for c in found]
+
+
+def slow() -> list[Contender]:
+    """Those of the library that take as long as all the others together."""
+    return [_at("clair", sm.clair(), MATCHED), _at("fedrpca", sm.fedrpca(), MATCHED)]
 
 
 def told() -> list[Contender]:

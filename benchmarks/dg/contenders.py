@@ -53,7 +53,7 @@ def library() -> list[Contender]:
     found = []
     for name in sm.methods.__all__:
         factory = getattr(sm, name)
-        if name in ("slerp", "factor_average", "tune"):
+        if name in ("slerp", "factor_average", "tune") or not name.islower():
             continue
         if all(
             given.default is not Parameter.empty for given in signature(factory).parameters.values()

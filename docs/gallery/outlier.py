@@ -2,8 +2,8 @@
 
 Three clients have learned the same change of six layers, each with a part of its own; a fourth
 sends its update with the sign flipped. The server has 32 anchors: inputs, and what the right model
-answers. The mean follows everybody. SAP looks at the anchors' loss of each adapter and at its
-cosines with those of low loss, and leaves the fourth one out.
+answers. The mean follows everybody. SAP looks at how much the adapters agree (the median of each
+one's cosines with the others) and at their anchor losses, and leaves the fourth one out.
 """
 
 import warnings

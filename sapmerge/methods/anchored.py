@@ -32,15 +32,13 @@ def sap(
     rescaler: Rescaler = MatchNorm(),
     merger: Merger = Mean(),
 ) -> Method:
-    """SAP's default: the energy-matched mean, without adapters that the anchors and their
-    directions speak against.
+    """SAP's default: the energy-matched mean, without outliers.
 
     1. An adapter whose norm is more than twice the median is scaled down to that (`ClipNorms`); one
-    that is an outlier
-       both in its anchor loss and in its direction is left out (`ExcludeOutliers`).
+       that is opposed to the others is left out, and one that shares next to nothing with them and
+       has a higher anchor loss (`ExcludeOutliers`).
     2. With `density` below 1, per adapter: S = |w dL/dw| on the anchors, at base + adapter; the
-    lowest share is set to
-       zero, and the norm that this took from each layer is given back.
+       lowest share is set to zero, and the norm that this took from each layer is given back.
     3. The adapters are averaged, and the result has the mean norm of its inputs (`MatchEnergy`).
 
     Args:

@@ -31,26 +31,27 @@ __all__ = ["CapShare", "ClipNorms", "ExcludeOutliers"]
 
 @part
 class ExcludeOutliers:
-    """Leave out an adapter that both the anchors and the adapters they prefer speak against;
-    the others stay equal.
+    """Leave out an adapter that the others speak against: one that is opposed to them, or that
+    shares next to nothing with them and has a higher anchor loss. The others stay equal.
 
-    The ceil(K / 2) adapters with the lowest anchor loss L at base + adapter are the
-    reference R. With
+    The agreement of an adapter is the median of its cosines with the others,
 
-        a_k = mean_{j in R} <D_k, D_j> / (|D_k| |D_j|)
-        b = mean_{i < j in R} <D_i, D_j> / (|D_i| |D_j|)
+        a_k = median_{j != k} <D_k, D_j> / (|D_k| |D_j|)
 
-    another adapter k gets the weight 0 if a_k < ratio * b, if b - a_k, a sum over layers, is more
-    than `significance` of its standard errors, and if L_k is more than `margin` above the
-    highest loss in R.
+    With b > 0, the median of everybody's agreement, and L_k, the anchor loss at base + adapter, it
+    gets the weight 0
+
+    - if a_k < 0, or
+    - if a_k < ratio * b, and L_k is more than `margin` above the median of all losses,
+
+    each by more than `significance` standard errors over the layers.
 
     Adapters of one base are nearly orthogonal, and what they have learned in common makes their
-    cosines a little positive. One that was trained on wrong labels shares next to nothing with the
-    reference, and one with a flipped sign is opposed to it. The anchors choose the reference, not
-    the votes of the adapters: bad ones that resemble each other cannot be it while they are fewer
-    than half and have higher losses. Neither sign alone is enough:
-    honest adapters of an odd domain share less with the others,
-    and those that were trained for long lose on the anchors.
+    cosines a little positive. One that was trained on wrong labels or on another task shares next
+    to nothing with the others, and one with a flipped sign is opposed to them. An honest adapter of
+    an odd domain shares little, too; there the anchors have to decide. Medians are not moved by bad
+    adapters that resemble each other, while they are fewer than half; where half of the adapters
+    or more would go, nobody does.
 
     The other weights are as given, those of one sign scaled to keep their sum. Copies of one
     adapter are asked once. Adapters of weight 0 are not asked, those without updates get the weight
@@ -60,7 +61,7 @@ class ExcludeOutliers:
         method: any method.
         loss: (model, batch) -> scalar. None: `centered_alignment` for image-text pairs, the
             anchors' own for others.
-        ratio: of the reference's own agreement; in [0, 1).
+        ratio: of the usual agreement; in [0, 1).
         margin: in units of the loss; not negative.
         significance: in standard errors over the layers; not negative.
         copies: from this cosine on, two adapters are copies of each other; in (0, 1).
@@ -78,7 +79,7 @@ class ExcludeOutliers:
     loss: Callable[..., Tensor] | None = None
     ratio: float = 0.4
     margin: float = 0.02
-    significance: float = 3.0
+    significance: float = 2.0
     copies: float = 0.9
     shares: tuple[float, ...] | None = field(default=None, repr=False)
 
@@ -127,43 +128,64 @@ class ExcludeOutliers:
         """
         norms = products.sum(0).diagonal().sqrt()
         asked = [k for k in range(len(layer)) if layer.weights[k] != 0 and norms[k] > 0]
-        # whose sum is the cosine of whole adapters
-        parts = products / torch.outer(norms, norms).clamp_min(1e-300)
-        groups = list[list[int]]()  # copies of one adapter, by ascending loss
-        for k in sorted(asked, key=lambda k: losses[k]):
-            own = next(
-                (group for group in groups if parts[:, group[0], k].sum() >= self.copies), None
-            )
-            groups.append([k]) if own is None else own.append(k)
-        reference = [group[0] for group in groups][: (len(groups) + 1) // 2]
-        bad = list[int]()
-        if len(reference) > 1:
-            pairs = [parts[:, i, j] for place, j in enumerate(reference) for i in reference[:place]]
-            within = torch.stack(pairs).mean(0)
-            bound = losses[reference[-1]] + self.margin
-            for group in groups[len(reference) :]:
-                shared = parts[:, group[0], reference].mean(1)
-                if losses[group[0]] > bound and self._apart(shared, within):
-                    bad += group
-        if bad:
-            names = ", ".join(repr(layer.adapters[k]) for k in sorted(bad))
+        # whose sum over the layers is the cosine of whole adapters
+        cosines = products / torch.outer(norms, norms).clamp_min(1e-300)
+        groups = _copies(cosines.sum(0), asked, self.copies)
+        share = torch.zeros(len(groups), len(layer), dtype=cosines.dtype)
+        for row, group in enumerate(groups):
+            share[row, group] = 1 / len(group)
+        between = share @ cosines @ share.T  # means over copies
+        lowest = torch.tensor([min(losses[k] for k in group) for group in groups])
+        bad = self._outliers(between, lowest) if len(groups) > 2 else []
+        left_out = sorted(k for group in bad for k in groups[group])
+        if left_out:
+            names = ", ".join(repr(layer.adapters[k]) for k in left_out)
             message = (
-                f"{names}: left out, as outliers in direction and in the anchors' loss "
-                "(ExcludeOutliers)"
+                f"{names}: left out, opposed to the others or unlike them and worse on the "
+                "anchors (ExcludeOutliers)"
             )
             warnings.warn(message, SapmergeWarning, stacklevel=3)
-        return tuple(float(k not in bad and norms[k] > 0) for k in range(len(layer)))
+        return tuple(float(k not in left_out and norms[k] > 0) for k in range(len(layer)))
 
-    def _apart(self, shared: Tensor, within: Tensor) -> bool:
-        """Whether an adapter shares too little with the reference:
-        its cosines per layer, and the reference's own.
-        """
-        gap = within - shared
-        error = float(gap.std()) * len(gap) ** 0.5 if len(gap) > 1 else math.inf
-        return (
-            float(shared.sum()) < self.ratio * float(within.sum())
-            and float(gap.sum()) > self.significance * error
-        )
+    def _outliers(self, cosines: Tensor, losses: Tensor) -> list[int]:
+        """Who is left out: none, if that were half or more. (L, K, K) cosines, (K,) losses."""
+        layers = torch.stack([_agreement(layer) for layer in cosines])
+        whole = _agreement(cosines.sum(0))
+        usual, bound = _median(whole), _median(losses) + self.margin
+        opposed = (whole < 0) & self._clear(-layers)
+        apart = (whole < self.ratio * usual) & self._clear(_median(layers)[:, None] - layers)
+        bad = (usual > 0) & (opposed | (apart & (losses > bound)))
+        return [k for k in range(len(bad)) if bad[k]] if 2 * bad.sum() < len(bad) else []
+
+    def _clear(self, values: Tensor) -> Tensor:
+        """Whether sums over the layers, (L, K), are that many standard errors above 0."""
+        if len(values) == 1:
+            return torch.zeros(values.shape[1], dtype=torch.bool)
+        return values.sum(0) > self.significance * values.std(0) * len(values) ** 0.5
+
+
+def _agreement(cosines: Tensor) -> Tensor:
+    """Each one's median cosine with the others: (K, K) -> (K,)."""
+    count = len(cosines)
+    return _median(cosines[~torch.eye(count, dtype=torch.bool)].view(count, count - 1))
+
+
+def _median(values: Tensor) -> Tensor:
+    """Over the last axis; of an even number the mean of the two in the middle."""
+    ranked, count = values.sort(-1).values, values.shape[-1]
+    return (ranked[..., (count - 1) // 2] + ranked[..., count // 2]) / 2
+
+
+def _copies(cosines: Tensor, asked: Sequence[int], bound: float) -> list[list[int]]:
+    """Adapters in groups of copies: who is like anybody of a group belongs to it."""
+    groups = {k: [k] for k in asked}
+    for pair in (cosines >= bound).triu(1).nonzero():
+        one, other = int(pair[0]), int(pair[1])
+        if one in groups and other in groups and groups[one] is not groups[other]:
+            groups[one] += groups[other]
+            for k in groups[other]:
+                groups[k] = groups[one]
+    return [sorted(group) for k, group in groups.items() if k == min(group)]
 
 
 @part

@@ -360,24 +360,52 @@ HONEST = [
 ]
 
 
+WORSE = [0.5, 0.5, 0.5, 0.6]
+
+
 def test_an_outlier_in_direction_and_loss_is_left_out() -> None:
+    """Its median cosine, 0.02, is a tenth of the others' 0.2."""
     layers = opinions(HONEST, jitter=0.1)
-    assert excluded(layers, [0.5, 0.5, 0.5, 0.6]) == [3]
-    assert excluded(layers, [0.5, 0.5, 0.5, 0.51]) == []  # the loss says nothing against it
-    assert excluded(layers, [0.5, 0.6, 0.5, 0.4]) == []  # it is a part of the reference
-    assert excluded(layers, [0.5, 0.5, 0.5, 0.6], ratio=0.05) == []  # 0.02 / 0.2 is not below
+    assert excluded(layers, WORSE) == [3]
+    assert excluded(layers, [0.5, 0.5, 0.5, 0.51]) == []  # within the margin
+    assert excluded(layers, [0.5, 0.6, 0.5, 0.4]) == []  # the loss says nothing against it
+    assert excluded(layers, WORSE, ratio=0.11) == [3]
+    assert excluded(layers, WORSE, ratio=0.09) == []
     # one layer has no standard error
-    assert excluded(opinions(HONEST, layers=1), [0.5, 0.5, 0.5, 0.6]) == []
-    assert excluded(layers, [0.5, 0.5, 0.5, 0.6], significance=1e9) == []
+    assert excluded(opinions(HONEST, layers=1), WORSE) == []
+    assert excluded(layers, WORSE, significance=1e9) == []
 
 
-def test_a_camp_of_outliers_is_no_reference() -> None:
+def test_who_is_opposed_is_left_out_whatever_the_anchors_say() -> None:
+    opposed = [[1.0, 0.2, 0.2, -0.1], [0.2, 1.0, 0.2, -0.1], [0.2, 0.2, 1.0, -0.1]]
+    opposed.append([-0.1, -0.1, -0.1, 1.0])
+    assert excluded(opinions(opposed, jitter=0.1), [0.5, 0.5, 0.5, 0.1]) == [3]
+    assert excluded(opinions(opposed, jitter=2.0), [0.5, 0.5, 0.5, 0.1]) == []  # now so, now so
+    three = [[1.0, 0.4, -0.1], [0.4, 1.0, -0.1], [-0.1, -0.1, 1.0]]
+    assert excluded(opinions(three, jitter=0.1), [0.5, 0.5, 0.1]) == [2]
+
+
+def test_a_camp_of_outliers_is_no_majority() -> None:
     """Three bad ones that resemble each other more than the four good ones do."""
     cosines = torch.full((7, 7), 0.02, dtype=torch.float64)
     cosines[:4, :4], cosines[4:, 4:] = 0.2, 0.7
     cosines.fill_diagonal_(1.0)
     losses = [0.5, 0.5, 0.5, 0.5, 0.6, 0.6, 0.6]
     assert excluded(opinions(cosines.tolist(), jitter=0.1), losses) == [4, 5, 6]
+
+
+def test_of_two_halves_neither_is_left_out() -> None:
+    """Two pairs, and three that agree beside three that agree with nobody."""
+    pairs, three = torch.zeros(4, 4), torch.zeros(6, 6)
+    pairs[:2, :2], pairs[2:, 2:], three[:3, :3] = 0.3, 0.3, 0.3
+    for cosines in (pairs, three):
+        cosines.fill_diagonal_(1.0)
+        losses = [float(k) for k in range(len(cosines))]
+        assert excluded(opinions(cosines.tolist(), jitter=0.1), losses) == []
+
+
+def test_adapters_that_share_nothing_are_all_kept() -> None:
+    assert excluded(opinions(torch.eye(5).tolist(), jitter=0.1), [0.1, 0.2, 0.3, 0.4, 9.0]) == []
 
 
 def test_copies_are_one_adapter_for_the_outlier_test() -> None:
