@@ -64,6 +64,9 @@ def magnitudes(size: int | None = None, columns: int = 1) -> dict[str, Raw]:
     }
 
 
+ATTENTION = pair("attn", 48, 16) | pair("attn.base_layer.out_proj", 16, 16)
+
+
 def bank(nest: str, rows: int, columns: int | None = None) -> dict[str, Raw]:
     """The factors of all experts of one parameter."""
     return {
@@ -250,6 +253,9 @@ CASES = [
     refuse("meaning", "an AdaLoRA of no rank", changed(peft_type="ADALORA"), "init_r"),
     refuse("meaning", "an AdaLoRA without lora_E", changed(peft_type="ADALORA", init_r=4), WEIGHTS),
     refuse("meaning", "an AdaLoRA whose masks are numbers", changed(peft_type="ADALORA", init_r=4, rank_pattern={"q_proj": [1, 0]}), "rank_pattern"),
+    refuse("meaning", "an AdaLoRA with DoRA", changed(peft_type="ADALORA", init_r=4, use_dora=True), "peft_type", "no AdaLoRA with use_dora"),
+    refuse("meaning", "an AdaLoRA of an nn.MultiheadAttention", with_tensors(ATTENTION, peft_type="ADALORA", init_r=4, target_modules=[*BOTH, "attn"]), "attn", "no in_proj layer"),
+    refuse("meaning", "DoRA of an nn.MultiheadAttention", with_tensors(ATTENTION | magnitudes(), use_dora=True, target_modules=[*BOTH, "attn"]), "attn", "no in_proj layer"),
     refuse("meaning", "DoRA, magnitudes missing", changed(use_dora=True), "use_dora", "lora_magnitude_vector"),
     refuse("meaning", "DoRA, magnitudes too long", with_tensors(magnitudes(16), use_dora=True), "lora_magnitude_vector", "8 values"),
     refuse("meaning", "DoRA, magnitudes of two dimensions", with_tensors(magnitudes(8, 2), use_dora=True), "lora_magnitude_vector"),
@@ -273,12 +279,15 @@ CASES = [
     meaning("megatron_config", "megatron_config", {"hidden_size": 16}),
     meaning("megatron_core, a module of Python", "megatron_core", "antigravity"),
     meaning("trainable_token_indices", "trainable_token_indices", [0, 1]),
+    refuse("meaning", "token rows that the config does not name", with_tensors({TOKENS: random((2, 16), 60), TOKENS.replace("embed_tokens", "other"): random((2, 16), 61)}, trainable_token_indices={"embed_tokens": [0, 1]}), "model.other", "does not name"),
+    refuse("meaning", "a bias in two spellings", with_tensors({PREFIX + "model.language_model.norm.bias": random((16,), 62), PREFIX + "language_model.model.norm.bias": random((16,), 63)}, bias="all"), "norm.bias", "two spellings"),
     refuse("meaning", "token rows, too few", with_tensors({TOKENS: random((2, 16), 60)}, trainable_token_indices=[0, 1, 2]), "3 rows"),
     refuse("meaning", "token rows of another module", with_tensors({TOKENS: random((2, 16), 60)}, trainable_token_indices={"lm_head": [0, 1]}), "lm_head"),
     refuse("meaning", "token rows, of one dimension", with_tensors({TOKENS: raw([1.0, 2.0])}, trainable_token_indices=[0, 1]), "2 rows"),
-    *(meaning(f"token rows {value!r}", "trainable_token_indices", value) for value in ([0, 0], [-1], [True], ["0"], {"": [[0]]}, {"a b": [0]}, "0")),
+    *(meaning(f"token rows {value!r}", "trainable_token_indices", value, "distinct row numbers") for value in ([0, 0], [-1], [True], ["0"], {"": [[0]]}, {"a b": [0]}, "0")),
     meaning("target_parameters", "target_parameters", ["mlp.experts.gate_up_proj"]),
-    *(meaning(f"target_parameters {value!r}", "target_parameters", value) for value in ("experts.w", [1], ["../w"], ["a b"])),
+    meaning("target_parameters [1]", "target_parameters", [1], "list of strings"),
+    *(meaning(f"target_parameters {value!r}", "target_parameters", value, "a list of parameter names") for value in ("experts.w", ["../w"], ["a b"])),
     refuse("meaning", "experts without a version", experts(peft_version=...), "peft_version"),
     refuse("meaning", "experts in a layout nobody knows", experts(lora_B_layout="diagonal"), "lora_B_layout"),
     refuse("meaning", "experts, rows that are no multiple of the rank", experts(bank("", 9)), "9 "

@@ -55,10 +55,19 @@ READERS = (
 FILES = tuple(f"sapmerge/io/{name}.py" for name in READERS)
 # Who is asked about what the corpus lets pass: those who know such files, then all who read.
 TESTS = {
-    "base_folder": ("tests/kinds/test_base_folder.py", "tests/trust/test_whole_model.py"),
+    "base_folder": (
+        "tests/kinds/test_base_folder.py",
+        "tests/trust/test_whole_model.py",
+        "tests/trust/test_arguments.py",
+    ),
+    "beside": ("tests/names/test_held.py",),
     "prompts": ("tests/federated/test_prompts.py",),
     "provenance": ("tests/trust/test_provenance.py", "tests/merging/test_verification.py"),
-    "uploads": ("tests/federated/test_inbox.py", "tests/federated/test_exchange.py"),
+    "uploads": (
+        "tests/io/test_uploads.py",
+        "tests/federated/test_inbox.py",
+        "tests/federated/test_exchange.py",
+    ),
 }
 READING = (
     "tests/corpus/test_checks.py",
@@ -78,9 +87,13 @@ SECONDS = 60
 # Checks that no folder of the corpus can reach, by words of theirs.
 BEYOND = (
     "an empty path",
+    "an adapter is the path",
     "the Hub repository",
+    "the Hub cannot be reached",
     "has no module",
     "has no saved tensor",
+    "has no vector",
+    "is larger than the upda",
     "expected 1 to 64 of the characters",
     "cannot be read",
     "became shorter",
@@ -89,6 +102,7 @@ BEYOND = (
     "self._changed(f'tensor",
     "exceeded()",
     "known holes",
+    "a row of the base's weight",
     "at most {limits.tensors} are read",
     "is longer than {limits.name_length}",
 )

@@ -12,20 +12,24 @@ import pytest
 import regex
 import torch
 
+import sapmerge as sm
 from sapmerge.errors import (
+    AdapterConfigError,
     AdapterFormatError,
     AdapterSecurityError,
     InputChangedError,
     LimitExceededError,
     MethodError,
+    NonFiniteError,
     SapmergeError,
 )
 from sapmerge.io.adapter import Adapter
 from sapmerge.io.files import Limits, RegularFile
 from sapmerge.io.regex_safety import why_slow
 
-from .build import QA, good_config, write
-from .configs import BOMB, BOMBS, LEGAL
+from .base import tiny
+from .build import PREFIX, QA, Q, good_config, with_tensors, write
+from .configs import BOMB, BOMBS, LEGAL, magnitudes
 from .outside import archive, good
 
 
@@ -103,6 +107,75 @@ def test_the_clock_of_patterns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(regex, "compile", lambda _: Slow())
     with pytest.raises(LimitExceededError, match="longer than 2"):
         Adapter.from_state_dict(config, good())
+
+
+def test_patterns_are_counted() -> None:
+    """With all the time in the world: the number decides."""
+    patterns = {f"(q|k){number}": 4 for number in range(513)}
+    with pytest.raises(LimitExceededError, match="more than 512 patterns in target_modules"):
+        Adapter.from_state_dict(
+            good_config(rank_pattern=patterns), good(), limits=Limits(pattern_seconds=600)
+        )
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (7, "'int' is no config; pass a dict or a LoraConfig"),
+        (good_config(revision=object()), r"cannot be written as JSON \('object is not JSON'\)"),
+        (good_config(revision={1j: 2}), r"cannot be written as JSON \('keys must be str"),
+    ],
+)
+def test_configs_in_memory_that_are_none(config: Any, words: str) -> None:
+    with pytest.raises(AdapterConfigError, match=words):
+        Adapter.from_state_dict(config, good())
+
+
+def test_a_live_model_without_the_adapter() -> None:
+    with pytest.raises(MethodError, match=r"the model has no adapter 'x'; it has \[\]"):
+        Adapter.from_peft_model(tiny(), "x")
+
+
+def test_a_live_model_that_was_rescaled() -> None:
+    import peft
+
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"])
+    model: Any = peft.get_peft_model(tiny(), config)  # type: ignore[arg-type]
+    model.base_model.model.model.layers[1].self_attn.q_proj.set_scale("default", 3.0)
+    words = r"layers\.1\.self_attn\.q_proj' is scaled by 6 in the live model, by 2 in its config"
+    with pytest.raises(AdapterConfigError, match=words):
+        Adapter.from_peft_model(model, "default")
+
+
+def test_a_row_without_a_direction(tmp_path: Path) -> None:
+    """DoRA divides by the norm of a row of the base and its update."""
+    with_tensors(magnitudes(), use_dora=True)(tmp_path)
+    model = tiny()
+    factors = good()
+    with torch.no_grad():  # scaling 2
+        product = 2 * factors[f"{Q}.lora_B.weight"] @ factors[QA]
+        model.model.layers[0].self_attn.q_proj.weight[3] = -product[3]  # type: ignore[index]
+    words = "layers.0.self_attn.q_proj.lora_magnitude_vector'.*and its update cancel"
+    with pytest.raises(NonFiniteError, match=words):
+        dict(sm.merge([tmp_path], method=sm.mean(), model=model).updates())
+
+
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [
+        ({"": torch.ones(2, dtype=torch.int64)}, r"has dtype int64 and shape \(2,\)"),
+        ({"": torch.ones(0, 2)}, r"has dtype float32 and shape \(0, 2\)"),
+        ({"model.": torch.ones(2), f"{PREFIX}model.": torch.ones(2)}, "is a duplicate"),
+    ],
+)
+def test_a_projector_beside_the_adapter(
+    tmp_path: Path, tensors: dict[str, torch.Tensor], words: str
+) -> None:
+    write(tmp_path)
+    named = {f"{head}mm_projector.weight": tensor for head, tensor in tensors.items()}
+    torch.save(named, tmp_path / "non_lora_trainables.bin")
+    with pytest.raises(AdapterFormatError, match=rf"non_lora_trainables\.bin: tensor .*{words}"):
+        Adapter.load(tmp_path, allow_pickle_weights=True)
 
 
 @pytest.mark.parametrize(

@@ -152,6 +152,11 @@ def changed(config: dict[str, Any] | None = None, **tensors: Tensor) -> Any:
         (changed({"peft_type": "MULTITASK_PROMPT_TUNING"}), sm.AdapterConfigError, "multitask"),
         (checkpoint("ctx", 0), sm.IncompatibleAdaptersError, "one is PEFT's"),
         (7, sm.AdapterFormatError, "int is no checkpoint"),
+        (
+            (changed()[0], {}),
+            sm.AdapterFormatError,
+            r"has no tensor 'prompt_embeddings'; it has \[\]",
+        ),
     ],
 )
 def test_what_is_refused(other: Any, error: type[Exception], match: str) -> None:

@@ -135,6 +135,20 @@ def test_a_forged_list_of_inputs_is_an_error_of_ours(
             check(out, inputs)
 
 
+def test_more_commas_than_inputs_could_have(out: Path) -> None:
+    """It is told from the text, before it becomes objects."""
+    forge(out, inputs="[" + "1," * 1000 + "1]")
+    with pytest.raises(sm.AdapterFormatError, match="is not the list of inputs that sapmerge"):
+        sm.verify(out)
+
+
+def test_a_field_of_another_type_is_named(out: Path, inputs: list[Path]) -> None:
+    recipe = json.loads(metadata_of(out)["sapmerge.recipe"])
+    forge(out, recipe=recipe | {"base_model": 1})
+    with pytest.raises(sm.AdapterFormatError, match="'base_model' is 1, expected text or null"):
+        sm.verify(out, inputs)
+
+
 def test_fields_that_are_missing_are_named(out: Path) -> None:
     recipe = json.loads(metadata_of(out)["sapmerge.recipe"])
     for name in recipe:
