@@ -178,11 +178,12 @@ def attached(
 @contextmanager
 def removed(register: Iterable[Callable[[], RemovableHandle]]) -> Generator[None]:
     """Hooks that are gone on the way out, also if not all of them came to be."""
+    handles = list[RemovableHandle]()
     with restoring() as undo:
+        undo.add(lambda: [handle.remove() for handle in handles])
         with without_interrupts():
             for one in register:
-                handle = one()
-                undo.add(handle.remove)
+                handles.append(one())
         yield
 
 

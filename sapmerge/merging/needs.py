@@ -43,6 +43,8 @@ HELD: Mapping[type, int] = MappingProxyType(
 )
 """Part -> how many float32 matrices of a layer it holds of every adapter at the same time; `Prune`
 by entries."""
+ALWAYS = 1 << 28
+"""Bytes that every machine has: it is not looked at for less."""
 _CORE = (CART, CoreSpace, Decorrelate, InCoverSpace, IsotropicCommonSpecific)
 
 
@@ -71,7 +73,7 @@ def check_needs(method: Method, stream: AdapterLayers) -> None:
         LimitExceededError: it would hold more than the machine has, or wants more directions than a
             layer has; the message says how many adapters it can take, and what takes all.
     """
-    held, room, found = matrices_held(method), memory_of(stream.device), list(parts(method))
+    held, found = matrices_held(method), list(parts(method))
     inside = any(isinstance(one, In) for one in found)
     apart = [one for one in found if isinstance(one, Decorrelate) and not inside]
     core = any(isinstance(one, _CORE) for one in found)  # its sides are at most the sum of ranks
@@ -91,6 +93,9 @@ def check_needs(method: Method, stream: AdapterLayers) -> None:
         matrix = 4 * (min(m, total) * min(n, total) if core else m * n)
         factors = 0 if in_pieces(stream, method, name) else 4 * (m + n) * total
         need = factors + held * matrix * len(ranks) + blocks
+        if need <= ALWAYS:
+            continue
+        room = memory_of(stream.device)
         if room is not None and need > room:
             each = math.ceil(need / len(ranks))
             what = f"{held} matrices" if held else "the factors"
