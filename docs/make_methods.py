@@ -170,8 +170,9 @@ INDEX: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Adapters of one task, trained apart", ("mean", "model_stock", "geometric_median")),
     (
         "Some adapters may be broken or hostile",
-        ("WeighByAgreement", "geometric_median", "coordinate_median", "trimmed_mean", "krum"),
+        ("WeighByAgreement", "geometric_median", "coordinate_median", "trimmed_mean"),
     ),
+    ("The one adapter that is nearest to the others: of few clients no merge", ("krum",)),
     ("One adapter is far louder than the others: a wrapper", ("ClipNorms", "CapShare")),
     (
         "Updates that barely share a subspace",
