@@ -24,7 +24,7 @@ from sapmerge.errors import AnchorError, MethodError, SapmergeError, SapmergeWar
 from sapmerge.losses import Loss
 from sapmerge.merging.merge import Merged, merge
 
-__all__ = ["Bench", "check_bench", "statistics_in"]
+__all__ = ["Bench", "check_bench", "metric_of", "statistics_in"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,6 +99,17 @@ def check_bench(model: Any, evaluate: Any, who: str) -> None:
         raise MethodError(f"{who} needs the loaded base model: model=...")
     if not callable(evaluate):
         raise MethodError(f"evaluate is a function of the model; got a {type(evaluate).__name__}")
+
+
+def metric_of(base: MethodResult, metric: str | None) -> str:
+    """The metric that decides: the one that was named, or else the first.
+
+    Raises:
+        MethodError: the model's scores have no such metric.
+    """
+    if metric is not None and metric not in base.scores:
+        raise MethodError(f"evaluate gives {list(base.scores)}, and no {metric!r}")
+    return metric or next(iter(base.scores))
 
 
 def statistics_in(

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias, cast
 
 import torch
 
-from sapmerge.comparing.bench import Bench, check_bench, statistics_in
+from sapmerge.comparing.bench import Bench, check_bench, metric_of, statistics_in
 from sapmerge.comparing.kept import KeptResults
 from sapmerge.comparing.table import BASE, Comparison, MethodResult
 from sapmerge.core.part import recipe
@@ -117,10 +117,7 @@ def compare(
                 if not found.problem:
                     kept.put(method, found)
             results.append(found)
-    known = list(results[0].scores)
-    if metric is not None and metric not in known:
-        raise MethodError(f"evaluate gives {known}, and no {metric!r}")
-    return Comparison(tuple(results), metric or known[0], maximize)
+    return Comparison(tuple(results), metric_of(results[0], metric), maximize)
 
 
 _Planned: TypeAlias = "tuple[str, str, Method | None]"

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias, cast
 
 import torch
 
-from sapmerge.comparing.bench import Bench, check_bench, statistics_in
+from sapmerge.comparing.bench import Bench, check_bench, metric_of, statistics_in
 from sapmerge.comparing.table import BASE, Comparison, MethodResult
 from sapmerge.core.part import recipe
 from sapmerge.core.protocols import Method
@@ -178,7 +178,7 @@ def search(
         cache = statistics_in(None, anchor_loader, loss, stack)
         bench = Bench(opened, anchor_loader, model, evaluate, call, cache)
         base = bench.result(BASE, "", None)
-        name = _metric_of(base, metric)
+        name = metric_of(base, metric)
         stack.enter_context(_quiet(optuna))
         study = optuna.create_study(
             direction="maximize" if maximize else "minimize",
@@ -199,12 +199,6 @@ def search(
             else:
                 study.tell(trial, result.scores[name].value)
     return SearchResult(tuple(made), Comparison((base, *known.values()), name, maximize), seed)
-
-
-def _metric_of(base: MethodResult, metric: str | None) -> str:
-    if metric is not None and metric not in base.scores:
-        raise MethodError(f"evaluate gives {list(base.scores)}, and no {metric!r}")
-    return metric or next(iter(base.scores))
 
 
 def _check(space: object) -> None:

@@ -12,9 +12,9 @@ from torch import Tensor
 from sapmerge.core.layer import seed_of
 from sapmerge.core.linalg import qr, svd
 from sapmerge.core.updates import LowRank, Update
-from sapmerge.errors import IncompatibleAdaptersError, MethodError
+from sapmerge.errors import MethodError
 from sapmerge.federated.contract import Slot
-from sapmerge.federated.state import plain_slots
+from sapmerge.federated.state import check_slot, plain_slots, total_of
 from sapmerge.io.adapter import Adapter
 
 __all__ = ["Sketch", "recovered"]
@@ -94,7 +94,7 @@ class Sketch:
             raise MethodError(f"two sketches cannot be combined: {why}")
         sums = dict(self.sums)
         for name, (Y, Z) in other.sums.items():
-            self._check(name, other.slots[name], "the other sketch")
+            check_slot(self.slots, name, other.slots[name], "the sketch", "the other sketch")
             sums[name] = (sums[name][0] + Y, sums[name][1] + Z) if name in sums else (Y, Z)
         members, slots = {**self.members, **other.members}, {**self.slots, **other.slots}
         return Sketch(self.width, self.seed, members, sums, slots)
@@ -106,9 +106,7 @@ class Sketch:
             MethodError: nobody is in the sketch, the weights sum to zero, or the rank is above the
                 width.
         """
-        total = sum(self.members.values())
-        if abs(total) <= 1e-12 * sum(map(abs, self.members.values())):
-            raise MethodError("the sketch has no mean: it is empty, or its weights sum to zero")
+        total = total_of(self.members, "the sketch")
         if not 1 <= rank <= self.width:
             raise MethodError(f"rank is a number from 1 to the width, {self.width}; got {rank!r}")
         found: dict[str, Update] = {}
@@ -121,7 +119,7 @@ class Sketch:
     def _moved(self, adapter: Adapter, weight: float, members: Mapping[str, float]) -> Sketch:
         sums, slots = dict(self.sums), dict(self.slots)
         for name, slot in plain_slots(adapter).items():
-            self._check(name, slot, repr(adapter.label))
+            check_slot(self.slots, name, slot, "the sketch", repr(adapter.label))
             (m, n), update = slot.shape, adapter.update(name).to(dtype=torch.float64)
             right = self._chance(name, "R", n, self.width)
             P = self._chance(name, "P", 2 * self.width, m)
@@ -140,14 +138,6 @@ class Sketch:
     def _chance(self, layer: str, which: str, rows: int, columns: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed_of("sketch", self.seed, layer, which))
         return torch.randn(rows, columns, generator=generator, dtype=torch.float64)
-
-    def _check(self, name: str, slot: Slot, who: str) -> None:
-        known = self.slots.get(name, slot)
-        if known != slot:
-            raise IncompatibleAdaptersError(
-                f"module {name!r} is {known.kind} {known.shape} in the sketch, {slot.kind} "
-                f"{slot.shape} in {who}"
-            )
 
 
 def recovered(Y: Tensor, Z: Tensor, P: Tensor, rank: int) -> LowRank:

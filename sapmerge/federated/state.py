@@ -18,7 +18,7 @@ from sapmerge.errors import IncompatibleAdaptersError, MethodError
 from sapmerge.federated.contract import Slot
 from sapmerge.io.adapter import Adapter
 
-__all__ = ["MergeState", "plain_slots"]
+__all__ = ["MergeState", "check_slot", "plain_slots", "total_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +93,7 @@ class MergeState:
             raise MethodError(f"{len(both)} adapters are in both states, e.g. {min(both)[:16]}")
         sums = dict(self.sums)
         for name, update in other.sums.items():
-            self._check(name, other.slots[name], "the other state")
+            check_slot(self.slots, name, other.slots[name], "the state", "the other state")
             sums[name] = _sum(sums.get(name), update.to(dtype=self.dtype), 1.0)
         return MergeState(
             self.dtype, {**self.members, **other.members}, sums, {**self.slots, **other.slots}
@@ -102,19 +102,11 @@ class MergeState:
     def _moved(self, adapter: Adapter, weight: float, members: Mapping[str, float]) -> MergeState:
         sums, slots = dict(self.sums), dict(self.slots)
         for name, slot in plain_slots(adapter).items():
-            self._check(name, slot, repr(adapter.label))
+            check_slot(self.slots, name, slot, "the state", repr(adapter.label))
             slots[name] = slot
             if weight:
                 sums[name] = _sum(sums.get(name), adapter.update(name).to(dtype=self.dtype), weight)
         return MergeState(self.dtype, dict(sorted(members.items())), sums, slots)
-
-    def _check(self, name: str, slot: Slot, who: str) -> None:
-        known = self.slots.get(name, slot)
-        if known != slot:
-            raise IncompatibleAdaptersError(
-                f"module {name!r} is {known.kind} {known.shape} in the state, {slot.kind} "
-                f"{slot.shape} in {who}"
-            )
 
     def sum(self) -> dict[str, Update]:
         """Module -> sum_k w_k D_k, sorted."""
@@ -126,9 +118,7 @@ class MergeState:
         Raises:
             MethodError: nobody is in the state, or the weights sum to zero.
         """
-        total = sum(self.members.values())
-        if abs(total) <= 1e-12 * sum(map(abs, self.members.values())):
-            raise MethodError("the state has no mean: it is empty, or its weights sum to zero")
+        total = total_of(self.members, "the state")
         return {name: update.scaled(1 / total) for name, update in self.sum().items()}
 
     def adapter(
@@ -207,6 +197,32 @@ class MergeState:
         return MergeState(
             getattr(torch, notes["dtype"].removeprefix("torch.")), notes["members"], sums, slots
         )
+
+
+def check_slot(slots: Mapping[str, Slot], name: str, slot: Slot, where: str, who: str) -> None:
+    """Refuse a module that is another one in what is there already.
+
+    Raises:
+        IncompatibleAdaptersError: it has another kind or shape.
+    """
+    known = slots.get(name, slot)
+    if known != slot:
+        raise IncompatibleAdaptersError(
+            f"module {name!r} is {known.kind} {known.shape} in {where}, {slot.kind} "
+            f"{slot.shape} in {who}"
+        )
+
+
+def total_of(members: Mapping[str, float], where: str) -> float:
+    """The sum of the weights, by which a mean divides.
+
+    Raises:
+        MethodError: there is nobody, or the weights sum to zero.
+    """
+    total = sum(members.values())
+    if abs(total) <= 1e-12 * sum(map(abs, members.values())):
+        raise MethodError(f"{where} has no mean: it is empty, or its weights sum to zero")
+    return total
 
 
 def plain_slots(adapter: Adapter) -> dict[str, Slot]:

@@ -13,9 +13,9 @@ from typing import Any, cast
 from sapmerge.anchors.anchors import Anchors
 from sapmerge.merging.report import Report
 
-__all__ = ["anchored", "says_the_same"]
+__all__ = ["DECISIONS", "anchored", "says_the_same"]
 
-_DECIDED = (
+DECISIONS = (
     "agreement",
     "anchor_weights",
     "excluded",
@@ -24,8 +24,8 @@ _DECIDED = (
     "length",
     "losses_by_length",
     "coefficients",
-    "score_kept",
 )
+"""What parts decide about whole adapters, by the names of their notes."""
 
 
 def anchored(anchors: Anchors | None, report: Report) -> dict[str, Any] | None:
@@ -41,7 +41,7 @@ def anchored(anchors: Anchors | None, report: Report) -> dict[str, Any] | None:
     # That of the output itself is left to its report: a merge from a cache alone runs no model, and
     # writes the same bytes.
     losses = {who: loss for who, loss in notes["anchor loss"].items() if who != "merged adapter"}
-    decided = {key: _short(notes[key]) for key in _DECIDED if key in notes}
+    decided = {key: _short(notes[key]) for key in (*DECISIONS, "score_kept") if key in notes}
     return {
         "anchors": notes["digests"]["anchors"],
         "model": notes["digests"]["model"],

@@ -5,6 +5,7 @@ Nothing that works is refused: the counts are lower bounds, measured (docs/scale
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
@@ -74,6 +75,7 @@ def check_needs(method: Method, stream: AdapterLayers) -> None:
             layer has; the message says how many adapters it can take, and what takes all.
     """
     held, found = matrices_held(method), list(parts(method))
+    memory = functools.cache(memory_of)  # asked at most once, and only if a layer is large
     inside = any(isinstance(one, In) for one in found)
     apart = [one for one in found if isinstance(one, Decorrelate) and not inside]
     core = any(isinstance(one, _CORE) for one in found)  # its sides are at most the sum of ranks
@@ -95,7 +97,7 @@ def check_needs(method: Method, stream: AdapterLayers) -> None:
         need = factors + held * matrix * len(ranks) + blocks
         if need <= ALWAYS:
             continue
-        room = memory_of(stream.device)
+        room = memory(stream.device)
         if room is not None and need > room:
             each = math.ceil(need / len(ranks))
             what = f"{held} matrices" if held else "the factors"

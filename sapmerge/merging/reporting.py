@@ -8,6 +8,7 @@ from typing import Any
 
 from sapmerge.core.part import recipe
 from sapmerge.errors import AnchorError, NonFiniteError, warn
+from sapmerge.merging.anchored import DECISIONS
 from sapmerge.merging.meaning import say_of_result
 from sapmerge.merging.report import (
     LayerReport,
@@ -23,14 +24,7 @@ __all__ = ["WHOLE", "report_of", "with_notes"]
 
 WHOLE = (
     "weights",
-    "agreement",
-    "anchor_weights",
-    "excluded",
-    "clipped",
-    "energy_factor",
-    "length",
-    "losses_by_length",
-    "coefficients",
+    *DECISIONS,
     "fit_loss",
     "search_loss",
     "tuned",
