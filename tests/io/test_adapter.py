@@ -337,3 +337,15 @@ def test_updates_do_not_share_memory() -> None:
     assert torch.equal(adapter.update(name).dense(), wanted)
     config = json.loads(json.dumps(dict(adapter.config)))
     assert config["r"] == 4
+
+
+@pytest.mark.parametrize("scaling", [1e-40, -3e-43, 1e-37])
+@pytest.mark.filterwarnings("ignore::sapmerge.errors.SapmergeWarning")
+def test_a_scaling_that_float32_hardly_has(scaling: float) -> None:
+    # The oracle is float64: 1e-40 has an error of 2e-5 in float32, 3e-43 one of 2e-3.
+    tensors = {name: tensor * 1e18 for name, tensor in good_tensors().items()}
+    adapter = Adapter.from_state_dict(good_config(lora_alpha=4 * scaling), tensors)
+    for name in adapter.modules:
+        b, a = (tensors[f"{PREFIX}{name}.lora_{factor}.weight"].double() for factor in "BA")
+        wrong = adapter.update(name).dense().double() - scaling * b @ a
+        assert torch.linalg.norm(wrong) <= 1e-6 * torch.linalg.norm(scaling * b @ a)

@@ -28,7 +28,7 @@ import torch
 from sapmerge.core.updates import LowRank
 from sapmerge.errors import AdapterConfigError
 from sapmerge.io.files import Weights, shown
-from sapmerge.io.kinds.reading import BaseMatrix
+from sapmerge.io.kinds.reading import BaseMatrix, product
 from sapmerge.io.measuring import Facts
 
 __all__ = [
@@ -210,7 +210,7 @@ class ExpertFactors:
                 :, :, self.expert
             ].float()
         left, right = (a.T, b.T) if self.layout.flipped else (b, a)
-        return LowRank((left * self.scaling).contiguous(), right.contiguous())
+        return product(left.contiguous(), right.contiguous(), self.scaling)
 
     def bound(self, facts: Mapping[str, Facts]) -> float:
         a, b = (facts[name].norm for name in self.tensors)

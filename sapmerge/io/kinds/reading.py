@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
@@ -12,7 +13,7 @@ from sapmerge.core.updates import LowRank, Update
 from sapmerge.io.files import Weights
 from sapmerge.io.measuring import Facts
 
-__all__ = ["BaseMatrix", "Factors", "Reading"]
+__all__ = ["BaseMatrix", "Factors", "Reading", "product"]
 
 
 class BaseMatrix(Protocol):
@@ -82,10 +83,10 @@ class Factors(NamedTuple):
 
     def update(self, weights: Weights, base: BaseMatrix | None = None) -> LowRank:
         a = weights.read(self.a).float().reshape(self.rank, self.shape[1])
-        b = weights.read(self.b).float().reshape(self.shape[0], self.rank) * self.scaling
+        b = weights.read(self.b).float().reshape(self.shape[0], self.rank)
         if self.e is not None:
             a = a * weights.read(self.e).float().reshape(self.rank, 1)
-        return LowRank(b, a)
+        return product(b, a, self.scaling)
 
     def bound(self, facts: Mapping[str, Facts]) -> float:
         a, b = facts[self.a].norm, facts[self.b].norm
@@ -98,6 +99,16 @@ class Factors(NamedTuple):
 
     def mark(self) -> tuple[object, ...]:
         return () if self.e is None else ("adalora",)
+
+
+def product(b: Tensor, a: Tensor, scaling: float) -> LowRank:
+    """scaling * b a. The scaling is folded into B; one that float32 has with a few digits only,
+    if at all, is shared: each factor takes its root, which is below 1e-18.
+    """
+    if 0 < abs(scaling) < torch.finfo(torch.float32).tiny:
+        root = math.sqrt(abs(scaling))
+        return LowRank(b * math.copysign(root, scaling), a * root)
+    return LowRank(b * scaling, a)
 
 
 def largest() -> float:
