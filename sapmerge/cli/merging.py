@@ -17,7 +17,7 @@ from sapmerge.cli.arguments import (
     weights_of,
     with_hub,
 )
-from sapmerge.cli.choices import ENGINES, SPELLINGS
+from sapmerge.cli.choices import DTYPES, ENGINES, SPELLINGS
 from sapmerge.cli.models import add_model_options, anchors_of, loss_of, model_of
 from sapmerge.cli.pages import add_page, save_page
 from sapmerge.cli.recipe_files import chosen_method, dump_recipe, is_recipe, read_recipe
@@ -87,6 +87,9 @@ def _add_output(group: Any) -> None:
     )
     group.add_argument("--serving", choices=ENGINES, help="the engine that is to load the output")
     group.add_argument(
+        "--save-dtype", choices=DTYPES, help="of the output; by default that of the adapters"
+    )
+    group.add_argument(
         "--uniform-rank",
         action=argparse.BooleanOptionalAction,
         help="one rank in all modules, padded with zeros (the default)",
@@ -138,6 +141,7 @@ def _merge(options: argparse.Namespace) -> None:
         names=options.names,
         uniform_rank=options.uniform_rank is not False,
         serving=options.serving,
+        dtype=options.save_dtype,
     )
     address = None
     if options.push_to_hub is not None:

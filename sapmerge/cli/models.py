@@ -9,7 +9,7 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from sapmerge.cli.choices import DTYPES, LOSSES
+from sapmerge.cli.choices import LOSSES, MODEL_DTYPES
 from sapmerge.errors import AnchorError, MethodError, ModelMismatchError, printable
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def add_base_options(group: Any) -> None:
     group.add_argument("--model", help="the base model: a folder, or a name of the Hub")
     group.add_argument("--batch-size", type=int, help="pairs per batch (default: 16)")
     group.add_argument("--device", help="where to compute: cpu, cuda, cuda:1, mps")
-    group.add_argument("--dtype", choices=DTYPES, help="of the model (default: float32)")
+    group.add_argument("--dtype", choices=MODEL_DTYPES, help="of the model (default: float32)")
 
 
 def model_of(options: argparse.Namespace) -> nn.Module:

@@ -6,9 +6,10 @@ import argparse
 import os
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from types import MappingProxyType
 from typing import Any, cast
 
-from sapmerge.cli.choices import ENGINES, SPELLINGS
+from sapmerge.cli.choices import DTYPES, ENGINES, LOSSES, MODEL_DTYPES, SPELLINGS
 from sapmerge.cli.recipes import method_of
 from sapmerge.errors import MethodError, printable
 
@@ -26,6 +27,7 @@ _KEYS: Mapping[str, tuple[type, ...]] = {
     "modules_to_save": (str, dict),
     "names": _TEXT,
     "serving": _TEXT,
+    "dtype": _TEXT,
     "uniform_rank": (bool,),
     "anchors": (dict,),
 }
@@ -44,11 +46,18 @@ _OF_ANCHORS: Mapping[str, tuple[type, ...]] = {
     "dtype": _TEXT,
     "cache": _TEXT,
 }
+_CHOICES: Mapping[str, tuple[str, ...]] = {
+    "names": SPELLINGS,
+    "serving": ENGINES,
+    "dtype": DTYPES,
+}
+_ANCHOR_CHOICES: Mapping[str, tuple[str, ...]] = {"loss": LOSSES, "dtype": MODEL_DTYPES}
 _THEIRS = {
     "models": "adapters",
     "model": "path",
     "merge_method": "method",
     "base_model": "base",
+    "out_dtype": "dtype",
     "weights": "adapters: [{path: ..., weight: ...}]",
     "density": "parameters: {density: ...}",
 }
@@ -76,7 +85,7 @@ def read_recipe(options: argparse.Namespace) -> None:
     except (OSError, UnicodeError, yaml.YAMLError) as error:
         text = " ".join(str(error).split())
         raise MethodError(f"the recipe {printable(name)} cannot be read: {text}") from None
-    recipe = _checked(found, _KEYS, f"the recipe {printable(name)}")
+    recipe = _checked(found, _KEYS, f"the recipe {printable(name)}", _CHOICES)
     if not recipe.get("adapters"):
         raise MethodError(f"the recipe {printable(name)} names no adapters")
     entries = [_entry(one, name) for one in recipe["adapters"]]
@@ -86,7 +95,9 @@ def read_recipe(options: argparse.Namespace) -> None:
         raise MethodError(f"the recipe {printable(name)}: label all adapters, or none")
     if options.weights is None and any("weight" in one for one in entries):
         options.weights = [float(one.get("weight", 1.0)) for one in entries]
-    anchors = _checked(recipe.get("anchors", {}), _OF_ANCHORS, f"{printable(name)}, anchors")
+    anchors = _checked(
+        recipe.get("anchors", {}), _OF_ANCHORS, f"{printable(name)}, anchors", _ANCHOR_CHOICES
+    )
     said = {
         "method": recipe.get("method"),
         "parameters": recipe.get("parameters"),
@@ -96,16 +107,11 @@ def read_recipe(options: argparse.Namespace) -> None:
         "modules_to_save": recipe.get("modules_to_save"),
         "names": recipe.get("names"),
         "serving": recipe.get("serving"),
+        "save_dtype": recipe.get("dtype"),
         "uniform_rank": recipe.get("uniform_rank"),
         "anchors": anchors.pop("folder", None),
         **anchors,
     }
-    for key, allowed in (("names", SPELLINGS), ("serving", ENGINES)):
-        if said[key] is not None and said[key] not in allowed:
-            raise MethodError(
-                f"the recipe {printable(name)}: {key} is one of {', '.join(allowed)}; got "
-                f"{printable(str(said[key])[:80])!r}"
-            )
     for key, value in said.items():
         if getattr(options, key) is None:
             setattr(options, key, value)
@@ -176,6 +182,7 @@ def dump_recipe(options: argparse.Namespace, path: str) -> None:
         "modules_to_save": options.modules_to_save,
         "names": options.names,
         "serving": options.serving,
+        "dtype": options.save_dtype,
         "uniform_rank": options.uniform_rank,
         "anchors": {key: value for key, value in anchors.items() if value is not None},
     }
@@ -187,7 +194,12 @@ def dump_recipe(options: argparse.Namespace, path: str) -> None:
         raise MethodError(f"--dump-recipe {printable(path)}: {error.strerror or error}") from None
 
 
-def _checked(found: object, keys: Mapping[str, tuple[type, ...]], where: str) -> dict[str, Any]:
+def _checked(
+    found: object,
+    keys: Mapping[str, tuple[type, ...]],
+    where: str,
+    choices: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
+) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise MethodError(f"{where}: expected keys and values, e.g. {next(iter(keys))}: ...")
     table = cast("dict[Any, Any]", found)
@@ -200,6 +212,12 @@ def _checked(found: object, keys: Mapping[str, tuple[type, ...]], where: str) ->
         if not isinstance(value, keys[key]) or (isinstance(value, bool) and bool not in keys[key]):
             kinds = " or ".join(kind.__name__ for kind in keys[key])
             raise MethodError(f"{where}: {key} is a {kinds}; got {printable(str(value)[:80])!r}")
+        if key in choices and value not in choices[key]:
+            close = get_close_matches(str(value), choices[key], 1, 0.5)
+            raise MethodError(
+                f"{where}: {key} is one of {', '.join(choices[key])}; got "
+                f"{printable(str(value)[:80])!r}" + (f"; did you mean {close[0]}?" if close else "")
+            )
     return dict(table)
 
 

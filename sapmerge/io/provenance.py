@@ -196,6 +196,7 @@ _WRITTEN: Mapping[str, tuple[object, ...]] = {
     "names": ("input", *STYLES),
     "uniform_rank": (False,),
     "serving": tuple(ENGINES),
+    "dtype": ("float32", "bfloat16", "float16"),
 }
 _texts = _all(_text, _text)
 _RECIPE: _Schema = {

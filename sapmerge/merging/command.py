@@ -46,6 +46,7 @@ def command_of(
         head = f"{head} --anchors IMAGES --model BASE"
         flags.append(("loss", recipe["loss"] if recipe["loss"] in NAMED else None))
     flags += [("names", written.get("names")), ("serving", written.get("serving"))]
+    flags.append(("save-dtype", written.get("dtype")))
     lines = [f"--{name} {shlex.quote(str(value))}" for name, value in flags if value is not None]
     if written.get("uniform_rank") is False:
         lines.append("--no-uniform-rank")

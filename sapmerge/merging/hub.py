@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+import torch
+
 __all__ = ["push_to_hub"]
 
 
@@ -18,6 +20,7 @@ class _Saves(Protocol):
         names: str | None = None,
         uniform_rank: bool = True,
         serving: str | None = None,
+        dtype: torch.dtype | str | None = None,
     ) -> None: ...
 
 
@@ -31,6 +34,7 @@ def push_to_hub(
     names: str | None = None,
     uniform_rank: bool = True,
     serving: str | None = None,
+    dtype: torch.dtype | str | None = None,
 ) -> str:
     """Upload to the Hugging Face Hub what `save_pretrained` writes, as one commit.
 
@@ -39,7 +43,7 @@ def push_to_hub(
         revision: a branch that is there; by default the main one.
         private: of a repository that is made; by default as the Hub has it for the user.
         token: as in `huggingface_hub`; by default that of `hf auth login`.
-        names, uniform_rank, serving: as for `save_pretrained`.
+        names, uniform_rank, serving, dtype: as for `save_pretrained`.
 
     Returns:
         The address of the commit.
@@ -52,7 +56,9 @@ def push_to_hub(
     """
     from sapmerge.io.hub import upload_written
 
-    form: dict[str, Any] = {"names": names, "uniform_rank": uniform_rank, "serving": serving}
+    form: dict[str, Any] = {
+        "names": names, "uniform_rank": uniform_rank, "serving": serving, "dtype": dtype
+    }  # fmt: skip
     return upload_written(
         lambda folder: self.save_pretrained(folder, **form),
         repo_id,

@@ -10,6 +10,8 @@ import os
 import sys
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +27,7 @@ from sapmerge.losses import Loss
 from sapmerge.merging import sinks
 from sapmerge.merging.calling import check_cache, check_method, says_what_is_meant
 from sapmerge.merging.copies import check_copies
-from sapmerge.merging.form import Form
+from sapmerge.merging.form import DTYPES, Form, dtype_name
 from sapmerge.merging.heads import HeadPolicy, plan_heads
 from sapmerge.merging.hub import push_to_hub
 from sapmerge.merging.inputs import (
@@ -246,6 +248,7 @@ class Merged:
         names: str | None = None,
         uniform_rank: bool = True,
         serving: str | None = None,
+        dtype: torch.dtype | str | None = None,
     ) -> None:
         """Write a PEFT checkpoint: `PeftModel.from_pretrained(base, path)`.
         The folder appears whole or not at all.
@@ -261,16 +264,18 @@ class Merged:
                 False: each its own, in a smaller file.
             serving: the engine that is to load it, too: "vllm", "sglang", "llama.cpp", "tgi" or
                 "diffusers". What it cannot serve is refused; see `check`.
+            dtype: "float32", "bfloat16" or "float16", for all tensors; by default that of the
+                inputs. What rounding costs is part of the energy kept.
 
         Raises:
             OutputExistsError: `path` exists.
             OutputError: `path` is or holds one of the inputs, or holds more than an adapter.
             NonFiniteError: a merged update is not finite, or overflows the output's dtype.
         """
-        form = Form(names, uniform_rank, serving)
-        sinks.save(
-            self.run, path, overwrite=overwrite, form=form, finish=self._measure, undo=self._undo()
-        )
+        form = Form(names, uniform_rank, serving, dtype_name(dtype))
+        run = self.run if form.dtype is None else replace(self.run, wanted=DTYPES[form.dtype])
+        finish = partial(self._measure, run=run)
+        sinks.save(run, path, overwrite=overwrite, form=form, finish=finish, undo=self._undo())
 
     push_to_hub = push_to_hub  # uploads what save_pretrained writes
 
@@ -381,8 +386,8 @@ class Merged:
         undo.add(put_back)
         return undo
 
-    def _measure(self, layers: tuple[LayerReport, ...]) -> Report:
+    def _measure(self, layers: tuple[LayerReport, ...], run: Run | None = None) -> Report:
         """The report with the anchors' losses, before the effect: they run the user's function."""
-        rows = report_of(self.run, layers)
+        rows = report_of(run or self.run, layers)
         self._report = with_notes(rows, self.run, self._notes, self._applied)
         return self._report

@@ -52,6 +52,7 @@ class Run:
         progress: whether to show a bar.
         shapes: of the weights of the base, by its own names, where it is at hand.
         said: what was warned of before, see `meaning`.
+        wanted: the dtype of the output; None: that of the inputs.
     """
 
     adapters: tuple[Adapter, ...]
@@ -68,6 +69,7 @@ class Run:
     progress: bool = False
     shapes: Mapping[str, tuple[int, int]] = field(default_factory=dict[str, "tuple[int, int]"])
     said: frozenset[str] = frozenset()
+    wanted: torch.dtype | None = None
     kept: dict[str, LowRank] = field(default_factory=dict[str, LowRank])
     """With anchors: the update of every layer as a sink has stored it,
     for the loss of the merged model.
@@ -97,7 +99,11 @@ class Run:
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """The dtype of the output: that of the inputs, or the narrowest that holds all of them."""
+        """The dtype of the output: the one that is wanted, that of the inputs, or the narrowest
+        that holds all of them.
+        """
+        if self.wanted is not None:
+            return self.wanted
         dtypes = [module.dtype for adapter in self.adapters for module in adapter.modules.values()]
         out = dtypes[0]
         for dtype in dtypes[1:]:

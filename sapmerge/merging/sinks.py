@@ -18,6 +18,7 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 
+from sapmerge.core.linalg import finite
 from sapmerge.core.torch_state import pinned
 from sapmerge.core.undo import Undo, restoring
 from sapmerge.core.updates import Update
@@ -148,9 +149,9 @@ class _Checkpoint:
         self._write(self._bundler.finish())
         run, names = self.run, self._names
         for name, read in run.heads.tensors().items():
-            self._writer.add(PREFIX + tensor_name(name, names), read())
+            self._put(tensor_name(name, names), read())
         for key, tensor in self._beside.tensors(self._adapted, names).items():
-            self._writer.add(PREFIX + key, tensor)
+            self._put(key, tensor)
         if self._form.uniform_rank:
             rank = served_rank(self._form.serving, max(self._ranks.values()))
             self._widen(rank)
@@ -168,6 +169,15 @@ class _Checkpoint:
             card=card_of(run, rows, report, said, form),
             check=check_readable,
         )
+
+    def _put(self, key: str, tensor: Tensor) -> None:
+        """A tensor that is no factor: as it is, or in the dtype that is wanted."""
+        wanted = self.run.wanted
+        if wanted is not None and tensor.is_floating_point():
+            tensor, given = tensor.to(wanted), tensor
+            if not finite(tensor) and finite(given):
+                raise NonFiniteError(f"the merged tensor {key!r} overflows the output's {wanted}")
+        self._writer.add(PREFIX + key, tensor)
 
     def _write(self, bundle: Bundle) -> None:
         rank = next(iter(bundle.ranks.values()), 1)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 import sapmerge as sm
 from sapmerge.cli import main
@@ -69,6 +71,27 @@ def test_how_the_output_is_written(here: Path) -> None:
     assert files(here / "uniform") != files(here / "several") != files(here / "vllm")
 
 
+def test_the_dtype_of_the_output(here: Path) -> None:
+    """That of `save_pretrained`; a flag goes before the file, and it is made again bit by bit."""
+    (here / "recipe.yaml").write_text("adapters: [one, two]\nmethod: ties\ndtype: float16\n")
+    merged = sm.merge(["one", "two"], method=sm.ties(), modules_to_save="mean")
+    command = ["merge", "recipe.yaml", "--modules-to-save", "mean", "--quiet"]
+    for flags, dtype in (
+        ([], torch.float16),
+        (["--save-dtype", "bfloat16"], torch.bfloat16),
+        (["--save-dtype", "float32"], torch.float32),
+    ):
+        name = str(dtype)
+        assert main([*command, "-o", f"of-{name}", *flags]) == 0
+        merged.save_pretrained(name, dtype=dtype)
+        assert files(here / f"of-{name}") == files(here / name)
+        tensors = load_file(here / name / "adapter_model.safetensors")
+        assert {tensor.dtype for tensor in tensors.values()} == {dtype}
+        assert sm.reproduce(name, ["one", "two"]) == []
+        card = (here / name / "README.md").read_text()
+        assert f"--save-dtype {name.removeprefix('torch.')}" in card
+
+
 def test_labels_and_heads(here: Path) -> None:
     recipe = {
         "adapters": [{"path": "one", "label": "a"}, {"path": "two", "label": "b"}],
@@ -91,6 +114,7 @@ def test_labels_and_heads(here: Path) -> None:
         ["one", "two", "--method", "Chain(Mean())", "--modules-to-save", "mean", "--scale", "2"],
         ["left", "right", "--method", "mean", "--no-uniform-rank", "--names", "input"],
         ["left", "right", "--method", "mean", "--serving", "vllm"],
+        ["left", "right", "--method", "mean", "--save-dtype", "float16"],
     ],
 )
 def test_what_is_dumped_is_read_back(here: Path, flags: list[str]) -> None:
@@ -112,6 +136,13 @@ def test_what_is_dumped_is_read_back(here: Path, flags: list[str]) -> None:
         ("adapters: [{path: left, revision: v1}]", "is a folder, which has no revision"),
         ("adapters: [{path: left, label: a}, right]", "label all adapters, or none"),
         ("adapters: [left]\nserving: vlm", "serving is one of vllm, sglang"),
+        ("adapters: [left]\nserving: vlm", "got 'vlm'; did you mean vllm?"),
+        ("adapters: [left]\ndtype: flot16", "got 'flot16'; did you mean float16?"),
+        ("adapters: [left]\ndtype: bf16", "got 'bf16'; did you mean bfloat16?"),
+        ("adapters: [left]\ndtype: int8", "dtype is one of float32, bfloat16, float16; got 'int8'"),
+        ("adapters: [left]\nout_dtype: float16", "'out_dtype'; did you mean dtype?"),
+        ("adapters: [left]\nanchors: {loss: aligment}", "did you mean alignment?"),
+        ("adapters: [left]\nanchors: {dtype: fp32}", "did you mean float32?"),
         ("adapters: [left]\nnames: v4", "names is one of input, transformers 5"),
         ("adapters: [left]\nuniform_rank: 1", "uniform_rank is a bool; got '1'"),
         ("adapters: [left]\nrank: true", "rank is a int or float or str; got 'True'"),

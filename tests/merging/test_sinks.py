@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -209,6 +209,67 @@ def test_the_dtype_of_the_output(
         key = next(k for k in tensors if k.startswith(f"{PREFIX}{name}.lora") and ("_A" in k))
         if update.rank <= min(update.shape):
             assert torch.equal(tensors[key].flatten(1), update.A.to(wanted))
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16])
+def test_a_dtype_for_the_output(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Rounded once, heads too; what is lost is in the report, as for inputs of that dtype."""
+    folders = [save_lora(tmp_path / str(k), k, size=0.3) for k in range(2)]
+    merged = sm.merge(folders, method=sm.mean())
+    merged.save_pretrained(tmp_path / "wide")
+    merged.save_pretrained(tmp_path / "out", dtype=dtype)
+    report = merged.report
+    wide = load_file(tmp_path / "wide" / "adapter_model.safetensors")
+    out = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in wide.values()} == {F32}
+    assert {name: tensor.to(dtype) for name, tensor in wide.items()}.keys() == out.keys()
+    for name, tensor in wide.items():
+        assert torch.equal(out[name], tensor.to(dtype)), name
+    wanted = {name: update.dense().double() for name, update in merged.updates()}
+    stored = matrices(deltas(load(tmp_path / "out")), Zoo())
+    total = sum(float(delta.square().sum()) for delta in wanted.values())
+    lost = sum(float((stored[name].double() - wanted[name]).square().sum()) for name in wanted)
+    assert 0 < lost < total * torch.finfo(dtype).eps ** 2 * 4
+    assert report.energy_kept == pytest.approx(1 - lost / total, abs=1e-9)
+    assert report.energy_kept < 1
+    again = sm.merge(folders, method=sm.mean())
+    assert again.report.energy_kept == 1.0
+    assert sm.reproduce(tmp_path / "out", folders) == []
+    assert sm.verify(tmp_path / "out", folders) == []
+
+
+def test_a_dtype_that_cannot_hold_the_output(tmp_path: Path) -> None:
+    folder = save_lora(tmp_path / "a", 1, size=0.3)
+    with pytest.warns(sm.SapmergeWarning, match=r"too small for torch\.float16"):
+        sm.merge([folder], method=sm.mean(), scale=1e-9).save_pretrained(
+            tmp_path / "tiny", dtype="float16"
+        )
+    with pytest.raises(sm.NonFiniteError, match=r"overflows the output's torch\.float16"):
+        sm.merge([folder], method=sm.mean(), scale=1e9).save_pretrained(
+            tmp_path / "huge", dtype="float16"
+        )
+    assert not (tmp_path / "huge").exists()
+    for wrong, hint in (("fp16", "did you mean float16?"), (torch.int8, "float32, bfloat16")):
+        with pytest.raises(sm.MethodError, match=re.escape(hint)):
+            sm.merge([folder], method=sm.mean()).save_pretrained(tmp_path / "huge", dtype=wrong)
+
+
+def test_a_head_that_the_dtype_cannot_hold(tmp_path: Path) -> None:
+    class Small(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.classifier = nn.Linear(6, 6), nn.Linear(6, 2)
+
+    config = LoraConfig(target_modules=["q"], modules_to_save=["classifier"])
+    model = get_peft_model(Small(), config)
+    with torch.no_grad():
+        model.base_model.model.classifier.modules_to_save["default"].weight.fill_(1e6)
+    model.save_pretrained(str(tmp_path / "a"))
+    merged = sm.merge([tmp_path / "a"], method=sm.mean(), modules_to_save="first", base_model=BASE)
+    with pytest.raises(sm.NonFiniteError, match=r"classifier.*output's torch.float16"):
+        merged.save_pretrained(tmp_path / "out", dtype="float16")
+    assert not (tmp_path / "out").exists()
+    merged.save_pretrained(tmp_path / "out", dtype="bfloat16")
 
 
 def test_more_columns_than_rows(tmp_path: Path) -> None:
