@@ -59,8 +59,7 @@ CODE = {
     ("demo.extras", "importlib"): "packages of the extra, by constant names",
 }
 NETWORK = {
-    ("io.adapter", "huggingface_hub"): "Adapter.from_hub",
-    ("io.hub", "huggingface_hub"): "Merged.push_to_hub",
+    ("io.hub", "huggingface_hub"): "Adapter.from_hub, hf:// in the shell, Merged.push_to_hub",
 }
 
 LONGEST = 400  # lines of at most 100 columns

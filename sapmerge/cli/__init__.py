@@ -16,6 +16,7 @@ converting.py  convert
 showing.py     demo
 completing.py  completion
 arguments.py   adapters, weights, ranks and policies as they are typed
+hub.py         hf://user/name, where a folder may stand
 models.py      the base model and the anchors
 pages.py       --html
 choices.py     what flags may be given

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from collections.abc import Sequence
 from typing import Any
 
+from sapmerge.cli.hub import SCHEME, add_hub_option, place_of, with_hub
 from sapmerge.errors import MethodError
 
 __all__ = [
@@ -17,7 +17,6 @@ __all__ = [
     "rank_of",
     "split_methods",
     "weights_of",
-    "with_hub",
 ]
 
 
@@ -26,21 +25,7 @@ def add_reading_options(parser: Any) -> None:
     parser.add_argument(
         "--allow-pickle", action="store_true", help="read weights in .bin files, which you trust"
     )
-    parser.add_argument(
-        "--hub", action="store_true", help="user/name that is no folder is of the Hub"
-    )
-
-
-def with_hub(arguments: Sequence[str]) -> list[str]:
-    """`--hub`: hf:// before what is called user/name and is no folder."""
-    found = list[str]()
-    for argument in arguments:
-        label, separator, text = argument.rpartition("=")
-        named = re.fullmatch(r"[\w.-]+/[\w.-]+(?:/[\w./-]+)?(?:@[\w./-]+)?", text)
-        if named and not os.path.lexists(text) and not os.path.lexists(argument):
-            text = f"hf://{text}"
-        found.append(f"{label}{separator}{text}")
-    return found
+    add_hub_option(parser)
 
 
 def adapters_of(options: argparse.Namespace) -> Any:
@@ -62,17 +47,11 @@ def adapters_of(options: argparse.Namespace) -> Any:
 
 
 def _adapter(text: str, allow_pickle: bool) -> Any:
-    if text.startswith("hf://"):
-        name, _, revision = text.removeprefix("hf://").partition("@")
-        owner, _, rest = name.partition("/")
-        repository, _, subfolder = rest.partition("/")
-        if not owner or not repository:
-            raise MethodError(f"{text!r}: expected hf://user/name, or hf://user/name@revision")
+    if text.startswith(SCHEME):
         from sapmerge import Adapter
 
-        return Adapter.from_hub(
-            f"{owner}/{repository}", revision=revision or None, subfolder=subfolder or None
-        )
+        repository, revision, subfolder = place_of(text)
+        return Adapter.from_hub(repository, revision=revision, subfolder=subfolder)
     if allow_pickle:
         from sapmerge import Adapter
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sapmerge.cli.choices import ENGINES
+from sapmerge.cli.hub import add_hub_option, local
 from sapmerge.cli.models import add_model_options, anchors_of, loss_of, model_of
 from sapmerge.cli.recipes import imported
 from sapmerge.errors import OutputError
@@ -24,7 +25,7 @@ def add_to(commands: Any) -> list[argparse.ArgumentParser]:
         description="Check an adapter.",
         epilog="example: sapmerge check merged --serving vllm",
     )
-    serve.add_argument("adapter", help="folder of any PEFT LoRA adapter")
+    serve.add_argument("adapter", help="folder of any PEFT LoRA adapter, or hf://user/name")
     serve.add_argument("--serving", required=True, choices=ENGINES, help="the engine")
     serve.set_defaults(run=_check)
 
@@ -34,9 +35,9 @@ def add_to(commands: Any) -> list[argparse.ArgumentParser]:
         description="Check an output.",
         epilog="example: sapmerge verify merged --inputs art sketch",
     )
-    check.add_argument("output", help="folder that sapmerge wrote")
+    check.add_argument("output", help="folder that sapmerge wrote, or hf://user/name")
     check.add_argument(
-        "--inputs", nargs="+", default=[], metavar="DIR", help="the adapters it was made from"
+        "--inputs", nargs="+", default=[], metavar="ADAPTER", help="what it was made from"
     )
     check.set_defaults(run=_verify)
 
@@ -46,9 +47,9 @@ def add_to(commands: Any) -> list[argparse.ArgumentParser]:
         description="Run the stored recipe.",
         epilog="example: sapmerge reproduce merged --inputs art sketch",
     )
-    again.add_argument("output", help="folder that sapmerge wrote")
+    again.add_argument("output", help="folder that sapmerge wrote, or hf://user/name")
     again.add_argument(
-        "--inputs", nargs="+", required=True, metavar="DIR", help="the adapters it was made from"
+        "--inputs", nargs="+", required=True, metavar="ADAPTER", help="what it was made from"
     )
     again.add_argument(
         "--use",
@@ -60,6 +61,7 @@ def add_to(commands: Any) -> list[argparse.ArgumentParser]:
     add_model_options(again)
     again.set_defaults(run=_reproduce)
     for parser in (serve, check, again):
+        add_hub_option(parser)
         parser.add_argument("--json", action="store_true", help="data instead of a line")
     return [serve, check, again]
 
@@ -70,7 +72,7 @@ def _check(options: argparse.Namespace) -> None:
 
     title = ENGINES[options.serving].title
     _report_problems(
-        serving.check(options.adapter, options.serving),
+        serving.check(local(options.adapter, options), options.serving),
         f"{title} serves it as PEFT does, by its source",
         options,
     )
@@ -79,7 +81,9 @@ def _check(options: argparse.Namespace) -> None:
 def _verify(options: argparse.Namespace) -> None:
     from sapmerge.merging import verification
 
-    problems = verification.verify(options.output, options.inputs)
+    problems = verification.verify(
+        local(options.output, options), [local(one, options) for one in options.inputs]
+    )
     what = "config, weights and inputs" if options.inputs else "config and weights"
     _report_problems(
         problems,
@@ -96,8 +100,8 @@ def _reproduce(options: argparse.Namespace) -> None:
     anchors = anchors_of(options)
     folder = anchors is None and (options.model is None or os.path.isdir(options.model))
     problems = verification.reproduce(
-        options.output,
-        options.inputs,
+        local(options.output, options),
+        [local(one, options) for one in options.inputs],
         functions,
         options.model if folder else model_of(options),
         anchors,

@@ -10,6 +10,7 @@ import os
 from typing import Any
 
 from sapmerge.cli.arguments import adapters_of, add_reading_options, weights_of
+from sapmerge.cli.hub import add_hub_option, local
 from sapmerge.errors import printable
 
 __all__ = ["add_to"]
@@ -45,12 +46,15 @@ def add_to(commands: Any) -> list[argparse.ArgumentParser]:
         "CoOp's ctx.",
         epilog="example: sapmerge prompts one two -o mean --samples 700,900",
     )
-    mean.add_argument("prompts", nargs="+", metavar="PROMPT", help="folder of PEFT, or a file")
+    mean.add_argument(
+        "prompts", nargs="+", metavar="PROMPT", help="folder of PEFT, or a file; or hf://"
+    )
     mean.add_argument("-o", "--output", required=True, help="folder to write")
     mean.add_argument("--samples", help="per client: 700,900")
     mean.add_argument("--modules-to-save", choices=("mean", "drop"), help="heads beside prompts")
     mean.add_argument("--overwrite", action="store_true", help="replace an existing output")
     mean.add_argument("--json", action="store_true", help="data instead of a table")
+    add_hub_option(mean)
     mean.set_defaults(run=_prompts)
     return [near, mean]
 
@@ -89,7 +93,9 @@ def _prompts(options: argparse.Namespace) -> None:
     from sapmerge.federated import average_prompts
 
     mean = average_prompts(
-        options.prompts, weights_of(options.samples), modules_to_save=options.modules_to_save
+        [local(prompt, options) for prompt in options.prompts],
+        weights_of(options.samples),
+        modules_to_save=options.modules_to_save,
     )
     os.makedirs(os.path.dirname(os.path.abspath(options.output)), exist_ok=True)
     mean.save_pretrained(options.output, overwrite=options.overwrite)

@@ -11,9 +11,14 @@ from typing import Any
 
 from sapmerge.cli.arguments import add_reading_options
 from sapmerge.cli.choices import FORMATS
+from sapmerge.cli.hub import ADAPTER, local
 from sapmerge.errors import MethodError, printable
 
 __all__ = ["add_to"]
+
+# What is looked for in a repository of the Hub.
+_OTHERS = ("adapters.safetensors", "pytorch_lora_weights.safetensors")
+_PICKLES = ("adapter_model.bin", "adapter_model.pt")
 
 
 def add_to(commands: Any) -> list[argparse.ArgumentParser]:
@@ -29,8 +34,8 @@ def add_to(commands: Any) -> list[argparse.ArgumentParser]:
         "source",
         nargs="+",
         metavar="SOURCE",
-        help="a file or folder, whose format is found out; or PEFT folders of one pipeline, "
-        "unet=FOLDER text_encoder=FOLDER",
+        help="a file or folder, whose format is found out, or hf://user/name; or PEFT folders of "
+        "one pipeline, unet=FOLDER text_encoder=FOLDER",
     )
     parser.add_argument(
         "-o", "--output", required=True, help="folder to write; of kohya's format a file"
@@ -53,7 +58,7 @@ def _convert(options: argparse.Namespace) -> None:
     from sapmerge import convert
 
     done = convert(
-        _source(options.source),
+        _source(options),
         options.output,
         to=options.to,
         model=options.model,
@@ -64,12 +69,16 @@ def _convert(options: argparse.Namespace) -> None:
     print(json.dumps(asdict(done), indent=2) if options.json else printable(str(done)))
 
 
-def _source(arguments: Sequence[str]) -> str | dict[str, str]:
+def _source(options: argparse.Namespace) -> str | dict[str, str]:
     """A path, or component=folder of each."""
+    arguments: Sequence[str] = options.source
     if len(arguments) == 1 and ("=" not in arguments[0] or os.path.lexists(arguments[0])):
-        return arguments[0]
+        pickles = _PICKLES if options.allow_pickle else ()
+        return local(arguments[0], options, (), (*ADAPTER, *_OTHERS, *pickles))
     pairs = [argument.partition("=") for argument in arguments]
-    table = {component: folder for component, separator, folder in pairs if separator}
+    table = {
+        component: local(folder, options) for component, separator, folder in pairs if separator
+    }
     if len(table) < len(pairs):
         raise MethodError("several folders need their components: unet=FOLDER text_encoder=FOLDER")
     return table

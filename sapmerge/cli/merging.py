@@ -15,9 +15,9 @@ from sapmerge.cli.arguments import (
     policy_of,
     rank_of,
     weights_of,
-    with_hub,
 )
 from sapmerge.cli.choices import DTYPES, ENGINES, SPELLINGS
+from sapmerge.cli.hub import with_hub
 from sapmerge.cli.models import add_model_options, anchors_of, loss_of, model_of
 from sapmerge.cli.pages import add_page, save_page
 from sapmerge.cli.recipe_files import chosen_method, dump_recipe, is_recipe, read_recipe

@@ -8,6 +8,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from sapmerge.cli.arguments import rank_of
+from sapmerge.cli.hub import add_hub_option, local
 from sapmerge.cli.recipes import method_of
 from sapmerge.errors import MethodError, ModelMismatchError, RoundError, printable
 
@@ -67,12 +68,15 @@ def add_to(commands: Any) -> list[argparse.ArgumentParser]:
     )
     add.add_argument("round", metavar="ROUND")
     add.add_argument(
-        "upload", metavar="UPLOAD", help="folder of an adapter, or a zip file of its two files"
+        "upload",
+        metavar="UPLOAD",
+        help="folder of an adapter, hf://user/name, or a zip file of its two files",
     )
     add.add_argument("--client", required=True, help="who sends it")
     add.add_argument(
         "--samples", type=int, default=1, help="training samples behind it (default: %(default)s)"
     )
+    add_hub_option(add)
     add.set_defaults(run=_add)
 
     look = actions.add_parser(
@@ -196,7 +200,7 @@ def _skeleton(name: str) -> nn.Module:
 def _add(options: argparse.Namespace) -> None:
     from sapmerge.io.records import is_folder
 
-    upload: Any = options.upload
+    upload: Any = local(options.upload, options)
     if upload.endswith(".zip") and not is_folder(upload):
         from sapmerge.io.uploads import zipped
 

@@ -24,6 +24,7 @@ from sapmerge.io.config import Settings, settings
 from sapmerge.io.contents import Contents, sort_contents
 from sapmerge.io.files import DEFAULT_LIMITS, Limits, shown
 from sapmerge.io.folder import BESIDE, CONFIG, WEIGHTS, read_folder, which_weights
+from sapmerge.io.hub import downloaded
 from sapmerge.io.kinds.vectors import Vector
 from sapmerge.io.live import check_live_scaling, config_bytes, live_adapter
 from sapmerge.io.modules import BaseWeights, Module, SavedTensor
@@ -151,46 +152,14 @@ class Adapter:
             cache_dir: where the download is kept; by default the Hub's own cache.
             limits: bounds of what is read.
         """
-        from huggingface_hub import hf_hub_download  # pyright: ignore[reportUnknownVariableType]
-        from huggingface_hub.errors import (
-            EntryNotFoundError,
-            HfHubHTTPError,
-            HFValidationError,
-            LocalEntryNotFoundError,
+        folder = downloaded(
+            repo_id,
+            (CONFIG, WEIGHTS),
+            revision=revision,
+            subfolder=subfolder,
+            token=token,
+            cache_dir=cache_dir,
         )
-
-        cache = None if cache_dir is None else os.fspath(cache_dir)
-        paths: list[str] = []
-        for name in (CONFIG, WEIGHTS):
-            try:
-                path = hf_hub_download(
-                    repo_id,
-                    name,
-                    revision=revision,
-                    subfolder=subfolder,
-                    token=token,
-                    cache_dir=cache,
-                )
-            except LocalEntryNotFoundError:  # an EntryNotFoundError, too
-                raise AdapterFormatError(
-                    f"the Hub cannot be reached, and {name} of {shown(repo_id)} is not in the "
-                    "local cache: download it with a network, or give a folder"
-                ) from None
-            except EntryNotFoundError:
-                raise AdapterFormatError(
-                    f"the Hub repository {shown(repo_id)} has no {name}; only safetensors are read"
-                ) from None
-            except (HfHubHTTPError, HFValidationError) as error:
-                raise AdapterFormatError(
-                    f"the Hub repository {shown(repo_id)} cannot be read"
-                    f"{f' at {shown(revision)}' if revision else ''}: {error}"
-                ) from None
-            paths.append(path)
-        folder = os.path.dirname(paths[0])
-        if os.path.dirname(paths[1]) != folder:
-            raise AdapterFormatError(
-                f"the Hub repository {shown(repo_id)} changed between two downloads; try again"
-            )
         return cls.load(
             folder, label=label or label_from(repo_id.rpartition("/")[2]), limits=limits
         )

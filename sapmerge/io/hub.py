@@ -1,16 +1,85 @@
-"""Uploading a folder to the Hugging Face Hub."""
+"""Files of the Hugging Face Hub: downloads, and a folder that is uploaded."""
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
-from sapmerge.errors import OutputError
+from sapmerge.errors import AdapterFormatError, OutputError
 from sapmerge.io.files import shown
 
-__all__ = ["check_name", "upload", "upload_written"]
+__all__ = ["check_name", "downloaded", "upload", "upload_written"]
+
+
+def downloaded(
+    repo_id: str,
+    names: Sequence[str],
+    *,
+    optional: Sequence[str] = (),
+    revision: str | None = None,
+    subfolder: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> str:
+    """Download some files of a repository, one by one and by name.
+
+    Args:
+        names: files that it must have.
+        optional: files that it may have; without `names` at least one of these.
+
+    Returns:
+        The folder that they lie in, of one commit.
+
+    Raises:
+        AdapterFormatError: it lacks a file, it changed meanwhile, or the Hub refuses or cannot be
+            reached.
+    """
+    from huggingface_hub import hf_hub_download  # pyright: ignore[reportUnknownVariableType]
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+    )
+
+    cache = None if cache_dir is None else os.fspath(cache_dir)
+    folders, missing = list[str](), AdapterFormatError("")
+    for name in (*names, *optional):
+        try:
+            path = hf_hub_download(
+                repo_id, name, revision=revision, subfolder=subfolder, token=token, cache_dir=cache
+            )
+        except LocalEntryNotFoundError:  # an EntryNotFoundError, too
+            missing = AdapterFormatError(
+                f"the Hub cannot be reached, and {name} of {shown(repo_id)} is not in the local "
+                "cache: download it with a network, or give a folder"
+            )
+        except EntryNotFoundError:
+            missing = AdapterFormatError(
+                f"the Hub repository {shown(repo_id)} has no {name}; only safetensors are read"
+                if names
+                else f"the Hub repository {shown(repo_id)} has none of {', '.join(optional)}: name "
+                "the file"
+            )
+        except (HfHubHTTPError, HFValidationError) as error:
+            raise AdapterFormatError(
+                f"the Hub repository {shown(repo_id)} cannot be read"
+                f"{f' at {shown(revision)}' if revision else ''}: {error}"
+            ) from None
+        else:
+            folders.append(os.path.dirname(path))
+            continue
+        if name in names:
+            raise missing from None
+    if not folders:
+        raise missing
+    if len(set(folders)) > 1:
+        raise AdapterFormatError(
+            f"the Hub repository {shown(repo_id)} changed between two downloads; try again"
+        )
+    return folders[0]
 
 
 def check_name(repo_id: str) -> None:

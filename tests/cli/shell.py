@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from huggingface_hub.errors import EntryNotFoundError
 
 from sapmerge.cli import main
 
@@ -27,6 +29,22 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     assert "Traceback" not in err
     assert not os.path.exists("out")
     return err
+
+
+class Hub:
+    """Stands in for the Hub: repositories, as folders, and what is asked for."""
+
+    def __init__(self, folders: Mapping[str, Path]) -> None:
+        self.folders, self.asked = folders, []
+
+    def __call__(
+        self, repo_id: str, name: str, *, revision: str | None, subfolder: str | None, **_: object
+    ) -> str:
+        self.asked.append((repo_id, revision, subfolder))
+        path = self.folders[repo_id] / (subfolder or "") / name
+        if not path.exists():
+            raise EntryNotFoundError(name)
+        return str(path)
 
 
 def python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
