@@ -5,6 +5,7 @@ Trained for a few steps only.
 from __future__ import annotations
 
 import importlib
+import json
 import re
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import torch
 
 import sapmerge as sm
 from sapmerge import demo, methods
+from sapmerge.cli import main
 from sapmerge.demo import DemoResult, data, domains, training
 from sapmerge.demo.clock import Clock
 from sapmerge.demo.lessons import PICTURES
@@ -60,6 +62,30 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> tuple[DemoResult, list[
 
 def parts(splits: data.Splits) -> dict[str, set[int]]:
     return {name: set(getattr(splits, name).tolist()) for name in ("anchors", "test", "train")}
+
+
+def test_as_data(outcome, monkeypatch, capsys):
+    """`demo --json` and `--quiet`, of a demo that has run."""
+    result, _ = outcome
+    told = {}
+
+    def run(output, *, say, **options):
+        told.update(options)
+        say("begun")
+        return result
+
+    monkeypatch.setattr(demo, "run", run)
+    assert main(["demo", "--json", "--seed", "3"]) == 0
+    out, err = capsys.readouterr()
+    assert (err, told["seed"], told["progress"]) == ("begun\n", 3, None)
+    data = json.loads(out)
+    assert data["merged"] == result.merged
+    assert data["zero_shot"] == result.zero_shot
+    assert (data["chart"], data["output"]) == (str(result.chart), str(result.output))
+    assert [one["sentence"] for one in data["lessons"]] == [one.sentence for one in result.lessons]
+    assert main(["demo", "--quiet"]) == 0
+    assert capsys.readouterr() == ("", "")
+    assert told["progress"] is False
 
 
 def test_digits_are_real_and_in_range(digits):

@@ -4,6 +4,7 @@ them.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -15,6 +16,7 @@ from torch import Tensor
 from sapmerge.anchors.folders import Pair
 from sapmerge.anchors.freezing import frozen
 from sapmerge.anchors.loading import Batches, batch_size
+from sapmerge.anchors.passes import Passes
 from sapmerge.anchors.transport import assign, nearest_plan, sinkhorn, squared_distances
 from sapmerge.core.torch_state import pinned
 from sapmerge.errors import AnchorError
@@ -82,12 +84,13 @@ class Chosen:
 
 
 @pinned
-def features(pool: Any, model: Any) -> Tensor:
+def features(pool: Any, model: Any, progress: bool | None = None) -> Tensor:
     """What a model makes of a pool: unit image and text embeddings side by side, / sqrt 2.
 
     Args:
         pool: re-iterable dict batches, as `anchor_loader`.
         model: with `get_image_features` and `get_text_features`.
+        progress: False: no bar. None: one if stderr is a terminal.
 
     Returns:
         (pairs, d), float64 on the CPU; distances lie between 0 and 2.
@@ -97,7 +100,9 @@ def features(pool: Any, model: Any) -> Tensor:
     """
     found = list[Tensor]()
     with frozen(model) as base, torch.no_grad():
-        for batch in Batches(pool, device_of(base)):
+        batches = Batches(pool, device_of(base))
+        passes = Passes(sys.stderr.isatty() if progress is None else progress)
+        for batch in passes.over(batches, len(batches), "embeddings"):
             found.append(torch.cat(embeddings(base, batch), dim=1).double().cpu() / 2**0.5)
     return torch.cat(found)
 

@@ -39,6 +39,7 @@ def add_to(commands: Any) -> list[argparse.ArgumentParser]:
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output")
     parser.add_argument("--json", action="store_true", help="data instead of a line")
+    parser.add_argument("--quiet", action="store_true", help="no progress, no line")
     add_base_options(parser.add_argument_group("the base model"))
     parser.set_defaults(run=_choose)
     return [parser]
@@ -57,12 +58,14 @@ def _choose(options: argparse.Namespace) -> None:
     else:
         batches = batches_of(pool, options)
         choose = anchors.coreset if options.by == "coreset" else anchors.kmeans
-        chosen = choose(batches, options.count, model_of(options), options.seed)
+        progress = False if options.quiet else None
+        found = anchors.features(batches, model_of(options), progress)
+        chosen = choose(found, options.count, seed=options.seed)
     pairs = chosen.among(pool)
     os.makedirs(os.path.dirname(os.path.abspath(options.output)), exist_ok=True)
     anchors.write_folder(pairs, options.output, overwrite=options.overwrite)
     if options.json:
         data = {"pool": len(pool), "rows": chosen.indices, "weights": chosen.weights}
         print(json.dumps({**data, "output": options.output}, indent=2))
-    else:
+    elif not options.quiet:
         print(f"{len(pairs)} of {len(pool)} pairs written to {printable(options.output)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from sapmerge.cli.arguments import rank_of
@@ -58,6 +59,7 @@ def add_to(commands: Any) -> list[argparse.ArgumentParser]:
     new.add_argument(
         "--quorum", type=int, default=1, help="clients that a merge needs (default: %(default)s)"
     )
+    new.add_argument("--json", action="store_true", help="data instead of a line")
     new.set_defaults(run=_new)
 
     add = actions.add_parser(
@@ -77,6 +79,7 @@ def add_to(commands: Any) -> list[argparse.ArgumentParser]:
         "--samples", type=int, default=1, help="training samples behind it (default: %(default)s)"
     )
     add_hub_option(add)
+    add.add_argument("--json", action="store_true", help="data instead of a line")
     add.set_defaults(run=_add)
 
     look = actions.add_parser(
@@ -100,6 +103,7 @@ def add_to(commands: Any) -> list[argparse.ArgumentParser]:
     )
     remove.add_argument("round", metavar="ROUND")
     remove.add_argument("client", metavar="CLIENT")
+    remove.add_argument("--json", action="store_true", help="data instead of a line")
     remove.set_defaults(run=_remove)
 
     merge = actions.add_parser(
@@ -167,6 +171,18 @@ def _new(options: argparse.Namespace) -> None:
         max_share=options.max_share,
     )
     contract = inbox.contract
+    if options.json:
+        data = {
+            "round": inbox.path,
+            "base_model": contract.base_model,
+            "modules": len(contract.modules),
+            "max_rank": contract.max_rank,
+            "max_bytes": contract.max_bytes,
+            "max_share": contract.max_share,
+            "quorum": contract.quorum,
+        }
+        print(json.dumps(data, indent=2))
+        return
     print(
         f"{inbox.path}: {len(contract.modules)} modules, rank at most {contract.max_rank}, quorum "
         f"{contract.quorum}"
@@ -198,6 +214,7 @@ def _skeleton(name: str) -> nn.Module:
 
 
 def _add(options: argparse.Namespace) -> None:
+    from sapmerge.federated.outcome import Kept
     from sapmerge.io.records import is_folder
 
     upload: Any = local(options.upload, options)
@@ -206,8 +223,11 @@ def _add(options: argparse.Namespace) -> None:
 
         upload = zipped(upload)
     outcome = _opened(options).add(upload, options.client, options.samples)
-    if not outcome:
-        raise MethodError(f"refused: {outcome.reason}")  # pyright: ignore[reportAttributeAccessIssue, reportUnknownMemberType]
+    if options.json:
+        print(json.dumps({"kept": bool(outcome), **asdict(outcome)}, indent=2))
+        raise SystemExit(0 if outcome else 2)
+    if not isinstance(outcome, Kept):
+        raise MethodError(f"refused: {outcome.reason}")
     print(f"kept {options.client}")
 
 
@@ -226,7 +246,10 @@ def _list(options: argparse.Namespace) -> None:
 def _remove(options: argparse.Namespace) -> None:
     inbox = _opened(options)
     inbox.remove(options.client)
-    print(f"removed {options.client}")
+    if options.json:
+        print(json.dumps({"removed": options.client, "clients": dict(inbox.clients)}, indent=2))
+    else:
+        print(f"removed {options.client}")
 
 
 def _merge(options: argparse.Namespace) -> None:

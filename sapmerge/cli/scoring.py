@@ -44,6 +44,7 @@ def add_to(commands: Any) -> list[argparse.ArgumentParser]:
     parser.add_argument("--weights", help="those of the merge")
     add_reading_options(parser)
     parser.add_argument("--json", action="store_true", help="data instead of a line")
+    parser.add_argument("--quiet", action="store_true", help="no progress, no line")
     parser.set_defaults(run=_score)
     return [parser]
 
@@ -85,13 +86,14 @@ def _score(options: argparse.Namespace) -> None:
         shard=options.shard,
         weights=weights,
         loss=loss,
+        progress=False if options.quiet else None,
     )
     number, count = options.shard
     if options.json:
         print(json.dumps({"shard": number, "of": count, "complete": whole}))
-        return
-    print(
-        "the cache has what the merge needs"
-        if whole
-        else f"shard {number}/{count} is done; the cache lacks what others run"
-    )
+    elif not options.quiet:
+        print(
+            "the cache has what the merge needs"
+            if whole
+            else f"shard {number}/{count} is done; the cache lacks what others run"
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ def add_to(commands: Any) -> list[argparse.ArgumentParser]:
     )
     demo.add_argument("--seed", type=int, default=0)
     demo.add_argument("--overwrite", action="store_true", help="replace an earlier demo")
+    demo.add_argument("--json", action="store_true", help="data instead of a table")
+    demo.add_argument("--quiet", action="store_true", help="no progress, no table")
     demo.set_defaults(run=_demo)
     return [demo]
 
@@ -33,7 +36,11 @@ def _demo(options: argparse.Namespace) -> None:
     found = run(
         Path(options.output),
         seed=options.seed,
-        say=lambda line: print(line, file=sys.stderr),
+        say=(lambda _: None) if options.quiet else (lambda line: print(line, file=sys.stderr)),
+        progress=False if options.quiet else None,
         overwrite=options.overwrite,
     )
-    print(found)
+    if options.json:
+        print(json.dumps(found.to_dict(), indent=2))
+    elif not options.quiet:
+        print(found)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from sapmerge.demo.lessons import Lesson
 
@@ -70,6 +71,12 @@ class DemoResult:
         """The folder of a merged adapter, with the bad client among its inputs or not."""
         name = f"without-{left_out}" + "-with-bad" * bad
         return self.output / "merged" / method / name
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: dicts, lists, numbers and strings."""
+        data: dict[str, Any] = asdict(self)
+        lessons = [{"sentence": one.sentence, "picture": str(one.picture)} for one in self.lessons]
+        return {**data, "output": str(self.output), "chart": str(self.chart), "lessons": lessons}
 
     def __str__(self) -> str:
         domains = list(self.zero_shot)

@@ -11,6 +11,7 @@ merge(..., cache=DIR, cache_only=True)                     runs no model
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -54,6 +55,7 @@ def score(
     loss: Loss | None = None,
     weights: Sequence[float] | Mapping[str, float] | None = None,
     device: torch.device | str | None = None,
+    progress: bool | None = None,
 ) -> bool:
     """Fill the cache of a merge with the passes of some of its adapters.
 
@@ -68,6 +70,7 @@ def score(
         cache: a folder that all shards write to, or whose files are brought together afterwards.
         shard: (i, n): this one's number from 0 on, and how many there are.
             (0, 1) runs whatever is missing.
+        progress: False: no bars. None: one for each pass if stderr is a terminal.
 
     Returns:
         Whether everything that the merge needs is in the cache now.
@@ -87,6 +90,7 @@ def score(
     )
     seen: Any = stream.anchors
     seen.shard = mine = Shard(number, count)
+    seen.passes.shown = sys.stderr.isatty() if progress is None else progress
     with warnings.catch_warnings():
         if count > 1:
             # of placeholders: the merge says what is so

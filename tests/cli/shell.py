@@ -31,6 +31,19 @@ def fails(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return err
 
 
+class Terminal:
+    """A stream that says whether it is one."""
+
+    def __init__(self, real: object, tty: bool) -> None:
+        self.real, self.tty = real, tty
+
+    def isatty(self) -> bool:
+        return self.tty
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.real, name)
+
+
 class Hub:
     """Stands in for the Hub: repositories, as folders, and what is asked for."""
 

@@ -15,7 +15,7 @@ import sapmerge as sm
 from sapmerge.cli import main
 
 from ..models import files
-from .shell import fails
+from .shell import Terminal, fails
 from .test_anchored import ADAPTERS, loader
 from .test_anchored import root as root  # the adapters, the base and the photos
 
@@ -43,6 +43,22 @@ def test_anchors(by: str, here: Path, capsys: pytest.CaptureFixture[str]) -> Non
     batches = sm.anchors.from_folder("few/anchors", AutoProcessor.from_pretrained("base"))
     sm.merge(list(ADAPTERS), batches, model).save_pretrained("python")
     assert files(here / "out") == files(here / "python")
+
+
+def test_progress(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The pool's embeddings have a bar on a terminal; none, and no line, with --quiet."""
+    monkeypatch.setattr(sys, "stderr", Terminal(sys.stderr, True))
+    command = ["anchors", "photos", "--count", "2", "--model", "base", "--batch-size", "2"]
+    assert main([*command, "-o", "shown"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "2 of 6 pairs written to shown\n"
+    assert "embeddings" in err
+    assert "0/3" in err
+    assert main([*command, "-o", "quiet", "--quiet"]) == 0
+    assert capsys.readouterr() == ("", "")
+    assert files(here / "quiet") == files(here / "shown")
 
 
 def test_errors_of_anchors(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

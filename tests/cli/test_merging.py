@@ -13,7 +13,7 @@ from sapmerge.cli import main
 
 from ..conftest import error
 from ..models import BASE, files, products
-from .shell import fails
+from .shell import Terminal, fails
 
 
 def test_merge(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -147,17 +147,6 @@ def test_an_existing_output(here: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert files(here / "kept") == before
     assert main([*command, "--overwrite", "--scale", "2"]) == 0
     assert files(here / "kept") != before
-
-
-class Terminal:
-    def __init__(self, real: object, tty: bool) -> None:
-        self.real, self.tty = real, tty
-
-    def isatty(self) -> bool:
-        return self.tty
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self.real, name)
 
 
 PROGRESS = [(True, None, True), (False, None, False), (True, False, False), (False, True, True)]

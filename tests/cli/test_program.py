@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import sapmerge as sm
 from sapmerge.cli import main
+from sapmerge.cli.commands import parser
 
 from .shell import fails, python
 
@@ -48,6 +51,28 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
             main(arguments)
         assert stop.value.code == 0
         assert text in capsys.readouterr().out
+
+
+def test_what_prints_a_result_prints_it_as_data() -> None:
+    """Every command but `completion`, which prints a script."""
+    commands = dict(leaves(parser(), ()))
+    assert len(commands) > 15
+    without = {name for name, one in commands.items() if "--json" not in one.format_help()}
+    assert without == {"completion"}
+    long = {name for name, one in commands.items() if "--quiet" in one.format_help()}
+    assert long == {"merge", "compare", "anchors", "score", "demo"}
+
+
+def leaves(
+    of: argparse.ArgumentParser, path: tuple[str, ...]
+) -> Iterator[tuple[str, argparse.ArgumentParser]]:
+    """All commands that run something, by name."""
+    below = [a for a in of._actions if isinstance(a, argparse._SubParsersAction)]
+    if not below:
+        yield " ".join(path), of
+    for action in below:
+        for name, one in action.choices.items():
+            yield from leaves(one, (*path, name))
 
 
 def test_as_a_module(here: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 import sapmerge as sm
 from sapmerge.cli import main
 
-from .shell import fails
+from .shell import Terminal, fails
 
 MINE = """
 import torch
@@ -64,6 +65,26 @@ def test_shards_and_one_process_make_the_same_bytes(
     whole, sharded = (Path(name, "adapter_model.safetensors") for name in ("whole", "sharded"))
     assert whole.read_bytes() == sharded.read_bytes()
     assert sm.Adapter.load("whole").modules
+
+
+@pytest.mark.filterwarnings("ignore::sapmerge.errors.SapmergeWarning")
+def test_progress(
+    here: Path,
+    setup: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A bar for each pass on a terminal; none, and no line, with --quiet."""
+    monkeypatch.setattr(sys, "stderr", Terminal(sys.stderr, True))
+    score = ["score", *ADAPTERS, "--method", "sap_original", "--setup", f"{setup}:setup"]
+    assert main([*score, "--cache", "cache"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "the cache has what the merge needs\n"
+    assert "anchors, pass 2:" in err
+    assert main([*score, "--cache", "quiet", "--quiet"]) == 0
+    assert capsys.readouterr() == ("", "")
+    names = {path.name for path in (here / "cache").rglob("*")}
+    assert {path.name for path in (here / "quiet").rglob("*")} == names != set()
 
 
 def test_what_is_wrong(here: Path, setup: str, capsys: pytest.CaptureFixture[str]) -> None:

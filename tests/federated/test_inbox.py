@@ -586,3 +586,32 @@ def test_a_round_from_the_shell(
     assert cli.main(["round", "list", "nothing"]) == 2
     assert cli.main(["round", "report", "r", "--json"]) == 0
     assert [c["client"] for c in json.loads(capsys.readouterr().out)["clients"]] == ["sketch"]
+
+
+def test_the_shell_as_data(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_lora(Path("art"), 1)
+
+    def data(command: str) -> tuple[int, Any]:
+        try:
+            code = cli.main([*command.split(), "--json"])
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return code, json.loads(capsys.readouterr().out)
+
+    code, made = data("round new r --manifest art --max-rank 8 --quorum 2 --max-share 1")
+    contract = Inbox("r").contract
+    assert (code, made["modules"]) == (0, len(contract.modules))
+    assert (made["max_rank"], made["quorum"], made["max_share"]) == (8, 2, 1)
+    assert (made["max_bytes"], made["base_model"]) == (contract.max_bytes, contract.base_model)
+    assert Path(made["round"]) == Path("r").absolute()
+    code, kept = data("round add r art --client one --samples 7")
+    assert (code, kept["kept"], kept["samples"]) == (0, True, 7)
+    assert kept["digest"] == sm.Adapter.load("art").digest
+    assert data("round add r art --client two --samples 3")[0] == 0
+    code, refused = data("round add r nowhere --client three")
+    assert (code, refused["kept"], refused["client"]) == (2, False, "three")
+    assert "nowhere" in refused["reason"]
+    assert data("round remove r two") == (0, {"removed": "two", "clients": {"one": 7}})
