@@ -14,7 +14,7 @@ rounds.py      round
 clients.py     neighbours, prompts
 converting.py  convert
 showing.py     demo
-completing.py  completion
+completing.py  completion; completions.py has the scripts
 arguments.py   adapters, weights, ranks and policies as they are typed
 hub.py         hf://user/name, where a folder may stand
 models.py      the base model and the anchors
