@@ -22,6 +22,7 @@ __all__ = [
     "rounded_share",
     "size_of",
     "add_by_columns",
+    "add_up",
     "truncate",
     "whole_gram",
 ]
@@ -196,24 +197,30 @@ def size_of(update: Update) -> float:
 
 
 def weighted_sum(layer: Layer, weights: tuple[float, ...]) -> Update:
-    """sum_k weights[k] D_k; low-rank updates are concatenated, exactly;
-    those that share A (FFA-LoRA) keep its rank.
+    """sum_k weights[k] D_k."""
+    return add_up(zip(layer, weights, strict=True), layer.updates[0])
+
+
+def add_up(terms: Iterable[tuple[Update, float]], nothing: Update) -> Update:
+    """The sum of weight * update. Low-rank updates are concatenated, exactly; those that share A
+    (FFA-LoRA) keep its rank. No dense one is kept, so they may be made on the way.
+
+    Args:
+        terms: (update, weight).
+        nothing: the sum of updates that are all absent.
     """
-    low = _shared(
-        [
-            (u, w)
-            for u, w in zip(layer, weights, strict=True)
-            if isinstance(u, LowRank) and not u.absent
-        ]
-    )
-    dense = [(u, w) for u, w in zip(layer, weights, strict=True) if isinstance(u, Dense)]
+    low, total = list[tuple[LowRank, float]](), None
+    for update, weight in terms:
+        if isinstance(update, Dense):
+            total = torch.zeros_like(update.matrix) if total is None else total
+            total.add_(update.matrix, alpha=weight)
+        elif not update.absent:
+            low.append((update, weight))
+    low = _shared(low)
     factors = concatenate([u for u, _ in low], [w for _, w in low]) if low else None
-    if not dense:
-        return layer.updates[0] if factors is None else factors
-    total = torch.zeros_like(dense[0][0].matrix) if factors is None else factors.dense()
-    for update, weight in dense:
-        total.add_(update.matrix, alpha=weight)
-    return Dense(total)
+    if total is None:
+        return nothing if factors is None else factors
+    return Dense(total if factors is None else total.add_(factors.dense()))
 
 
 def _shared(terms: list[tuple[LowRank, float]]) -> list[tuple[LowRank, float]]:

@@ -25,7 +25,7 @@ from sapmerge.parts.mergers.spectral import CART, Decorrelate, IsotropicCommonSp
 from sapmerge.parts.prune import Prune
 from sapmerge.parts.transforms import Consensus, ElectSign, Select
 from sapmerge.parts.units import Entries
-from sapmerge.parts.wrappers import ByModule, In
+from sapmerge.parts.wrappers import ByModule, Chain, In
 
 __all__ = ["HELD", "check_needs", "matrices_held"]
 
@@ -57,6 +57,8 @@ def matrices_held(method: object) -> int:
         return sum(map(matrices_held, cast("tuple[object, ...]", method)))
     if isinstance(method, ByModule):
         return max(matrices_held(method.methods), matrices_held(method.default))
+    if isinstance(method, Chain) and method.in_turn:
+        return 0
     if isinstance(method, In) and not isinstance(method.basis, (SharedBasis, CoreSpace)):
         return 0  # the size of its coordinates is not known
     if isinstance(method, Prune):

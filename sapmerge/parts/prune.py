@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -23,6 +23,7 @@ from sapmerge.core.protocols import (
     Units,
 )
 from sapmerge.core.selection import count_true
+from sapmerge.core.updates import Update
 from sapmerge.errors import MethodError, NonFiniteError
 from sapmerge.parts.rescalers import Keep
 from sapmerge.parts.units import Entries
@@ -86,27 +87,21 @@ class Prune:
         return replace(self, decided=decided)
 
     def __call__(self, layer: Layer) -> Layer:
-        pruned = list(layer.updates)
-        recorded: dict[str, dict[str, float]] = {}
-        for k in _present(layer):
-            coordinates = self.units(layer.updates[k])
-            if self.decided is None:
-                masks, notes = self._decide(layer, k, None, coordinates)
-            else:
-                decision = self.decided[layer.name, k]
-                masks, notes = (
-                    {name: mask.unpacked() for name, mask in decision.masks.items()},
-                    decision.notes,
-                )
-            kept = {
-                name: _masked(values, masks[name]) for name, values in coordinates.values.items()
-            }
-            pruned[k] = self.rescaler(coordinates.join(kept), layer.updates[k])
-            for key, value in notes.items():
-                recorded.setdefault(key, {})[layer.adapters[k]] = value
-        for key, values in recorded.items():
-            layer.record(key, values)
-        return layer.with_updates(pruned)
+        return layer.with_updates(list(pruned_in_turn((self,), layer)))
+
+    def one(self, layer: Layer, k: int, update: Update) -> tuple[Update, Mapping[str, float]]:
+        """What becomes of an update of adapter k, and what a report wants to know about it."""
+        coordinates = self.units(update)
+        if self.decided is None:
+            masks, notes = self._decide(layer, k, None, coordinates)
+        else:
+            decision = self.decided[layer.name, k]
+            masks, notes = (
+                {name: mask.unpacked() for name, mask in decision.masks.items()},
+                decision.notes,
+            )
+        kept = {name: _masked(values, masks[name]) for name, values in coordinates.values.items()}
+        return self.rescaler(coordinates.join(kept), update), notes
 
     def _fit(
         self,
@@ -175,6 +170,21 @@ class Prune:
             if not finite(scores):
                 raise NonFiniteError(f"{self.scorer!r} gives NaN or infinite scores in {where}")
             yield name, values, scores
+
+
+def pruned_in_turn(steps: Sequence[Prune], layer: Layer) -> Iterator[Update]:
+    """The updates of a layer after some steps, one after the other: who adds them up holds one."""
+    recorded = [dict[str, dict[str, float]]() for _ in steps]
+    for k, update in enumerate(layer):
+        for step, found in zip(steps, recorded, strict=True):
+            if not update.absent:
+                update, notes = step.one(layer, k, update)
+                for key, value in notes.items():
+                    found.setdefault(key, {})[layer.adapters[k]] = value
+        yield update
+    for found in recorded:
+        for key, values in found.items():
+            layer.record(key, values)
 
 
 def stats_of(

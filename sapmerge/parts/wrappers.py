@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from typing import cast
 
 from sapmerge.core.frames import Frames
 from sapmerge.core.layer import Layer
@@ -19,6 +20,8 @@ from sapmerge.core.protocols import Basis, LayerStream, Merger, Method, Transfor
 from sapmerge.core.stream import Mapped
 from sapmerge.core.updates import Dense, LowRank, Update
 from sapmerge.errors import MethodError
+from sapmerge.parts.mergers.linear import Mean, Sum
+from sapmerge.parts.prune import Prune, pruned_in_turn
 
 __all__ = ["ByModule", "Chain", "In"]
 
@@ -55,13 +58,24 @@ class Chain:
         return Chain(*done)
 
     def __call__(self, layer: Layer) -> Update:
-        merged = self.steps[-1](_transforms(self.steps[:-1])(layer))
+        *transforms, merger = self.steps
+        if self.in_turn:
+            prunes = cast("list[Prune]", transforms)
+            return cast("Sum | Mean", merger).of(layer, pruned_in_turn(prunes, layer))
+        merged = merger(_transforms(tuple(transforms))(layer))
         if not isinstance(merged, (LowRank, Dense)):
             raise MethodError(
-                f"the last step of a Chain must be a merger (Layer -> update); {self.steps[-1]!r} "
-                "is not"
+                f"the last step of a Chain must be a merger (Layer -> update); {merger!r} is not"
             )
         return merged
+
+    @property
+    def in_turn(self) -> bool:
+        """Whether it adds up updates that are made one after the other, each from its own adapter:
+        of so many matrices it holds one.
+        """
+        *transforms, merger = self.steps
+        return isinstance(merger, (Sum, Mean)) and all(isinstance(t, Prune) for t in transforms)
 
 
 def _transforms(steps: tuple[Transform | Merger, ...]) -> Callable[[Layer], Layer]:

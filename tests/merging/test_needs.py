@@ -21,8 +21,27 @@ from sapmerge.merging import needs
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.filterwarnings("ignore::sapmerge.errors.SapmergeWarning")
-HELD = ["ties", "dare", "consensus_ta", "sce", "knots", "core_space", "cart", "dc_merge", "iso_cts"]
-NOT_HELD = ["mean", "coordinate_median", "trimmed_mean", "iso_c", "clair"]
+HELD = [
+    "ties",
+    "dare_ties",
+    "consensus_ta",
+    "sce",
+    "knots",
+    "core_space",
+    "cart",
+    "dc_merge",
+    "iso_cts",
+]
+NOT_HELD = [
+    "mean",
+    "dare",
+    "magnitude_prune",
+    "breadcrumbs",
+    "coordinate_median",
+    "trimmed_mean",
+    "iso_c",
+    "clair",
+]
 RULES = {"MatchEnergy": "MatchEnergy(Chain(Mean()))", "ClipNorms": "ClipNorms(mean())"}
 RULES |= {"WeighByAgreement": "WeighByAgreement(mean())"}
 
@@ -41,6 +60,7 @@ def test_a_method_of_which_one_at_a_time_runs_counts_once() -> None:
     ties = sm.ties()
     assert needs.matrices_held(ties) == 2
     assert needs.matrices_held(sm.ByModule({"q": ties, "v": sm.dare()}, ties)) == 2
+    assert needs.matrices_held(sm.dare()) == 0
     assert needs.matrices_held(sm.MatchEnergy(ties)) == 2
     assert needs.matrices_held(sm.sap_original()) == 0  # factors are pruned, no entries
     assert needs.matrices_held(lambda layer: layer.updates[0]) == 0

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
 from sapmerge.core.layer import Layer
-from sapmerge.core.lowrank import weighted_sum
+from sapmerge.core.lowrank import add_up
 from sapmerge.core.part import part
 from sapmerge.core.protocols import LayerStream
 from sapmerge.core.updates import Dense, LowRank, Update
@@ -66,7 +66,12 @@ class Sum:
     """sum_k w_k D_k (task arithmetic, Ilharco et al., https://arxiv.org/abs/2212.04089)."""
 
     def __call__(self, layer: Layer) -> Update:
-        return weighted_sum(layer, self.shares(layer.weights))
+        return self.of(layer, layer)
+
+    def of(self, layer: Layer, updates: Iterable[Update]) -> Update:
+        """The same of other updates of its adapters, which are looked at one after the other."""
+        shares = self.shares(layer.weights)
+        return add_up(zip(updates, shares, strict=True), layer.updates[0])
 
     def shares(self, weights: tuple[float, ...]) -> tuple[float, ...]:
         """What every update is multiplied by in the sum."""
@@ -82,7 +87,12 @@ class Mean:
     """
 
     def __call__(self, layer: Layer) -> Update:
-        return weighted_sum(layer, self.shares(layer.weights))
+        return self.of(layer, layer)
+
+    def of(self, layer: Layer, updates: Iterable[Update]) -> Update:
+        """The same of other updates of its adapters, which are looked at one after the other."""
+        shares = self.shares(layer.weights)
+        return add_up(zip(updates, shares, strict=True), layer.updates[0])
 
     def shares(self, weights: tuple[float, ...]) -> tuple[float, ...]:
         """What every update is multiplied by in the sum."""
