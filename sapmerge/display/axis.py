@@ -7,15 +7,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
+from sapmerge.display.labels import fitted, width_of
 from sapmerge.display.markup import Markup, element, join
 from sapmerge.display.order import Group, depth, grouped
-from sapmerge.display.tables import shortened
 
 __all__ = ["LayerAxis"]
 
 _WIDE, _GAP = 860, 7
-_LETTER = 6.3
-"""The width of a letter of 11 px, on average."""
+_TITLE = 214  # pixels of a heading at most
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ class LayerAxis:
         return max(
             0,
             *(
-                round(self.places[g.names[0]] + 0.82 * _LETTER * len(_title(g)) + 16 - self.width)
+                round(self.places[g.names[0]] + 0.84 * width_of(_title(g)) + 16 - self.width)
                 for g in self.groups
             ),
         )
@@ -75,15 +74,15 @@ class LayerAxis:
     def _fits(self) -> bool:
         """Whether the headings can lie flat."""
         return all(
-            _LETTER * len(_title(group)) <= self.cell * len(group.names) + _GAP - 4
+            width_of(_title(group)) <= self.cell * len(group.names) + _GAP - 4
             for group in self.groups
         )
 
     def headings(self) -> Markup:
         """The module types, above their columns; slanted where they are longer than wide."""
         flat = self._fits
-        longest = max((len(_title(group)) for group in self.groups), default=0)
-        height = 18 if flat else round(0.55 * _LETTER * longest) + 20
+        longest = max((width_of(_title(group)) for group in self.groups), default=0.0)
+        height = 18 if flat else round(0.55 * longest) + 20
         marks: list[Markup] = []
         for group in self.groups:
             x, end = self.places[group.names[0]], self.cell * len(group.names)
@@ -104,8 +103,8 @@ class LayerAxis:
         """The numbers of the blocks, under their columns, at regular steps that leave room."""
         marks: list[Markup] = []
         for group in self.groups:
-            longest = max(len(depth(name)) for name in group.names)
-            step = max(1, math.ceil((_LETTER * longest + 4) / self.cell))
+            longest = max(width_of(depth(name)) for name in group.names)
+            step = max(1, math.ceil((longest + 4) / self.cell))
             for name in group.names[::step]:
                 x = self.places[name] + self.cell / 2
                 marks.append(
@@ -122,4 +121,4 @@ class LayerAxis:
 
 
 def _title(group: Group) -> str:
-    return shortened(group.title, 34)
+    return fitted(group.title, _TITLE)

@@ -7,13 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 
 from sapmerge.display.axis import LayerAxis
 from sapmerge.display.colours import Scale
+from sapmerge.display.labels import fitted, parted, width_of
 from sapmerge.display.markup import Markup, element, join
-from sapmerge.display.tables import shortened
 
 __all__ = ["bars", "curve", "dots", "heat_map", "legend", "matrix", "row_labels"]
 
 _HOVERED = 6000
 """Up to so many cells, each says its value under the pointer; more are drawn by colour."""
+
+_NAME, _TAIL = 168, 50
+"""The pixels of a name beside a picture, and of its end, which is never left out."""
 
 Form = Callable[[float], str]
 
@@ -59,22 +62,16 @@ def row_height(count: int) -> int:
 
 
 def row_labels(labels: Sequence[str]) -> Markup:
-    """The names of the adapters beside a heat map, right-aligned."""
-    tall, width = row_height(len(labels)), 176
-    marks = [
-        element(
-            "text",
-            shortened(label, 27),
-            element("title", label),
-            x=width - 8,
-            y=row * tall + tall / 2 + 3.5,
-            css="label",
-            text_anchor="end",
-        )
-        for row, label in enumerate(labels)
-    ]
-    height = tall * len(labels)
-    return element("svg", join(marks), width=width, height=height, viewBox=f"0 0 {width} {height}")
+    """The names of the adapters beside a heat map, right-aligned; the browser leaves out the middle
+    of those for which its column is too narrow.
+    """
+    style = f"height:{row_height(len(labels))}px;line-height:{row_height(len(labels))}px"
+    rows = list[Markup]()
+    for label in labels:
+        head, tail = parted(label, _TAIL)
+        parts = element("span", head, css="begin"), element("span", tail, css="end")
+        rows.append(element("div", *parts, title=label, style=style))
+    return element("div", *rows, css="labels")
 
 
 def bars(axis: LayerAxis, values: Mapping[str, float | None], top: float, form: Form) -> Markup:
@@ -107,19 +104,22 @@ def matrix(
     labels: Sequence[str], values: Mapping[str, Mapping[str, float]], scale: Scale
 ) -> Markup:
     """Adapters against adapters; the diagonal, which says nothing, is left out."""
-    count, left = len(labels), 176
-    cell = max(12, min(46, 560 // max(1, count)))
-    top = 14 + round(0.75 * 6.3 * min(27, max((len(label) for label in labels), default=0)))
+    count, names = len(labels), [fitted(label, _NAME) for label in labels]
+    widths = [width_of(name) for name in names]
+    longest = max(widths, default=0.0)
+    left, cell = round(longest) + 12, max(12, min(46, 560 // max(1, count)))
+    angle = 48 if cell >= 16 else 78  # steep, where headings lie close to each other
+    top = 14 + round(math.sin(math.radians(angle)) * longest)
     marks: list[Markup] = []
     for k, label in enumerate(labels):
         title, middle = element("title", label), k * cell + cell / 2
-        name = shortened(label, 27)
+        name = names[k]
         marks.append(
             element(
                 "text", name, title, x=left - 8, y=top + middle + 4, css="label", text_anchor="end"
             )
         )
-        at = f"translate({left + middle} {top - 6}) rotate(-48)"
+        at = f"translate({left + middle} {top - 6}) rotate(-{angle})"
         marks.append(element("text", name, title, transform=at, css="label"))
     for i, row in enumerate(labels):
         for j, column in enumerate(labels):
@@ -135,7 +135,9 @@ def matrix(
                 place = {"x": x + cell / 2, "y": y + cell / 2 + 4}
                 shown = scale.form(value).replace("%", "")
                 marks.append(element("text", shown, css=ink, text_anchor="middle", **place))
-    overhang = round(0.67 * 6.3 * min(27, len(labels[-1]) if labels else 0))
+    reach = math.cos(math.radians(angle))
+    ends = [(k + 0.5) * cell + reach * width for k, width in enumerate(widths)]
+    overhang = max(0, round(max(ends, default=0.0)) + 8 - cell * count)
     width, height = left + cell * count + overhang, top + cell * count
     return element("svg", join(marks), width=width, height=height, viewBox=f"0 0 {width} {height}")
 
@@ -165,7 +167,7 @@ def dots(values: Mapping[str, float | None], form: Form, marked: str | None = No
         y = row * tall + tall / 2
         ends = {"css": "label", "text_anchor": "end"}
         title = element("title", name)
-        marks.append(element("text", shortened(name, 27), title, x=170, y=y + 4, **ends))
+        marks.append(element("text", fitted(name, _NAME), title, x=_NAME + 2, y=y + 4, **ends))
         shown = form(value) if known and value is not None else "not finite"
         marks.append(element("text", shown, x=left - 6, y=y + 4, **ends))
         marks.append(element("path", d=f"M{left} {y}h{wide}", css="grid"))

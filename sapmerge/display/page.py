@@ -38,13 +38,16 @@ table.numbers{border-collapse:collapse;font-size:13px;font-variant-numeric:tabul
 var(--line);white-space:nowrap}
 .numbers th{font-weight:600;color:var(--soft)}
 .numbers th:first-child,.numbers td:first-child{text-align:left}
+.numbers td:first-child{white-space:normal;overflow-wrap:anywhere;min-width:22ch}
 table.tracks{border-collapse:collapse}
 .tracks th{position:sticky;left:0;z-index:1;background:var(--paper);width:176px;min-width:176px;
 padding:0;text-align:right;font-weight:400;font-size:13px;vertical-align:middle}
-.tracks th span{display:block;padding-right:8px;line-height:1.25}
+.tracks th>span{display:block;padding-right:8px;line-height:1.25}
 .tracks td{padding:0 0 9px 0;vertical-align:top}.tracks th{padding-bottom:9px}
-@media (max-width:600px){.tracks th svg{width:110px}.tracks th{width:110px;min-width:110px}
-.tracks th{overflow:hidden}.tracks th svg{width:176px;margin-left:-66px}}
+.labels{width:176px;font-size:11px;white-space:pre}
+.labels div{display:flex;justify-content:flex-end;padding-right:8px}
+.begin{min-width:0;overflow:hidden;text-overflow:ellipsis}.end{flex:none}
+@media (max-width:600px){.tracks th{width:118px;min-width:118px}.labels{width:118px}}
 text{font:11px system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;fill:var(--ink)}
 .tick,.head{fill:var(--soft)}.tick{font-size:10.5px}
 .number{font-size:11px}.on{fill:var(--paper)}.off{fill:var(--ink)}

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import sapmerge as sm
+from sapmerge.display.labels import parted, width_of
 from sapmerge.display.page import Page
 from sapmerge.merging.inspection import AdapterSummary
 from sapmerge.merging.report import AdapterReport, LayerReport, Report
@@ -223,6 +224,41 @@ def test_names_from_files_are_no_markup() -> None:
     assert [list(a) for _, a in ours.seen] == [list(a) for _, a in theirs.seen]
     assert "\x1b" not in str(hostile.plot())
     assert any("<script>alert(1)</script>\"'&\\x1b[2J" in text for _, text in theirs.texts)
+
+
+@pytest.mark.parametrize("count", [2, 50])
+def test_long_names_are_told_in_full_and_shown_with_both_ends(count: int) -> None:
+    """Beside a heat map the browser leaves out the middle; elsewhere what is left has room."""
+    layer = "base.vision_tower.encoder.layers.0.a_projection_with_a_very_long_name_of_its_own"
+    found = report(count, (layer,))
+    labels = [f"{'of-the-northern-consortium-' * 2}site-{k:02d}" for k in range(count)]
+    renamed = dict(zip((a.label for a in found.adapters), labels))
+    new = {
+        "adapters": tuple(replace(a, label=renamed[a.label]) for a in found.adapters),
+        "layers": tuple(
+            replace(
+                one,
+                adapters=tuple(labels),
+                energies={renamed[a]: energy for a, energy in one.energies.items()},
+            )
+            for one in found.layers
+        ),
+        "cosine": {a: dict.fromkeys(labels, 0.5) for a in labels},
+        "sign_conflict": {a: dict.fromkeys(labels, 0.5) for a in labels},
+        "notes": {"anchor loss": {"base model": 2.0, **dict.fromkeys(labels, 1.0)}},
+    }
+    page = Reader(replace(found, **new).plot())
+    told = {attributes["title"] for tag, attributes in page.seen if attributes.get("title")}
+    assert set(labels) <= told
+    assert set(labels) <= set(page.titles())
+    pictured = [text for tag, text in page.texts if tag == "text"]
+    assert all(any(text.endswith(label[-7:]) for text in pictured) for label in labels)
+    assert max(width_of(text) for text in pictured) <= 214
+    assert not set(labels) & set(pictured)  # they are too long
+    spans = [text for tag, text in page.texts if tag == "span"]
+    for label in labels:
+        head, tail = parted(label, 50)
+        assert spans[spans.index(tail) - 1] == head
 
 
 def test_a_hostile_adapter_file(tmp_path: Path) -> None:
