@@ -26,6 +26,7 @@ from sapmerge.io.files import DEFAULT_LIMITS, Limits, shown
 from sapmerge.io.folder import BESIDE, CONFIG, WEIGHTS, read_folder, which_weights
 from sapmerge.io.hub import downloaded
 from sapmerge.io.kinds.vectors import Vector
+from sapmerge.io.licences import CARD
 from sapmerge.io.live import check_live_scaling, config_bytes, live_adapter
 from sapmerge.io.modules import BaseWeights, Module, SavedTensor
 from sapmerge.io.pickles import held
@@ -141,7 +142,7 @@ class Adapter:
         limits: Limits = DEFAULT_LIMITS,
     ) -> Adapter:
         """Download the two files of an adapter from the Hugging Face Hub (safetensors
-        only) and load them.
+        only), and its card if there is one, and load them.
 
         Args:
             repo_id: "user/name".
@@ -155,6 +156,7 @@ class Adapter:
         folder = downloaded(
             repo_id,
             (CONFIG, WEIGHTS),
+            optional=(CARD,),
             revision=revision,
             subfolder=subfolder,
             token=token,

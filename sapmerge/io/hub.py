@@ -64,6 +64,8 @@ def downloaded(
                 "the file"
             )
         except (HfHubHTTPError, HFValidationError) as error:
+            if names and name not in names:
+                continue  # what is needed is there
             raise AdapterFormatError(
                 f"the Hub repository {shown(repo_id)} cannot be read"
                 f"{f' at {shown(revision)}' if revision else ''}: {error}"

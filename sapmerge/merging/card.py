@@ -11,6 +11,7 @@ from sapmerge.display.summary import percent, span
 from sapmerge.display.words import title_of
 from sapmerge.io.adapter import Adapter
 from sapmerge.io.records import is_folder
+from sapmerge.merging import licences
 from sapmerge.merging.command import command_of
 from sapmerge.merging.inputs import in_content_order
 from sapmerge.merging.report import LayerReport, Report
@@ -45,6 +46,8 @@ def card_of(
     head = ["library_name: peft", "tags: [lora, merge, sapmerge]"]
     if base:
         head += [f"base_model: {json.dumps(base)}", "base_model_relation: merge"]
+    stated = licences.stated(run.adapters)
+    head += licences.fields(stated)
     energy = sum(row.norm**2 for row in rows)
     kept = sum(row.energy_kept * row.norm**2 for row in rows) / energy if energy else 1.0
     ranks = span(row.rank for row in rows)
@@ -73,8 +76,7 @@ def card_of(
         "|---|--:|--:|--:|---|",
         *_inputs(run, rows, report),
         "",
-        "Energy share: of the squared norms of the weighted updates. The licences of the base and "
-        "of these adapters hold for the merge, too.",
+        f"Energy share: of the squared norms of the weighted updates. {licences.sentence(stated)}",
         "",
         *([] if said is None else _anchors(said)),
         "## Recipe",

@@ -168,6 +168,7 @@ def test_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == [
         ("user/name", "adapter_config.json", "abc"),
         ("user/name", "adapter_model.safetensors", "abc"),
+        ("user/name", "README.md", "abc"),  # of which there is none
     ]
     (folder / "adapter_model.safetensors").unlink()
     with pytest.raises(AdapterFormatError, match=r"user/name.*adapter_model\.safetensors"):

@@ -118,3 +118,49 @@ def test_a_merge_that_loses_energy_says_so(tmp_path: Path) -> None:
     with pytest.warns(sm.SapmergeWarning, match="keeps"):
         sm.merge(folders, method=sm.dare(0.2), rank=1).save_pretrained(tmp_path / "out")
     assert "less than 90 %" in (tmp_path / "out" / "README.md").read_text()
+
+
+def with_licences(tmp_path: Path, **cards: str | None) -> ModelCard:
+    """The card of a merge of adapters whose own cards have these front matters."""
+    folders = [save_lora(tmp_path / label, seed) for seed, label in enumerate(cards)]
+    for folder, text in zip(folders, cards.values()):
+        if text is not None:
+            (folder / "README.md").write_text(f"---\n{text}\n---\n")
+    sm.merge(folders, method=sm.mean()).save_pretrained(tmp_path / "out")
+    return ModelCard.load(tmp_path / "out" / "README.md")
+
+
+def test_a_licence_that_all_state(tmp_path: Path) -> None:
+    found = with_licences(tmp_path / "one", a="license: mit", b="license: 'mit'")
+    assert found.data.license == "mit"
+    assert "The adapters' cards state the licence `mit`." in found.text
+    named = "license: other\nlicense_name: llama3"
+    found = with_licences(tmp_path / "other", a=named, b=named)
+    assert (found.data.license, found.data.license_name) == ("other", "llama3")
+    found = with_licences(
+        tmp_path / "two", a="license: [mit, gpl-3.0]", b="license: [mit, gpl-3.0]"
+    )
+    assert found.data.license == ["mit", "gpl-3.0"]
+    again = with_licences(tmp_path / "number", a="license: '1.0'", b="license: '1.0'")
+    assert again.data.license == "1.0"
+    # an output of ours is an input like others
+    sm.merge([tmp_path / "one" / "out"], method=sm.mean()).save_pretrained(tmp_path / "again")
+    assert ModelCard.load(tmp_path / "again" / "README.md").data.license == "mit"
+
+
+def test_licences_that_differ(tmp_path: Path) -> None:
+    found = with_licences(
+        tmp_path, a="license: mit", b="license: cc-by-nc-4.0", c=None, d="license: mit"
+    )
+    assert "license" not in found.data.to_dict()
+    assert "`cc-by-nc-4.0` (b); `mit` (a, d); none is stated for c." in found.text
+    assert "is the decision of whoever does so" in found.text
+
+
+def test_no_licence(tmp_path: Path) -> None:
+    hostile = "license: <img src=x>"
+    found = with_licences(tmp_path, a=None, b=hostile)
+    assert "license" not in found.data.to_dict()
+    assert "The licences of the base and of these adapters hold for the merge, too." in found.text
+    assert "img" not in found.content
+    assert "decision" not in found.text
