@@ -15,7 +15,7 @@ def add_to(commands: Any) -> list[argparse.ArgumentParser]:
     """Add the command; returns its parser."""
     demo = commands.add_parser(
         "demo",
-        help="the mission in small, in about a minute",
+        help="the mission in small, in about a minute and a half",
         description="Train, merge, compare.",
         epilog="example: sapmerge demo -o demo --seed 1",
     )
