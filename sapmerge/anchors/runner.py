@@ -328,6 +328,7 @@ class Runner:
         """The mean loss at base + one adapter, or at the base for None;
         the anchors' own loss is measured once.
         """
+        self._used.up = True
         loss, key = loss or self.loss, self._key(adapter)
         if loss is self.loss and key in self._known:
             return self._known[key]

@@ -6,9 +6,9 @@ import os
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,37 +17,68 @@ from torch import nn
 from sapmerge.anchors.digest import digest
 from sapmerge.comparing.metric import Score, read_scores
 from sapmerge.comparing.table import MethodResult
+from sapmerge.core.layer import Layer
 from sapmerge.core.part import recipe
 from sapmerge.core.protocols import Method
+from sapmerge.core.torch_state import pinned
 from sapmerge.core.undo import restoring
+from sapmerge.core.updates import Dense, LowRank, Update
 from sapmerge.errors import AnchorError, MethodError, SapmergeError, SapmergeWarning
 from sapmerge.losses import Loss
-from sapmerge.merging.merge import Merged, merge
+from sapmerge.merging.merge import Merged
+from sapmerge.merging.opened import Opened
+from sapmerge.merging.run import Run
+from sapmerge.parts.scaling import MatchEnergy
 
 __all__ = ["Bench", "check_bench", "metric_of", "statistics_in"]
 
 
+_ROOM = 1 << 29
+"""Bytes of merged updates that are held for the same merge at another length."""
+
+
+class _Remembered:
+    """A prepared method whose updates are held, as far as they fit, to be scaled later."""
+
+    def __init__(self, method: Method) -> None:
+        self._method, self._room = method, _ROOM
+        self._updates: dict[str, Update] = {}
+
+    def __call__(self, layer: Layer) -> Update:
+        update = self._updates.get(layer.name)
+        if update is None:
+            update = self._method(layer)
+            # what a function of the user's returns instead is refused where layers are merged
+            known = isinstance(update, (LowRank, Dense))  # pyright: ignore[reportUnnecessaryIsInstance]
+            if known and update.nbytes <= self._room:
+                self._room -= update.nbytes
+                self._updates[layer.name] = update
+        return update
+
+
 @dataclass(frozen=True, eq=False)
 class Bench:
-    """What is the same for every method of a comparison.
+    """What is the same for every method of a comparison, opened once: the updates of the adapters
+    that are read for one method, their norms and Gram matrices serve the others.
 
     Args:
-        adapters: opened.
-        loader: of the anchors, or None.
+        opened: adapters and anchors, without a method.
         model: the base, loaded.
         evaluate: the metric.
-        call: further arguments of `merge`.
-        cache: folder of the anchors' statistics, or None.
+        scale: of every merge, as in `merge`.
+        matched: whether each method is followed by `MatchEnergy` of it.
     """
 
-    adapters: Any
-    loader: Any
+    opened: Opened
     model: nn.Module
     evaluate: Callable[[Any], Any]
-    call: Mapping[str, Any]
-    cache: str | None
+    scale: float = 1.0
+    matched: bool = False
+    _last: list[Run] = field(default_factory=list[Run], init=False, repr=False)
 
-    def result(self, name: str, length: str, method: Method | None, **more: Any) -> MethodResult:
+    def result(
+        self, name: str, length: str, method: Method | None, scale: float | None = None
+    ) -> MethodResult:
         """The scores of a method, or of the base model for None; what the merge refuses has its
         reason.
 
@@ -55,16 +86,17 @@ class Bench:
             name: as the leaderboard says it.
             length: its own, or the matched one.
             method: to merge with.
-            more: arguments of `merge` instead of those of the call.
+            scale: instead of that of all.
         """
         start, norm, entered = time.perf_counter(), 0.0, False
         text = "" if method is None else recipe(method)
-        with _as_it_was(self.model):
+        with _as_it_was(self.model), self.opened.stream.holding():
             try:
                 if method is None:
                     scores = self._scores()
                 else:
-                    with self._merged(method, more).applied(self.model) as report:
+                    run = self._run(method, self.scale if scale is None else scale)
+                    with Merged(run).applied(self.model) as report:
                         entered = True
                         norm = sum(layer.norm**2 for layer in report.layers) ** 0.5
                         scores = self._scores()
@@ -74,19 +106,30 @@ class Bench:
                 return MethodResult(name, length, text, problem=str(error))
         return MethodResult(name, length, text, scores, norm, time.perf_counter() - start)
 
-    def _merged(self, method: Method, more: Mapping[str, Any]) -> Merged:
-        """Without the warning that a method reads no anchors: others of the comparison do."""
+    def _run(self, method: Method, scale: float) -> Run:
+        """A merge. `MatchEnergy` of the method before is that merge times a factor."""
+        last = self._last.pop() if self._last else None
+        if isinstance(method, MatchEnergy) and last is not None and last.method is method.method:
+            return _matched(last, method)
         with warnings.catch_warnings():
+            # others of the comparison read them
             warnings.filterwarnings("ignore", "the anchors were not used", SapmergeWarning)
-            return merge(
-                self.adapters, self.loader, self.model, method=method, cache=self.cache,
-                progress=False, **{**self.call, **more},
-            )  # fmt: skip
+            run = self.opened.run(method, scale)
+        if self.matched:
+            run = replace(run, prepared=_Remembered(run.prepared))
+            self._last.append(run)
+        return run
 
     def _scores(self) -> dict[str, Score]:
         self.model.eval()
         with torch.no_grad():
             return read_scores(self.evaluate(self.model))
+
+
+@pinned
+def _matched(run: Run, method: MatchEnergy) -> Run:
+    """The merge again, at the mean length of its inputs."""
+    return replace(run, method=method, prepared=MatchEnergy(run.prepared).prepare(run.stream))
 
 
 def check_bench(model: Any, evaluate: Any, who: str) -> None:

@@ -19,7 +19,8 @@ from sapmerge.core.undo import guarded
 from sapmerge.errors import MethodError
 from sapmerge.losses import Loss
 from sapmerge.merging.calling import check_method
-from sapmerge.merging.inputs import Adapters, as_given, load_adapters
+from sapmerge.merging.inputs import Adapters, as_given, check_numbers
+from sapmerge.merging.opened import open_merge
 from sapmerge.method_names import method_named
 from sapmerge.parts.scaling import MatchEnergy
 
@@ -51,10 +52,12 @@ def compare(
 ) -> Comparison:
     """Merge with every method, evaluate each merge on the model, and say which are better.
 
-    The adapters are opened once, and statistics over the anchors are computed once for all methods
-    that read the same ones. Each merge is applied to the model without loss of rank, as
-    `Merged.apply_to` does, in eval mode and without gradients; then weights, buffers and training
-    modes are what they were.
+    The adapters are opened once, and what methods have in common is computed once: updates as they
+    were read, norms, Gram matrices, statistics over the anchors, and the merge of which a matched
+    length is a multiple. Up to half a gigabyte of the adapters' updates and as much of a merge are
+    held; what is beyond is read or merged again. Each merge is applied to the model without loss of
+    rank, as `Merged.apply_to` does, in eval mode and without gradients; then weights, buffers and
+    training modes are what they were.
 
     Args:
         adapters: as in `merge`.
@@ -94,22 +97,32 @@ def compare(
     check_bench(model, evaluate, "compare")
     plan = _plan(methods, matched, lambda one: check_method(one, anchor_loader, model))
     numbers = as_given(weights)
-    opened = load_adapters(adapters, model, numbers)
-    call: dict[str, Any] = {
-        "weights": numbers,
-        "scale": scale,
-        "loss": loss,
-        "modules_to_save": modules_to_save,
-        "base_model": base_model,
-        "device": device,
-    }
-    anchors = None if anchor_loader is None or folder is None else list(anchor_loader)
-    settings = [[(one.label, one.digest) for one in opened], sorted(call.items()), anchors]
-    kept = KeptResults(folder, settings, model, evaluate)
-    results = list[MethodResult]()
+    check_numbers(scale, None)
     with ExitStack() as stack:
-        cache = statistics_in(folder, anchor_loader, loss, stack)
-        bench = Bench(opened, anchor_loader, model, evaluate, call, cache)
+        opened = open_merge(
+            adapters,
+            anchor_loader,
+            model,
+            weights=numbers,
+            loss=loss,
+            modules_to_save=modules_to_save,
+            base_model=base_model,
+            device=device,
+            progress=False,
+            cache=statistics_in(folder, anchor_loader, loss, stack),
+        )
+        call: dict[str, Any] = {
+            "weights": numbers,
+            "scale": scale,
+            "loss": loss,
+            "modules_to_save": modules_to_save,
+            "base_model": base_model,
+            "device": device,
+        }
+        anchors = None if anchor_loader is None or folder is None else list(anchor_loader)
+        settings = [[(a.label, a.digest) for a in opened.adapters], sorted(call.items()), anchors]
+        kept = KeptResults(folder, settings, model, evaluate)
+        bench, results = Bench(opened, model, evaluate, scale, matched), list[MethodResult]()
         for name, length, method in _with_bar(plan, progress):
             found = kept.get(method, name, length)
             if found is None:

@@ -20,7 +20,8 @@ from sapmerge.display.tables import table
 from sapmerge.errors import MethodError
 from sapmerge.losses import Loss
 from sapmerge.merging.calling import check_method
-from sapmerge.merging.inputs import Adapters, as_given, load_adapters
+from sapmerge.merging.inputs import Adapters, as_given
+from sapmerge.merging.opened import open_merge
 from sapmerge.method_names import factory_of
 
 __all__ = ["SearchResult", "SearchTrial", "Space", "search"]
@@ -165,18 +166,21 @@ def search(
     _check(space)
     optuna = _optuna()
     numbers = as_given(weights)
-    opened = load_adapters(adapters, model, numbers)
-    call: dict[str, Any] = {
-        "weights": numbers,
-        "loss": loss,
-        "modules_to_save": modules_to_save,
-        "base_model": base_model,
-        "device": device,
-    }
     made, known = list[SearchTrial](), dict[tuple[str, float], MethodResult]()
     with ExitStack() as stack:
-        cache = statistics_in(None, anchor_loader, loss, stack)
-        bench = Bench(opened, anchor_loader, model, evaluate, call, cache)
+        opened = open_merge(
+            adapters,
+            anchor_loader,
+            model,
+            weights=numbers,
+            loss=loss,
+            modules_to_save=modules_to_save,
+            base_model=base_model,
+            device=device,
+            progress=False,
+            cache=statistics_in(None, anchor_loader, loss, stack),
+        )
+        bench = Bench(opened, model, evaluate)
         base = bench.result(BASE, "", None)
         name = metric_of(base, metric)
         stack.enter_context(_quiet(optuna))

@@ -54,6 +54,11 @@ class LowRank:
         return self.rank == 0
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of the factors."""
+        return self.B.nbytes + self.A.nbytes
+
+    @property
     def dtype(self) -> torch.dtype:
         return self.A.dtype
 
@@ -155,6 +160,10 @@ class Dense:
     @property
     def absent(self) -> bool:
         return self.rank == 0
+
+    @property
+    def nbytes(self) -> int:
+        return self.matrix.nbytes
 
     @property
     def dtype(self) -> torch.dtype:

@@ -7,7 +7,6 @@ read, merge, hand to save_pretrained / apply_to / add_to
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,47 +15,27 @@ from typing import Any
 
 import torch
 
-from sapmerge.core.part import prepare, recipe
+from sapmerge.core.part import recipe
 from sapmerge.core.protocols import Method
 from sapmerge.core.torch_state import pinned
 from sapmerge.core.undo import Undo
 from sapmerge.core.updates import Update
-from sapmerge.errors import MethodError, warn
+from sapmerge.errors import MethodError
 from sapmerge.io.adapter import Adapter
 from sapmerge.losses import Loss
 from sapmerge.merging import sinks
 from sapmerge.merging.calling import check_cache, check_method, says_what_is_meant
-from sapmerge.merging.copies import check_copies
 from sapmerge.merging.form import DTYPES, Form, dtype_name
-from sapmerge.merging.heads import HeadPolicy, plan_heads
+from sapmerge.merging.heads import HeadPolicy
 from sapmerge.merging.hub import push_to_hub
-from sapmerge.merging.inputs import (
-    Adapters,
-    Base,
-    as_given,
-    check_device,
-    check_mergeable,
-    check_numbers,
-    load_adapters,
-    open_base,
-    resolve_weights,
-    weights_of,
-    with_base,
-)
-from sapmerge.merging.meaning import say_of_inputs, written_base
-from sapmerge.merging.missing import say_what_is_missing
-from sapmerge.merging.needs import check_needs
+from sapmerge.merging.inputs import Adapters, Base, as_given, check_numbers, open_base
+from sapmerge.merging.opened import open_merge
 from sapmerge.merging.report import LayerReport, Report, notes_of
 from sapmerge.merging.reporting import report_of, with_notes
 from sapmerge.merging.run import Run
-from sapmerge.merging.serving import shapes_of
-from sapmerge.merging.spelling import Own, one_spelling, say_what_is_not_shared
 from sapmerge.merging.stream import AdapterLayers
-from sapmerge.merging.tokens import say_other_tokens
-from sapmerge.merging.vectors import check_vectors, plan_vectors
 from sapmerge.merging.whole import save_merged
-from sapmerge.models import find_modules, find_saved
-from sapmerge.naming import base_of, without_wrappers
+from sapmerge.naming import base_of
 
 __all__ = ["Merged", "merge"]
 
@@ -119,69 +98,27 @@ def merge(
         >>> merged.save_pretrained("both")  # doctest: +SKIP
     """
     folder = open_base(model)
-    if folder is not None:
-        if anchor_loader is not None:
-            raise MethodError(
-                "anchors run through a loaded model; a folder as model= serves names and weights "
-                "only"
-            )
-        model = None
-    method = check_method(method, anchor_loader, model)
+    if folder is not None and anchor_loader is not None:
+        raise MethodError(
+            "anchors run through a loaded model; a folder as model= serves names and weights only"
+        )
+    method = check_method(method, anchor_loader, None if folder is not None else model)
     check_numbers(scale, rank)
     check_cache(cache, cache_only, anchor_loader)
-    weights = as_given(weights)
-    model = without_wrappers(model)
-    opened = one_spelling(load_adapters(adapters, model, weights), model)
-    numbers = resolve_weights(weights, opened)
-    base = written_base(check_mergeable(opened, base_model), opened, base_model, folder or model)
-    if model is None:  # else the names are settled
-        say_what_is_not_shared(opened)
-    heads = plan_heads(opened, numbers, modules_to_save)
-    say_other_tokens(opened, heads)
-    if folder is not None:
-        folder.conv1d = any(adapter.fan_in_fan_out for adapter in opened)
-    opened = with_base(opened, folder or model)
-    check_copies(opened, weights_of(folder or model))
-    say_what_is_missing(opened, folder or model)
-    stream = AdapterLayers.of(opened, numbers, check_device(device))
-    check_needs(method, stream)
-    said = say_of_inputs(stream, method)
-    show = sys.stderr.isatty() if progress is None else progress
-    if anchor_loader is not None:
-        stream = stream.with_anchors(anchor_loader, model, loss, cache)
-        assert stream.anchors is not None
-        stream.anchors.cache_only, stream.anchors.passes.shown = cache_only, show
-    elif folder is not None:
-        folder.check(stream.modules.values(), heads.shapes())
-    elif model is not None:
-        find_modules(model, stream.modules)
-        find_saved(model, heads.shapes())
-    with stream.holding():
-        prepared = prepare(method, stream)
-    if stream.anchors is not None and not stream.anchors.used:
-        warn(f"the anchors were not used: {recipe(method)} reads no gradients and no losses")
-    vectors = plan_vectors(
-        prepared, stream.adapters, stream.weights, float(scale), weights_of(folder or model)
+    opened = open_merge(
+        adapters,
+        anchor_loader,
+        folder or model,
+        weights=as_given(weights),
+        loss=loss,
+        modules_to_save=modules_to_save,
+        base_model=base_model,
+        device=device,
+        progress=progress,
+        cache=cache,
+        cache_only=cache_only,
     )
-    if model is not None:
-        check_vectors(vectors, model)
-    run = Run(
-        adapters=tuple(opened),
-        weights=tuple(numbers),
-        base=base,
-        heads=heads,
-        vectors=vectors,
-        method=method,
-        scale=float(scale),
-        rank=rank,
-        stream=stream,
-        prepared=prepared,
-        own_names=Own.of(model),
-        shapes=shapes_of(folder or model),
-        said=said,
-        progress=show,
-    )
-    return Merged(run)
+    return Merged(opened.run(method, scale, rank))
 
 
 class Merged:

@@ -115,8 +115,17 @@ class LayerReport:
         return sum(kept.values()) / len(kept) if kept else None
 
 
-def describe(layer: Layer, merged: Update, notes: Mapping[str, Any]) -> LayerReport:
-    """The report of one layer, stored as it is."""
+def describe(
+    layer: Layer,
+    merged: Update,
+    notes: Mapping[str, Any],
+    known: dict[str, Geometry] | None = None,
+) -> LayerReport:
+    """The report of one layer, stored as it is.
+
+    Args:
+        known: how the inputs of layers lie to each other, as far as they were looked at before.
+    """
     there = [k for k, present in enumerate(layer.present) if present] or list(range(len(layer)))
     inputs = [layer.updates[k] for k in there]
     pairs = None
@@ -125,7 +134,9 @@ def describe(layer: Layer, merged: Update, notes: Mapping[str, Any]) -> LayerRep
         crowd.add(inputs)
         cosine, sign_conflict = crowd.cosine(), crowd.sign_conflict()
     else:
-        pairs = geometry(inputs, SAMPLED_ROWS)
+        seen = {} if known is None else known
+        pairs = seen.get(layer.name) or geometry(inputs, SAMPLED_ROWS)
+        seen[layer.name] = pairs
         cosine = off_diagonal_mean(pairs.cosine)
         sign_conflict = off_diagonal_mean(pairs.sign_conflict)
     return LayerReport(

@@ -128,7 +128,7 @@ class Run:
                 merger = in_pieces(self.stream, self.prepared, name)
             if merger is None:
                 layer, update, notes = self.merged(name)
-                row = describe(layer, update, notes)
+                row = describe(layer, update, notes, self.stream.pairs)
                 del layer  # many clients' factors, which the decomposition has no use for
             else:
                 update, row = summed(self.stream, merger, name, self.scale)

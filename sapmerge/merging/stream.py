@@ -15,9 +15,10 @@ from typing import Any, TypeVar
 import torch
 
 from sapmerge.anchors.anchors import Anchors
+from sapmerge.core.geometry import Geometry
 from sapmerge.core.layer import Layer, Member
 from sapmerge.core.torch_state import pinned
-from sapmerge.core.updates import LowRank, Update, absent
+from sapmerge.core.updates import Update, absent
 from sapmerge.errors import warn
 from sapmerge.io.adapter import Adapter
 from sapmerge.io.modules import Module
@@ -40,6 +41,7 @@ class _Held:
 
     def __init__(self, room: int) -> None:
         self.filling, self._room = False, room
+        self.pairs = dict[str, Geometry]()  # layer -> how its updates lie to each other
         self._updates: dict[tuple[int, str], Update] = {}
 
     def fits(self, size: int) -> bool:
@@ -50,13 +52,8 @@ class _Held:
         update = self._updates.get(key)
         if update is None:
             update = read()
-            size = (
-                update.B.nbytes + update.A.nbytes
-                if isinstance(update, LowRank)
-                else update.matrix.nbytes
-            )
-            if self.filling and size <= self._room:
-                self._room -= size
+            if self.filling and update.nbytes <= self._room:
+                self._room -= update.nbytes
                 self._updates[key] = update
         return update
 
@@ -141,11 +138,18 @@ class AdapterLayers:
         """What is read in the block is held for later, within a budget:
         for the pre-passes of a method.
         """
-        self.held.filling = True
+        before, self.held.filling = self.held.filling, True
         try:
             yield
         finally:
-            self.held.filling = False
+            self.held.filling = before
+
+    @property
+    def pairs(self) -> dict[str, Geometry]:
+        """How the updates of a layer lie to each other, to be looked at once while they are held:
+        by layer.
+        """
+        return self.held.pairs if self.held.filling else {}
 
     def _updates(self, k: int) -> Mapping[str, Update]:
         return {name: self._update(k, name) for name in self.adapters[k].modules}

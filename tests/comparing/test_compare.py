@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import sapmerge as sm
+from sapmerge.comparing import bench
 from sapmerge.comparing.metric import Score
+from sapmerge.merging import stream
 
 from ..models import Block, copied, same, save_lora
 
@@ -66,6 +68,49 @@ def test_eight_methods_are_eight_separate_runs(folders: list[Path]) -> None:
         assert isinstance(method, sm.MatchEnergy) == (row.length == "matched")
         own = getattr(sm, row.name)()
         assert repr(method) == repr(own if row.length == "own" else sm.MatchEnergy(own))
+
+
+@pytest.mark.parametrize("room", [1 << 29, 0])
+def test_eight_methods_with_anchors_are_separate_runs_to_the_byte(
+    folders: list[Path], room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights and report, whether what methods share fits into memory or not."""
+    monkeypatch.setattr(bench, "_ROOM", room)
+    monkeypatch.setattr(stream, "_HELD", room)
+    loader = [{"x": IMAGES[:8]}, {"x": IMAGES[8:16]}]
+    methods = ["mean", "ties", "tsv", "iso_c", "knots", "dare_ties", "sap", sm.ties(0.5)]
+    seen = []
+
+    def evaluate(model: nn.Module) -> float:
+        seen.append(copied(model))
+        return energy(model)
+
+    def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return model(batch["x"]).square().mean()
+
+    table = sm.compare(folders, methods, loader, Net(), evaluate=evaluate, loss=loss)
+    assert len(seen) == len(table.results) == 1 + 2 * len(methods)
+    for row, weights in zip(table.results[1:], seen[1:], strict=True):
+        separate, method = Net().eval(), sm.parse(row.recipe)
+        anchors = (loader, Net()) if row.name == "sap" else ()
+        merged = sm.merge(
+            folders, *anchors, method=method, loss=loss if row.name == "sap" else None
+        )
+        merged.apply_to(separate)
+        assert same(copied(separate), weights), (row.name, row.length)
+        assert row.norm == sum(layer.norm**2 for layer in merged.report.layers) ** 0.5
+        assert row.scores["score"].value == energy(separate)
+
+
+def test_what_a_matched_length_is_a_multiple_of_is_merged_once(folders: list[Path]) -> None:
+    merged = []
+
+    def mine(layer: sm.Layer) -> sm.Update:
+        merged.append(layer.name)
+        return sm.on_one_layer(sm.mean(), layer)
+
+    sm.compare(folders, {"mine": mine}, model=Net(), evaluate=energy)
+    assert sorted(merged) == sorted(sm.Adapter.load(folders[0]).modules)
 
 
 def test_the_norm_is_that_of_the_merged_update(folders: list[Path]) -> None:
