@@ -37,9 +37,6 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FOLDERS = ("downloads/medical", "downloads/legal", "art", "sketch", "cartoon", "a", "b", "c")
 
-TWICE = {"anchors", "clip", "criteria", "llava", "llm", "open_clip", "quickstart", "sap", "serving"}
-"""Guides that are run again in the folder of an earlier run."""
-
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 # Random updates are no more low-rank after pruning than a program of the documentation has to be
 # quiet about it.
@@ -53,11 +50,11 @@ def quiet(test: Any) -> Any:
     return _rank(_base(test))
 
 
-def blocks(page: Path, language: str) -> Iterator[tuple[int, str]]:
-    """(line, text) of every fenced block of a language."""
+def blocks(page: Path, languages: str) -> Iterator[tuple[int, str, str]]:
+    """(line, language, text) of every fenced block of some languages, "python|sh"."""
     text = page.read_text()
-    for found in re.finditer(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
-        yield text[: found.start(1)].count("\n"), found[1]
+    for found in re.finditer(rf"^```({languages})\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        yield text[: found.start(2)].count("\n"), found[1], found[2]
 
 
 def tiny_clip() -> CLIPModel:
@@ -149,6 +146,10 @@ def workplace(downloads: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.fixture
 def names() -> dict[str, Any]:
+    return given_names()
+
+
+def given_names() -> dict[str, Any]:
     """What the programs of the documentation take for granted."""
     generator = torch.Generator().manual_seed(0)
     return {
@@ -163,7 +164,7 @@ def names() -> dict[str, Any]:
 
 def write_modules(page: Path, folder: Path) -> None:
     """A block that begins with `# name.py` is that file."""
-    for _, text in blocks(page, "python"):
+    for _, _, text in blocks(page, "python"):
         if found := re.match(r"# (\w+\.py)\n", text):
             (folder / found[1]).write_text(text)
             # Another page, or another test, may have had a module of this name.
@@ -172,33 +173,37 @@ def write_modules(page: Path, folder: Path) -> None:
 
 @quiet
 @every_page
-def test_programs_run(
-    page: Path, workplace: Path, names: dict[str, Any], capsys: pytest.CaptureFixture[str]
+def test_pages_run_twice(
+    page: Path,
+    workplace: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    write_modules(page, workplace)
-    for _ in range(2 if page.stem in TWICE else 1):
-        for line, text in blocks(page, "python"):
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", category=FutureWarning)
-                # The empty lines put a failure on its line in the page.
-                exec(compile("\n" * line + text, str(page), "exec", dont_inherit=True), names)
-
-
-@every_page
-def test_commands_run(
-    page: Path, workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch
-) -> None:
+    """Programs and commands from top to bottom, and again in the same folder, as a day later."""
     write_modules(page, workplace)
     # the command line sets its own
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
-    for line, text in blocks(page, "sh"):
-        for command in text.replace("\\\n", " ").splitlines():
-            words = shlex.split(command, comments=True)
-            if words[:1] != ["sapmerge"] or words[1:2] == ["demo"]:  # test_demo.py has that
+    for _ in range(2):
+        run_page(page, capsys)
+
+
+def run_page(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every program and command of a page."""
+    names = given_names()
+    for line, language, text in blocks(page, "python|sh"):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning)
+            if language == "python":
+                # The empty lines put a failure on its line in the page.
+                exec(compile("\n" * line + text, str(page), "exec", dont_inherit=True), names)
                 continue
-            with warnings.catch_warnings():
-                code = cli.main(words[1:])
-            assert code == 0, f"{page.name}:{line}: {command}\n{capsys.readouterr().err}"
+            for command in text.replace("\\\n", " ").splitlines():
+                words = shlex.split(command, comments=True)
+                if words[:1] != ["sapmerge"] or words[1:2] == ["demo"]:  # test_demo.py has that
+                    continue
+                with warnings.catch_warnings():
+                    code = cli.main(words[1:])
+                assert code == 0, f"{page.name}:{line}: {command}\n{capsys.readouterr().err}"
 
 
 @every_page

@@ -155,10 +155,8 @@ def _opened(options: argparse.Namespace) -> Inbox:
 
 def _new(options: argparse.Namespace) -> None:
     from sapmerge.federated.inbox import Inbox
-    from sapmerge.io.files import shown
 
-    if _is_round(options.round):
-        raise RoundError(f"{shown(options.round)} is a round already")
+    there = _is_round(options.round)
     inbox = Inbox(
         options.round,
         base_model=options.base_model or options.model,
@@ -186,6 +184,7 @@ def _new(options: argparse.Namespace) -> None:
     print(
         f"{inbox.path}: {len(contract.modules)} modules, rank at most {contract.max_rank}, quorum "
         f"{contract.quorum}"
+        + (f"; it is there already, with {len(inbox.clients)} uploads" if there else "")
     )
 
 

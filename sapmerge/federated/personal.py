@@ -19,6 +19,7 @@ from sapmerge.core.updates import Update
 from sapmerge.errors import IncompatibleAdaptersError, MethodError
 from sapmerge.io.adapter import Adapter
 from sapmerge.io.atomic import StagedFolder
+from sapmerge.io.outputs import ADAPTERS, check_apart
 from sapmerge.merging import sinks
 from sapmerge.merging.heads import HeadPolicy
 from sapmerge.merging.inputs import Adapters, load_adapters, resolve_weights
@@ -71,15 +72,22 @@ class Personal(Mapping[str, Merged]):
         """Label -> what was merged."""
         return {label: merged.report for label, merged in self._rows.items()}
 
-    def save_pretrained(self, parent: str | os.PathLike[str]) -> None:
+    def save_pretrained(self, parent: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Write a PEFT checkpoint per row, `parent/<label>`.
         The parent appears whole or not at all.
 
+        Args:
+            parent: the folder to write.
+            overwrite: replace an earlier one, whole, if it holds nothing but adapters.
+
         Raises:
             OutputExistsError: the parent exists.
+            OutputError: it is or holds one of the inputs, or holds more than adapters.
             NonFiniteError: a merged update is not finite, or overflows the output's dtype.
         """
-        with StagedFolder(parent, overwrite=False) as folder:
+        inputs = {a.folder for merged in self._rows.values() for a in merged.adapters}
+        check_apart(parent, inputs)
+        with StagedFolder(parent, overwrite=overwrite, kind=ADAPTERS) as folder:
             labels = list(self._rows)
             for start in range(0, len(labels), _TOGETHER):
                 some = labels[start : start + _TOGETHER]

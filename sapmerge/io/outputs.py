@@ -13,6 +13,7 @@ from sapmerge.errors import OutputError
 
 __all__ = [
     "ADAPTER",
+    "ADAPTERS",
     "CARD_NAME",
     "CONFIG_NAME",
     "TENSORS_NAME",
@@ -68,6 +69,24 @@ class Kind:
 
 _OF_AN_ADAPTER = (CONFIG_NAME, TENSORS_NAME, CARD_NAME, "adapter_model.bin")
 ADAPTER = Kind("an adapter", CONFIG_NAME, lambda _: _OF_AN_ADAPTER)
+
+
+class _Folders(Kind):
+    """A folder with nothing but folders in it, each of them an adapter."""
+
+    def require(self, folder: str, path: str) -> None:
+        with os.scandir(folder) as entries:
+            content = {entry.name: entry.is_dir(follow_symlinks=False) for entry in entries}
+        for entry, inside in sorted(content.items()):
+            if not inside:
+                raise OutputError(
+                    f"{path!r} holds {entry!r}: it is not {self.what} and is not replaced, even "
+                    "with overwrite=True; give another path"
+                )
+            ADAPTER.require(os.path.join(folder, entry), os.path.join(path, entry))
+
+
+ADAPTERS = _Folders("a folder of adapters", ADAPTER.marker, ADAPTER.files)
 
 
 def as_path(path: object) -> str:

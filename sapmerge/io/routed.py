@@ -22,7 +22,7 @@ from sapmerge.errors import AdapterFormatError, NonFiniteError
 from sapmerge.io.atomic import StagedFolder
 from sapmerge.io.files import DEFAULT_LIMITS, Limits, RegularFile, shown
 from sapmerge.io.header import open_weights
-from sapmerge.io.outputs import CARD_NAME
+from sapmerge.io.outputs import CARD_NAME, Kind
 from sapmerge.io.strict_json import parse
 
 __all__ = ["FACTORS", "ROUTED", "ROUTER", "read_routed", "write_routed"]
@@ -30,6 +30,7 @@ __all__ = ["FACTORS", "ROUTED", "ROUTER", "read_routed", "write_routed"]
 ROUTED, FACTORS, ROUTER = "routed.json", "factors.safetensors", "router.safetensors"
 _CONFIG_BYTES = 1 << 26  # a line per layer, of which there may be thousands
 _LIMITS = Limits(config_bytes=_CONFIG_BYTES)
+_KIND = Kind("a folder of routed adapters", ROUTED, lambda _: (ROUTED, FACTORS, ROUTER, CARD_NAME))
 
 
 def write_routed(
@@ -38,17 +39,21 @@ def write_routed(
     factors: Mapping[str, Tensor],
     router: Mapping[str, Tensor],
     card: str,
+    overwrite: bool = False,
 ) -> None:
     """Write the folder, whole or not at all.
+
+    Args:
+        overwrite: replace an earlier one.
 
     Raises:
         OutputExistsError: it exists.
         NonFiniteError: a tensor is NaN or infinite.
         OutputError: the disk refuses.
     """
-    from safetensors.torch import save
+    from safetensors.torch import save  # importing sapmerge stays cheap
 
-    with StagedFolder(path, overwrite=False) as folder:
+    with StagedFolder(path, overwrite=overwrite, kind=_KIND) as folder:
         digests: dict[str, str] = {}
         for name, tensors in ((FACTORS, factors), (ROUTER, router)):
             for key, tensor in tensors.items():
@@ -56,8 +61,6 @@ def write_routed(
                     raise NonFiniteError(
                         f"{os.fspath(path)!r}: {key!r} of {name} is not finite; nothing is written"
                     )
-            from safetensors.torch import save  # importing sapmerge stays cheap
-
             data = save({key: tensor.float().contiguous() for key, tensor in tensors.items()})
             digests[name] = hashlib.sha256(data).hexdigest()
             folder.write(name, data)

@@ -254,12 +254,16 @@ class Routed:
             progress=False,
         )
 
-    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
+    def save_pretrained(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Write a folder that `Routed.load` reads: stacked factors, the router, a card. It appears
         whole or not at all.
 
         It is no PEFT checkpoint, and none is taken for one. Factors are float32, whatever the
         inputs were.
+
+        Args:
+            path: the folder to write.
+            overwrite: replace an earlier one.
 
         Raises:
             OutputExistsError: `path` exists.
@@ -272,7 +276,7 @@ class Routed:
             for name, stack in self.stacks.items()
             for part in "AB"
         }
-        write_routed(path, config, factors, self.states, card_of(config))
+        write_routed(path, config, factors, self.states, card_of(config), overwrite)
 
     @classmethod
     @pinned

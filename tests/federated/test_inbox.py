@@ -582,7 +582,9 @@ def test_a_round_from_the_shell(
     assert "1 clients of the quorum of 2" in capsys.readouterr().err
     assert cli.main(["round", "add", "r", "nowhere", "--client", "art"]) == 2
     assert "refused" in capsys.readouterr().err
-    assert cli.main(["round", "new", "r", "--model", "base"]) == 2
+    assert cli.main(["round", "new", "r", "--model", "base"]) == 2  # another contract
+    assert cli.main(commands[0].split()) == 0
+    assert "it is there already, with 1 uploads" in capsys.readouterr().out
     assert cli.main(["round", "list", "nothing"]) == 2
     assert cli.main(["round", "report", "r", "--json"]) == 0
     assert [c["client"] for c in json.loads(capsys.readouterr().out)["clients"]] == ["sketch"]

@@ -304,6 +304,24 @@ def test_nothing_is_written_where_a_result_is_not_finite(tmp_path: Path) -> None
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_only_a_folder_of_adapters_is_replaced(tmp_path: Path) -> None:
+    clients = [save_lora(tmp_path / f"c{k}", seed=k, targets="q") for k in range(2)]
+    out = tmp_path / "out"
+    fed.personalize(clients, torch.eye(2)).save_pretrained(out)
+    mean = fed.by_task(clients, ["one", "one"])
+    mean.save_pretrained(out, overwrite=True)
+    assert [path.name for path in out.iterdir()] == ["one"]
+    with pytest.raises(sm.OutputError, match="holds the input"):
+        mean.save_pretrained(tmp_path, overwrite=True)
+    (out / "one" / "notes.txt").write_text("mine")
+    with pytest.raises(sm.OutputError, match=r"one' holds more than an adapter: 'notes.txt'"):
+        mean.save_pretrained(out, overwrite=True)
+    (out / "one" / "notes.txt").rename(out / "notes.txt")
+    with pytest.raises(sm.OutputError, match=r"holds 'notes.txt': it is not a folder of adapters"):
+        mean.save_pretrained(out, overwrite=True)
+    assert (out / "notes.txt").read_text() == "mine"
+
+
 def test_one_mean_per_task() -> None:
     made = fed.by_task(pilot_clients(), ["t0", "t0", "t0", "t1", "t1", "t1"], N)
     for task in (0, 1):

@@ -232,6 +232,13 @@ def test_a_checkpoint_comes_back(folders: dict[str, Path], tmp_path: Path, route
     first, second = files(tmp_path / "out"), files(tmp_path / "twice")
     assert first.keys() == {ROUTED, FACTORS, ROUTER, "README.md"}
     assert (first[FACTORS], first[ROUTER]) == (second[FACTORS], second[ROUTER])
+    with pytest.raises(sm.OutputExistsError):
+        again.save_pretrained(tmp_path / "out")
+    again.save_pretrained(tmp_path / "out", overwrite=True)
+    assert files(tmp_path / "out") == second
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    with pytest.raises(sm.OutputError, match=r"more than a folder of routed adapters: 'notes.txt'"):
+        again.save_pretrained(tmp_path / "out", overwrite=True)
 
 
 def test_the_order_of_adapters_decides_on_no_bit(folders: dict[str, Path], tmp_path: Path) -> None:
