@@ -1,6 +1,6 @@
 """`sm.compare` of eight methods beside eight separate runs: open, merge, apply, evaluate.
 
-    python benchmarks/comparing.py            # ten minutes on one core
+    python benchmarks/comparing.py            # six minutes on one idle core
 
 Equality comes first, untimed: the weights of the model with every merge in it, by their sha256, and
 every metric. Then CPU seconds, separate runs before and after `compare`, on one thread.
