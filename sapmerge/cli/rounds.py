@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from sapmerge.cli.arguments import rank_of
+from sapmerge.cli.choices import DTYPES
 from sapmerge.cli.hub import add_hub_option, local
 from sapmerge.cli.recipes import method_of
 from sapmerge.errors import MethodError, ModelMismatchError, RoundError, printable
@@ -122,6 +123,9 @@ def add_to(commands: Any) -> list[argparse.ArgumentParser]:
         "--rank", type=rank_of, help="cap on the rank, share of energy in (0, 1), or 'exact'"
     )
     merge.add_argument("--modules-to-save", help="heads: mean or drop")
+    merge.add_argument(
+        "--save-dtype", choices=DTYPES, help="of the output; by default that of the uploads"
+    )
     merge.add_argument("--overwrite", action="store_true", help="replace an existing output")
     merge.add_argument("--json", action="store_true", help="the report as data")
     merge.set_defaults(run=_merge)
@@ -261,7 +265,7 @@ def _merge(options: argparse.Namespace) -> None:
         modules_to_save=options.modules_to_save,
         progress=False,
     )
-    merged.save_pretrained(options.output, overwrite=options.overwrite)
+    merged.save_pretrained(options.output, overwrite=options.overwrite, dtype=options.save_dtype)
     write_record(os.path.join(inbox.path, "report.json"), inbox.report.to_dict())
     if options.json:
         print(inbox.report.to_json().decode(), end="")

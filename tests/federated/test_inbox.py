@@ -594,7 +594,8 @@ def test_the_shell_as_data(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    save_lora(Path("art"), 1)
+    for seed, name in enumerate(("art", "sketch")):
+        save_lora(Path(name), seed)
 
     def data(command: str) -> tuple[int, Any]:
         try:
@@ -612,8 +613,11 @@ def test_the_shell_as_data(
     code, kept = data("round add r art --client one --samples 7")
     assert (code, kept["kept"], kept["samples"]) == (0, True, 7)
     assert kept["digest"] == sm.Adapter.load("art").digest
-    assert data("round add r art --client two --samples 3")[0] == 0
+    assert data("round add r sketch --client two --samples 3")[0] == 0
     code, refused = data("round add r nowhere --client three")
     assert (code, refused["kept"], refused["client"]) == (2, False, "three")
     assert "nowhere" in refused["reason"]
+    assert data("round merge r -o half --save-dtype float16")[0] == 0
+    tensors = load_file("half/adapter_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
     assert data("round remove r two") == (0, {"removed": "two", "clients": {"one": 7}})
