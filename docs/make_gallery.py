@@ -31,7 +31,9 @@ def page(script: Path, folder: Path) -> str:
     )  # fmt: skip
     if done.returncode:
         raise RuntimeError(f"{script.name}:\n{done.stderr}")
-    text = f"{intro}\n\n```py\n{program}\n```\n\nIt prints\n\n```text\n{done.stdout.strip()}\n```\n"
+    text = (
+        f"{intro}\n\n```py\n{program}\n```\n\nIt prints\n\n```text\n{done.stdout.rstrip()}\n```\n"
+    )
     pictures = sorted(path.name for path in folder.glob(f"{script.stem}*.png"))
     return text + "".join(f"\n![What it draws]({name})\n" for name in pictures)
 

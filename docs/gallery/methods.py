@@ -2,10 +2,12 @@
 
 A method is a function of the updates of one layer, so it can be looked at without any file. Two
 updates that agree in part, and what eight methods make of them: the norm of the result beside the
-mean norm of the inputs, its cosine with each input, and the energy that rank 4 can hold.
+mean norm of the inputs, its cosine with each input, and the energy that rank 4 can hold. They
+differ more in length than in direction: that is why `sm.compare` runs each at matched length, too.
 """
 
 import torch
+from matplotlib.figure import Figure
 
 import sapmerge as sm
 
@@ -40,6 +42,7 @@ def cosine(x: torch.Tensor, y: torch.Tensor) -> float:
 
 
 inputs = [update.dense() for update in layer]
+rows: dict[str, list[float]] = {}
 size = sum(float(matrix.norm()) for matrix in inputs) / 2
 print(f"{'':<20} {'norm':>6} {'cos 1':>6} {'cos 2':>6} {'energy at rank 4':>17}")
 for name, method in methods.items():
@@ -48,3 +51,15 @@ for name, method in methods.items():
     row = [float(merged.norm()) / size, *(cosine(merged, matrix) for matrix in inputs)]
     kept = float(spectrum[:4].sum() / spectrum.sum())
     print(f"{name:<20} " + " ".join(f"{value:6.2f}" for value in row) + f" {kept:16.0%}")
+    rows[name] = [*row, kept]
+
+figure = Figure(figsize=(7.4, 3), layout="constrained")
+panels = figure.subplots(1, 3, sharey=True)
+for axes, title, column in zip(panels, ("norm", "cosine with one", "energy at rank 4"), (0, 1, 3)):
+    axes.barh(list(rows), [row[column] for row in rows.values()], color="#2f73b3", height=0.6)
+    axes.set(title=title, xlim=(0, 2.4 if column == 0 else 1.05), xticks=(0, 0.5, 1))
+    axes.axvline(1, color="#5a646e", linewidth=1)  # the inputs' own
+    axes.spines[["top", "right"]].set_visible(False)
+panels[0].set_xticks([0, 1, 2])
+panels[0].invert_yaxis()
+figure.savefig("methods.png", dpi=130)
