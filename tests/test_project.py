@@ -33,6 +33,14 @@ def test_the_hooks_have_the_pinned_ruff() -> None:
     assert re.search(r'"pyright==[\d.]+", "import-linter==', PYPROJECT)
 
 
+def test_every_extra_is_explained() -> None:
+    listed = re.search(r"optional-dependencies\]\n(.*?)\n\n", PYPROJECT, re.DOTALL)
+    assert listed is not None
+    rows = re.findall(r"^\| (`.*?`) \|", read("docs/install.md"), re.MULTILINE)
+    explained = re.findall(r"`(\w+)`", " ".join(rows))
+    assert sorted(explained) == sorted(re.findall(r"^(\w+) = ", listed[1], re.MULTILINE))
+
+
 def test_every_supported_python_is_tested() -> None:
     jobs = yaml.safe_load(read(".github/workflows/ci.yml"))["jobs"]
     matrix = jobs["tests"]["strategy"]["matrix"]

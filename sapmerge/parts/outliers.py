@@ -55,7 +55,7 @@ class ExcludeOutliers:
 
     The other weights are as given, those of one sign scaled to keep their sum. Copies of one
     adapter are asked once. Adapters of weight 0 are not asked, those without updates get the weight
-    0, and of fewer than three others nobody is left out.
+    0, and where fewer than three are asked nobody is left out.
 
     Args:
         method: any method.
