@@ -260,13 +260,25 @@ def embedding(model: nn.Module, batch: Batch, side: str) -> Tensor:
         batch: of image-text pairs.
         side: "image" or "text".
     """
+    return functional.normalize(wide(_pooled(model, batch, side)), dim=-1)
+
+
+def once_embedded(model: nn.Module, batch: Batch) -> Batch:
+    """A batch of image-text pairs with what the towers make of it:
+    several losses of pairs take one pass, and have the values that they have alone.
+    """
+    return {**batch, **{f"{side}_embeds": _pooled(model, batch, side) for side in INPUTS}}
+
+
+def _pooled(model: nn.Module, batch: Batch, side: str) -> Tensor:
+    """The embeddings of one side of a batch, as its tower gives them."""
     if not isinstance(batch, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise AnchorError(
             "the image-text losses need dict batches, with pixel_values and input_ids; got a "
             f"{type(batch).__name__}"
         )
     if f"{side}_embeds" in batch:
-        return functional.normalize(wide(cast("Tensor", batch[f"{side}_embeds"])), dim=-1)
+        return cast("Tensor", batch[f"{side}_embeds"])
     features = getattr(model, f"get_{side}_features", None)
     inputs = {key: batch[key] for key in INPUTS[side] if key in batch}
     if features is None or not inputs:
@@ -282,7 +294,7 @@ def embedding(model: nn.Module, batch: Batch, side: str) -> Tensor:
             f"get_{side}_features of {type(model).__name__} gives no pooled embedding; pass "
             "loss=..."
         )
-    return functional.normalize(wide(pooled), dim=-1)
+    return pooled
 
 
 PAIR_LOSSES = (alignment, centered_alignment, contrastive)

@@ -22,15 +22,24 @@ from sapmerge.anchors.hooks import Seen, Watch, attached, check_base, seeing
 from sapmerge.anchors.loading import Batches, Half, batch_size
 from sapmerge.anchors.passes import Passes
 from sapmerge.anchors.prefix import Prefix
+from sapmerge.anchors.shard import Shard, ShardDone
 from sapmerge.anchors.towers import embedded, stand_in
 from sapmerge.core.linalg import finite, wide
 from sapmerge.core.updates import Update
 from sapmerge.errors import AnchorError, NonFiniteError
 from sapmerge.io.modules import Module
-from sapmerge.losses import PAIR_LOSSES, Loss, default_loss, is_outputs_only, loss_name
+from sapmerge.losses import (
+    PAIR_LOSSES,
+    Loss,
+    alignment,
+    default_loss,
+    is_outputs_only,
+    loss_name,
+    once_embedded,
+)
 from sapmerge.models import device_of, exclusive, find_sites
 
-__all__ = ["Load", "Runner", "Shard", "ShardDone"]
+__all__ = ["Load", "Runner"]
 
 Load: TypeAlias = Callable[[], Mapping[str, Update]]
 """Gives the updates of one adapter, layer -> update."""
@@ -40,25 +49,6 @@ _HALF_SCALES = (2.0**14, 2.0**8, 2.0**3, 1.0)
 """What the loss is multiplied by in a float16 model,
 where gradients below 6e-8 are 0 and above 65504 infinite.
 """
-
-
-class ShardDone(Exception):
-    """All that a process with a share of the adapters can do is done:
-    what comes next needs all of them.
-    """
-
-
-@dataclass
-class Shard:
-    """The share of the adapters that a process runs: those whose number modulo `count` is `number`.
-
-    Args:
-        skipped: whether anything was left to others; what depends on it is not true then.
-    """
-
-    number: int = 0
-    count: int = 1
-    skipped: bool = False
 
 
 @dataclass
@@ -144,28 +134,38 @@ class Runner:
         who: str = "the merged adapter",
     ) -> float:
         """The mean loss on the anchors at base + updates."""
+        return self._losses_of(updates, (loss or self.loss,), who)[0]
+
+    def _losses_of(
+        self, updates: Mapping[str, Update], losses: Sequence[Loss], who: str
+    ) -> list[float]:
+        """One loss of any kind, or several of image-text pairs, from one pass."""
         self._used.up = True
-        loss, total, count = loss or self.loss, 0.0, 0
-        key = "" if self.resume is None else self.resume.loss_key(updates, loss)
-        kept = None if self.resume is None else self.resume.loss(key)
-        if kept is not None:
-            return kept
-        self._allow(f"the loss {loss_name(loss)!r} at {who}")
+        keys = [] if self.resume is None else [self.resume.loss_key(updates, x) for x in losses]
+        kept = [] if self.resume is None else [self.resume.loss(key) for key in keys]
+        known = [value for value in kept if value is not None]
+        if len(known) == len(losses):
+            return known
+        self._allow(f"the loss {loss_name(losses[0])!r} at {who}")
         if self.shard.skipped and who == "the merged adapter":
             raise ShardDone
+        totals, count = [0.0] * len(losses), 0
         with (
-            self._running(loss) as base,
+            self._running(losses[0]) as base,
             torch.no_grad(),
             attached(self.sites, self._moved(updates), who),
         ):
-            for batch, size in self._batches(base, loss, f"loss at {who}"):
-                total, count = (
-                    total + float(self._value(loss, base, batch, who)) * size,
-                    count + size,
-                )
+            for batch, size in self._batches(base, losses[0], f"loss at {who}"):
+                if len(losses) > 1:
+                    self._prefix.start()
+                    batch = once_embedded(base, batch)
+                for number, loss in enumerate(losses):
+                    totals[number] += float(self._value(loss, base, batch, who)) * size
+                count += size
         if self.resume is not None:
-            self.resume.put_loss(key, total / count)
-        return total / count
+            for key, total in zip(keys, totals, strict=True):
+                self.resume.put_loss(key, total / count)
+        return [total / count for total in totals]
 
     def mine(self, adapter: int) -> bool:
         """Whether this process runs what belongs to one adapter; noted if not."""
@@ -338,10 +338,15 @@ class Runner:
         )
         if kept is None and adapter is not None and not self.mine(adapter):
             return 0.0
-        value = self.loss_of(updates, loss, who) if kept is None else kept
+        if kept is None:
+            # the report will ask for the anchors' own
+            own = self.loss is alignment and loss is not alignment and loss in PAIR_LOSSES
+            kept, *more = self._losses_of(updates, (loss, alignment) if own else (loss,), who)
+            if own:
+                self._known[key] = more[0]
         if loss is self.loss:
-            self._known[key] = value
-        return value
+            self._known[key] = kept
+        return kept
 
     @contextmanager
     def _running(self, loss: Loss) -> Generator[nn.Module]:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sapmerge.anchors.runner import Shard, ShardDone
+from sapmerge.anchors.shard import Shard, ShardDone
 from sapmerge.core.layer import Layer
 from sapmerge.core.part import prepare
 from sapmerge.core.protocols import LayerStream, Method, Units

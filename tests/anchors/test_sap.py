@@ -436,3 +436,24 @@ def test_one_pair_left_over_is_said() -> None:
     made, _ = models.adapters(model, [models.BOTH_TARGETS] * 2)
     with pytest.warns(sm.SapmergeWarning, match="batch 1 of the anchors holds one pair"):
         models.merge(made, models.pairs((3, 1)), model)
+
+
+@pytest.mark.parametrize("loss", [None, contrastive])  # None: alignment
+def test_losses_of_pairs_share_a_pass(loss: Any) -> None:
+    """`sap` asks for centered_alignment at every adapter, the report for the anchors' own."""
+    model, loader = models.clip(), models.pairs((7, 4))
+    adapters, pefts = models.adapters(model, [models.BOTH_TARGETS] * 3)
+    images: list[int] = []
+    model.vision_model.register_forward_hook(lambda *_: images.append(1))
+    merged = models.merge(adapters, loader, model, method=sm.sap(), loss=loss)
+    notes = merged.report.notes["anchor loss"]
+    passes = 3 + 2 if loss is None else 3 + 5  # base and merged, or those of the adapters too
+    assert len(notes) == 5
+    assert len(images) == 2 * passes
+    assert notes["merged adapter"] < math.inf
+    wanted = [models.mean_loss(p.get_base_model(), loader, loss or alignment) for p in pefts]
+    assert [notes[f"a{k}"] for k in range(3)] == pytest.approx(wanted, rel=2e-5)
+    alone = merged.stream.with_anchors(loader, model, loss).anchors
+    assert alone is not None
+    labels = [label for label, _ in alone.adapters]
+    assert [notes[label] for label in labels] == alone.losses()  # to the bit
