@@ -116,7 +116,7 @@ def pinned_state() -> Generator[None]:
         undo.add(modes.close)
         with without_interrupts():
             modes.enter_context(without_autocast())
-            if torch.get_default_device().type != "cpu":
+            if _default_device().type != "cpu":
                 modes.enter_context(torch.device("cpu"))
             modes.enter_context(torch.inference_mode(False))
             modes.enter_context(torch.no_grad())
@@ -192,7 +192,14 @@ def _note_outside(undo: Undo) -> None:
     """Remember how torch is set outside of the outermost block of this thread."""
     if getattr(_own, "outside", None) is None:
         undo.add(lambda: setattr(_own, "outside", None))
-        _own.outside = torch.get_num_threads(), torch.get_default_device()
+        _own.outside = torch.get_num_threads(), _default_device()
+
+
+def _default_device() -> torch.device:
+    try:
+        return torch.get_default_device()
+    except AttributeError:  # torch 2.4, after set_default_device(None)
+        return torch.device("cpu")
 
 
 def _set_threads(count: int, undo: Undo) -> None:
