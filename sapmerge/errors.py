@@ -7,6 +7,7 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
+from collections.abc import Iterable
 
 __all__ = [
     "AdapterConfigError",
@@ -24,6 +25,7 @@ __all__ = [
     "RoundError",
     "SapmergeError",
     "SapmergeWarning",
+    "not_one_of",
     "printable",
     "warn",
     "warn_afterwards",
@@ -115,6 +117,16 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
+
+def not_one_of(what: str, value: object, allowed: Iterable[str]) -> str:
+    """What an error says of a value that is none of those allowed, with the nearest of them."""
+    from difflib import get_close_matches
+
+    names, text = list(allowed), str(value)
+    close = get_close_matches(text, names, 1, 0.5)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    return f"{what} is one of {', '.join(names)}; got {printable(text[:80])!r}{hint}"
 
 
 def warn(message: str) -> None:

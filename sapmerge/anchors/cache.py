@@ -19,7 +19,7 @@ from sapmerge.core.updates import LowRank, Update
 from sapmerge.io.cache import Cache
 from sapmerge.version import __version__
 
-__all__ = ["LOSSES", "Resume"]
+__all__ = ["LOSSES", "Resume", "kept_losses"]
 
 LOSSES = "losses"
 """Where losses are, in the folder of a cache."""
@@ -92,12 +92,17 @@ class Resume:
             ]
         )
 
-    def loss_key(self, updates: Mapping[str, Update], loss: Callable[..., Any]) -> str:
-        """Everything that the loss at base + updates depends on, as text."""
-        contents = {
-            name: self.content(update, ()) for name, update in updates.items() if not update.absent
-        }
-        return json.dumps([*self._common[:-1], "loss", digest(loss), sorted(contents.items())])
+    def loss_keys(
+        self, updates: Mapping[str, Update], losses: Sequence[Callable[..., Any]]
+    ) -> list[str]:
+        """Everything that each loss at base + updates depends on, as text."""
+        contents = sorted(
+            (name, self.content(update, ()))
+            for name, update in updates.items()
+            if not update.absent
+        )
+        common = self._common[:-1]
+        return [json.dumps([*common, "loss", digest(loss), contents]) for loss in losses]
 
     def loss(self, key: str) -> float | None:
         """A loss of an earlier run."""
@@ -135,3 +140,15 @@ class Resume:
         # it may be the same one
         tensors |= {f"{number}.1": other.clone() for number, (_, other) in enumerate(halves)}
         self._cache.put(key, tensors, {**notes, "places": places})
+
+
+def kept_losses(
+    resume: Resume | None, updates: Mapping[str, Update], losses: Sequence[Callable[..., Any]]
+) -> tuple[Sequence[str], list[float | None]]:
+    """The keys of losses at base + updates in the cache, if there is one, and what it has of
+    them.
+    """
+    if resume is None:
+        return (), [None] * len(losses)
+    keys = resume.loss_keys(updates, losses)
+    return keys, [resume.loss(key) for key in keys]

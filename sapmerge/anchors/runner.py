@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from sapmerge.anchors.cache import Resume
+from sapmerge.anchors.cache import Resume, kept_losses
 from sapmerge.anchors.freezing import BaseWeights, frozen
 from sapmerge.anchors.gradients import Call, TokenGradient, token_gradient
 from sapmerge.anchors.hooks import Seen, Watch, attached, check_base, seeing
@@ -134,18 +134,19 @@ class Runner:
         who: str = "the merged adapter",
     ) -> float:
         """The mean loss on the anchors at base + updates."""
-        return self._losses_of(updates, (loss or self.loss,), who)[0]
+        self._used.up = True
+        losses = (loss or self.loss,)
+        keys, (value,) = kept_losses(self.resume, updates, losses)
+        return self._measured(updates, losses, keys, who)[0] if value is None else value
 
-    def _losses_of(
-        self, updates: Mapping[str, Update], losses: Sequence[Loss], who: str
+    def _measured(
+        self,
+        updates: Mapping[str, Update],
+        losses: Sequence[Loss],
+        keys: Sequence[str],
+        who: str,
     ) -> list[float]:
         """One loss of any kind, or several of image-text pairs, from one pass."""
-        self._used.up = True
-        keys = [] if self.resume is None else [self.resume.loss_key(updates, x) for x in losses]
-        kept = [] if self.resume is None else [self.resume.loss(key) for key in keys]
-        known = [value for value in kept if value is not None]
-        if len(known) == len(losses):
-            return known
         self._allow(f"the loss {loss_name(losses[0])!r} at {who}")
         if self.shard.skipped and who == "the merged adapter":
             raise ShardDone
@@ -333,20 +334,18 @@ class Runner:
         if loss is self.loss and key in self._known:
             return self._known[key]
         who, updates = self._place(adapter)
-        kept = (
-            None if self.resume is None else self.resume.loss(self.resume.loss_key(updates, loss))
-        )
-        if kept is None and adapter is not None and not self.mine(adapter):
-            return 0.0
-        if kept is None:
-            # the report will ask for the anchors' own
-            own = self.loss is alignment and loss is not alignment and loss in PAIR_LOSSES
-            kept, *more = self._losses_of(updates, (loss, alignment) if own else (loss,), who)
-            if own:
-                self._known[key] = more[0]
-        if loss is self.loss:
-            self._known[key] = kept
-        return kept
+        # the report will ask for the anchors' own
+        own = self.loss is alignment and loss is not alignment and loss in PAIR_LOSSES
+        losses = (loss, alignment) if own else (loss,)
+        keys, (value, *more) = kept_losses(self.resume, updates, losses)
+        if value is None:
+            if adapter is not None and not self.mine(adapter):
+                return 0.0
+            value, *more = self._measured(updates, losses, keys, who)
+        known = more[0] if own else value if loss is self.loss else None
+        if known is not None:
+            self._known[key] = known
+        return value
 
     @contextmanager
     def _running(self, loss: Loss) -> Generator[nn.Module]:

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from sapmerge.cli.choices import DTYPES, ENGINES, LOSSES, MODEL_DTYPES, SPELLINGS
 from sapmerge.cli.recipes import method_of
-from sapmerge.errors import MethodError, printable
+from sapmerge.errors import MethodError, not_one_of, printable
 
 __all__ = ["chosen_method", "dump_recipe", "is_recipe", "read_recipe"]
 
@@ -213,11 +213,7 @@ def _checked(
             kinds = " or ".join(kind.__name__ for kind in keys[key])
             raise MethodError(f"{where}: {key} is a {kinds}; got {printable(str(value)[:80])!r}")
         if key in choices and value not in choices[key]:
-            close = get_close_matches(str(value), choices[key], 1, 0.5)
-            raise MethodError(
-                f"{where}: {key} is one of {', '.join(choices[key])}; got "
-                f"{printable(str(value)[:80])!r}" + (f"; did you mean {close[0]}?" if close else "")
-            )
+            raise MethodError(not_one_of(f"{where}: {key}", value, choices[key]))
     return dict(table)
 
 

@@ -96,29 +96,18 @@ def compare(
     """
     check_bench(model, evaluate, "compare")
     plan = _plan(methods, matched, lambda one: check_method(one, anchor_loader, model))
-    numbers = as_given(weights)
     check_numbers(scale, None)
+    inputs: dict[str, Any] = {
+        "weights": as_given(weights),
+        "loss": loss,
+        "modules_to_save": modules_to_save,
+        "base_model": base_model,
+        "device": device,
+    }
     with ExitStack() as stack:
-        opened = open_merge(
-            adapters,
-            anchor_loader,
-            model,
-            weights=numbers,
-            loss=loss,
-            modules_to_save=modules_to_save,
-            base_model=base_model,
-            device=device,
-            progress=False,
-            cache=statistics_in(folder, anchor_loader, loss, stack),
-        )
-        call: dict[str, Any] = {
-            "weights": numbers,
-            "scale": scale,
-            "loss": loss,
-            "modules_to_save": modules_to_save,
-            "base_model": base_model,
-            "device": device,
-        }
+        cache = statistics_in(folder, anchor_loader, loss, stack)
+        opened = open_merge(adapters, anchor_loader, model, **inputs, progress=False, cache=cache)
+        call = {**inputs, "scale": scale}
         anchors = None if anchor_loader is None or folder is None else list(anchor_loader)
         settings = [[(a.label, a.digest) for a in opened.adapters], sorted(call.items()), anchors]
         kept = KeptResults(folder, settings, model, evaluate)

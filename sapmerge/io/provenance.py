@@ -23,7 +23,12 @@ from sapmerge.io.files import DEFAULT_LIMITS, RegularFile, shown
 from sapmerge.io.folder import BESIDE, CONFIG, PICKLE, WEIGHTS
 from sapmerge.io.names import STYLES
 from sapmerge.io.strict_json import parse
-from sapmerge.io.writing import CONFIG_DIGEST_KEY, TENSORS_DIGEST_KEY, digest_of
+from sapmerge.io.writing import (
+    CONFIG_DIGEST_KEY,
+    OUTPUT_DTYPES,
+    TENSORS_DIGEST_KEY,
+    digest_of,
+)
 
 __all__ = ["ANCHORS_KEY", "Provenance", "read_provenance"]
 
@@ -196,7 +201,7 @@ _WRITTEN: Mapping[str, tuple[object, ...]] = {
     "names": ("input", *STYLES),
     "uniform_rank": (False,),
     "serving": tuple(ENGINES),
-    "dtype": ("float32", "bfloat16", "float16"),
+    "dtype": tuple(OUTPUT_DTYPES),
 }
 _texts = _all(_text, _text)
 _RECIPE: _Schema = {

@@ -23,12 +23,24 @@ from sapmerge.errors import NonFiniteError, OutputError
 from sapmerge.io.atomic import StagedFolder, explained, write_all
 from sapmerge.io.outputs import CARD_NAME, CONFIG_NAME, TENSORS_NAME
 
-__all__ = ["CONFIG_DIGEST_KEY", "CheckpointWriter", "TENSORS_DIGEST_KEY", "digest_of"]
+__all__ = [
+    "CONFIG_DIGEST_KEY",
+    "CheckpointWriter",
+    "OUTPUT_DTYPES",
+    "TENSORS_DIGEST_KEY",
+    "digest_of",
+]
 
 CONFIG_DIGEST_KEY, TENSORS_DIGEST_KEY = "sapmerge.config_sha256", "sapmerge.tensors_sha256"
 _SCRATCH_NAME = "tensors.tmp"
 _MAX_HEADER = 100_000_000  # the format's readers refuse more
 _COPY_CHUNK = 1 << 22
+OUTPUT_DTYPES: Mapping[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+"""What all of an output can be asked to be stored in, by name."""
 _DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",

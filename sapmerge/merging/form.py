@@ -6,20 +6,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 
 import torch
 
-from sapmerge.errors import MethodError, printable
+from sapmerge.errors import MethodError, not_one_of
+from sapmerge.io.writing import OUTPUT_DTYPES
 
-__all__ = ["DTYPES", "Form", "dtype_name"]
-
-DTYPES: Mapping[str, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
-"""What an output may be stored in."""
+__all__ = ["Form", "dtype_name"]
 
 
 @dataclass(frozen=True)
@@ -60,10 +53,6 @@ def dtype_name(dtype: torch.dtype | str | None) -> str | None:
         'float16'
     """
     name = str(dtype).removeprefix("torch.")
-    if dtype is None or name in DTYPES:
+    if dtype is None or name in OUTPUT_DTYPES:
         return None if dtype is None else name
-    close = get_close_matches(name, DTYPES, 1, 0.5)
-    raise MethodError(
-        f"dtype is one of {', '.join(DTYPES)}; got {printable(name[:80])!r}"
-        + (f"; did you mean {close[0]}?" if close else "")
-    )
+    raise MethodError(not_one_of("dtype", name, OUTPUT_DTYPES))

@@ -22,10 +22,11 @@ from sapmerge.core.undo import Undo
 from sapmerge.core.updates import Update
 from sapmerge.errors import MethodError
 from sapmerge.io.adapter import Adapter
+from sapmerge.io.writing import OUTPUT_DTYPES
 from sapmerge.losses import Loss
 from sapmerge.merging import sinks
 from sapmerge.merging.calling import check_cache, check_method, says_what_is_meant
-from sapmerge.merging.form import DTYPES, Form, dtype_name
+from sapmerge.merging.form import Form, dtype_name
 from sapmerge.merging.heads import HeadPolicy
 from sapmerge.merging.hub import push_to_hub
 from sapmerge.merging.inputs import Adapters, Base, as_given, check_numbers, open_base
@@ -210,7 +211,8 @@ class Merged:
             NonFiniteError: a merged update is not finite, or overflows the output's dtype.
         """
         form = Form(names, uniform_rank, serving, dtype_name(dtype))
-        run = self.run if form.dtype is None else replace(self.run, wanted=DTYPES[form.dtype])
+        wanted = None if form.dtype is None else OUTPUT_DTYPES[form.dtype]
+        run = self.run if wanted is None else replace(self.run, wanted=wanted)
         finish = partial(self._measure, run=run)
         sinks.save(run, path, overwrite=overwrite, form=form, finish=finish, undo=self._undo())
 

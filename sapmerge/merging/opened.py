@@ -53,6 +53,7 @@ class Opened:
 
     Args:
         adapters: in the user's order.
+        weights: one per adapter.
         base: the base model that the output is for.
         heads: what happens to modules saved whole.
         stream: the layers, with anchors if there are any.

@@ -20,7 +20,7 @@ from sapmerge.core.protocols import Basis, LayerStream, Merger, Method, Transfor
 from sapmerge.core.stream import Mapped
 from sapmerge.core.updates import Dense, LowRank, Update
 from sapmerge.errors import MethodError
-from sapmerge.parts.mergers.linear import Mean, Sum
+from sapmerge.parts.mergers.linear import Mean, Sum, sum_of
 from sapmerge.parts.prune import Prune, pruned_in_turn
 
 __all__ = ["ByModule", "Chain", "In"]
@@ -60,8 +60,8 @@ class Chain:
     def __call__(self, layer: Layer) -> Update:
         *transforms, merger = self.steps
         if self.in_turn:
-            prunes = cast("list[Prune]", transforms)
-            return cast("Sum | Mean", merger).of(layer, pruned_in_turn(prunes, layer))
+            updates = pruned_in_turn(cast("list[Prune]", transforms), layer)
+            return sum_of(cast("Sum | Mean", merger), layer, updates)
         merged = merger(_transforms(tuple(transforms))(layer))
         if not isinstance(merged, (LowRank, Dense)):
             raise MethodError(

@@ -10,7 +10,7 @@ from sapmerge.cli import choices
 from sapmerge.cli.catalogue import catalogue
 from sapmerge.io.engines import ENGINES
 from sapmerge.io.formats.convert import FORMATS
-from sapmerge.merging.form import DTYPES
+from sapmerge.io.writing import OUTPUT_DTYPES
 from sapmerge.merging.spelling import CHOICES
 from sapmerge.method_names import factory_of, names
 from sapmerge.methods import anchored
@@ -52,6 +52,6 @@ PUBLIC = ("Factors", "Taylor", "MatchNorm", "Mean", "Sum", "Keep")
 def test_choices_are_those_of_the_library() -> None:
     assert set(choices.ENGINES) == set(ENGINES)
     assert choices.SPELLINGS == CHOICES
-    assert tuple(DTYPES) == choices.DTYPES
+    assert tuple(OUTPUT_DTYPES) == choices.DTYPES
     assert choices.FORMATS == FORMATS
     assert set(choices.LOSSES) == set(losses.NAMED)

@@ -66,12 +66,7 @@ class Sum:
     """sum_k w_k D_k (task arithmetic, Ilharco et al., https://arxiv.org/abs/2212.04089)."""
 
     def __call__(self, layer: Layer) -> Update:
-        return self.of(layer, layer)
-
-    def of(self, layer: Layer, updates: Iterable[Update]) -> Update:
-        """The same of other updates of its adapters, which are looked at one after the other."""
-        shares = self.shares(layer.weights)
-        return add_up(zip(updates, shares, strict=True), layer.updates[0])
+        return sum_of(self, layer, layer)
 
     def shares(self, weights: tuple[float, ...]) -> tuple[float, ...]:
         """What every update is multiplied by in the sum."""
@@ -87,17 +82,18 @@ class Mean:
     """
 
     def __call__(self, layer: Layer) -> Update:
-        return self.of(layer, layer)
-
-    def of(self, layer: Layer, updates: Iterable[Update]) -> Update:
-        """The same of other updates of its adapters, which are looked at one after the other."""
-        shares = self.shares(layer.weights)
-        return add_up(zip(updates, shares, strict=True), layer.updates[0])
+        return sum_of(self, layer, layer)
 
     def shares(self, weights: tuple[float, ...]) -> tuple[float, ...]:
         """What every update is multiplied by in the sum."""
         total = _total(weights, "; use Sum()")
         return tuple(weight / total for weight in weights)
+
+
+def sum_of(merger: Sum | Mean, layer: Layer, updates: Iterable[Update]) -> Update:
+    """What a sum makes of a layer with other updates, which are looked at one after the other."""
+    shares = merger.shares(layer.weights)
+    return add_up(zip(updates, shares, strict=True), layer.updates[0])
 
 
 @part
