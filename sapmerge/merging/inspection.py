@@ -140,6 +140,8 @@ def inspect(adapters: Adapters, model: Any = None) -> Inspection:
         (m for a in opened for m in a.modules.values() if m.needs_base is not None), None
     )
     problem = next((summary.problem for summary in refused), None)
+    if not opened:
+        return Inspection(tuple(refused), (), problem, {}, {})
     opened = one_spelling(opened)
     try:
         check_mergeable(opened)

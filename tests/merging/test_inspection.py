@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -242,3 +244,20 @@ def test_names_of_adapters_in_a_live_model() -> None:
 def test_energies_beyond_float64_are_infinite() -> None:
     layer = sm.Layer("l", (low_rank((4, 4), 2, 0),), weights=(1e200,))
     assert describe(layer, layer.updates[0], {}).energies == {"adapter0": float("inf")}
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_where_no_adapter_can_be_read(count: int, three: list[Path], tmp_path: Path) -> None:
+    for path in three[:count]:
+        shutil.copytree(path, tmp_path / path.name)
+        os.truncate(tmp_path / path.name / "adapter_model.safetensors", 1000)
+    found = sm.inspect([tmp_path / path.name for path in three[:count]])
+    assert [one.label for one in found.adapters] == ["a", "b"][:count]
+    assert found.problem is not None
+    assert "truncated" in found.problem
+    for one in found.adapters:
+        assert one.problem is not None
+        place = str(tmp_path / one.label)
+        assert one.problem.startswith(f"adapter {place!r}, adapter_model.safetensors: 1000 bytes")
+        assert f"{one.label} is refused: {one.problem}" in str(found)
+    assert found.layers == ()
