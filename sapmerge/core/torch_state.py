@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack  # pyr
 from sapmerge.core.undo import Undo, guarded, restoring, without_interrupts
 from sapmerge.errors import SapmergeError
 
-__all__ = ["model_state", "pinned", "pinned_state", "without_autocast"]
+__all__ = ["model_state", "pinned", "pinned_state", "threads_outside", "without_autocast"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -155,6 +155,12 @@ def model_state(device: torch.device) -> Generator[None]:
             with without_interrupts():
                 modes.enter_context(default)
         yield
+
+
+def threads_outside() -> int:
+    """How many threads the caller has given torch, which has one in `pinned_state`."""
+    outside = getattr(_own, "outside", None)
+    return torch.get_num_threads() if outside is None else outside[0]
 
 
 _VALUELESS = {"FakeTensorMode", "ProxyTorchDispatchMode", "FunctionalTensorMode"}

@@ -17,7 +17,7 @@ import torch
 from sapmerge.anchors.anchors import Anchors
 from sapmerge.core.geometry import Geometry
 from sapmerge.core.layer import Layer, Member
-from sapmerge.core.torch_state import pinned
+from sapmerge.core.torch_state import pinned, threads_outside
 from sapmerge.core.updates import Update, absent
 from sapmerge.errors import warn
 from sapmerge.io.adapter import Adapter
@@ -171,7 +171,7 @@ class AdapterLayers:
             return 1
         largest = max(math.prod(module.shape) for module in self.modules.values())
         return max(
-            1, min(torch.get_num_threads(), _MOST, _IN_FLIGHT // (4 * largest * len(self.adapters)))
+            1, min(threads_outside(), _MOST, _IN_FLIGHT // (4 * largest * len(self.adapters)))
         )
 
 

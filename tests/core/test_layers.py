@@ -6,13 +6,16 @@ from __future__ import annotations
 
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 import sapmerge as sm
 from sapmerge.core import linalg
+from sapmerge.core.layer import Layer
 from sapmerge.core.lowrank import gram, inner
+from sapmerge.core.updates import Update
 from sapmerge.merging.merge import merge
 from sapmerge.merging.stream import in_order
 from tests.conftest import error, low_rank
@@ -85,6 +88,28 @@ def test_many_threads_write_the_same_bytes_and_notes() -> None:
     assert all(torch.equal(a, b) for a, b in zip(one[1], four[1], strict=True))
     assert one[2] == four[2]
     assert all(row["density"] for row in one[2])  # type: ignore[index]
+
+
+def test_what_users_call_works_on_as_many_layers_as_torch_has_threads(tmp_path: Path) -> None:
+    """Everything is computed on one thread of torch each, which is not how many the caller has."""
+    adapter = {
+        f"base_model.model.layers.{layer}.fc.lora_{factor}.weight": torch.eye(4)
+        for layer in range(4)
+        for factor in "AB"
+    }
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["fc"]}
+    two_at_once = threading.Barrier(2)
+
+    def method(layer: Layer) -> Update:
+        two_at_once.wait(timeout=60)  # for another layer
+        return layer.updates[0]
+
+    torch.set_num_threads(2)
+    try:
+        merge([(config, adapter)], method=method).save_pretrained(tmp_path / "out")
+    finally:
+        torch.set_num_threads(1)
+    assert two_at_once.n_waiting == 0
 
 
 # The algebra.
