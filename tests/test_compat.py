@@ -22,6 +22,7 @@ from sapmerge.errors import MethodError, ModelMismatchError, OutputExistsError, 
 from tests import oracles
 from tests.conftest import error
 from tests.models import KINDS, Zoo, deltas, lora, matrices, quietly
+from tests.versions import needs_peft_21
 
 SUMS = ("linear", "cat", "svd")
 PRUNING = [name for name in COMBINATION_TYPES if name not in SUMS]
@@ -106,6 +107,7 @@ def test_signature_and_types_are_those_of_peft() -> None:
     assert len(COMBINATION_TYPES) == 11
 
 
+@needs_peft_21
 @pytest.mark.parametrize("svd_rank", [None, 1, 3, 8])
 def test_svd_is_that_of_peft(svd_rank: int | None) -> None:
     # PEFT fails at the SVD of 1-D and 3-D kernels, and at ranks above those of a convolution (5

@@ -202,10 +202,10 @@ def _note_outside(undo: Undo) -> None:
 
 
 def _default_device() -> torch.device:
-    try:
-        return torch.get_default_device()
-    except AttributeError:  # torch 2.4, after set_default_device(None)
-        return torch.device("cpu")
+    """Asked by a tensor: up to torch 2.7 `get_default_device` does not know of
+    `with torch.device(...)`, and fails after `set_default_device(None)`.
+    """
+    return torch.empty(0).device
 
 
 def _set_threads(count: int, undo: Undo) -> None:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 import sapmerge as sm
 from sapmerge.cli import main
+from tests.versions import needs_pickles
 
 from ..io.formats.test_convert import kohya, torchtune, updates
 from .shell import fails
@@ -36,6 +37,7 @@ def test_there_and_back(
     assert all(torch.equal(back[name], first[name]) for name in first)
 
 
+@needs_pickles
 def test_errors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

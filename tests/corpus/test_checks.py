@@ -26,6 +26,7 @@ from sapmerge.errors import (
 from sapmerge.io.adapter import Adapter
 from sapmerge.io.files import Limits, RegularFile
 from sapmerge.io.regex_safety import why_slow
+from tests.versions import needs_pickles
 
 from .base import tiny
 from .build import PREFIX, QA, Q, good_config, with_tensors, write
@@ -160,6 +161,7 @@ def test_a_row_without_a_direction(tmp_path: Path) -> None:
         dict(sm.merge([tmp_path], method=sm.mean(), model=model).updates())
 
 
+@needs_pickles
 @pytest.mark.parametrize(
     ("tensors", "words"),
     [

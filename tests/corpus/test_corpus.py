@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from sapmerge.io.adapter import Adapter
+from tests.versions import needs_pickles
 
 from .build import Case, good_config
 from .cases import CASES, GROUPS
@@ -28,8 +29,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     "case",
-    CASES,
-    ids=lambda case: f"{case.group}: {case.name}"[:80].encode("unicode_escape").decode(),
+    [
+        pytest.param(
+            case,
+            id=f"{case.group}: {case.name}"[:80].encode("unicode_escape").decode(),
+            marks=[needs_pickles] if case.action == "pickle" else [],
+        )
+        for case in CASES
+    ],
 )
 def test_case(case: Case, place: Path) -> None:
     # Shared machines stall for seconds: a case is too slow if it is so each time.

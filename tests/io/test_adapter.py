@@ -36,6 +36,7 @@ from tests.io.helpers import (
     warned,
     write,
 )
+from tests.versions import needs_pickles
 
 
 def test_labels(tmp_path: Path) -> None:
@@ -89,6 +90,7 @@ class Bomb:
         return os.system, (f"touch {self.path}",)
 
 
+@needs_pickles
 def test_pickles(tmp_path: Path) -> None:
     good = good_tensors()
     plain = accepted(write(tmp_path / "safe"))
@@ -119,6 +121,7 @@ def test_pickles(tmp_path: Path) -> None:
     assert not canary.exists()
 
 
+@needs_pickles
 @pytest.mark.parametrize(
     ("extra", "word"),
     [
@@ -135,6 +138,7 @@ def test_pickles_are_checked_like_safetensors(
     refused(save_bin(tmp_path, good_tensors() | extra), word, allow_pickle_weights=True)  # type: ignore[operator]
 
 
+@needs_pickles
 def test_broken_pickles(tmp_path: Path) -> None:
     path = save_bin(tmp_path, good_tensors()) / "adapter_model.bin"
     raw = path.read_bytes()

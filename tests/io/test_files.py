@@ -197,7 +197,10 @@ def test_nan_and_inf_are_refused(tmp_path: Path, value: float, dtype: torch.dtyp
 def test_other_dtypes_are_refused(tmp_path: Path, dtype: torch.dtype) -> None:
     tensors = good_tensors()
     tensors[A] = tensors[A].to(dtype)
-    write(tmp_path, tensors=tensors)
+    try:
+        write(tmp_path, tensors=tensors)
+    except KeyError:
+        pytest.skip(f"this version of safetensors cannot write {dtype}")
     refused(tmp_path, A, str(dtype).removeprefix("torch."), error=AdapterFormatError)
 
 

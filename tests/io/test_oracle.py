@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D  # noqa: E402
 from sapmerge.errors import AdapterConfigError, AdapterFormatError, MethodError  # noqa: E402
 from sapmerge.io.adapter import Adapter  # noqa: E402
 from tests.io.helpers import accepted  # noqa: E402
+from tests.versions import needs_peft_21  # noqa: E402
 
 
 class Block(nn.Module):
@@ -101,7 +102,13 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=needs_peft_21 if case == "one layer of a list" else ())
+        for case in CASES
+    ],
+)
 def test_the_update_is_pefts(case: str, tmp_path: Path) -> None:
     options = {"r": 4, "lora_alpha": 6} | CASES[case]
     model = make(**options)

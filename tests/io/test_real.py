@@ -12,6 +12,7 @@ from sapmerge.errors import AdapterConfigError, AdapterSecurityError
 from sapmerge.io.adapter import Adapter
 from sapmerge.io.names import canonical
 from tests.io.helpers import SHARED, accepted, refused, warned
+from tests.versions import needs_pickles
 
 ADAPTERS = SHARED / "adapters"
 pytestmark = pytest.mark.skipif(
@@ -81,6 +82,7 @@ def test_both_vit_adapters_have_names_of_transformers_5() -> None:
     assert names <= {name for name, _ in model.named_modules()}
 
 
+@needs_pickles
 def test_a_legacy_bin() -> None:
     path = ADAPTERS / "distilbert__sdtrklse-bin"
     refused(path, "adapter_model.bin", "allow_pickle_weights=True", error=AdapterSecurityError)

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.versions import needs_peft_21
+
 from . import helpers as h
 from .helpers import QV, check_sinks, train
 
@@ -135,6 +137,7 @@ def test_trained_biases(tmp_path: Path) -> None:
     check_sinks(h.biased_llama, paths, tmp_path, model=h.biased_llama(), live=False)
 
 
+@needs_peft_21
 def test_trained_biases_of_all_adapters_need_no_base_in_a_mean(tmp_path: Path) -> None:
     paths = [
         train(tmp_path, h.biased_llama, k, r=4, target_modules=QV, bias="lora_only") for k in (1, 2)

@@ -34,6 +34,7 @@ from sapmerge.cli import main
 from tests import oracles
 from tests.conftest import error
 from tests.models import DATA, PREFIX, SHARED, copied, files, lazy_deltas, load, same
+from tests.versions import needs_pickles
 
 GPT2 = ["gpt2__gurvineet-best", "gpt2__deepbiolab", "gpt2__gurvineet-checkpoint_epoch_1"]
 VIT = ["vit__Yunyi307-best_model", "vit__fanLnen-week2"]
@@ -312,6 +313,7 @@ def test_vit_by_a_rule_that_makes_it_dense(tmp_path: Path) -> None:
 # DistilBERT: heads of two modules, one adapter from a pickle
 
 
+@needs_pickles
 def test_distilbert_with_heads(tmp_path: Path) -> None:
     paths = [folder(name) for name in (*DISTILBERT, "distilbert__sdtrklse-bin")]
     with pytest.raises(sm.AdapterSecurityError, match="allow_pickle_weights=True"):

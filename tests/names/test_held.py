@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import sapmerge as sm
 from tests.models import PREFIX
+from tests.versions import needs_pickles
 
 from .helpers import QV, agree, folded, llama, mean, reconfigured, train
 
@@ -87,6 +88,7 @@ def pickled(
     return found
 
 
+@needs_pickles
 def test_the_projector_of_the_original_llava(tmp_path: Path) -> None:
     paths = [train(llama, tmp_path / f"a{k}", k, target_modules=QV) for k in (1, 2)]
     found = [pickled(path, k) for k, path in enumerate(paths)]
@@ -115,6 +117,7 @@ def test_the_projector_of_the_original_llava(tmp_path: Path) -> None:
                 assert torch.allclose(written[f"{PREFIX}{key}.{leaf}"], sum(parts) / 2, atol=1e-6)
 
 
+@needs_pickles
 @pytest.mark.parametrize(
     "name", ["base_model.model.model.layers.0.mlp.down_proj.{}", "base_model.model.model.norm.{}"]
 )

@@ -7,7 +7,7 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable, Generator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,17 @@ def seen() -> tuple[object, ...]:
 
 
 @contextmanager
+def device_by_default(device: str) -> Generator[None]:
+    torch.set_default_device(device)
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+        with suppress(AttributeError):  # up to torch 2.7 `get_default_device` fails after None
+            del torch._GLOBAL_DEVICE_CONTEXT.device_context
+
+
+@contextmanager
 def errors_of_numpy() -> Generator[None]:
     before = np.seterr(all="raise")
     try:
@@ -88,7 +99,7 @@ STATES: dict[str, Callable[[], Any]] = {
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
     "float64": lambda: setting(torch.set_default_dtype, torch.float64, torch.float32),
     "bfloat16": lambda: setting(torch.set_default_dtype, torch.bfloat16, torch.float32),
-    "meta": lambda: setting(torch.set_default_device, "meta", None),
+    "meta": lambda: device_by_default("meta"),
     "with meta": lambda: torch.device("meta"),
     "medium": lambda: setting(torch.set_float32_matmul_precision, "medium", "highest"),
     "no_grad": torch.no_grad,

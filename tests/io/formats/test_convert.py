@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import sapmerge as sm
 from sapmerge.io.formats.flat import flattened, unflattened
+from tests.versions import needs_pickles
 
 SHAPES = {
     "down_blocks.0.attentions.1.transformer_blocks.0.attn1.to_q": (6, 4),
@@ -365,6 +366,7 @@ def torchtune(folder: Path) -> dict[str, Tensor]:
     return dense
 
 
+@needs_pickles
 def test_torchtune(tmp_path: Path) -> None:
     """The scores of attention are the same with the rotation of either library."""
     theirs = torchtune(tmp_path / "tune")
@@ -393,6 +395,7 @@ def test_torchtune(tmp_path: Path) -> None:
     assert (config["r"], config["lora_alpha"]) == (2, 8)
 
 
+@needs_pickles
 def test_torchtune_refused(tmp_path: Path) -> None:
     torchtune(tmp_path / "tune")
     options: dict[str, Any] = {"allow_pickle": True}
