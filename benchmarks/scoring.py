@@ -50,7 +50,7 @@ class Row:
         title: what the table calls it.
         where: which modules are adapted.
         units: of `sap`.
-        statistic, at: of the gradients.
+        statistic, at: of the gradients; None: it asks for none.
         aim: what the time should be, in floors, from K = `since` on; None: no aim was set.
         extra: a variant without an aim for time: only on models that are not slow, and for K = 4.
     """
@@ -58,19 +58,24 @@ class Row:
     title: str
     where: str = "everywhere"
     units: Any = FACTORS
-    statistic: str = "mean"
+    statistic: str | None = "mean"
     at: str = "adapter"
     aim: float | None = None
     since: int = 1
     extra: bool = False
 
     @property
-    def scorer(self) -> Any:
-        return sm.PerSampleTaylor() if self.statistic == "absolute" else sm.Taylor(at=self.at)
+    def method(self) -> sm.Method:
+        if self.statistic is None:
+            return sm.sap()
+        absolute = self.statistic == "absolute"
+        scorer = sm.PerSampleTaylor() if absolute else sm.Taylor(at=self.at)
+        return sm.sap(0.9, self.units, scorer)
 
 
 ROWS = (
-    Row("`sap()`: Factors, at base + adapter", aim=1.1),
+    Row("`sap()`: losses, no gradients", statistic=None),
+    Row("`sap(0.9)`: Factors, at base + adapter", aim=1.1),
     Row("the tower without adapters is shared", "shared", aim=1.0, since=4),
     Row("adapters in the last half of the layers", "last half", aim=1.0, since=4),
     Row("`Taylor('base')`: one pass for all", at="base", aim=1.0, since=4),
@@ -86,7 +91,7 @@ class Result:
 
     Args:
         floor: seconds of one adapter's passes.
-        time: of the gradients.
+        time: of the gradients; None where there are none.
         whole: of the whole call of `merge`; None if not measured.
         memory: extra peak, of the gradients; and of the floor with one adapter's gradients more, or
             with the budget where they are dense.
@@ -95,7 +100,7 @@ class Result:
     row: Row
     count: int
     floor: float
-    time: float
+    time: float | None
     whole: float | None
     memory: tuple[float, float] | None
 
@@ -106,7 +111,7 @@ class Result:
             self.row.title,
             str(self.count),
             f"{self.count} x {self.floor:.1f} s",
-            f"{self.time:.2f}" + _verdict(self.time, aim),
+            "" if self.time is None else f"{self.time:.2f}" + _verdict(self.time, aim),
             whole,
             "" if self.memory is None else f"{self.memory[0]:.2f}" + _verdict(*self.memory),
         )
@@ -127,9 +132,9 @@ def measure(shape: Shape, script: Path) -> list[Result]:
             for row in rows:
                 if row.where != where or (row.extra and count != 4):
                     continue
-                works = [_work(made, row)]
-                if not (shape.slow or row.extra) and count == 4:
-                    works.append(partial(merge, made, row.units, row.scorer))
+                works = [] if row.statistic is None else [_work(made, row)]
+                if row.statistic is None or (not (shape.slow or row.extra) and count == 4):
+                    works.append(partial(merge, made, row.method))
                 if not found:
                     floor(made)  # the first pass is slower than the next
                 once, times = interleaved(partial(floor, made), works)
@@ -139,9 +144,8 @@ def measure(shape: Shape, script: Path) -> list[Result]:
                     peak = in_fresh_process(script, _question(shape, row, where, count))
                     more = BUDGET if isinstance(row.units, sm.Entries) else 4 * made.parameters
                     memory = peak / least, (least + more) / least
-                result = Result(
-                    row, count, once, ratios[0], ratios[1] if len(ratios) > 1 else None, memory
-                )
+                time = None if row.statistic is None else ratios.pop(0)
+                result = Result(row, count, once, time, ratios[0] if ratios else None, memory)
                 print(*result.cells(), sep=" | ", file=sys.stderr, flush=True)
                 found.append(result)
             del made
@@ -153,6 +157,8 @@ def _question(shape: Shape, row: Row, where: str, count: int) -> dict[str, Any]:
 
 
 def _work(made: Setup, row: Row) -> Work:
+    if row.statistic is None:
+        return partial(merge, made, row.method)
     return partial(gradients, made, row.units, row.statistic, row.at)
 
 
@@ -216,13 +222,13 @@ NOTES = """## Reading the tables
 
 Gradients are statistics in two halves of the anchors (for `anchor_stability`), with everything
 that is needed for them: checks of the loader and of the weights, singular vectors of the
-adapters. The whole `merge` adds scores, masks and the energy of the result, and `sap()` looks at
-losses: at base + every adapter for the weights, and at six lengths of the result, which is a
-third of a floor each time. Aims for time: 1.1 floors at base + adapter, below the floor where
-something is shared (from K = 4: one adapter has nobody to share with). The aim for memory is the
-floor's and one adapter's gradients; with dense gradients, the floor's and the budget. What is
-kept of the unadapted prefix counts, and so do the statistics of a quarter of the adapters, which
-are held together."""
+adapters. The whole `merge` adds scores, masks and the energy of the result, and the losses at
+base + every adapter, by which `sap` finds outliers, at the base and at the result: K + 2 forward
+passes, which are all that `sap()` needs. Aims for time: 1.1 floors at base + adapter, below the
+floor where something is shared (from K = 4: one adapter has nobody to share with). The aim for
+memory is the floor's and one adapter's gradients; with dense gradients, the floor's and the
+budget. What is kept of the unadapted prefix counts, and so do the statistics of a quarter of the
+adapters, which are held together."""
 
 
 if __name__ == "__main__":

@@ -58,13 +58,11 @@ def gradients(made: Setup, units: Any, statistic: str, at: str) -> None:
 _PARTS = {sm.Factors: ("A", "B"), sm.Directions: ("directions",), sm.Entries: ("entries",)}
 
 
-def merge(made: Setup, units: Any, scorer: Any) -> None:
-    """The whole call: gradients, scores, masks, and the energy of the result.
+def merge(made: Setup, method: sm.Method) -> None:
+    """The whole call: what the method asks the anchors for, the merge, and what its report needs.
     Nothing is written.
     """
-    sm.merge(
-        made.adapters, made.batches, made.base, method=sm.sap(0.9, units, scorer), progress=False
-    )
+    sm.merge(made.adapters, made.batches, made.base, method=method, progress=False)
 
 
 def seconds(work: Work) -> float:
