@@ -45,14 +45,14 @@ is tuned; the tests of FlagContaminated are its default ones. A trial decides no
 differences of many standard errors."""
 FLAGS = """\
 Of the clients of each setting, over all trials: how many good ones were flagged and how many bad
-ones. A camp is not flagged but counts as one client, so its members are listed apart."""
+ones."""
 
 
-def measure(world: World, trial: Trial) -> tuple[dict[str, float], list[tuple[bool, bool, bool]]]:
-    """Method -> accuracy; and of every client whether it is bad, flagged, in a camp."""
+def measure(world: World, trial: Trial) -> tuple[dict[str, float], list[tuple[bool, bool]]]:
+    """Method -> accuracy; and of every client whether it is bad, and whether it is flagged."""
     server, _ = world.server(trial)
     found = {"zero-shot": _percent(server.right({}))}
-    marks: list[tuple[bool, bool, bool]] = []
+    marks: list[tuple[bool, bool]] = []
     for name, method in METHODS.items():
         anchored = name != "mean"
         merged = sm.merge(
@@ -67,12 +67,8 @@ def measure(world: World, trial: Trial) -> tuple[dict[str, float], list[tuple[bo
         updates = dict(merged.updates())
         found[name] = _percent(server.right(updates))
         if name == "FlagContaminated(mean)":
-            notes = merged.report.notes
-            camp = str(notes.get("camp", ""))
-            marks = [
-                (label in server.bad, label in notes.get("contaminated", {}), label in camp)
-                for label in server.adapters
-            ]
+            flagged = merged.report.notes.get("contaminated", {})
+            marks = [(label in server.bad, label in flagged) for label in server.adapters]
     return found, marks
 
 
@@ -86,7 +82,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     world = World(given.data, given.cache, None)
     accuracy: dict[str, dict[str, list[float]]] = {s: defaultdict(list) for s in given.settings}
-    flags: dict[str, list[tuple[bool, bool, bool]]] = {s: [] for s in given.settings}
+    flags: dict[str, list[tuple[bool, bool]]] = {s: [] for s in given.settings}
     for seed in given.seeds:
         for family in given.families:
             domains = list(world.task(family).domains)
@@ -104,7 +100,7 @@ def main() -> None:
 
 def write(
     accuracy: Mapping[str, Mapping[str, list[float]]],
-    flags: Mapping[str, list[tuple[bool, bool, bool]]],
+    flags: Mapping[str, list[tuple[bool, bool]]],
 ) -> None:
     """The tables of what has been run so far: after every family, so that an end costs nothing."""
     columns = ["zero-shot", *METHODS]
@@ -112,9 +108,8 @@ def write(
     counted = [
         [
             setting,
-            f"{sum(f for b, f, _ in marks if not b)} of {sum(not b for b, _, _ in marks)}",
-            f"{sum(f for b, f, _ in marks if b)} of {sum(b for b, _, _ in marks)}",
-            f"{sum(c for b, _, c in marks if not b)}; {sum(c for b, _, c in marks if b)}",
+            f"{sum(f for b, f in marks if not b)} of {sum(not b for b, _ in marks)}",
+            f"{sum(f for b, f in marks if b)} of {sum(b for b, _ in marks)}",
         ]
         for setting, marks in flags.items()
     ]
@@ -128,7 +123,7 @@ def write(
         tables.table(["setting", *columns], rows),
         "## Who was flagged",
         FLAGS,
-        tables.table(["setting", "good flagged", "bad flagged", "in a camp: good; bad"], counted),
+        tables.table(["setting", "good flagged", "bad flagged"], counted),
     )
 
 

@@ -8,7 +8,6 @@ from dataclasses import field, replace
 from statistics import median
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from sapmerge.core.layer import Layer
@@ -23,15 +22,12 @@ from sapmerge.parts.mergers.linear import reweighed
 
 __all__ = ["FlagContaminated"]
 
-_TESTS = ("shared", "norm", "camp", "anchors")
+_TESTS = ("shared", "norm", "anchors")
 _ALONE, _SHARING = 3.0, 6.0
 """Random updates have z of about 0 +- 1; a median above _SHARING says that there is
 something to share.
 """
-_LONG, _CAMP, _CLOSE = 3.5, 3.0, 0.3
-"""Of the other tests: read off one test bed with label-shuffled clients,
-and not confirmed on others.
-"""
+_LONG = 3.5
 _LARGEST = 1500  # sum of ranks in a layer, for the convex form
 
 
@@ -47,8 +43,6 @@ class FlagContaminated:
     * "norm": the robust z-score of the log norm exceeds 3.5, and the adapter is longer than the
       median.
     * "anchors": with anchors, the loss at base + adapter is above that at the base.
-    * "camp": a minority whose mutual cosines exceed 3 times the median of all (and 0.3) agrees too
-      well, as adapters trained on the same wrong labels do. It is not left out, but counts as one.
 
     It cannot see flipped signs (the subspace is the same; `WeighByAgreement` sees them), nor a
     backdoor inside the shared subspace. A test that would flag half of the adapters or more says
@@ -56,7 +50,7 @@ class FlagContaminated:
 
     Args:
         method: any method.
-        tests: some of "shared", "norm", "camp", "anchors".
+        tests: some of "shared", "norm", "anchors".
         rank: of the shared subspaces.
         side: "left" (outputs) or "right" (inputs). LoRA's A starts from one seed in many
             federations, and then the right subspace is shared by everybody, attackers included.
@@ -71,8 +65,7 @@ class FlagContaminated:
 
     Source: He et al., "Federated LoRA fine-tuning for LLMs via collaborative alignment" (CLAIR),
     https://arxiv.org/abs/2605.21217. The calibrated test is ours: the paper's program fails as soon
-    as half of an adapter's energy is its own. The thresholds of "norm" and "camp" were read
-    off one test bed.
+    as half of an adapter's energy is its own.
     """
 
     method: Method
@@ -117,12 +110,6 @@ class FlagContaminated:
             if "anchors" in self.tests:
                 self._fire("anchors", _worse_than_the_base(layers, asked), asked, fired)
         factors = [0.0 if k in fired else 1.0 for k in range(len(one))]
-        if "camp" in self.tests:
-            camp = _camp(gram, [k for k in asked if k not in fired])
-            for k in camp:
-                factors[k] = 1 / len(camp)
-            if camp:
-                findings["camp"] = [one.adapters[k] for k in camp]
         scores: Mapping[str, float] = findings.get("shared_z", findings.get("own_share", {}))
         findings["contaminated"] = {
             one.adapters[k]: {"tests": tests, "score": scores.get(one.adapters[k])}
@@ -150,7 +137,7 @@ class FlagContaminated:
     @property
     def findings(self) -> Mapping[str, Any]:
         """Notes of a report: "contaminated" (label -> tests that fired, score), "shared_z",
-        "subspace", "camp".
+        "subspace".
         """
         return self.found
 
@@ -208,24 +195,3 @@ def _worse_than_the_base(layers: LayerStream, asked: list[int]) -> list[int]:
         return []
     base, losses = layers.anchors.loss_of({}), layers.anchors.losses()
     return [k for k in asked if losses[k] > base]
-
-
-def _camp(gram: Tensor, asked: list[int]) -> list[int]:
-    """The largest minority of mutually close adapters, by growing from the closest pair."""
-    if len(asked) < 4:
-        return []
-    norms = gram.diagonal().sqrt()
-    cosines = gram / torch.outer(norms, norms).clamp_min(1e-300)
-    pairs = {(i, j): float(cosines[i, j]) for i in asked for j in asked if i < j}
-    limit = max(_CAMP * median(pairs.values()), _CLOSE)
-    camps: list[list[int]] = []
-    for (i, j), cosine in sorted(pairs.items(), key=lambda pair: -pair[1]):
-        if cosine <= limit:
-            break
-        camp = [i, j]
-        for k in asked:
-            if k not in camp and all(float(cosines[k, other]) > limit for other in camp):
-                camp.append(k)
-        camps.append(sorted(camp))
-    small = [camp for camp in camps if 2 * len(camp) < len(asked)]
-    return max(small, key=len) if small and len(small) == len(camps) else []

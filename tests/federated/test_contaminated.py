@@ -216,23 +216,6 @@ def test_the_longest_is_flagged_by_its_norm() -> None:
     assert flagged(prepared(spoilt(clients(0), [5], lambda u, _: u.scaled(0.01)))) == []
 
 
-def test_a_camp_counts_as_one() -> None:
-    """Four that are nearly the same in a direction of their own, among twelve."""
-    layers = clients(0, energy=0.3)
-    generator = torch.Generator().manual_seed(5)
-    lies = [torch.randn(24, 20, generator=generator, dtype=torch.float64) for _ in layers]
-
-    def lie(update: sm.LowRank, number: int) -> sm.LowRank:
-        left, sigma, right = torch.linalg.svd(
-            lies[number] / lies[number].norm() + 0.3 * update.dense()
-        )
-        return sm.LowRank(left[:, :4] * sigma[:4], right[:4])
-
-    method = prepared(spoilt(layers, [0, 2, 4, 6], lie), tests=("camp",))
-    assert method.factors == tuple(0.25 if k in (0, 2, 4, 6) else 1.0 for k in range(12))
-    assert method.findings["camp"] == ["adapter0", "adapter2", "adapter4", "adapter6"]
-
-
 def test_worse_than_the_base_on_anchors() -> None:
     layers = clients(1)
     losses = LinearLoss(layers).losses()

@@ -22,7 +22,7 @@ RULES = {
     "median": sm.geometric_median(),
     "coordinates": sm.coordinate_median(),
     "clair": sm.clair(),
-    "flagged": sm.FlagContaminated(sm.mean(), tests=("shared", "norm", "camp")),
+    "flagged": sm.FlagContaminated(sm.mean(), tests=("shared", "norm")),
     "fedit": fed.fedit(),
     "hetlora": fed.hetlora(),
 }
