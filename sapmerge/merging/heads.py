@@ -86,6 +86,18 @@ def _check_not_adapted_too(adapters: Sequence[Adapter], policy: HeadPolicy) -> N
             "modules_to_save='drop' keeps the LoRA; or merge the LoRA into its base with PEFT, "
             "and save the module whole in both"
         )
+    whole = {tensor: adapter.label for adapter in adapters for tensor in adapter.saved}
+    parts = {
+        vector.name: adapter.label for adapter in adapters for vector in adapter.vectors.values()
+    }
+    both = sorted(whole.keys() & parts.keys())
+    if both and policy != "drop":
+        name = both[0]
+        raise IncompatibleAdaptersError(
+            f"tensor {name!r} has trained rows or a trained bias in {parts[name]!r} and was saved "
+            f"whole in {whole[name]!r}: PEFT loads no adapter with both. modules_to_save='drop' "
+            "keeps the former; or save the module whole in both"
+        )
 
 
 def _plan(adapters: Sequence[Adapter], weights: Sequence[float], policy: HeadPolicy) -> Heads:

@@ -45,7 +45,7 @@ from sapmerge.merging.spelling import spelling_of, written_names
 from sapmerge.merging.targets import check_parameters, check_separate
 from sapmerge.merging.texts import config_of, metadata_of
 from sapmerge.merging.vector_output import for_checkpoint, for_live_model
-from sapmerge.merging.vectors import apply_vectors, check_vectors
+from sapmerge.merging.vectors import apply_vectors, check_vectors, rows_before
 from sapmerge.models import (
     ModelWeights,
     exclusive,
@@ -261,6 +261,7 @@ def _added(run: Run, model: Any, base: nn.Module, held: HeldValues) -> tuple[Lay
     rows_of = {change.name for change in run.vectors.changes if change.rows}
     written = {name: tensor for name, tensor in vectors.items() if name not in rows_of}
     check_separate(base, {name: site.parameter for name, site in sites.items()} | saved | written)
+    moved = rows_before(run.vectors, vectors, run.stream.modules)
     for module, update, row in run.stored(lossless=True):
         site = sites[module.name]
         weight = site.weight.detach()
@@ -273,7 +274,7 @@ def _added(run: Run, model: Any, base: nn.Module, held: HeldValues) -> tuple[Lay
     for target in vectors.values():
         held.keep(target)
     with torch.no_grad():
-        apply_vectors(run.vectors, vectors)
+        apply_vectors(run.vectors, vectors, moved)
     return tuple(rows)
 
 

@@ -12,7 +12,12 @@ import torch
 from torch import Tensor
 
 from sapmerge.core.linalg import finite
-from sapmerge.errors import MethodError, ModelMismatchError, NonFiniteError
+from sapmerge.errors import (
+    IncompatibleAdaptersError,
+    MethodError,
+    ModelMismatchError,
+    NonFiniteError,
+)
 from sapmerge.io.modules import Module
 from sapmerge.merging.vectors import Change, Vectors
 from sapmerge.models import tensor_name
@@ -94,6 +99,7 @@ def for_checkpoint(
 
     Raises:
         MethodError: that needs the base, and there is no model.
+        IncompatibleAdaptersError: an embedding with a LoRA has trained rows, too.
     """
     moves = {change.module: change.value(None) for change in vectors.of("moves")}
     replaced = {change.name: vectors.value(change) for change in vectors.of("replaces")}
@@ -110,8 +116,7 @@ def for_checkpoint(
             before = replaced.get(name, vectors.base.tensor(name))
             replaced[name] = (before.double() + delta).to(dtype)
         moves = {}
-    rows = {change.name: (change, vectors.value(change)) for change in vectors.of("rows")}
-    return VectorOutput(moves or None, replaced, rows, dtype)
+    return VectorOutput(moves or None, replaced, _rows(vectors, adapted), dtype)
 
 
 def for_live_model(
@@ -124,6 +129,7 @@ def for_live_model(
 
     Raises:
         ModelMismatchError: a bias of a module that the adapter does not adapt.
+        IncompatibleAdaptersError: an embedding with a LoRA has trained rows, too.
     """
     moves = {change.module: change.value(None) for change in vectors.of("moves")}
     plain = {module.owner for module in adapted.values()}
@@ -142,8 +148,24 @@ def for_live_model(
         raise ModelMismatchError(
             f"PEFT has no lora_bias for {odd.kind} layers such as {odd.name!r}; use apply_to"
         )
-    rows = {change.name: (change, vectors.value(change)) for change in vectors.of("rows")}
-    return VectorOutput(moves or None, {}, rows, dtype)
+    return VectorOutput(moves or None, {}, _rows(vectors, adapted), dtype)
+
+
+def _rows(vectors: Vectors, adapted: Mapping[str, Module]) -> dict[str, tuple[Change, Tensor]]:
+    """Rows of embeddings with their values.
+
+    Raises:
+        IncompatibleAdaptersError: an embedding has a LoRA as well.
+    """
+    rows = vectors.of("rows")
+    both = next((change.module for change in rows if change.module in adapted), None)
+    if both is not None:
+        raise IncompatibleAdaptersError(
+            f"the embedding {both!r} has a LoRA in one adapter and trained rows of tokens "
+            "(trainable_token_indices) in another, and PEFT loads no adapter with both: write the "
+            "result into the base with apply_to or save_merged"
+        )
+    return {change.name: (change, vectors.value(change)) for change in rows}
 
 
 def _odd(modules: Iterable[Module]) -> Module | None:

@@ -9,7 +9,7 @@ have the tensor, and the method is a mean), the base is not needed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
@@ -30,7 +30,15 @@ from sapmerge.models import find_tensors
 from sapmerge.parts.mergers.linear import FactorSum, Sum, shared_out
 from sapmerge.parts.wrappers import Chain
 
-__all__ = ["Change", "Vectors", "apply_vectors", "check_vectors", "coefficients", "plan_vectors"]
+__all__ = [
+    "Change",
+    "Vectors",
+    "apply_vectors",
+    "check_vectors",
+    "coefficients",
+    "plan_vectors",
+    "rows_before",
+]
 
 _NONE = 1e-9  # a share of the base below this is rounding
 
@@ -169,6 +177,10 @@ class Change:
             return self._base_share()[:, None] * base[list(self.rows)] + total
         return self._base_share() * base + total
 
+    def delta(self, base: Tensor) -> Tensor:
+        """By how much the rows differ from those of the base; float64."""
+        return self.value(base) - base[list(self.rows)].to("cpu", torch.float64)
+
 
 @dataclass(frozen=True)
 class Vectors:
@@ -278,12 +290,36 @@ def check_vectors(vectors: Vectors, model: Any) -> dict[str, Tensor]:
     return targets
 
 
-def apply_vectors(vectors: Vectors, targets: Mapping[str, Tensor]) -> None:
-    """Write every change into the model's tensors, in place."""
+def rows_before(
+    vectors: Vectors, targets: Mapping[str, Tensor], adapted: Collection[str]
+) -> dict[str, Tensor]:
+    """By how much rows move that a LoRA of their embedding moves, too; float64.
+    To be taken before the layers are added, for their deltas are from the base.
+
+    Args:
+        adapted: the modules that have a LoRA.
+    """
+    return {
+        change.name: change.delta(targets[change.name])
+        for change in vectors.of("rows")
+        if change.module in adapted
+    }
+
+
+def apply_vectors(
+    vectors: Vectors, targets: Mapping[str, Tensor], moved: Mapping[str, Tensor]
+) -> None:
+    """Write every change into the model's tensors, in place.
+
+    Args:
+        moved: what `rows_before` gave.
+    """
     for change in vectors.changes:
         target = targets[change.name]
         if change.how == "moves":
             new = target.double().cpu() + change.value(None)
+        elif change.name in moved:
+            new = target[list(change.rows)].double().cpu() + moved[change.name]
         else:
             new = change.value(target)
         if not bool(torch.isfinite(new.to(target.dtype)).all()):

@@ -114,6 +114,7 @@ def _moved(
 ) -> Tensor:
     """A tensor of the base plus what the merge does to it."""
     moved = value.to(torch.promote_types(value.dtype, torch.float32))
+    rows = {change.name: change.delta(value) for change in changes if change.rows and layers}
     for name, spot in layers:
         update = run.merged(name)[1].dense().cpu().to(moved.dtype)
         part = update if spot.rows is None else update[spot.rows]
@@ -122,6 +123,8 @@ def _moved(
     for change in changes:
         if change.how == "moves":
             moved = (moved.double() + change.value(None)).to(moved.dtype)
+        elif change.name in rows:
+            moved[list(change.rows)] += rows[change.name].to(moved.dtype)
         elif change.rows:
             moved[list(change.rows)] = change.value(moved).to(moved.dtype)
         else:

@@ -85,6 +85,22 @@ def test_a_merged_model_is_streamed(make: h.Make, settings: dict[str, Any], tmp_
     h.compare(make, _loaded(make, tmp_path / "whole"), h.target(make, paths), 1e-4)
 
 
+def test_token_rows_beside_a_lora_of_their_embedding(tmp_path: Path) -> None:
+    base = _saved(h.llama, tmp_path / "base")
+    rows: dict[str, Any] = {
+        "target_modules": QV,
+        "trainable_token_indices": {"embed_tokens": [1, 5]},
+    }
+    paths = [
+        train(tmp_path, h.llama, 1, r=4, **rows),
+        train(tmp_path, h.llama, 2, r=4, target_modules=[*QV, "embed_tokens"]),
+    ]
+    done = merged(paths, sm.task_arithmetic(), model=base, weights=[0.5, 2.0])
+    done.save_merged(base, tmp_path / "whole")
+    wanted = h.target(h.llama, paths, [0.5, 2.0], total=True)
+    h.compare(h.llama, _loaded(h.llama, tmp_path / "whole"), wanted)
+
+
 def test_a_bias_that_the_base_lacks_is_refused(tmp_path: Path) -> None:
     base = _saved(h.llama, tmp_path / "base")
     path = train(tmp_path, h.biased_llama, 1, r=4, target_modules=QV, bias="all")

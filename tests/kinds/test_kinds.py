@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 
 from tests.versions import needs_peft_21
 
@@ -187,6 +189,45 @@ def test_token_rows(make: h.Make, tmp_path: Path) -> None:
     check_sinks(make, paths, tmp_path, model=make(), weights=[1.0, 3.0])
     with pytest.raises(h.sm.MethodError, match=r"embed_tokens\.weight.*model=model"):
         h.merged(paths)
+
+
+def _rows_beside(folder: Path, **other: Any) -> list[Path]:
+    """Two adapters: one with rows of tokens, one with something else on that embedding."""
+    rows: dict[str, Any] = {
+        "target_modules": QV,
+        "trainable_token_indices": {"embed_tokens": [1, 5]},
+    }
+    return [train(folder, h.llama, 1, r=4, **rows), train(folder, h.llama, 2, r=4, **other)]
+
+
+@pytest.mark.parametrize("weights", [[1.0, 3.0], [1.0, -0.5]])
+def test_token_rows_beside_a_lora_of_their_embedding(weights: list[float], tmp_path: Path) -> None:
+    paths = _rows_beside(tmp_path, target_modules=[*QV, "embed_tokens"])
+    model = h.llama()
+    done = h.merged(paths, h.sm.task_arithmetic(), weights=weights, model=model)
+    done.apply_to(model)
+    h.compare(h.llama, h.state(model), h.target(h.llama, paths, weights, total=True))
+    live = PeftModel.from_pretrained(h.llama(), str(paths[1]), adapter_name="first")
+    for sink in (
+        lambda: done.save_pretrained(tmp_path / "out"),
+        lambda: done.add_to(live, "both"),
+    ):
+        with pytest.raises(h.sm.IncompatibleAdaptersError, match=r"embed_tokens.*save_merged"):
+            sink()
+    assert not (tmp_path / "out").exists()
+    assert list(live.peft_config) == ["first"]
+
+
+def test_token_rows_beside_their_embedding_saved_whole(tmp_path: Path) -> None:
+    paths = _rows_beside(tmp_path, target_modules=QV, modules_to_save=["embed_tokens"])
+    with pytest.raises(h.sm.IncompatibleAdaptersError, match=r"embed_tokens\.weight.*whole"):
+        h.merged(paths, model=h.llama(), modules_to_save="mean")
+    done = h.merged(paths, model=h.llama(), modules_to_save="drop")
+    done.save_pretrained(tmp_path / "out")
+    name, plain = "model.embed_tokens.weight", h.state(h.llama())
+    moved = h.unloaded(h.llama, tmp_path / "out")[name] - plain[name]
+    rows = h.unloaded(h.llama, paths[0])[name] - plain[name]
+    assert torch.allclose(moved, rows / 2, atol=1e-6)
 
 
 def test_the_same_token_rows_need_no_base_in_a_mean(tmp_path: Path) -> None:
