@@ -296,15 +296,10 @@ def _inside_adapter(module: str) -> bool:
 
 def _covers(head: str, module: str) -> bool:
     """Whether a name of modules_to_save means this module or one that holds it.
-    PEFT compares endings of names.
+    PEFT compares endings of names: "norm" means "input_layernorm", too.
     """
-    at = module.find(head)
-    while at >= 0:
-        end = at + len(head)
-        if (at == 0 or module[at - 1] in "._") and (end == len(module) or module[end] == "."):
-            return True
-        at = module.find(head, at + 1)
-    return False
+    parts = module.split(".")
+    return any(".".join(parts[:end]).endswith(head) for end in range(1, len(parts) + 1))
 
 
 def _check_declared(weights: Weights, declared: Iterable[str], saved: Mapping[str, str]) -> None:

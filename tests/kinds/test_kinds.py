@@ -172,6 +172,16 @@ def test_bert_with_biases_and_a_head(tmp_path: Path) -> None:
     check_sinks(h.bert, paths, tmp_path, modules_to_save="mean", live=False)
 
 
+def test_saved_modules_are_named_by_their_endings(tmp_path: Path) -> None:
+    """PEFT takes "norm" for every module whose name ends so: all layernorms of a Llama."""
+    settings = {"r": 4, "target_modules": QV, "modules_to_save": ["norm"]}
+    paths = [train(tmp_path, h.llama, k, **settings) for k in (1, 2)]
+    done = check_sinks(
+        h.llama, paths, tmp_path, weights=[1.0, 3.0], modules_to_save="mean", live=False
+    )
+    assert len(done.run.heads.modules) == 5  # two in each of two layers, and the last one
+
+
 @pytest.mark.parametrize("make", [h.llama, h.tied_llama])
 def test_token_rows(make: h.Make, tmp_path: Path) -> None:
     rows = ([1, 2, 3], [3, 4])
