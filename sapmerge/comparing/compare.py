@@ -15,6 +15,7 @@ from sapmerge.comparing.kept import KeptResults
 from sapmerge.comparing.table import BASE, Comparison, MethodResult
 from sapmerge.core.part import recipe
 from sapmerge.core.protocols import Method
+from sapmerge.core.scalars import plain
 from sapmerge.core.undo import guarded
 from sapmerge.errors import MethodError
 from sapmerge.losses import Loss
@@ -96,6 +97,7 @@ def compare(
     """
     check_bench(model, evaluate, "compare")
     plan = _plan(methods, matched, lambda one: check_method(one, anchor_loader, model))
+    scale = plain(scale)
     check_numbers(scale, None)
     inputs: dict[str, Any] = {
         "weights": as_given(weights),

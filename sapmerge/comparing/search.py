@@ -16,11 +16,12 @@ from sapmerge.comparing.bench import Bench, check_bench, metric_of, statistics_i
 from sapmerge.comparing.table import BASE, Comparison, MethodResult
 from sapmerge.core.part import recipe
 from sapmerge.core.protocols import Method
+from sapmerge.core.scalars import plain
 from sapmerge.display.tables import table
 from sapmerge.errors import MethodError
 from sapmerge.losses import Loss
 from sapmerge.merging.calling import check_method
-from sapmerge.merging.inputs import Adapters, as_given
+from sapmerge.merging.inputs import Adapters, as_given, check_numbers
 from sapmerge.merging.opened import open_merge
 from sapmerge.method_names import factory_of
 
@@ -161,8 +162,11 @@ def search(
     check_bench(model, evaluate, "search")
     if isinstance(trials, bool) or trials < 1:
         raise MethodError(f"trials is a number from 1 on; got {trials!r}")
+    scale = plain(scale)
     if isinstance(scale, tuple):
         _check_range(scale, "scale")
+    else:
+        check_numbers(scale, None)
     _check(space)
     optuna = _optuna()
     numbers = as_given(weights)

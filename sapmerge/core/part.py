@@ -19,6 +19,7 @@ from typing_extensions import dataclass_transform
 
 from sapmerge.core.layer import Layer
 from sapmerge.core.protocols import AnchorPass, LayerStream
+from sapmerge.core.scalars import plain
 from sapmerge.core.stream import Stream, stream_of
 from sapmerge.errors import MethodError
 
@@ -80,6 +81,9 @@ def part(cls: type[T]) -> type[T]:
     own = cls.__dict__.get("__post_init__")
 
     def checked(self: Any) -> None:
+        for f in fields(self):
+            if f.repr:
+                object.__setattr__(self, f.name, plain(getattr(self, f.name)))
         _check_arguments(self)
         if own is not None:
             own(self)

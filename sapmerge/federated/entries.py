@@ -9,6 +9,7 @@ from datetime import datetime, timezone
 from statistics import median_high
 from typing import Any
 
+from sapmerge.core.scalars import plain
 from sapmerge.errors import MethodError, RoundError
 from sapmerge.io.files import shown
 from sapmerge.io.records import Records
@@ -63,6 +64,7 @@ def sample_count(samples: object) -> int:
     Raises:
         MethodError: it is none.
     """
+    samples = plain(samples)
     if not isinstance(samples, int) or isinstance(samples, bool) or not 1 <= samples <= _MOST:
         raise MethodError(f"samples {shown(samples)}: a whole number from 1 to {_MOST}")
     return samples

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias, cast
 
 import torch
 
+from sapmerge.core.scalars import plain
 from sapmerge.errors import IncompatibleAdaptersError, MethodError, warn
 from sapmerge.io.adapter import Adapter
 from sapmerge.io.base_folder import BaseFolder
@@ -163,14 +164,16 @@ def as_given(
     Raises:
         MethodError: anything else.
     """
-    if weights is None or isinstance(weights, Mapping):
-        return weights
+    if weights is None:
+        return None
+    if isinstance(weights, Mapping):
+        return {label: plain(weight) for label, weight in weights.items()}
     if isinstance(weights, str) or not isinstance(weights, Iterable):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise MethodError(
             "weights are one number per adapter, or a mapping label -> number; got "
             f"{shown(weights)}"
         )
-    return list(weights)
+    return [plain(weight) for weight in weights]
 
 
 def resolve_weights(

@@ -17,6 +17,7 @@ import torch
 
 from sapmerge.core.part import recipe
 from sapmerge.core.protocols import Method
+from sapmerge.core.scalars import plain
 from sapmerge.core.torch_state import pinned
 from sapmerge.core.undo import Undo
 from sapmerge.core.updates import Update
@@ -104,6 +105,7 @@ def merge(
             "anchors run through a loaded model; a folder as model= serves names and weights only"
         )
     method = check_method(method, anchor_loader, None if folder is not None else model)
+    scale, rank = plain(scale), plain(rank)
     check_numbers(scale, rank)
     check_cache(cache, cache_only, anchor_loader)
     opened = open_merge(

@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save
@@ -63,7 +64,7 @@ def test_a_merge_is_the_mean_by_samples(tmp_path: Path) -> None:
     """Against the tensors of the files, dense, with the weights written out."""
     folders = uploads(tmp_path, 3)
     box = inbox(tmp_path)
-    for folder, samples in zip(folders, (100, 300, 200)):
+    for folder, samples in zip(folders, np.array([100, 300, 200])):
         assert box.add(folder, folder.name, samples)
     found = dict(box.merge(method=sm.mean()).updates())
     for name, update in found.items():

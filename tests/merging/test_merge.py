@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -158,6 +159,22 @@ def test_weights_and_scale(
     close(updates(added), combined(dense_three, [scale * w for w in weights]))
     assert added.recipe["weights"] == named
     assert added.recipe["scale"] == scale
+
+
+@pytest.mark.filterwarnings("ignore::sapmerge.SapmergeWarning")
+def test_numbers_of_arrays_give_the_same_bytes(pair: list[Path], tmp_path: Path) -> None:
+    def merged(name: str, density: object, weights: object, scale: object, rank: object) -> Path:
+        method: Any = sm.ties(density)  # type: ignore[arg-type]
+        done = sm.merge(pair, method=method, weights=weights, scale=scale, rank=rank)  # type: ignore[arg-type]
+        done.save_pretrained(tmp_path / name)
+        return tmp_path / name
+
+    plain = files(merged("plain", 0.5, [1.0, 0.25], 0.5, 2))
+    number = np.float64(0.5)
+    made = merged("numpy", number, np.array([1.0, 0.25], dtype=np.float32), number, np.int64(2))
+    assert files(made) == plain
+    assert sm.reproduce(made, pair) == []
+    assert files(merged("torch", 0.5, torch.tensor([1.0, 0.25]), torch.tensor(0.5), 2)) == plain
 
 
 @pytest.mark.parametrize("weights", [None, [1.0, 2.0, -0.5]])
