@@ -325,6 +325,31 @@ def default_loss(model: nn.Module) -> Loss:
     )
 
 
+def loss_for(model: nn.Module, loss: Loss | None) -> Loss:
+    """The loss that is given, or else the default of the model.
+
+    Raises:
+        AnchorError: it is no function of (model, batch), or the model has no default.
+    """
+    if loss is None:
+        return default_loss(model)
+    given = cast("object", loss)
+    if not callable(given) or isinstance(given, type):
+        hint = f"; pass the function, loss=sm.{given}" if given in list(NAMED) else ""
+        raise AnchorError(f"a loss is a function (model, batch) -> scalar; got {given!r:.80}{hint}")
+    try:
+        own = inspect.signature(loss)
+    except ValueError:  # it has none that can be read
+        return loss
+    try:
+        own.bind(model, {})
+    except TypeError:
+        raise AnchorError(
+            f"the loss {loss_name(loss)!r} is called with (model, batch); it takes {own}"
+        ) from None
+    return loss
+
+
 def comparing(anchors: AnchorPass) -> Loss | None:
     """The loss that tells adapters apart by default: one that compares pairs;
     None, the anchors' own, for others.

@@ -32,8 +32,8 @@ from sapmerge.losses import (
     PAIR_LOSSES,
     Loss,
     alignment,
-    default_loss,
     is_outputs_only,
+    loss_for,
     loss_name,
     once_embedded,
 )
@@ -91,7 +91,7 @@ class Runner:
         self.batches = Batches(loader, device_of(model))
         self._base = BaseWeights()  # shared by copies
         with frozen(model) as base:
-            self.loss: Loss = default_loss(base) if loss is None else loss
+            self.loss: Loss = loss_for(base, loss)
             check_base(base, self.sites)
             self._base.note(base)
         self._used = _Flag()  # shared by copies

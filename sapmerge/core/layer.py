@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from sapmerge.core.frames import Frames
-from sapmerge.core.updates import Update
+from sapmerge.core.updates import Dense, LowRank, Update
 from sapmerge.errors import MethodError
 
 __all__ = ["Layer", "Member"]
@@ -118,6 +118,12 @@ class Layer:
         )
         if not made:
             raise MethodError(f"layer {name!r} has no updates; a Layer needs at least one adapter")
+        for member in made:
+            if not isinstance(member.update, (LowRank, Dense)):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise MethodError(
+                    f"the updates of layer {name!r} are LowRank(B, A) or Dense(matrix); that of "
+                    f"{member.label!r} is a {type(member.update).__name__}"
+                )
         if len({member.update.shape for member in made}) > 1:
             shapes = ", ".join(f"{member.label}: {member.update.shape}" for member in made)
             raise MethodError(f"layer {name!r} needs updates of one shape; got {shapes}")
@@ -171,8 +177,13 @@ class Layer:
 
     def with_updates(self, updates: Sequence[Update]) -> Layer:
         """The same layer with other updates, one per adapter."""
+        given = tuple(updates)
+        if len(given) != len(self.members):
+            raise MethodError(
+                f"layer {self.name!r} has {len(self.members)} adapters; got {len(given)} updates"
+            )
         return self.with_members(
-            replace(m, update=u) for m, u in zip(self.members, updates, strict=True)
+            replace(m, update=u) for m, u in zip(self.members, given, strict=True)
         )
 
     def with_weights(self, weights: Sequence[float]) -> Layer:

@@ -13,7 +13,7 @@ from sapmerge.core.linalg import factor_grams, factor_svd, norm, numerical_rank,
 from sapmerge.core.torch_state import without_autocast
 from sapmerge.errors import MethodError
 
-__all__ = ["Dense", "LowRank", "Update", "absent"]
+__all__ = ["Dense", "LowRank", "Update", "absent", "as_update"]
 
 _COLUMNS = 512  # of factors, converted to float64 at a time
 
@@ -146,6 +146,9 @@ class Dense:
     matrix: Tensor
 
     def __post_init__(self) -> None:
+        if not isinstance(self.matrix, Tensor) or not self.matrix.is_floating_point():  # pyright: ignore[reportUnnecessaryIsInstance]
+            kind = getattr(self.matrix, "dtype", type(self.matrix).__name__)
+            raise MethodError(f"Dense takes a tensor of floats; got {kind}")
         if self.matrix.ndim != 2:
             raise MethodError(f"Dense takes a matrix (m, n); got shape {tuple(self.matrix.shape)}")
 
@@ -207,6 +210,24 @@ class Dense:
 
 
 Update: TypeAlias = LowRank | Dense
+
+
+def as_update(made: object, by: object, layer: str) -> Update:
+    """What a function of the user's returned, if it is an update.
+
+    Args:
+        by: the function.
+        layer: its name.
+
+    Raises:
+        MethodError: it is none.
+    """
+    if isinstance(made, (LowRank, Dense)):
+        return made
+    raise MethodError(
+        f"{by!r} must return an update, LowRank(B, A) or Dense(matrix); it returned a "
+        f"{type(made).__name__} for layer {layer!r}"
+    )
 
 
 def _even(update: Update) -> LowRank:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from sapmerge.core.protocols import (
     Units,
 )
 from sapmerge.core.selection import count_true
-from sapmerge.core.updates import Update
+from sapmerge.core.updates import Update, as_update
 from sapmerge.errors import MethodError, NonFiniteError
 from sapmerge.parts.rescalers import Keep
 from sapmerge.parts.units import Entries
@@ -101,7 +102,8 @@ class Prune:
                 decision.notes,
             )
         kept = {name: _masked(values, masks[name]) for name, values in coordinates.values.items()}
-        return self.rescaler(coordinates.join(kept), update), notes
+        rescaled = cast("object", self.rescaler(coordinates.join(kept), update))
+        return as_update(rescaled, self.rescaler, layer.name), notes
 
     def _fit(
         self,
@@ -131,6 +133,11 @@ class Prune:
         masks, count, score, overlap = dict[str, Tensor](), _Share(), _Share(), _Share()
         for name, values, scores in self._scored(layer, k, seen, coordinates):
             keep = mask(scores)
+            if not isinstance(keep, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+                raise MethodError(
+                    f"{mask!r} must return a mask, a tensor of the scores' shape; got a "
+                    f"{type(keep).__name__}"
+                )
             if keep.shape != values.shape:
                 raise MethodError(
                     f"{mask!r} made a mask {tuple(keep.shape)} for values {tuple(values.shape)}"
@@ -160,12 +167,23 @@ class Prune:
         """(part, values, scores) of adapter k."""
         where = f"layer {layer.name!r} of adapter {layer.adapters[k]!r}"
         for name, values in coordinates.values.items():
+            before = _version(values)
             scores = self.scorer(values, stats_of(layer, k, name, seen))
+            if _version(values) != before:
+                raise MethodError(
+                    f"{self.scorer!r} changes the values that it scores, which are the adapter's "
+                    f"own, in {where}: values.abs() makes others, values.abs_() does not"
+                )
             if not isinstance(scores, Tensor) or scores.shape != values.shape:  # pyright: ignore[reportUnnecessaryIsInstance]
                 got = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__  # pyright: ignore[reportUnnecessaryIsInstance]
                 raise MethodError(
                     f"{self.scorer!r} must return one score per value, as a tensor: got {got} for "
                     f"{tuple(values.shape)} in {where}"
+                )
+            if scores.dtype == torch.bool or scores.is_complex():
+                raise MethodError(
+                    f"{self.scorer!r} must return numbers, the highest of which are kept; got "
+                    f"{scores.dtype} in {where}. A rule that says yes or no is a mask builder"
                 )
             if not finite(scores):
                 raise NonFiniteError(f"{self.scorer!r} gives NaN or infinite scores in {where}")
@@ -203,6 +221,11 @@ def _masked(values: Tensor, mask: Tensor) -> Tensor:
     if mask.dtype != torch.bool:
         return values * mask.to(values.device)
     return mask.view(torch.uint8).to(values).mul_(values)
+
+
+def _version(values: Tensor) -> int:
+    """How often a tensor was written to, as far as torch counts it."""
+    return 0 if values.is_inference() else cast("Any", values)._version
 
 
 def _present(layer: Layer, adapters: Container[int] | None = None) -> list[int]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from sapmerge.anchors.freezing import frozen
 from sapmerge.anchors.loading import Batches, batch_size
 from sapmerge.errors import AnchorError, NonFiniteError
-from sapmerge.losses import Loss, default_loss, loss_name
+from sapmerge.losses import Loss, loss_for, loss_name
 from sapmerge.models import Site, device_of
 from sapmerge.routing.live import Stack, hooked
 from sapmerge.routing.losses import balance_loss, z_loss
@@ -59,7 +59,7 @@ def learn(
 
     optimizer = torch.optim.Adam(matrices.values(), lr=router.lr)
     with frozen(model) as base, hooked(sites, stacks, weigh), torch.enable_grad():
-        chosen: Loss = default_loss(base) if loss is None else loss
+        chosen: Loss = loss_for(base, loss)
         total = sum(batch_size(batch) for batch in batches)
         for _ in range(router.steps):
             optimizer.zero_grad()

@@ -24,7 +24,7 @@ from sapmerge.errors import MethodError
 from sapmerge.io.adapter import Adapter
 from sapmerge.io.files import shown
 from sapmerge.io.routed import read_routed, write_routed
-from sapmerge.losses import Loss, default_loss
+from sapmerge.losses import Loss, loss_for
 from sapmerge.merging.inputs import (
     Adapters,
     Base,
@@ -201,7 +201,7 @@ class Routed:
         sites = sites_of(without_wrappers(model), self.stream.modules)
         batches = Batches(loader, device_of(model))
         with frozen(model) as base, hooked(sites, self.stacks, weigh):
-            run = default_loss(base) if loss is None else loss
+            run = loss_for(base, loss)
             for batch in batches:
                 run(base, batch)
         return {

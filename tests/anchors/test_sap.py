@@ -12,7 +12,13 @@ from torch import Tensor, nn
 
 import sapmerge as sm
 from sapmerge.errors import AnchorError, MethodError, SapmergeWarning
-from sapmerge.losses import alignment, centered_alignment, contrastive, language_modeling
+from sapmerge.losses import (
+    alignment,
+    centered_alignment,
+    contrastive,
+    language_modeling,
+    loss_for,
+)
 from tests.anchors import models
 from tests.conftest import error
 
@@ -383,6 +389,20 @@ def test_the_order_of_adapters_changes_no_bit(order: tuple[int, ...]) -> None:
         [adapters[k] for k in order], loader, model, method=sm.sap(0.9)
     ).updates():
         assert torch.equal(update.dense(), first[name].dense())
+
+
+@pytest.mark.parametrize(
+    ("loss", "text"),
+    [
+        ("alignment", r"'alignment'; pass the function, loss=sm\.alignment"),
+        ("nothing", r"a function \(model, batch\).*'nothing'$"),
+        (nn.MSELoss, "MSELoss"),
+        (lambda model: 0, r"called with \(model, batch\); it takes \(model\)"),
+    ],
+)
+def test_what_is_no_loss_is_refused(loss: Any, text: str) -> None:
+    with pytest.raises(sm.AnchorError, match=text):
+        loss_for(nn.Linear(2, 2), loss)
 
 
 def test_default_losses() -> None:
