@@ -30,7 +30,7 @@ from sapmerge.merging.opened import Opened
 from sapmerge.merging.run import Run
 from sapmerge.parts.scaling import MatchEnergy
 
-__all__ = ["Bench", "check_bench", "metric_of", "statistics_in"]
+__all__ = ["Bench", "check_alike", "check_bench", "metric_of", "statistics_in"]
 
 
 _ROOM = 1 << 29
@@ -153,6 +153,26 @@ def metric_of(base: MethodResult, metric: str | None) -> str:
     if metric is not None and metric not in base.scores:
         raise MethodError(f"evaluate gives {list(base.scores)}, and no {metric!r}")
     return metric or next(iter(base.scores))
+
+
+def check_alike(base: MethodResult, found: MethodResult) -> None:
+    """Whether a metric gave a merge what it gave the base model.
+
+    Raises:
+        MethodError: other names, or another number of samples, which are compared one by one.
+    """
+    if base.scores.keys() != found.scores.keys():
+        raise MethodError(
+            f"evaluate gives {list(found.scores)} for {found.name}, and {list(base.scores)} for "
+            "the base model"
+        )
+    for name, score in found.scores.items():
+        one, other = score.count, base.scores[name].count
+        if one != other:
+            raise MethodError(
+                f"evaluate gives {one} samples of {name!r} for {found.name}, and {other} for the "
+                "base model: methods are compared on the same samples"
+            )
 
 
 def statistics_in(

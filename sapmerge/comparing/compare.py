@@ -10,7 +10,7 @@ from typing import Any, TypeAlias, cast
 
 import torch
 
-from sapmerge.comparing.bench import Bench, check_bench, metric_of, statistics_in
+from sapmerge.comparing.bench import Bench, check_alike, check_bench, metric_of, statistics_in
 from sapmerge.comparing.kept import KeptResults
 from sapmerge.comparing.table import BASE, Comparison, MethodResult
 from sapmerge.core.part import recipe
@@ -120,6 +120,10 @@ def compare(
                 found = bench.result(name, length, method)
                 if not found.problem:
                     kept.put(method, found)
+            if method is None:
+                metric_of(found, metric)  # before anything is merged
+            elif not found.problem:
+                check_alike(results[0], found)
             results.append(found)
     return Comparison(tuple(results), metric_of(results[0], metric), maximize)
 

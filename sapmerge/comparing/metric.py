@@ -33,6 +33,11 @@ class Score:
     samples: Values | None = None
 
     @property
+    def count(self) -> int:
+        """How many samples there are; 0 for a single number."""
+        return 0 if self.samples is None else len(self.samples)
+
+    @property
     def interval(self) -> Interval | None:
         """Of 95 %: Wilson's for rights and wrongs, the bootstrap's for other numbers; None for a
         single one.
@@ -65,7 +70,11 @@ def read_scores(found: Any) -> dict[str, Score]:
 
 def _score(value: Any, name: str) -> Score:
     plain = value.detach().cpu() if isinstance(value, Tensor) else value
+    if isinstance(plain, Tensor) and plain.is_floating_point():
+        plain = plain.double()  # NumPy has no bfloat16
     try:
+        if value is None:
+            raise TypeError
         numbers: Values = np.asarray(plain, dtype=np.float64)
     except (TypeError, ValueError):
         numbers = np.empty((0, 0))

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias, cast
 
 import torch
 
-from sapmerge.comparing.bench import Bench, check_bench, metric_of, statistics_in
+from sapmerge.comparing.bench import Bench, check_alike, check_bench, metric_of, statistics_in
 from sapmerge.comparing.table import BASE, Comparison, MethodResult
 from sapmerge.core.part import recipe
 from sapmerge.core.protocols import Method
@@ -205,6 +205,7 @@ def search(
             if result.problem:
                 study.tell(trial, state=optuna.trial.TrialState.FAIL)
             else:
+                check_alike(base, result)
                 study.tell(trial, result.scores[name].value)
     return SearchResult(tuple(made), Comparison((base, *known.values()), name, maximize), seed)
 

@@ -175,6 +175,8 @@ class Comparison:
                 f"{self._called(self.best)} has the best {self.metric}. How much of that is noise "
                 "cannot be told: return one number per sample from evaluate (1 right, 0 wrong)"
             )
+        if len(self.rows) == 1:
+            return f"{self._called(self.best)} is the only method"
         near = [self._called(one) for one in self.within_noise[1:]]
         if not near:
             return f"{self._called(self.best)} is better than all others, beyond noise"

@@ -332,6 +332,46 @@ def test_errors(folders: list[Path], methods: Any, evaluate: Any, message: str) 
         sm.compare(folders, methods, model=Net(), evaluate=evaluate)
 
 
+def test_every_merge_gets_what_the_base_model_got(folders: list[Path]) -> None:
+    samples = iter([[1.0, 0.0], [1.0, 1.0], [1.0]])
+    with pytest.raises(sm.MethodError, match=r"1 samples of 'score' for ties, and 2 for the base"):
+        sm.compare(
+            folders,
+            ["mean", "ties"],
+            model=Net(),
+            evaluate=lambda _: next(samples),
+            matched=False,
+        )
+    names = iter([{"a": 1.0}, {"b": 1.0}])
+    with pytest.raises(sm.MethodError, match=r"\['b'\] for mean, and \['a'\] for the base model"):
+        sm.compare(folders, ["mean"], model=Net(), evaluate=lambda _: next(names))
+
+
+def test_a_metric_of_another_name_is_refused_before_any_merge(folders: list[Path]) -> None:
+    asked = list[float]()
+
+    def both(model: nn.Module) -> dict[str, float]:
+        asked.append(energy(model))
+        return {"energy": asked[-1]}
+
+    with pytest.raises(sm.MethodError, match="no 'accuracy'"):
+        sm.compare(folders, EIGHT, model=Net(), evaluate=both, metric="accuracy")
+    assert len(asked) == 1
+
+
+def test_one_method_is_better_than_nobody(folders: list[Path]) -> None:
+    table = sm.compare(folders, ["mean"], model=Net(), evaluate=right, matched=False)
+    assert str(table).endswith("mean (own) is the only method")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_samples_in_half_precision(folders: list[Path], dtype: torch.dtype) -> None:
+    table = sm.compare(folders, ["mean"], model=Net(), evaluate=lambda m: right(m).to(dtype))
+    wanted = sm.compare(folders, ["mean"], model=Net(), evaluate=right)
+    for row, same_row in zip(table.results, wanted.results):
+        assert row.scores["score"].samples.tolist() == same_row.scores["score"].samples.tolist()
+
+
 def test_a_metric_that_is_nan_is_named(folders: list[Path]) -> None:
     with pytest.raises(sm.NonFiniteError, match="'score' is NaN"):
         sm.compare(folders, ["mean"], model=Net(), evaluate=lambda model: float("nan"))
