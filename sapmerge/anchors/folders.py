@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import io
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -166,7 +168,8 @@ def _beside(root: str, image: str, present: Sequence[str]) -> str:
             f"the anchors {root!r} have no captions: expected captions.json, .jsonl, .csv or .txt, "
             f"or {name!r} beside {image!r}"
         )
-    return _text(os.path.join(root, name)).strip()
+    path = os.path.join(root, name)
+    return _caption(_text(path), path, image)
 
 
 def _text(path: str) -> str:
@@ -175,6 +178,13 @@ def _text(path: str) -> str:
             return file.read()
     except (OSError, UnicodeError) as error:
         raise AnchorError(f"the captions {path!r} cannot be read: {error}") from None
+
+
+def _lines(path: str) -> list[str]:
+    """The lines of a file. Unlike `str.splitlines` it leaves a caption whole that has one of
+    Unicode's other separators in it, as texts from the web do.
+    """
+    return re.split(r"\r\n|\r|\n", _text(path))
 
 
 def read_captions(path: str) -> list[Pair]:
@@ -193,7 +203,7 @@ def _read_json(path: str) -> list[Pair]:
 
 
 def _read_lines(path: str) -> list[Pair]:
-    lines = [line for line in _text(path).splitlines() if line.strip()]
+    lines = [line for line in _lines(path) if line.strip()]
     return _rows([_parsed(line, path) for line in lines], path)
 
 
@@ -206,14 +216,14 @@ def _parsed(text: str, path: str) -> Any:
 
 def _read_csv(path: str) -> list[Pair]:
     try:
-        return _rows(list(csv.DictReader(_text(path).splitlines(keepends=True))), path)
+        return _rows(list(csv.DictReader(io.StringIO(_text(path), newline=""))), path)
     except csv.Error as error:
         raise AnchorError(f"the captions {path!r} are no table: {error}") from None
 
 
 def _read_tabs(path: str) -> list[Pair]:
     pairs = list[Pair]()
-    for number, line in enumerate(_text(path).splitlines(), 1):
+    for number, line in enumerate(_lines(path), 1):
         name, tab, text = line.partition("\t")
         if not tab and line.strip():
             raise AnchorError(f"the captions {path!r}, line {number}: expected file, tab, caption")

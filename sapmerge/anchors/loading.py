@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from sapmerge.anchors.digest import digest
-from sapmerge.errors import AnchorError
+from sapmerge.errors import AnchorError, printable, warn
 from sapmerge.losses import WEIGHT
 
 __all__ = ["Batches", "Half", "from_pairs"]
+
+_NO_LIMIT = 1 << 20  # tokenizers that know no longest text say 1e30
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,8 @@ def from_pairs(
         images: PIL images or paths, one per text.
         texts: captions; for LLaVA, prompts with the image token.
         processor: a transformers processor: called with `images=`, `text=`, `return_tensors="pt"`,
-            `padding=True` (SigLIP's with "max_length", as it was trained).
+            `padding=True` (SigLIP's with "max_length", as it was trained). Captions that are longer
+            than its tokenizer takes are cut, with a warning.
         batch_size: pairs per batch at most, dealt out evenly;
             contrastive losses take their negatives from the batch.
         weights: how much each pair counts, as `coreset` says; equal by default.
@@ -102,6 +105,7 @@ def from_pairs(
     if weights is not None and len(weights) != len(texts):
         raise AnchorError(f"got {len(weights)} weights for {len(texts)} pairs")
     padding = "max_length" if type(processor).__name__.lower().startswith("siglip") else True
+    cut = _cut(texts, processor)
     batches: list[dict[str, Any]] = []
     count = -(-len(texts) // batch_size)
     for number in range(count):
@@ -111,11 +115,33 @@ def from_pairs(
             text=list(texts[chosen]),
             return_tensors="pt",
             padding=padding,
+            **cut,
         )
         batches.append(dict(made))
         if weights is not None:
             batches[-1][WEIGHT] = torch.tensor(weights[chosen], dtype=torch.float32)
     return batches
+
+
+def _cut(texts: Sequence[str], processor: Any) -> dict[str, Any]:
+    """What a processor is told besides, where captions are longer than the text tower has places
+    for. Prompts with image tokens are never cut: what is cut off may be the image.
+    """
+    tokenizer = getattr(processor, "tokenizer", None)
+    limit = getattr(tokenizer, "model_max_length", None)
+    if tokenizer is None or not isinstance(limit, int) or limit > _NO_LIMIT:
+        return {}
+    if getattr(processor, "image_token", None) is not None:
+        return {}
+    rows = tokenizer(list(texts))["input_ids"]
+    long = [text for text, row in zip(texts, rows, strict=True) if len(row) > limit]
+    if not long:
+        return {}
+    warn(
+        f"{len(long)} of {len(texts)} captions are longer than the {limit} tokens that the "
+        f"tokenizer takes, and are cut; the first is {printable(long[0][:60])!r}"
+    )
+    return {"truncation": True, "max_length": limit}
 
 
 def _image(image: Any) -> Any:
@@ -126,7 +152,7 @@ def _image(image: Any) -> Any:
         try:
             with cast("Any", Image.open(cast("str | os.PathLike[str]", image))) as opened:
                 return opened.convert("RGB")
-        except OSError as error:
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise AnchorError(
                 f"the image {str(cast('object', image))!r} cannot be read: {error}"
             ) from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,54 @@ def test_every_format(folder: Path, write: Callable[[Path, str], None], stem: st
     wanted = from_pairs(names, list(CAPTIONS.values()), processor, 2)
     assert len(wanted) == 2
     assert same(from_folder(folder, processor, 2), wanted)
+
+
+@pytest.mark.parametrize("write", [as_json, as_list, as_lines, as_csv, as_tabs])
+@pytest.mark.parametrize("mark", ["\u2028", "\x85", "\x0c", "\x1e"])
+def test_separators_of_unicode_are_part_of_a_caption(
+    folder: Path,
+    write: Callable[[Path, str], None],
+    mark: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    marked = {name: f"{text[:4]}{mark}{text[4:]}" for name, text in CAPTIONS.items()}
+    monkeypatch.setitem(globals(), "CAPTIONS", marked)
+    monkeypatch.setattr(json, "dumps", partial(json.dumps, ensure_ascii=False))
+    write(folder, "captions")
+    assert [pair.text for pair in read_folder(folder)] == list(marked.values())
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_every_end_of_a_line(folder: Path, end: str) -> None:
+    lines = end.join(f"{name}\t{text}" for name, text in CAPTIONS.items())
+    (folder / "captions.txt").write_bytes(lines.encode())
+    assert [(Path(p.image).name, p.text) for p in read_folder(folder)] == list(CAPTIONS.items())
+
+
+def test_an_empty_caption_beside_an_image(folder: Path) -> None:
+    for name, text in CAPTIONS.items():
+        (folder / name).with_suffix(".txt").write_text("" if name == "a.jpg" else text)
+    with pytest.raises(AnchorError, match=r"a\.txt.*'a\.jpg' has no text"):
+        read_folder(folder)
+
+
+@pytest.mark.parametrize("damage", ["chunk", "bomb"])
+def test_a_damaged_image_is_named(
+    folder: Path, damage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PIL raises a SyntaxError for a chunk that it cannot read, and an error of its own for images
+    of too many pixels.
+    """
+    as_json(folder, "captions")
+    if damage == "bomb":
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1)
+    else:
+        raw = bytearray((folder / "b.png").read_bytes())
+        at = raw.index(b"IDAT")
+        end = at + 8 + int.from_bytes(raw[at - 4 : at], "big")
+        (folder / "b.png").write_bytes(raw[: at + 5] + b"\x1e\x13\xc3r" * 8 + raw[end:])
+    with pytest.raises(AnchorError, match=r"b\.png' cannot be read"):
+        from_folder(folder, processor)
 
 
 def test_captions_beside_the_images(folder: Path) -> None:

@@ -214,6 +214,23 @@ def clip_processor(folder: Path, size: int = 8) -> Any:
     return CLIPProcessor(images, tokenizer)
 
 
+def test_captions_that_are_too_long_are_cut(tmp_path: Path) -> None:
+    """As transformers cuts them: the end of the text stays, which CLIP reads the embedding from."""
+    from PIL import Image
+
+    processor, images = clip_processor(tmp_path), [Image.new("RGB", (8, 8))] * 3
+    texts = ["a b", "a b c d e f g h i j k l m n", "c"]
+    with pytest.warns(sm.SapmergeWarning, match=r"1 of 3 captions.*12 tokens.*'a b c d e"):
+        (batch,) = from_pairs(images, texts, processor)
+    rows = [processor.tokenizer(text)["input_ids"] for text in texts]
+    assert len(rows[1]) == 16
+    rows[1] = [*rows[1][:11], rows[1][-1]]
+    found = [
+        ids[mask == 1].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"])
+    ]
+    assert found == rows
+
+
 def test_pairs_for_a_processor_of_transformers(tmp_path: Path) -> None:
     from PIL import Image
 
