@@ -36,8 +36,14 @@ def provenance(*packages: str) -> str:
     """The command, the date, the machine and the versions of sapmerge, torch and `packages`."""
     import torch
 
+    import sapmerge
+
+    # that of the code that runs, which an editable install may not know of
     versions = ", ".join(
-        f"{name} {metadata.version(name)}" for name in ("sapmerge", "torch", *packages)
+        [
+            f"sapmerge {sapmerge.__version__}",
+            *(f"{name} {metadata.version(name)}" for name in ("torch", *packages)),
+        ]
     )
     command = shlex.join(["python", "benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]])
     today = datetime.date.today().isoformat()
