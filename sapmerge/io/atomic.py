@@ -15,20 +15,18 @@ from pathlib import Path
 from sapmerge.core.undo import without_interrupts
 from sapmerge.errors import OutputError, OutputExistsError, warn_afterwards
 from sapmerge.io.leftovers import remove, sibling_name, sweep_after
-from sapmerge.io.locks import lock
 from sapmerge.io.outputs import ADAPTER, Kind, as_path
+from sapmerge.io.system import POSIX, Folder, write_at
 
 __all__ = ["StagedFolder", "explained", "write_all"]
 
-_DIRECTORY = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_NOFOLLOW", 0)
-_NEW_FILE = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
 _NOREPLACE, _EXCHANGE = 1, 2  # flags of renameat2(2)
 _NOT_SUPPORTED = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
 _NO_LOCKS = _NOT_SUPPORTED | {errno.ENOLCK, errno.EBADF}  # EBADF: NFS, which locks no folder
 _CHUNK = 1 << 26  # some systems refuse writes above 2 GiB
 _ATTEMPTS = 100
 
-_libc = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
+_libc = ctypes.CDLL(None, use_errno=True) if POSIX else None
 _renameat2: Callable[[int, bytes, int, bytes, int], int] | None = getattr(_libc, "renameat2", None)
 
 
@@ -49,7 +47,7 @@ def write_all(file: int, data: bytes | memoryview, offset: int) -> None:
     view = memoryview(data)
     done = 0
     while done < len(view):
-        done += os.pwrite(file, view[done : done + _CHUNK], offset + done)
+        done += write_at(file, view[done : done + _CHUNK], offset + done)
 
 
 class StagedFolder:
@@ -85,7 +83,8 @@ class StagedFolder:
                 f"{self.path!r}: its parent folder {self._parent_path!r} does not exist; create it "
                 "first"
             )
-        self._parent = self._folder = -1
+        self._parent: Folder | None = None
+        self._folder: Folder | None = None
         self._temporary, self._replaced = "", False
         self._identity: os.stat_result | None = None
         with explained(self.path, "look for leftovers of earlier writes"):
@@ -95,8 +94,8 @@ class StagedFolder:
     def __enter__(self) -> StagedFolder:
         try:
             with explained(self.path, "create a temporary folder beside it"):
-                self._parent = os.open(self._parent_path, _DIRECTORY)
-                self._create()
+                self._parent = Folder(self._parent_path)
+                self._folder = self._create(self._parent)
         except BaseException:
             self.__exit__()
             raise
@@ -110,12 +109,11 @@ class StagedFolder:
         """Remove what was not published; it may be called again."""
         if self._temporary:
             remove(self._sibling(self._temporary))
-        folder, parent = self._folder, self._parent
-        self._folder = self._parent = -1
-        for descriptor in (folder, parent):
-            if descriptor >= 0:
+        for opened in (self._folder, self._parent):
+            if opened is not None:
                 with suppress(OSError):
-                    os.close(descriptor)
+                    opened.close()
+        self._folder = self._parent = None
 
     @property
     def staged(self) -> str:
@@ -124,7 +122,7 @@ class StagedFolder:
 
     def create(self, name: str) -> int:
         """Opens a new file of the folder for reading and writing."""
-        return os.open(name, _NEW_FILE, 0o666, dir_fd=self._folder)
+        return self._opened.create(name)
 
     def write(self, name: str, data: bytes) -> None:
         """Writes a whole new file of the folder and syncs it."""
@@ -138,21 +136,21 @@ class StagedFolder:
 
     def unlink(self, name: str) -> None:
         """Removes a file of the folder."""
-        os.unlink(name, dir_fd=self._folder)
+        self._opened.unlink(name)
 
     def publish(self) -> None:
         """Puts the folder in its place; from here on it is the output.
         Readers see the old folder or the new one.
         """
         with explained(self.path, "put the new folder in place"):
-            _sync_folder(self._folder)
-            self._identity = os.fstat(self._folder)
+            _sync(self._opened)
+            self._identity = self._opened.status()
             replaced, undo = self._place()
             try:
                 if replaced:
                     # another program may have put a file there meanwhile
                     self._kind.require(self._sibling(replaced), self.path)
-                _sync_folder(self._parent)
+                _sync(self._beside)
             except BaseException as error:
                 try:
                     undo()
@@ -227,16 +225,9 @@ class StagedFolder:
         """Renames or exchanges atomically; False where the system cannot."""
         if _renameat2 is None:
             return False
-        if (
-            _renameat2(
-                self._parent,
-                os.fsencode(self._temporary),
-                self._parent,
-                os.fsencode(self._name),
-                flag,
-            )
-            == 0
-        ):
+        at = self._beside.descriptor
+        source, target = os.fsencode(self._temporary), os.fsencode(self._name)
+        if _renameat2(at, source, at, target, flag) == 0:
             return True
         code = ctypes.get_errno()
         if code in _NOT_SUPPORTED:
@@ -244,31 +235,39 @@ class StagedFolder:
         raise OSError(code, os.strerror(code))
 
     def _move(self, source: str, target: str) -> None:
-        os.rename(source, target, src_dir_fd=self._parent, dst_dir_fd=self._parent)
+        self._beside.rename(source, target)
 
     def _sibling(self, name: str) -> str:
         return os.path.join(self._parent_path, name)
 
-    def _create(self) -> None:
+    @property
+    def _opened(self) -> Folder:
+        assert self._folder is not None, "entered"
+        return self._folder
+
+    @property
+    def _beside(self) -> Folder:
+        """The folder in which this one is put."""
+        assert self._parent is not None, "entered"
+        return self._parent
+
+    def _create(self, parent: Folder) -> Folder:
         # The lock tells a later `_sweep` that this folder is in use. It may be swept before it is
         # locked: try again.
         for _ in range(_ATTEMPTS):
             self._temporary = name = sibling_name(self._name, "tmp")
-            os.mkdir(name, 0o777, dir_fd=self._parent)
+            parent.mkdir(name)
             try:
-                self._folder = os.open(name, _DIRECTORY, dir_fd=self._parent)
+                self._folder = Folder(name, parent)
                 with _tolerating(_NO_LOCKS):
-                    lock(self._folder, wait=False)
-                if os.path.samestat(
-                    os.fstat(self._folder),
-                    os.stat(name, dir_fd=self._parent, follow_symlinks=False),
-                ):
-                    return
+                    self._folder.lock()
+                if os.path.samestat(self._folder.status(), parent.lstat(name)):
+                    return self._folder
             except (FileNotFoundError, BlockingIOError):
                 pass
-            if self._folder >= 0:
-                os.close(self._folder)
-                self._folder = -1
+            if self._folder is not None:
+                self._folder.close()
+                self._folder = None
         raise OutputError(
             f"{self.path!r}: other programs keep removing the temporary folder beside it"
         )
@@ -305,6 +304,6 @@ def _tolerating(codes: set[int]) -> Generator[None, None, None]:
             raise
 
 
-def _sync_folder(folder: int) -> None:
+def _sync(folder: Folder) -> None:
     with _tolerating(_NOT_SUPPORTED):  # some network file systems sync no folders
-        os.fsync(folder)
+        folder.sync()

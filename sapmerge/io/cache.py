@@ -19,6 +19,7 @@ from torch import Tensor
 from sapmerge.errors import OutputError
 from sapmerge.io.leftovers import alive
 from sapmerge.io.locks import lock
+from sapmerge.io.system import POSIX
 
 __all__ = ["Cache", "Gathered", "gather"]
 
@@ -113,6 +114,9 @@ class Cache:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
+                if POSIX:  # while it is locked
+                    os.replace(scratch, path)
+            if not POSIX:  # Windows moves nothing that is open
                 os.replace(scratch, path)
         finally:
             with suppress(OSError):

@@ -4,7 +4,6 @@ in memory while they are few, in a temporary file beyond.
 
 from __future__ import annotations
 
-import os
 import tempfile
 from typing import BinaryIO, cast
 
@@ -12,10 +11,11 @@ import torch
 from torch import Tensor
 
 from sapmerge.errors import OutputError
+from sapmerge.io.system import read_at, write_at
 
 __all__ = ["HeldValues"]
 
-_IN_MEMORY = 32 << 20  # bytes
+_IN_MEMORY, _CHUNK = 32 << 20, 1 << 26  # bytes
 
 
 class HeldValues:
@@ -49,9 +49,8 @@ class HeldValues:
                 self._file = cast("BinaryIO", tempfile.TemporaryFile(prefix="sapmerge-"))  # noqa: SIM115
             done = 0
             while done < raw.nbytes:
-                done += os.pwrite(
-                    self._file.fileno(), raw.data[done : done + (1 << 26)], self._size + done
-                )
+                some = raw.data[done : done + _CHUNK]
+                done += write_at(self._file.fileno(), some, self._size + done)
         except OSError as error:
             raise OutputError(
                 "the weights that are to change cannot be kept in a temporary file in "
@@ -78,11 +77,12 @@ class HeldValues:
         raw = bytearray(like.nbytes)
         view, done = memoryview(raw), 0
         while done < len(view):
-            read = os.preadv(self._file.fileno(), [view[done : done + (1 << 26)]], start + done)
+            read = read_at(self._file.fileno(), min(_CHUNK, len(view) - done), start + done)
             if not read:
                 raise OutputError(
                     "the temporary file with the weights was truncated: the model is damaged, load "
                     "it again"
                 )
-            done += read
+            view[done : done + len(read)] = read
+            done += len(read)
         return torch.frombuffer(raw, dtype=like.dtype).reshape(like.shape)

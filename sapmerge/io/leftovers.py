@@ -9,6 +9,7 @@ import shutil
 from contextlib import suppress
 
 from sapmerge.io.locks import lock
+from sapmerge.io.system import POSIX
 
 __all__ = ["alive", "remove", "sibling_name", "sweep", "sweep_after"]
 
@@ -58,7 +59,11 @@ def remove(folder: str) -> bool:
 
 
 def alive(process: int) -> bool:
-    """Whether a process of this computer has the number."""
+    """Whether a process of this computer has the number; on Windows, where asking would end
+    it, all have.
+    """
+    if not POSIX:
+        return True
     try:
         os.kill(process, 0)
     except OSError as error:
@@ -70,6 +75,8 @@ def _remove_unlocked(folder: str) -> None:
     """Removes a leftover that no writer holds. Where folders cannot be locked nobody can
     tell: it stays.
     """
+    if not POSIX:
+        return
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:

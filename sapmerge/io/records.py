@@ -18,6 +18,7 @@ from sapmerge.io.files import Limits, RegularFile, reason
 from sapmerge.io.leftovers import sweep
 from sapmerge.io.locks import lock
 from sapmerge.io.strict_json import parse
+from sapmerge.io.system import BINARY, NEW_FILE, NOFOLLOW, sync_folder
 
 __all__ = [
     "Records",
@@ -32,7 +33,6 @@ __all__ = [
 
 _LIMITS = Limits(config_bytes=1 << 28)
 _ENDING, _SCRATCH, _CACHE_SCRATCH = ".json", ".part", ".tmp"
-_NOFOLLOW, _DIRECTORY = getattr(os, "O_NOFOLLOW", 0), getattr(os, "O_DIRECTORY", 0)
 _NO_LOCKS = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EBADF}
 
 
@@ -69,13 +69,13 @@ def write_file(path: str, content: bytes) -> None:
     scratch = os.path.join(folder, f".{name}.{secrets.token_hex(4)}{_SCRATCH}")
     with explained(path, "write"):
         try:
-            file = os.open(scratch, os.O_RDWR | os.O_CREAT | os.O_EXCL | _NOFOLLOW, 0o666)
+            file = os.open(scratch, NEW_FILE, 0o666)
             try:
                 write_all(file, content, 0)
                 os.fsync(file)
             finally:
                 os.close(file)
-            os.rename(scratch, path)
+            os.replace(scratch, path)
         except OSError:
             with suppress(OSError):
                 os.unlink(scratch)
@@ -114,14 +114,11 @@ def remove_folder(path: str) -> None:
 
 
 def _sync(folder: str) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | _DIRECTORY)
     try:
-        os.fsync(descriptor)
+        sync_folder(folder)
     except OSError as error:
         if error.errno not in _NO_LOCKS:  # some network file systems sync no folders
             raise
-    finally:
-        os.close(descriptor)
 
 
 class Records:
@@ -183,7 +180,7 @@ class Records:
         """
         path = os.path.join(self.path, ".lock")
         with explained(path, "lock"):
-            file = os.open(path, os.O_RDWR | os.O_CREAT | _NOFOLLOW, 0o666)
+            file = os.open(path, os.O_RDWR | os.O_CREAT | NOFOLLOW | BINARY, 0o666)
         try:
             try:
                 lock(file, wait=True)

@@ -22,6 +22,7 @@ from sapmerge.core.linalg import finite
 from sapmerge.errors import NonFiniteError, OutputError
 from sapmerge.io.atomic import StagedFolder, explained, write_all
 from sapmerge.io.outputs import CARD_NAME, CONFIG_NAME, TENSORS_NAME
+from sapmerge.io.system import read_at
 
 __all__ = [
     "CONFIG_DIGEST_KEY",
@@ -155,7 +156,7 @@ class CheckpointWriter:
         self._require_open()
         stored = self._stored.pop(name)
         with explained(self._folder.path, f"read tensor {name!r} again"):
-            data = bytearray(os.pread(self._scratch, stored.size, stored.start))
+            data = bytearray(read_at(self._scratch, stored.size, stored.start))
         outer = stored.shape[0] // rank if dim == 0 else stored.shape[0]
         factor = torch.frombuffer(data, dtype=stored.dtype).reshape(outer, rank, -1)
         padded = torch.cat([factor, factor.new_zeros(outer, wanted - rank, factor.shape[2])], 1)
@@ -275,7 +276,7 @@ def digest_of(tensors: Mapping[str, str]) -> str:
 def _copy(source: int, start: int, target: int, position: int, size: int) -> None:
     done = 0
     while done < size:
-        chunk = os.pread(source, min(_COPY_CHUNK, size - done), start + done)
+        chunk = read_at(source, min(_COPY_CHUNK, size - done), start + done)
         if not chunk:
             raise OSError(errno.EIO, "the scratch file was truncated")
         write_all(target, chunk, position + done)
