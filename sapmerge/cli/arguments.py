@@ -43,6 +43,12 @@ def adapters_of(options: argparse.Namespace) -> Any:
         if repeated:
             raise MethodError(f"two adapters have the label {repeated[0]!r}")
         return {label: _adapter(folder, allow_pickle) for label, _, folder in pairs}
+    odd = next((a for a in arguments if "=" in a and not os.path.lexists(a)), None)
+    if odd is not None and not odd.startswith(SCHEME):
+        raise MethodError(
+            f"{odd!r} is no folder; label=folder is given for all adapters or for none, with 1 to "
+            "64 letters, digits, '.', '_' and '-' in each label"
+        )
     return [_adapter(argument, allow_pickle) for argument in arguments]
 
 

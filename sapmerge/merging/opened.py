@@ -15,7 +15,7 @@ import torch
 from sapmerge.core.part import prepare, recipe
 from sapmerge.core.protocols import Method
 from sapmerge.core.torch_state import pinned
-from sapmerge.errors import warn
+from sapmerge.errors import IncompatibleAdaptersError, warn
 from sapmerge.io.adapter import Adapter
 from sapmerge.io.base_folder import BaseFolder
 from sapmerge.io.modules import BaseWeights
@@ -134,6 +134,7 @@ def open_merge(
     opened = one_spelling(load_adapters(adapters, model, weights), model)
     numbers = resolve_weights(weights, opened)
     base = written_base(check_mergeable(opened, base_model), opened, base_model, folder or model)
+    _check_one_form(opened)
     if model is None:  # else the names are settled
         say_what_is_not_shared(opened)
     heads = plan_heads(opened, numbers, modules_to_save)
@@ -165,3 +166,30 @@ def open_merge(
         shapes=shapes_of(folder or model),
         progress=show,
     )
+
+
+def _check_one_form(adapters: Sequence[Adapter]) -> None:
+    """Refuse a weight that is adapted in two forms: it would be two layers, of which no method sees
+    both, and a checkpoint has one name for them.
+
+    Raises:
+        IncompatibleAdaptersError: it is a parameter here and a module there.
+    """
+    plain = {
+        name: adapter.label
+        for adapter in adapters
+        for name, module in adapter.modules.items()
+        if module.kind != "parameter"
+    }
+    for adapter in adapters:
+        for module in adapter.modules.values():
+            if (
+                module.kind == "parameter"
+                and module.parameter == "weight"
+                and module.owner in plain
+            ):
+                raise IncompatibleAdaptersError(
+                    f"the weight of {module.owner!r} is adapted by target_parameters in "
+                    f"{adapter.label!r}, and by target_modules in {plain[module.owner]!r}: train "
+                    "both in one way, or merge one of them into the base with PEFT"
+                )

@@ -75,6 +75,15 @@ def test_rank_and_labels(here: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert err == "" or err.startswith("sapmerge: warning: the stored adapter keeps")
 
 
+@pytest.mark.parametrize("adapters", [["a=left", "right"], ["two words=left", "b=right"]])
+def test_labels_for_some(
+    here: Path, capsys: pytest.CaptureFixture[str], adapters: list[str]
+) -> None:
+    assert main(["merge", *adapters, "-o", "out", "--method", "mean"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"sapmerge: {adapters[0]!r} is no folder; label=folder is given for all")
+
+
 def test_a_warning_is_one_line_on_stderr(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         main(["merge", "left", "right", "-o", "out", "--method", "ties", "--rank", "1", "--quiet"])

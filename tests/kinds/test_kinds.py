@@ -201,6 +201,17 @@ def test_token_rows(make: h.Make, tmp_path: Path) -> None:
         h.merged(paths)
 
 
+def test_one_weight_as_a_parameter_and_as_a_module(tmp_path: Path) -> None:
+    parameter = {"target_modules": QV, "target_parameters": ["mlp.up_proj.weight"]}
+    paths = [
+        train(tmp_path, h.llama, 1, r=4, **parameter),
+        train(tmp_path, h.llama, 2, r=4, target_modules=[*QV, "up_proj"]),
+    ]
+    with pytest.raises(h.sm.IncompatibleAdaptersError, match=r"mlp\.up_proj.*target_parameters"):
+        h.merged(paths)
+    check_sinks(h.llama, paths[:1], tmp_path)
+
+
 def _rows_beside(folder: Path, **other: Any) -> list[Path]:
     """Two adapters: one with rows of tokens, one with something else on that embedding."""
     rows: dict[str, Any] = {
