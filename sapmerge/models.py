@@ -31,6 +31,7 @@ __all__ = [
     "find_saved",
     "find_sites",
     "find_tensors",
+    "merged_into",
     "model_names",
     "tensor_name",
     "weight_view",
@@ -110,18 +111,42 @@ class Site:
 class ModelWeights:
     """The weights of a live model, for kinds of adapters that need them (see
     `Adapter.with_base`).
+
+    Raises:
+        ModelMismatchError: they are asked for while an adapter of the model is merged into them.
     """
 
     def __init__(self, model: Any, wanted: Mapping[str, Module]) -> None:
         self._sites, self._model = find_sites(model, wanted), model
+        if wanted:
+            _check_unmerged(model)
 
     def matrix(self, module: Module) -> Tensor:
         """The weight of a layer as an (outputs, inputs) matrix, in float32 on the CPU."""
+        _check_unmerged(self._model)
         return self._sites[module.name].matrix().to("cpu", torch.float32)
 
     def tensor(self, name: str) -> Tensor:
         """A parameter by its canonical name, in float32 on the CPU."""
+        _check_unmerged(self._model)
         return find_tensors(self._model, [name])[name].detach().to("cpu", torch.float32)
+
+
+def merged_into(model: Any) -> bool:
+    """Whether PEFT has merged an adapter of the model into its weights."""
+    return any(
+        isinstance(getattr(module, "disable_adapters", None), bool)
+        and getattr(module, "merged", False) is True
+        for module in base_of(model).modules()
+    )
+
+
+def _check_unmerged(model: Any) -> None:
+    if merged_into(model):
+        raise ModelMismatchError(
+            "an adapter of the model is merged into its weights, so these are not the base's: "
+            "unmerge_adapter() first"
+        )
 
 
 def find_modules(model: Any, wanted: Mapping[str, Module]) -> dict[str, nn.Module]:

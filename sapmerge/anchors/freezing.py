@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sapmerge.core.torch_state import model_state
 from sapmerge.core.undo import restoring
 from sapmerge.errors import AnchorError
-from sapmerge.models import device_of, exclusive
+from sapmerge.models import device_of, exclusive, merged_into
 
 __all__ = ["BaseWeights", "frozen"]
 
@@ -43,7 +43,7 @@ def frozen(model: Any) -> Generator[nn.Module]:
             if isinstance(getattr(module, "disable_adapters", None), bool)
         ]
         active = [module for module in tuners if not module.disable_adapters]
-        if any(getattr(module, "merged", False) is True for module in tuners):
+        if merged_into(base):
             raise AnchorError(
                 "an adapter of the model is merged into its weights, so these are not the base's: "
                 "unmerge_adapter() first"

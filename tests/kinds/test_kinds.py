@@ -91,6 +91,23 @@ def test_dora(make: h.Make, targets: list[str], tmp_path: Path) -> None:
     check_sinks(make, paths, tmp_path, weights=[1.0, 2.0, 0.5], model=make(), tolerance=1e-4)
 
 
+def test_a_base_with_a_merged_adapter_is_no_base(tmp_path: Path) -> None:
+    """DoRA and biases are measured from the weights of the base, which PEFT has changed."""
+    dora = train(tmp_path, h.llama, 1, r=4, target_modules=QV, use_dora=True)
+    rows = train(tmp_path, h.llama, 2, r=4, target_modules=QV, trainable_token_indices=[3])
+    plain = train(tmp_path, h.llama, 3, r=4, target_modules=QV)
+    model = PeftModel.from_pretrained(h.llama(), str(plain), adapter_name="other")
+    model.merge_adapter()
+    with pytest.raises(h.sm.ModelMismatchError, match="unmerge_adapter"):
+        h.merged([dora, plain], model=model)
+    with pytest.raises(h.sm.ModelMismatchError, match="unmerge_adapter"):
+        h.merged([rows, plain], model=model).save_pretrained(tmp_path / "out")
+    model.unmerge_adapter()
+    h.merged([dora, plain], model=model).save_pretrained(tmp_path / "out")
+    wanted = h.target(h.llama, [dora, plain])
+    h.compare(h.llama, h.unloaded(h.llama, tmp_path / "out"), wanted, 1e-4)
+
+
 def test_dora_beside_plain_lora_and_as_a_sum(tmp_path: Path) -> None:
     paths = [
         train(tmp_path, h.llama, 1, r=4, target_modules=QV, use_dora=True),
