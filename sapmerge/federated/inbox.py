@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from sapmerge.core.protocols import Method
+from sapmerge.core.scalars import plain
 from sapmerge.errors import OutputError, RoundError, SapmergeWarning
 from sapmerge.federated.contract import Contract, Manifest, contract
 from sapmerge.federated.entries import (
@@ -93,7 +94,7 @@ class Inbox:
         self._folder = RoundFolder(folder)
         self.path: str = self._folder.path
         self._merged: Merged | None = None
-        numbers = max_rank, max_bytes, max_norm_ratio, quorum, max_share
+        numbers = plain((max_rank, max_bytes, max_norm_ratio, quorum, max_share))
         found = self._folder.read()
         if found is None:
             self.contract = contract(

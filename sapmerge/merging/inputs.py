@@ -192,9 +192,9 @@ def resolve_weights(
             raise MethodError(
                 f"weights name {shown(list(weights))}, the adapters are {sorted(labels)}"
             )
-        values: list[Any] = [weights[label] for label in labels]
+        values: list[Any] = [plain(weights[label]) for label in labels]
     else:
-        values = list(weights)
+        values = [plain(value) for value in weights]
     if len(values) != len(labels):
         raise MethodError(
             f"{len(labels)} adapters ({', '.join(labels)}) need as many weights; got {len(values)}"

@@ -60,6 +60,15 @@ def test_every_form_of_an_upload_is_the_same_upload(tmp_path: Path) -> None:
     assert digests == {sm.Adapter.load(folder).digest}
 
 
+def test_numbers_of_arrays_make_the_same_contract(tmp_path: Path) -> None:
+    made = inbox(tmp_path, max_rank=np.int64(8), quorum=np.int32(2), max_share=np.float32(0.5))
+    again = inbox(tmp_path, max_rank=8, quorum=2, max_share=0.5)
+    assert made.contract.to_dict() == again.contract.to_dict()
+    folders = uploads(tmp_path, 3)
+    counted = sm.federated.neighbours(folders, 2, np.array([7, 9, 4]))
+    assert counted.tolist() == sm.federated.neighbours(folders, 2, [7, 9, 4]).tolist()
+
+
 def test_a_merge_is_the_mean_by_samples(tmp_path: Path) -> None:
     """Against the tensors of the files, dense, with the weights written out."""
     folders = uploads(tmp_path, 3)
