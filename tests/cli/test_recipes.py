@@ -95,7 +95,7 @@ def test_a_method_without_defaults_says_what_it_takes(
     here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(methods, "needy", needy, raising=False)
-    monkeypatch.setattr(methods, "__all__", ["needy"])
+    monkeypatch.setattr(methods, "__all__", [*methods.__all__, "needy"])
     command = ("merge", "left", "right", "-o", "out", "--method", "needy")
     assert "'needy' needs density" in fails(capsys, *command)
     assert main([*command, "--density", "0.5", "--rank", "exact"]) == 0
