@@ -101,6 +101,7 @@ def like_windows() -> None:
 def main(folder: Path) -> None:
     import torch  # uses what it likes of the real system
     import transformers  # noqa: F401
+    from safetensors.torch import load_file, save_file
 
     like_windows()
     import sapmerge as sm
@@ -142,6 +143,18 @@ def main(folder: Path) -> None:
     assert shell(["round", "merge", "round", "-o", "global", "--method", "mean"]) == 0
     assert shell(["round", "remove", "round", "a1"]) == 0
     sm.routed({name: name for name in inputs}).save_pretrained("routed")
+    asked = ["--method", "mean", "--quiet", "--html", "report.html"]
+    assert shell(["merge", *inputs, "-o", "shown", *asked]) == 0
+    assert shell(["inspect", *inputs, "--html", "inputs.html"]) == 0
+    weights = {"fc.q.weight": torch.zeros(12, 10), "fc.v.weight": torch.zeros(9, 12)}
+    (folder / "base").mkdir()
+    save_file(weights, folder / "base" / "model.safetensors", metadata={"format": "pt"})
+    (folder / "base" / "config.json").write_text("{}", encoding="utf-8")
+    merged.save_merged("base", "whole")
+    merged.save_merged("base", "whole", overwrite=True)
+    for name, update in merged.updates():
+        stored = load_file(folder / "whole" / "model.safetensors")[f"{name}.weight"]
+        torch.testing.assert_close(stored, update.dense().float())
     left = [name for name in os.listdir(folder) if name.startswith(".")]
     print(json.dumps({"left": left, "files": sorted(os.listdir("out"))}))
 
