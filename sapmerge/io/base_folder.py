@@ -28,6 +28,9 @@ LARGE = replace(DEFAULT_LIMITS, config_bytes=DEFAULT_LIMITS.header_bytes)
 """For lists of tensors or files: those of models with many experts have several MB."""
 _ONE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _PLAIN = re.compile(r"[A-Za-z0-9._-]+\.safetensors")
+# What transformers calls its Conv1D modules (GPT-2, ImageGPT, Decision Transformer, CLVP). One flag
+# of a config says nothing of a ViT beside GPT-2, so where there are such names, they decide.
+_CONV1D = re.compile(r"(?:.*\.)?(?:c_attn|c_proj|c_fc|q_attn)")
 # One expert of a fused parameter is several modules in a folder: the halves of gate_up_proj, or one
 # matrix.
 _EXPERTS = {
@@ -59,7 +62,7 @@ class BaseFolder:
     Args:
         path: a local folder with model.safetensors, or shards and their index.
         conv1d: whether Linear layers are stored as (inputs, outputs), as GPT-2's are;
-            the adapters say so.
+            the adapters say so, of some of their modules.
 
     Raises:
         AdapterFormatError, AdapterSecurityError: the folder,
@@ -85,6 +88,17 @@ class BaseFolder:
                     )
                 self.entries[tensor] = name, entry
         self._names = {self._canonical(tensor): tensor for tensor in self.entries}
+        named = {
+            key: self.entries[tensor][1].shape
+            for key, tensor in self._names.items()
+            if key.endswith(".weight") and _CONV1D.fullmatch(key.removesuffix(".weight"))
+        }
+        wide = (".c_attn.weight", ".c_fc.weight")  # more outputs than inputs
+        self._named_so = bool(named)
+        self._stored_so = any(
+            key.endswith(wide) and len(shape) == 2 and shape[0] < shape[1]
+            for key, shape in named.items()
+        )
 
     def _files(self) -> list[str]:
         if os.path.lexists(os.path.join(self.path, _ONE)):
@@ -120,9 +134,17 @@ class BaseFolder:
         found: dict[str, tuple[int, int]] = {}
         for tensor, (_, entry) in self.entries.items():
             if tensor.endswith(".weight") and len(entry.shape) == 2:
-                m, n = entry.shape[::-1] if self.conv1d else entry.shape
-                found[tensor.removesuffix(".weight")] = m, n
+                module = tensor.removesuffix(".weight")
+                m, n = entry.shape[::-1] if self._turned(module) else entry.shape
+                found[module] = m, n
         return found
+
+    def _turned(self, module: str) -> bool:
+        """Whether a matrix is stored as (inputs, outputs), as far as names tell."""
+        if self._named_so:
+            named = _CONV1D.fullmatch(module) is not None
+            return named and (self.conv1d or self._stored_so)
+        return self.conv1d
 
     def find(self, name: str) -> str | None:
         """The folder's name of a tensor: the same, or the only one of which one is the
@@ -188,7 +210,9 @@ class BaseFolder:
         shapes = [(size[0], int(torch.Size(size[1:]).numel())) for size in sizes if size]
         stacked = (sum(shape[0] for shape in shapes), shapes[0][1]) if shapes else None
         turned = module.kind == "embedding" or (
-            self.conv1d and module.kind == "linear" and not EMBEDDINGS.fullmatch(module.owner)
+            module.kind == "linear"
+            and not EMBEDDINGS.fullmatch(module.owner)
+            and self._turned(module.owner)
         )
         if (
             len(spots) == 1

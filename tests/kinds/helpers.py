@@ -57,6 +57,19 @@ def gpt2() -> nn.Module:
     )
 
 
+def captioner() -> nn.Module:
+    """A ViT, whose Linear layers are square, before a GPT-2, whose Conv1D `c_proj` is."""
+    from transformers import GPT2Config, VisionEncoderDecoderModel, ViTConfig
+    from transformers import VisionEncoderDecoderConfig as Both
+
+    torch.manual_seed(0)
+    image: dict[str, Any] = {"image_size": 8, "patch_size": 4, "hidden_size": 32}
+    sizes = {"intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    text = GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=4, bos_token_id=0, eos_token_id=1)
+    config = Both.from_encoder_decoder_configs(ViTConfig(**image, **sizes), text)
+    return VisionEncoderDecoderModel(config)
+
+
 def bert() -> nn.Module:
     from transformers import BertConfig, BertForSequenceClassification
 

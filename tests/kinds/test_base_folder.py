@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import sapmerge as sm
@@ -83,6 +84,31 @@ def test_a_merged_model_is_streamed(make: h.Make, settings: dict[str, Any], tmp_
     paths = [train(inputs, make, k, r=2 * k, **settings) for k in (1, 2)]
     merged(paths, model=base).save_merged(base, tmp_path / "whole")
     h.compare(make, _loaded(make, tmp_path / "whole"), h.target(make, paths), 1e-4)
+
+
+@pytest.mark.parametrize("flag", [True, False])
+def test_square_layers_beside_those_of_gpt2_are_not_turned(flag: bool, tmp_path: Path) -> None:
+    """One `fan_in_fan_out` says nothing of single modules, and square shapes do not either."""
+    base, inputs = tmp_path / "base", tmp_path / "inputs"
+    base.mkdir()
+    inputs.mkdir()
+    tensors = {name: value.clone() for name, value in h.captioner().state_dict().items()}
+    save_file(tensors, base / "model.safetensors")
+    attention = r".*(attention.*(q_proj|v_proj|query|value)|c_proj|c_attn)"
+    paths = [
+        train(inputs, h.captioner, k, r=4, target_modules=attention, use_dora=k == 2)
+        for k in (1, 2)
+    ]
+    paths = [h.edit(path, lambda config: {**config, "fan_in_fan_out": flag}) for path in paths]
+    names = sm.Adapter.load(paths[0]).modules
+    assert {n.split(".")[0] for n in names} == {"encoder", "decoder"}
+    done = merged(paths, model=base)
+    done.save_merged(base, tmp_path / "whole")
+    made = load_file(tmp_path / "whole" / "model.safetensors")
+    wanted = h.target(h.captioner, paths)
+    assert set(wanted) == set(made)
+    for name, value in wanted.items():
+        torch.testing.assert_close(made[name].double(), value, atol=1e-4, rtol=0)
 
 
 def test_token_rows_beside_a_lora_of_their_embedding(tmp_path: Path) -> None:
