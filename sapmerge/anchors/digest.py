@@ -32,12 +32,16 @@ _PLAIN = (
     type(Ellipsis),
 )
 
+_NOT_THE_FUNCTION = {"training", "gradient_checkpointing", "name_or_path"}
+"""Attributes of modules that say nothing about what eval mode computes."""
+
 
 def digest(value: Any, everything: bool = True) -> str:
     """sha256 of data, or of a function: its bytecode, its defaults, what it encloses,
     and the state of its object.
 
-    What a function finds by a global name (other functions, modules) is not looked into.
+    What a function finds by a global name (other functions, modules) is not looked into. An object
+    counts with the bytecode of its class's methods; a module with its weights and settings, too.
 
     Args:
         everything: look into objects, too; without it only data in containers count.
@@ -53,10 +57,12 @@ def digest(value: Any, everything: bool = True) -> str:
 
 
 def digest_of_model(base: nn.Module) -> str:
-    """Of a model's weights, buffers, modules and configuration; LoRA parameters left out."""
+    """Of a model's weights, buffers, modules, their plain attributes (an attention's scale) and
+    configuration; LoRA parameters left out.
+    """
     named = cast("Iterator[tuple[str, nn.Module]]", base.named_modules())
     parts = [
-        (name, type(module).__qualname__, module.extra_repr())
+        (name, type(module).__qualname__, module.extra_repr(), _settings(module))
         for name, module in named
         if "lora_" not in name
     ]
@@ -127,10 +133,39 @@ def _held(value: Any) -> list[Any]:
     if isinstance(value, functools.partial):
         return [value.func, value.args, value.keywords]
     if isinstance(value, nn.Module):
-        return [digest_of_model(value)]
+        return [digest_of_model(value), _methods(value)]
     if hasattr(value, "__dict__"):
-        return [type(value), vars(value)]
+        return [type(value), _methods(value), vars(value)]
     raise _unknown(value)
+
+
+def _settings(module: nn.Module) -> list[tuple[str, Any]]:
+    """Plain attributes, by name: what a forward pass may multiply by, or branch on."""
+    plain = (*_PLAIN, Tensor)
+    found = [
+        (name, value)
+        for name, value in vars(module).items()
+        if not name.startswith("_") and name not in _NOT_THE_FUNCTION
+    ]
+    return [
+        (name, value)
+        for name, value in sorted(found, key=lambda item: item[0])
+        if all(
+            isinstance(part, plain)
+            for part in (cast("list[Any]", value) if isinstance(value, (list, tuple)) else [value])
+        )
+    ]
+
+
+def _methods(value: Any) -> list[types.CodeType]:
+    """The bytecode of what the class of an object defines and inherits, down to torch's own."""
+    classes = [kind for kind in type(value).__mro__ if kind not in (object, nn.Module)]
+    return [
+        held.__code__
+        for kind in classes
+        for _, held in sorted(vars(kind).items())
+        if isinstance(held, types.FunctionType)
+    ]
 
 
 def _unknown(value: Any) -> AnchorError:
