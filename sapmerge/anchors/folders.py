@@ -102,7 +102,7 @@ def read_folder(folder: str | os.PathLike[str]) -> list[Pair]:
         present = sorted(os.listdir(root))
     except OSError as error:
         raise AnchorError(f"the anchors {root!r}: {error.strerror or error}") from None
-    images = [name for name in present if name.lower().endswith(_IMAGES)]
+    images = [name for name in present if _is_image(name)]
     tables = [f"{stem}{ending}" for stem in _STEMS for ending in _READERS]
     found = next((name for name in tables if name in present), None)
     if found is not None:
@@ -111,6 +111,8 @@ def read_folder(folder: str | os.PathLike[str]) -> list[Pair]:
         pairs = [Pair(name, _beside(root, name, present)) for name in images]
     if not pairs:
         raise AnchorError(f"the anchors {root!r}: the folder holds no image and no captions")
+    if found is None:
+        _no_deeper(root, present)
     left = sorted(set(images) - {os.path.normpath(pair.image) for pair in pairs})
     if left:
         raise AnchorError(
@@ -118,6 +120,25 @@ def read_folder(folder: str | os.PathLike[str]) -> list[Pair]:
             f"{left[0]!r}; write one, or move the image away"
         )
     return _placed(root, pairs)
+
+
+def _no_deeper(root: str, present: Sequence[str]) -> None:
+    """Images of subfolders are no anchors where captions lie beside images: that is said."""
+    for name in present:
+        folder = os.path.join(root, name)
+        if name.startswith(".") or not os.path.isdir(folder):
+            continue
+        below = next((file for file in sorted(os.listdir(folder)) if _is_image(file)), None)
+        if below is not None:
+            raise AnchorError(
+                f"the anchors {root!r}: the subfolder {name!r} holds images, such as {below!r}, "
+                "and captions beside images are read in one folder; name those images in a "
+                "captions.csv, or move the subfolder away"
+            )
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(_IMAGES)
 
 
 def from_csv(

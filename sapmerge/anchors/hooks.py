@@ -119,10 +119,14 @@ class Watch:
 
             output.register_hook(received)  # pyright: ignore[reportUnknownMemberType]
 
-    def backward(self, loss: Tensor) -> None:
-        """Run the backward pass."""
+    def backward(self, loss: Tensor) -> bool:
+        """Run the backward pass; whether there is one: the loss has a graph, and a watched layer
+        was run.
+        """
         self._closed = True
         zeros = [*self._zeros.values(), *(leaf.zero for leaf in self.leaves)]
+        if not (zeros and loss.requires_grad):
+            return False
         gradients = torch.autograd.grad(loss, zeros, allow_unused=True)
         for leaf, gradient in zip(self.leaves, gradients[len(self._zeros) :], strict=True):
             if gradient is None:  # pyright: ignore[reportUnnecessaryComparison]
@@ -132,6 +136,7 @@ class Watch:
                     self._calls[name] = calls
                 else:
                     self.sinks[name](name, calls)
+        return True
 
     def finite(self) -> bool:
         """Whether all gradients that are held are."""

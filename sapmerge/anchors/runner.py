@@ -261,11 +261,9 @@ class Runner:
                     )
                     with attached(self.sites, moved, who, watch):
                         value = self._value(self.loss, base, batch, who)
-                        if value.requires_grad:
-                            watch.backward(wide(value) * scale)
-                        elif len(watched) == len(
-                            updates or self.targets
-                        ):  # of some layers it need not depend on any
+                        everything = len(watched) == len(updates or self.targets)
+                        # of some layers it need not depend on any
+                        if not watch.backward(wide(value) * scale) and everything:
                             raise AnchorError(
                                 f"the loss {loss_name(self.loss)!r} depends on no layer that the "
                                 "adapters change (or "

@@ -66,7 +66,7 @@ def learn(
             for batch in batches:
                 seen.clear()
                 value = chosen(base, batch).reshape(())
-                if not value.requires_grad:
+                if not (seen and value.requires_grad):
                     raise AnchorError(
                         f"the loss {loss_name(chosen)!r} depends on no layer that the adapters "
                         "change"

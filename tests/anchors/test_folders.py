@@ -130,6 +130,22 @@ def test_captions_beside_the_images(folder: Path) -> None:
     assert same(from_folder(str(folder), processor), wanted)
 
 
+def test_images_in_subfolders_are_not_skipped_in_silence(folder: Path) -> None:
+    for name, text in CAPTIONS.items():
+        (folder / f"{Path(name).stem}.txt").write_text(text, encoding="utf-8")
+    (folder / "notes").mkdir()
+    (folder / "notes" / "readme.md").write_text("no image")
+    (folder / ".cache").mkdir()
+    Image.new("RGB", (2, 2)).save(folder / ".cache" / "thumb.png")
+    assert [Path(pair.image).name for pair in read_folder(folder)] == sorted(CAPTIONS)
+    (folder / "more").mkdir()
+    Image.new("RGB", (2, 2)).save(folder / "more" / "d.png")
+    with pytest.raises(AnchorError, match=r"the subfolder 'more' holds images, such as 'd.png'"):
+        read_folder(folder)
+    as_json(folder, "captions")  # a table says which images are meant
+    assert len(read_folder(folder)) == len(CAPTIONS)
+
+
 def test_a_table_elsewhere(folder: Path) -> None:
     """Its images lie where it says, seen from its own folder."""
     (folder / "tables").mkdir()

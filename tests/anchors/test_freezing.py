@@ -79,8 +79,9 @@ def test_the_model_comes_back() -> None:
         (lambda: lambda model, batch: (1 - alignment(model, batch)).expand(3), AnchorError),
         (lambda: lambda model, batch: 1.0, AnchorError),
         (lambda: lambda model, batch: torch.tensor(1.0), AnchorError),
+        (lambda: lambda model, batch: torch.tensor(1.0, requires_grad=True), AnchorError),
     ],
-    ids=["raises", "nan", "vector", "float", "constant"],
+    ids=["raises", "nan", "vector", "float", "constant", "a parameter of its own"],
 )
 def test_the_model_comes_back_after_an_error(loss: Any, wanted: type[Exception]) -> None:
     model, loader = unusual(models.clip()), models.pairs()

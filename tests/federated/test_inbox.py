@@ -6,6 +6,7 @@ import io
 import json
 import random
 import shutil
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -536,6 +537,23 @@ def test_two_half_states_are_the_whole(
     saved = sm.merge([whole.adapter(rank="exact")], method=sm.mean())
     for name, update in saved.updates():
         assert torch.allclose(update.dense(), whole.mean()[name].dense().float(), atol=1e-5)
+
+
+def test_what_a_rank_costs_the_mean_of_a_state_is_said(tmp_path: Path) -> None:
+    state = sm.federated.MergeState(torch.float64)
+    for k in range(4):
+        path = save_lora(tmp_path / f"{k}", seed=k, r=2, targets=["q", "enc.q"])
+        state = state.plus(sm.Adapter.load(path))
+    lost = whole = 0.0
+    for update in state.mean().values():
+        sigma = torch.linalg.svdvals(update.dense())
+        lost, whole = lost + float(sigma[2:].square().sum()), whole + float(sigma.square().sum())
+    assert lost > 0.1 * whole
+    with pytest.warns(sm.SapmergeWarning, match=f"keeps {1 - lost / whole:.0%} of"):
+        state.adapter(rank=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", sm.SapmergeWarning)
+        state.adapter()  # 8 directions are all there are
 
 
 def _other(folder: Path) -> tuple[sm.Adapter, float]:
