@@ -19,6 +19,7 @@ from sapmerge.io.base_folder import BaseFolder
 from sapmerge.io.base_names import one_base
 from sapmerge.io.files import shown
 from sapmerge.io.modules import BaseWeights, Module
+from sapmerge.merging.towers import base_class, check_towers
 from sapmerge.models import ModelWeights
 
 __all__ = [
@@ -311,6 +312,7 @@ def check_mergeable(adapters: Sequence[Adapter], base_model: str | None = None) 
                     f"module {name!r} is a convolution with kernel {known.a_shape[1:]} in "
                     f"{other.label!r} but {module.a_shape[1:]} in {adapter.label!r}"
                 )
+    check_towers(adapters)
     return base
 
 
@@ -341,7 +343,7 @@ def _common_base(adapters: Sequence[Adapter], base_model: str | None) -> Base:
                 f"the adapters name different {what} ({listed}); if they do fit one base, say "
                 "which: base_model='...'"
             )
-    classes = {adapter.label: _base_class(adapter) for adapter in adapters if _base_class(adapter)}
+    classes = {adapter.label: base_class(adapter) for adapter in adapters if base_class(adapter)}
     unnamed = [adapter.label for adapter in adapters if not adapter.base_model]
     if len(set(classes.values())) > 1 and unnamed:
         listed = ", ".join(f"{label}: {value}" for label, value in classes.items())
@@ -351,17 +353,6 @@ def _common_base(adapters: Sequence[Adapter], base_model: str | None) -> Base:
         )
     name = next(iter(named.values()), None)
     return Base(name, _revision(adapters[0]))
-
-
-def _base_class(adapter: Adapter) -> str | None:
-    """The class of the base model, where PEFT has written it down (for models without a task)."""
-    written = adapter.config.get("auto_mapping")
-    name = (
-        cast("Mapping[str, object]", written).get("base_model_class")
-        if isinstance(written, Mapping)
-        else None
-    )
-    return name if isinstance(name, str) else None
 
 
 def _revision(adapter: Adapter) -> str | None:

@@ -16,6 +16,7 @@ from sapmerge.io.names import STYLES, alike, plain, respelled, stem
 from sapmerge.io.original_llava import is_original_llava
 from sapmerge.merging.banks import check_experts
 from sapmerge.merging.fused import as_in_parts, fitted
+from sapmerge.merging.towers import base_class, check_tower_of
 from sapmerge.naming import Names
 
 __all__ = [
@@ -48,8 +49,12 @@ def one_spelling(adapters: Sequence[Adapter], model: Any = None) -> list[Adapter
     Args:
         adapters: of one base.
         model: the base, if it is at hand.
+
+    Raises:
+        ModelMismatchError: the model is another tower than that of an adapter.
     """
     if model is not None:
+        check_tower_of(adapters, model)
         own = Names(model)
         joined = [_as_in(adapter, own) for adapter in adapters]
     else:
@@ -116,7 +121,7 @@ def _one_of(
 
     def fits(one: str, other: str) -> bool:
         apart = owners[one].isdisjoint(owners[other]) and shapes[one] == shapes[other]
-        classes = {_class(adapters[k]) for k in (*owners[one], *owners[other])}
+        classes = {base_class(adapters[k]) for k in (*owners[one], *owners[other])}
         return apart and alike(one, other, len(classes) == 1 and None not in classes)
 
     names: dict[str, str] = {}
@@ -126,11 +131,6 @@ def _one_of(
         if len(targets) == len(longer) == 1:
             names[key] = longer[0]
     return names
-
-
-def _class(adapter: Adapter) -> object:
-    written = adapter.config.get("auto_mapping")
-    return written.get("base_model_class") if isinstance(written, Mapping) else None  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
 
 
 def _beside(adapter: Adapter) -> set[str]:

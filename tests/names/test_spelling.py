@@ -173,6 +173,23 @@ def test_a_bare_tower_without_its_class_is_not_guessed(tmp_path: Path) -> None:
         assert len(sm.merge([one, old], method=sm.mean()).run.stream.modules) == 8
 
 
+def test_towers_of_one_width_are_not_taken_for_one_another(tmp_path: Path) -> None:
+    """The tensors of both have the same names and shapes; only the class tells them apart."""
+    text = train(clip_text, tmp_path / "t", 1, target_modules=QV)
+    vision = [train(clip_vision, tmp_path / f"v{k}", k, target_modules=QV) for k in (2, 3)]
+    assert modules(text) == modules(vision[0])
+    for options in ({}, {"base_model": "org/clip"}):
+        with pytest.raises(
+            sm.IncompatibleAdaptersError, match=r"CLIPTextModel in 't' .*CLIPVisionModel in 'v2'"
+        ):
+            sm.merge([text, *vision], method=sm.mean(), **options)  # type: ignore[arg-type]
+    with pytest.raises(sm.ModelMismatchError, match="trained on CLIPTextModel"):
+        sm.merge([text], method=sm.mean(), model=clip_vision())
+    agree(
+        clip_vision, folded(clip_vision, merged(vision, tmp_path / "o")), mean(clip_vision, vision)
+    )
+
+
 def test_sap_runs_on_adapters_of_transformers_4(tmp_path: Path) -> None:
     paths = [train(clip_vision, tmp_path / f"a{k}", k, target_modules=QV) for k in (1, 2)]
     old = [
