@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sapmerge.core.scalars import plain
 from sapmerge.core.updates import Update
 from sapmerge.errors import MethodError, NonFiniteError
 from sapmerge.losses import Loss
@@ -57,8 +58,9 @@ def fixed_point(update: Update, bits: int = 24) -> Tensor:
         NonFiniteError: an entry is not finite.
         MethodError: entries so large that a sum of 2^20 of them could overflow.
     """
-    if not 1 <= bits <= 40:
-        raise MethodError(f"bits are from 1 to 40; got {bits!r}")
+    bits = plain(bits)
+    if not isinstance(bits, int) or not 1 <= bits <= 40:  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise MethodError(f"bits are a whole number from 1 to 40; got {bits!r}")
     wide = update.dense().double()
     if not bool(torch.isfinite(wide).all()):
         raise NonFiniteError("an entry of the update is NaN or infinite")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sapmerge.core.lowrank import whole_gram
+from sapmerge.core.scalars import plain
 from sapmerge.errors import MethodError, SapmergeWarning
 from sapmerge.merging.inputs import Adapters, check_mergeable, load_adapters, resolve_weights
 from sapmerge.merging.stream import AdapterLayers
@@ -52,9 +53,11 @@ def neighbours(
     Warns:
         SapmergeWarning: with "euclidean", norms differ by more than 1.5, or an adapter is zero.
     """
-    if distance not in ("euclidean", "cosine") or count < 1:
+    count = plain(count)
+    if distance not in ("euclidean", "cosine") or not isinstance(count, int) or count < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise MethodError(
-            f"distance is 'euclidean' or 'cosine', count from 1 on; got {distance!r} and {count!r}"
+            "distance is 'euclidean' or 'cosine', count a whole number from 1 on; got "
+            f"{distance!r} and {count!r}"
         )
     if self_weight is not None and not 0 <= self_weight <= 1:
         raise MethodError(f"self_weight is a share in [0, 1]; got {self_weight!r}")

@@ -16,9 +16,10 @@ from sapmerge.core.layer import Layer
 from sapmerge.core.lowrank import weighted_sum
 from sapmerge.core.protocols import Method
 from sapmerge.core.updates import Update
-from sapmerge.errors import IncompatibleAdaptersError, MethodError
+from sapmerge.errors import IncompatibleAdaptersError, MethodError, OutputError
 from sapmerge.io.adapter import Adapter
 from sapmerge.io.atomic import StagedFolder
+from sapmerge.io.files import shown
 from sapmerge.io.outputs import ADAPTERS, check_apart
 from sapmerge.merging import sinks
 from sapmerge.merging.heads import HeadPolicy
@@ -82,11 +83,18 @@ class Personal(Mapping[str, Merged]):
 
         Raises:
             OutputExistsError: the parent exists.
-            OutputError: it is or holds one of the inputs, or holds more than adapters.
+            OutputError: it is or holds one of the inputs, or holds more than adapters; or a label
+                cannot be the name of a folder.
             NonFiniteError: a merged update is not finite, or overflows the output's dtype.
         """
         inputs = {a.folder for merged in self._rows.values() for a in merged.adapters}
         check_apart(parent, inputs)
+        for label in self._rows:
+            if label in ("", ".", "..") or set(label) & {"/", "\\", "\0"}:
+                raise OutputError(
+                    f"{shown(label)} cannot be the name of a folder in {os.fspath(parent)!r}; give "
+                    "the clients or tasks other labels"
+                )
         with StagedFolder(parent, overwrite=overwrite, kind=ADAPTERS) as folder:
             labels = list(self._rows)
             for start in range(0, len(labels), _TOGETHER):
@@ -150,18 +158,10 @@ def personalize(
             or labels are missing or there twice.
     """
     opened = load_adapters(adapters)
-    table = torch.as_tensor(W, dtype=torch.float64)
-    names = [adapter.label for adapter in opened] if labels is None else list(labels)
-    if table.ndim != 2 or table.shape != (len(names), len(opened)):
-        raise MethodError(
-            f"W is (rows, adapters) = ({len(names)}, {len(opened)}); got {tuple(table.shape)}"
-            + ("; give the labels of the rows" if labels is None else "")
-        )
+    names = [str(label) for label in ([a.label for a in opened] if labels is None else labels)]
     if len(set(names)) < len(names):
         raise MethodError(f"the labels of the rows are not unique: {names}")
-    wrong = [name for name, row in zip(names, table) if not abs(float(row.sum()) - 1) <= 1e-6]
-    if wrong or not bool(torch.isfinite(table).all()):
-        raise MethodError(f"the rows of W sum to 1; those of {wrong[:3]} do not")
+    table = _table(W, names, len(opened), "; give the labels of the rows" if labels is None else "")
     shared = Personal.sharing(opened)
     rows: dict[str, Merged] = {}
     for name, weights in zip(names, cast("list[list[float]]", table.tolist())):  # pyright: ignore[reportUnknownMemberType]
@@ -229,13 +229,14 @@ def pilot(
     Args:
         adapters: as for `merge`.
         tasks: of every client, in the order of the adapters or by label.
-        W: (K, K) from `neighbours`: of everything but the connector.
+        W: (K, K) from `neighbours`, every row sums to 1: of everything but the connector.
         samples: per client, for the means over a task.
         connector: part of the names of the modules that are merged by task, LoRA or saved whole.
         rank: as for `merge`.
 
     Raises:
-        MethodError: a client without a task, or W of another shape.
+        MethodError: a client without a task, W of another shape, a row that does not sum to 1, or a
+            task whose samples sum to zero.
         IncompatibleAdaptersError: a client lacks a part of the connector that others
             of its task have.
 
@@ -245,21 +246,24 @@ def pilot(
     """
     opened = load_adapters(adapters)
     of, numbers = _tasks(opened, tasks), resolve_weights(samples, opened)
-    if tuple(W.shape) != (len(opened), len(opened)):
-        raise MethodError(f"W is ({len(opened)}, {len(opened)}); got {tuple(W.shape)}")
+    table = _table(W, [adapter.label for adapter in opened], len(opened))
     for task in sorted(set(of)):
         _check_complete(task, [a for a, other in zip(opened, of) if other == task], connector)
+    totals = {task: sum(n for n, other in zip(numbers, of) if other == task) for task in set(of)}
+    empty = sorted(task for task, total in totals.items() if total == 0)
+    if empty:
+        raise MethodError(f"the samples of task {empty[0]!r} sum to zero, so it has no mean")
     shared = Personal.sharing(opened)
     rows: dict[str, Merged] = {}
     for k, adapter in enumerate(opened):
-        total = sum(n for n, other in zip(numbers, of) if other == of[k])
+        total = totals[of[k]]
         by_task = [n / total if other == of[k] else 0.0 for n, other in zip(numbers, of)]
-        used = [i for i in range(len(opened)) if by_task[i] or W[k, i]]
+        used = [i for i in range(len(opened)) if by_task[i] or table[k, i]]
         labels = [opened[i].label for i in used]
         rule = _TwoSets(
             connector,
             dict(zip(labels, (by_task[i] for i in used))),
-            dict(zip(labels, (float(W[k, i]) for i in used))),
+            dict(zip(labels, (float(table[k, i]) for i in used))),
         )
         rows[adapter.label] = merge(
             [shared[i] for i in used],
@@ -288,6 +292,22 @@ class _TwoSets:
             return layer.updates[0].scaled(0.0)
         chosen = Layer(layer.name, tuple(layer.updates[k] for k in taking))
         return weighted_sum(chosen, tuple(weights[layer.adapters[k]] for k in taking))
+
+
+def _table(W: object, names: Sequence[str], adapters: int, hint: str = "") -> Tensor:
+    """W in float64, checked: (rows, adapters), finite, rows of sum 1."""
+    try:
+        table = torch.as_tensor(W, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise MethodError(f"W is a matrix of numbers: {error}") from None
+    if tuple(table.shape) != (len(names), adapters):
+        raise MethodError(
+            f"W is (rows, adapters) = ({len(names)}, {adapters}); got {tuple(table.shape)}{hint}"
+        )
+    wrong = [name for name, row in zip(names, table) if not abs(float(row.sum()) - 1) <= 1e-6]
+    if wrong:  # NaN and infinities, too
+        raise MethodError(f"the rows of W sum to 1; those of {wrong[:3]} do not")
+    return table
 
 
 def _tasks(opened: Sequence[Adapter], tasks: Sequence[str] | Mapping[str, str]) -> list[str]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sapmerge.core.linalg import norm
+from sapmerge.core.scalars import plain
 from sapmerge.errors import IncompatibleAdaptersError, MethodError
 from sapmerge.io.prompts import SoftPrompt, read_prompt
 from sapmerge.io.writing import CheckpointWriter
@@ -26,6 +27,10 @@ _AGREE = (
     "num_transformer_submodules",
     "base_model_name_or_path",
 )
+
+
+_MOST = 1e30
+"""Samples: so few that the sum of any number of clients is finite."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,10 +129,14 @@ def _weights(
     elif isinstance(samples, Mapping):
         if set(samples) != set(labels):
             raise MethodError(f"samples name {sorted(samples)}, the clients are {sorted(labels)}")
-        numbers = [float(samples[label]) for label in labels]
+        numbers = [plain(samples[label]) for label in labels]
     else:
-        numbers = [float(number) for number in samples]
-    if len(numbers) != len(labels) or not all(0 < number < float("inf") for number in numbers):
+        numbers = [plain(number) for number in samples]
+    if (
+        len(numbers) != len(labels)
+        or any(isinstance(n, bool) or not isinstance(n, (int, float)) for n in numbers)  # pyright: ignore[reportUnnecessaryIsInstance]
+        or not all(0 < number < _MOST for number in numbers)
+    ):
         raise MethodError(
             f"{len(labels)} clients need as many positive numbers of samples; got {samples!r}"
         )

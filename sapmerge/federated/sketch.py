@@ -11,10 +11,11 @@ from torch import Tensor
 
 from sapmerge.core.layer import seed_of
 from sapmerge.core.linalg import qr, svd
+from sapmerge.core.scalars import plain
 from sapmerge.core.updates import LowRank, Update
 from sapmerge.errors import MethodError
 from sapmerge.federated.contract import Slot
-from sapmerge.federated.state import check_slot, plain_slots, total_of
+from sapmerge.federated.state import check_slot, plain_slots, total_of, weight_of
 from sapmerge.io.adapter import Adapter
 
 __all__ = ["Sketch", "recovered"]
@@ -56,19 +57,21 @@ class Sketch:
     slots: Mapping[str, Slot] = field(default_factory=dict[str, Slot], repr=False)
 
     def __post_init__(self) -> None:
-        if self.width < 1:
+        object.__setattr__(self, "width", plain(self.width))
+        if not isinstance(self.width, int) or self.width < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
             raise MethodError(f"width is a number of columns, at least 1; got {self.width!r}")
 
     def plus(self, adapter: Adapter, weight: float = 1.0) -> Sketch:
         """With one adapter more.
 
         Raises:
-            MethodError: it is in the sketch already.
+            MethodError: it is in the sketch already, or the weight is not a finite number.
             IncompatibleAdaptersError: a module has another shape.
         """
         if adapter.digest in self.members:
             raise MethodError(f"adapter {adapter.label!r} is in the sketch already")
-        return self._moved(adapter, weight, {**self.members, adapter.digest: float(weight)})
+        weight = weight_of(adapter, weight)
+        return self._moved(adapter, weight, {**self.members, adapter.digest: weight})
 
     def without(self, adapter: Adapter) -> Sketch:
         """Without one of its adapters.
@@ -107,8 +110,11 @@ class Sketch:
                 width.
         """
         total = total_of(self.members, "the sketch")
-        if not 1 <= rank <= self.width:
-            raise MethodError(f"rank is a number from 1 to the width, {self.width}; got {rank!r}")
+        rank = plain(rank)
+        if not isinstance(rank, int) or not 1 <= rank <= self.width:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise MethodError(
+                f"rank is a whole number from 1 to the width, {self.width}; got {rank!r}"
+            )
         found: dict[str, Update] = {}
         for name, (Y, Z) in sorted(self.sums.items()):
             P = self._chance(name, "P", 2 * self.width, self.slots[name].shape[0])

@@ -17,8 +17,9 @@ from sapmerge.core.updates import Dense, LowRank, Update
 from sapmerge.errors import IncompatibleAdaptersError, MethodError, warn
 from sapmerge.federated.contract import Slot
 from sapmerge.io.adapter import Adapter
+from sapmerge.merging.inputs import check_numbers, resolve_weights
 
-__all__ = ["MergeState", "check_slot", "plain_slots", "total_of"]
+__all__ = ["MergeState", "check_slot", "plain_slots", "total_of", "weight_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,13 +28,16 @@ class MergeState:
 
     A layer's sum is kept as factors while they are smaller than the matrix (sum r < m n / (m + n)),
     then as a matrix. It serves the rules that are sums: `mean`, task arithmetic, uploads pruned by
-    their clients. A float32 state agrees with a fresh merge to about 1e-6 of its norm, a float64
-    one to 1e-12; its bits depend on the order of operations,
+    their clients; modules saved whole are no part of it. A float32 state agrees with a fresh merge
+    to about 1e-6 of its norm, a float64 one to 1e-12; its bits depend on the order of operations,
     so a result that must not depend on the order of arrival is merged afresh (`Inbox.merge`).
 
     Args:
-        dtype: of the sums.
+        dtype: of the sums, float32 or float64.
         members: content digest -> weight.
+
+    Raises:
+        MethodError: another dtype.
 
     Example:
         >>> import sapmerge as sm
@@ -48,18 +52,23 @@ class MergeState:
     sums: Mapping[str, Update] = field(default_factory=dict[str, Update], repr=False)
     slots: Mapping[str, Slot] = field(default_factory=dict[str, Slot], repr=False)
 
+    def __post_init__(self) -> None:
+        if self.dtype not in (torch.float32, torch.float64):
+            raise MethodError(f"a state is of float32 or float64; got {self.dtype!r}")
+
     def plus(self, adapter: Adapter, weight: float = 1.0) -> MergeState:
         """With one adapter more.
 
         Raises:
-            MethodError: it is in the state already.
+            MethodError: it is in the state already, or the weight is not a finite number.
             IncompatibleAdaptersError: a module has another shape.
         """
         if adapter.digest in self.members:
             raise MethodError(
                 f"adapter {adapter.label!r} is in the state already; take it out first (without)"
             )
-        return self._moved(adapter, weight, {**self.members, adapter.digest: float(weight)})
+        weight = weight_of(adapter, weight)
+        return self._moved(adapter, weight, {**self.members, adapter.digest: weight})
 
     def without(self, adapter: Adapter) -> MergeState:
         """Without one of its adapters.
@@ -77,9 +86,14 @@ class MergeState:
         return self._moved(adapter, -self.members[adapter.digest], rest)
 
     def replacing(self, adapter: Adapter, weight: float) -> MergeState:
-        """With the adapter at this weight, whether it was in the state or not."""
+        """With the adapter at this weight, whether it was in the state or not.
+
+        Raises:
+            MethodError: the weight is not a finite number.
+        """
+        weight = weight_of(adapter, weight)
         change = weight - self.members.get(adapter.digest, 0.0)
-        return self._moved(adapter, change, {**self.members, adapter.digest: float(weight)})
+        return self._moved(adapter, change, {**self.members, adapter.digest: weight})
 
     def combined(self, other: MergeState) -> MergeState:
         """Two states of different adapters as one.
@@ -133,7 +147,11 @@ class MergeState:
             base_model: the name of the base for its config.
 
         Warns below 90 % of the mean's energy, as a merge does.
+
+        Raises:
+            MethodError: no such rank; nobody is in the state, or the weights sum to zero.
         """
+        check_numbers(1.0, rank)
         kept_energy = whole_energy = 0.0
         ranks: dict[str, int] = {}
         tensors: dict[str, Tensor] = {}
@@ -221,6 +239,15 @@ def check_slot(slots: Mapping[str, Slot], name: str, slot: Slot, where: str, who
             f"module {name!r} is {known.kind} {known.shape} in {where}, {slot.kind} "
             f"{slot.shape} in {who}"
         )
+
+
+def weight_of(adapter: Adapter, weight: float) -> float:
+    """A weight as a finite number.
+
+    Raises:
+        MethodError: it is none.
+    """
+    return resolve_weights([weight], [adapter])[0]
 
 
 def total_of(members: Mapping[str, float], where: str) -> float:

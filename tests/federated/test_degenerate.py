@@ -11,6 +11,7 @@ import torch
 
 import sapmerge as sm
 from sapmerge import federated as fed
+from sapmerge.errors import MethodError
 from sapmerge.federated import Inbox
 
 SHAPES = {"q": [6, 5], "v": [4, 6]}
@@ -119,3 +120,82 @@ def test_coming_and_going_leaves_nothing_but_rounding(tmp_path: Path) -> None:
         box.remove("guest")
     for name, update in box.state().mean().items():
         assert (update.dense() - before[name]).norm() <= 1e-5 * before[name].norm()
+
+
+def _three() -> list[sm.Adapter]:
+    made: list[sm.Adapter] = []
+    for k in range(3):
+        generator = torch.Generator().manual_seed(k)
+        state = {
+            "base_model.model.q.lora_A.weight": torch.randn(2, 5, generator=generator),
+            "base_model.model.q.lora_B.weight": torch.randn(4, 2, generator=generator),
+        }
+        config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q"]}
+        made.append(sm.Adapter.from_state_dict(config, state, label=f"c{k}"))
+    return made
+
+
+@pytest.mark.parametrize("label", ["../outside", "vqa/coco", "..", "", "a\\b"])
+def test_a_label_that_is_no_name_of_a_folder_writes_nothing(tmp_path: Path, label: str) -> None:
+    made = fed.by_task(_three(), ["fine", label, "fine"])
+    with pytest.raises(sm.OutputError, match="cannot be the name of a folder"):
+        made.save_pretrained(tmp_path / "in" / "out" if label == "" else tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_labels_of_rows_may_be_numbers(tmp_path: Path) -> None:
+    made = _three()
+    fed.personalize(made, [[0, 1, 0]], labels=[7]).save_pretrained(tmp_path / "out")  # type: ignore[list-item]
+    again = sm.Adapter.load(tmp_path / "out" / "7").update("q").dense()
+    assert torch.allclose(again, made[1].update("q").dense(), atol=1e-6)
+
+
+def test_pilot_holds_its_rows_and_samples_against_what_they_stand_for() -> None:
+    made, tasks = _three(), ["x", "x", "y"]
+    W = fed.neighbours(made, 1)
+    as_list = fed.pilot(made, tasks, W.tolist())["c0"]
+    [(_, update)] = as_list.updates()
+    wanted = sum(float(W[0, i]) * a.update("q").dense() for i, a in enumerate(made))
+    assert torch.allclose(update.dense(), wanted, atol=1e-6)
+    for wrong in (W * 5, W * float("nan"), W[:2], [["a"] * 3] * 3):
+        with pytest.raises(MethodError, match=r"W is|rows of W"):
+            fed.pilot(made, tasks, wrong)  # type: ignore[arg-type]
+    with pytest.raises(MethodError, match="samples of task 'x' sum to zero"):
+        fed.pilot(made, tasks, W, samples=[0, 0, 1])
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), "3", None])
+def test_a_weight_of_a_state_is_a_finite_number(weight: Any) -> None:
+    one, other, _ = _three()
+    for state in (fed.MergeState(), fed.Sketch(4)):
+        with pytest.raises(MethodError, match="finite number"):
+            state.plus(one, 1).plus(other, weight)
+    with pytest.raises(MethodError, match="finite number"):
+        fed.MergeState().plus(one).replacing(one, weight)
+
+
+def test_what_a_state_or_a_sketch_cannot_be() -> None:
+    one = _three()[0]
+    for dtype in (torch.float16, torch.int32):
+        with pytest.raises(MethodError, match="float32 or float64"):
+            fed.MergeState(dtype)
+    with pytest.raises(MethodError, match="rank is"):
+        fed.MergeState().plus(one).adapter(rank=0)  # was an adapter of zeros
+    with pytest.raises(MethodError, match="width"):
+        fed.Sketch(4.5)  # type: ignore[arg-type]
+    with pytest.raises(MethodError, match="rank is"):
+        fed.Sketch(4).plus(one).mean(1.5)  # type: ignore[arg-type]
+    with pytest.raises(MethodError, match="count"):
+        fed.neighbours(_three(), 1.5)  # type: ignore[arg-type]
+    with pytest.raises(MethodError, match="bits"):
+        fed.fixed_point(one.update("q"), "24")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("samples", [[1e308] * 2, ["1", 1], [10**400, 1], [True, 1], [0, 1]])
+def test_samples_of_prompts_that_are_no_counts(samples: Any) -> None:
+    """Two of 1e308 sum to infinity: the mean was zeros."""
+    config = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 1, "token_dim": 2}
+    prompts = [(config, {"prompt_embeddings": torch.full((1, 2), value)}) for value in (1.0, 3.0)]
+    assert fed.average_prompts(prompts, [3, 1]).tensors["prompt_embeddings"].tolist() == [[1.5] * 2]
+    with pytest.raises(MethodError, match="positive numbers of samples"):
+        fed.average_prompts(prompts, samples)
