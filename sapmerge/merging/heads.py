@@ -44,6 +44,30 @@ class Heads:
     dropped: tuple[str, ...]
     policy: HeadPolicy = None
 
+    def reweighed(self, weights_in: Callable[[str], Mapping[str, float]]) -> Heads:
+        """The same with the weights that a method has made of those that were given. Who is left
+        out of the merge is left out of the means of heads, too.
+
+        Args:
+            weights_in: module -> label -> weight.
+
+        Raises:
+            MethodError: nobody is left who has the head.
+        """
+        if self.policy != "mean":
+            return self
+        chosen: dict[str, list[tuple[Adapter, float]]] = {}
+        for tensor, sources in self.chosen.items():
+            weights = weights_in(tensor.rpartition(".")[0])
+            chosen[tensor] = [(adapter, weights[adapter.label]) for adapter, _ in sources]
+            if sum(weight for _, weight in chosen[tensor]) == 0:
+                raise MethodError(
+                    f"modules_to_save='mean': the weights that the method gives the adapters with "
+                    f"{tensor!r} sum to zero ({', '.join(a.label for a, _ in sources)}); choose an "
+                    "adapter for it, or 'drop'"
+                )
+        return replace(self, chosen=chosen)
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Tensor name -> its shape in the output."""
         return {

@@ -40,7 +40,7 @@ from sapmerge.merging.serving import shapes_of
 from sapmerge.merging.spelling import Own, one_spelling, say_what_is_not_shared
 from sapmerge.merging.stream import AdapterLayers
 from sapmerge.merging.tokens import say_other_tokens
-from sapmerge.merging.vectors import check_vectors, plan_vectors
+from sapmerge.merging.vectors import check_vectors, plan_vectors, used_weights
 from sapmerge.models import find_modules, find_saved
 from sapmerge.naming import without_wrappers
 
@@ -90,11 +90,16 @@ class Opened:
         vectors = plan_vectors(prepared, stream.adapters, stream.weights, float(scale), self.held)
         if self.model is not None:
             check_vectors(vectors, self.model)
+
+        def used(module: str) -> dict[str, float]:
+            labels = [adapter.label for adapter in stream.adapters]
+            return dict(zip(labels, used_weights(prepared, stream.weights, module), strict=True))
+
         return Run(
             adapters=self.adapters,
             weights=self.weights,
             base=self.base,
-            heads=self.heads,
+            heads=self.heads.reweighed(used),
             vectors=vectors,
             method=method,
             scale=float(scale),

@@ -28,7 +28,8 @@ from sapmerge.io.kinds.vectors import Vector
 from sapmerge.io.modules import BaseWeights
 from sapmerge.models import find_tensors
 from sapmerge.parts.mergers.linear import FactorSum, Sum, shared_out
-from sapmerge.parts.wrappers import Chain
+from sapmerge.parts.tuning import Tune
+from sapmerge.parts.wrappers import ByModule, Chain
 
 __all__ = [
     "Change",
@@ -38,42 +39,68 @@ __all__ = [
     "coefficients",
     "plan_vectors",
     "rows_before",
+    "used_weights",
 ]
 
 _NONE = 1e-9  # a share of the base below this is rounding
 
 
-def coefficients(method: object, weights: Sequence[float]) -> tuple[float, ...]:
+def coefficients(method: object, weights: Sequence[float], module: str) -> tuple[float, ...]:
     """What a prepared method multiplies the adapters by, as far as that is one number each:
     w, or w / sum w.
 
     A sum is a sum; everything else counts as a mean.
     Weights by anchors or agreement and shortened adapters count.
 
+    Args:
+        module: whose coefficients; `ByModule` has methods of its own for some.
+
     Raises:
         MethodError: the weights of a mean sum to zero.
     """
-    while isinstance(method, Chain):
-        method = method.steps[-1]
-    if isinstance(method, (Sum, FactorSum)):
-        return tuple(weights)
-    inner = cast("object", getattr(method, "method", None) or getattr(method, "default", None))
-    if inner is None:
-        total = sum(weights)
-        if abs(total) <= 1e-12 * sum(map(abs, weights)):
+    merger, used, scales = _settled(method, weights, module)
+    if not isinstance(merger, (Sum, FactorSum)):
+        total = sum(used)
+        if abs(total) <= 1e-12 * sum(map(abs, used)):
             raise MethodError(
-                f"the weights {tuple(weights)} sum to zero, so the adapters' biases have no mean"
+                f"the weights {tuple(used)} sum to zero, so the adapters' biases have no mean"
             )
-        return tuple(weight / total for weight in weights)
-    shares, scales = (
-        cast("Sequence[float] | None", getattr(method, name, None)) for name in ("shares", "scales")
-    )
-    if shares and len(shares) == len(weights):
-        weights = shared_out(weights, shares)
-    own = coefficients(inner, weights)
-    if isinstance(scales, tuple) and len(scales) == len(weights):
-        own = tuple(c * scale for c, scale in zip(own, scales, strict=True))
-    return own
+        used = tuple(weight / total for weight in used)
+    return tuple(weight * scale for weight, scale in zip(used, scales, strict=True))
+
+
+def used_weights(method: object, weights: Sequence[float], module: str) -> tuple[float, ...]:
+    """What a prepared method makes of the weights in a module: 0 for who is left out."""
+    return _settled(method, weights, module)[1]
+
+
+def _settled(
+    method: object, weights: Sequence[float], module: str
+) -> tuple[object, tuple[float, ...], tuple[float, ...]]:
+    """What is inside of all wrappers, the weights that it gets, and by what the wrappers multiply
+    the adapters.
+    """
+    used, factors = tuple(weights), (1.0,) * len(weights)
+    while True:
+        if isinstance(method, Chain):
+            inner: object = method.steps[-1]
+        elif isinstance(method, ByModule):
+            inner = method.of(module)
+        elif isinstance(method, Tune):
+            inner, factors = method.chosen, tuple(method.scale * factor for factor in factors)
+        else:
+            inner = getattr(method, "method", None)
+            shares, scales = (
+                cast("Sequence[float] | None", getattr(method, name, None))
+                for name in ("shares", "scales")
+            )
+            if inner is not None and shares and len(shares) == len(used):
+                used = shared_out(used, shares)
+            if inner is not None and isinstance(scales, tuple) and len(scales) == len(used):
+                factors = tuple(f * scale for f, scale in zip(factors, scales, strict=True))
+        if inner is None:
+            return method, used, factors
+        method = inner
 
 
 @dataclass(frozen=True)
@@ -241,9 +268,14 @@ def plan_vectors(
     if not any(adapter.vectors for adapter in adapters):
         return Vectors((), base)
     parts: dict[tuple[str, str], list[Part]] = {}
-    for adapter, share in zip(adapters, coefficients(method, weights), strict=True):
+    shares: dict[str, tuple[float, ...]] = {}
+    for k, adapter in enumerate(adapters):
         for vector in adapter.vectors.values():
             factor = vector.scaling if vector.how == "moves" else 1.0
+            module = vector.name.rpartition(".")[0]
+            if module not in shares:
+                shares[module] = coefficients(method, weights, module)
+            share = shares[module][k]
             parts.setdefault((vector.name, vector.how), []).append(
                 Part(adapter, vector, scale * share * factor)
             )

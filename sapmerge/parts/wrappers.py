@@ -161,8 +161,12 @@ class ByModule:
         return ByModule(prepared, prepare(self.default, group(None)) if rest else self.default)
 
     def __call__(self, layer: Layer) -> Update:
-        pattern = self._pattern(layer.name)
-        return (self.default if pattern is None else self.methods[pattern])(layer)
+        return self.of(layer.name)(layer)
+
+    def of(self, name: str) -> Method:
+        """The method of a module."""
+        pattern = self._pattern(name)
+        return self.default if pattern is None else self.methods[pattern]
 
     def _pattern(self, name: str) -> str | None:
         return next((pattern for pattern in self.methods if fnmatchcase(name, pattern)), None)

@@ -123,3 +123,18 @@ def test_inputs_of_experts_cannot_be_seen(tmp_path: Path) -> None:
         merged(
             paths, sm.regmean(), anchor_loader=batches(), model=make(), loss=loss
         ).save_pretrained(tmp_path / "out")
+
+
+def test_biases_follow_the_method_of_their_module(tmp_path: Path) -> None:
+    """`ByModule` has a sum for values, a mean for queries; `Tune` has chosen half of a sum."""
+    paths = [train(tmp_path, h.biased_llama, k, target_modules=QV, lora_bias=True) for k in (1, 2)]
+    mean, total = (h.target(h.biased_llama, paths, total=total) for total in (False, True))
+    apart = sm.ByModule({"*v_proj": sm.task_arithmetic()}, default=sm.mean())
+    model = h.biased_llama()
+    merged(paths, apart).apply_to(model)
+    wanted = {key: (total if "v_proj" in key else mean)[key] for key in mean}
+    h.compare(h.biased_llama, h.state(model), wanted)
+    # For two adapters half of a sum is the mean.
+    tuned, half = sm.Tune({"sum": sm.task_arithmetic()}, scales=(0.5,)), h.biased_llama()
+    merged(paths, tuned, anchor_loader=_tokens(), model=h.biased_llama()).apply_to(half)
+    h.compare(h.biased_llama, h.state(half), mean)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import RobertaConfig, RobertaForSequenceClassification
 
@@ -85,6 +85,50 @@ def merged_heads(
     again = sm.Adapter.load(tmp_path / "out")
     assert all(torch.equal(again.saved_tensor(name), tensor) for name, tensor in found.items())
     return found
+
+
+def test_who_is_left_out_is_left_out_of_the_mean_of_heads(tmp_path: Path) -> None:
+    """A flipped adapter has no say in the updates, and none in the head."""
+    options = {"modules_to_save": ["classifier"], "targets": ["q", "v"], "r": 2}
+    paths = [save_lora(tmp_path / f"{k}", k, Classifier(), **options) for k in (1, 2, 3)]
+    held = [load_file(path / "adapter_model.safetensors") for path in paths]
+    noise = torch.Generator().manual_seed(0)
+    for k in (1, 2):
+        for name, tensor in held[0].items():
+            if "lora_" in name:
+                moved = tensor + 0.3 * torch.randn(tensor.shape, generator=noise)
+                held[k][name] = -moved if k == 2 and "lora_B" in name else moved
+        save_file(held[k], paths[k] / "adapter_model.safetensors")
+    with pytest.warns(sm.SapmergeWarning, match="'3'"):
+        merged = sm.merge(
+            paths, method=sm.WeighByAgreement(sm.mean()), modules_to_save="mean", weights=[1, 3, 2]
+        )
+    merged.save_pretrained(tmp_path / "out")
+    used = merged.report.weights
+    assert used["3"] == 0 < min(used["1"], used["2"])
+    for name, tensor in heads(tmp_path / "out").items():
+        parts = [found[PREFIX + name].double() for found in held]
+        wanted = (used["1"] * parts[0] + used["2"] * parts[1]) / (used["1"] + used["2"])
+        assert torch.allclose(tensor.double(), wanted, atol=1e-6)
+    with (
+        pytest.warns(sm.SapmergeWarning, match="'3'"),
+        pytest.raises(sm.MethodError, match="'drop'"),
+    ):
+        sm.merge(
+            [without_heads(path, tmp_path / f"n{path.name}") for path in paths[:2]] + [paths[2]],
+            method=sm.WeighByAgreement(sm.mean()),
+            modules_to_save="mean",
+        )
+
+
+def without_heads(folder: Path, out: Path) -> Path:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    out.mkdir()
+    (out / "adapter_config.json").write_text(json.dumps({**config, "modules_to_save": None}))
+    kept = {name: tensor for name, tensor in tensors.items() if "lora_" in name}
+    save_file(kept, out / "adapter_model.safetensors")
+    return out
 
 
 def pick(folders: dict[str, Path], *names: str) -> dict[str, Path]:
