@@ -4,7 +4,6 @@ them.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -20,6 +19,7 @@ from sapmerge.anchors.passes import Passes
 from sapmerge.anchors.transport import assign, nearest_plan, sinkhorn, squared_distances
 from sapmerge.core.torch_state import pinned
 from sapmerge.errors import AnchorError
+from sapmerge.io.machine import at_terminal
 from sapmerge.losses import WEIGHT, embeddings
 from sapmerge.models import device_of
 
@@ -101,7 +101,7 @@ def features(pool: Any, model: Any, progress: bool | None = None) -> Tensor:
     found = list[Tensor]()
     with frozen(model) as base, torch.no_grad():
         batches = Batches(pool, device_of(base))
-        passes = Passes(sys.stderr.isatty() if progress is None else progress)
+        passes = Passes(at_terminal() if progress is None else progress)
         for batch in passes.over(batches, len(batches), "embeddings"):
             found.append(torch.cat(embeddings(base, batch), dim=1).double().cpu() / 2**0.5)
     return torch.cat(found)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from sapmerge.cli.choices import LOSSES, MODEL_DTYPES
 from sapmerge.errors import AnchorError, MethodError, ModelMismatchError, printable
+from sapmerge.io.machine import at_terminal
 
 if TYPE_CHECKING:
     from torch import nn
@@ -76,7 +76,7 @@ def _own_bars(library: Any, options: argparse.Namespace) -> Generator[None]:
     """No bars of transformers where there are none of ours."""
     logging = library.utils.logging
     shown = logging.is_progress_bar_enabled()
-    if getattr(options, "quiet", False) or not sys.stderr.isatty():
+    if getattr(options, "quiet", False) or not at_terminal():
         logging.disable_progress_bar()
     try:
         yield

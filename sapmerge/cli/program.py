@@ -17,6 +17,7 @@ __all__ = ["main"]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code (0, or 2 for an error that is the user's to mend)."""
+    _have_streams()
     _print_in_any_encoding()
     options = parser().parse_args(
         with_negative_numbers(sys.argv[1:] if arguments is None else arguments)
@@ -46,6 +47,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _have_streams() -> None:
+    """A service, or `>&-` in a shell, may start a process without stdout or stderr: nobody reads
+    what it says, and no file that it opens may take their number.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
 
 
 def _print_in_any_encoding() -> None:

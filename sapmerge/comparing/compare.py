@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, TypeAlias, cast
@@ -18,6 +17,7 @@ from sapmerge.core.protocols import Method
 from sapmerge.core.scalars import plain
 from sapmerge.core.undo import guarded
 from sapmerge.errors import MethodError
+from sapmerge.io.machine import at_terminal
 from sapmerge.losses import Loss
 from sapmerge.merging.calling import check_method
 from sapmerge.merging.inputs import Adapters, as_given, check_numbers
@@ -152,7 +152,7 @@ def _plan(methods: object, matched: bool, checked: Callable[[Any], Method]) -> l
 
 
 def _with_bar(plan: Sequence[_Planned], progress: bool | None) -> Iterator[_Planned]:
-    if not (sys.stderr.isatty() if progress is None else progress):
+    if not (at_terminal() if progress is None else progress):
         yield from plan
         return
     from tqdm import tqdm  # of peft's dependencies

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from sapmerge.core.protocols import Method
 from sapmerge.core.scalars import plain
 from sapmerge.display.tables import table
 from sapmerge.errors import MethodError
+from sapmerge.io.machine import at_terminal
 from sapmerge.losses import Loss
 from sapmerge.merging.calling import check_method
 from sapmerge.merging.inputs import Adapters, as_given, check_numbers
@@ -290,7 +290,7 @@ def _quiet(optuna: Any) -> Generator[None]:
 
 
 def _with_bar(trials: int, progress: bool | None) -> Any:
-    if not (sys.stderr.isatty() if progress is None else progress):
+    if not (at_terminal() if progress is None else progress):
         return range(trials)
     from tqdm import tqdm  # of peft's dependencies
 

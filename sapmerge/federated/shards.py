@@ -11,7 +11,6 @@ merge(..., cache=DIR, cache_only=True)                     runs no model
 from __future__ import annotations
 
 import os
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -29,6 +28,7 @@ from sapmerge.core.stream import Stream
 from sapmerge.core.torch_state import pinned
 from sapmerge.core.updates import LowRank, Update
 from sapmerge.errors import MethodError, NonFiniteError, SapmergeWarning
+from sapmerge.io.machine import at_terminal
 from sapmerge.losses import Loss
 from sapmerge.merging.inputs import (
     Adapters,
@@ -90,7 +90,7 @@ def score(
     )
     seen: Any = stream.anchors
     seen.shard = mine = Shard(number, count)
-    seen.passes.shown = sys.stderr.isatty() if progress is None else progress
+    seen.passes.shown = at_terminal() if progress is None else progress
     with warnings.catch_warnings():
         if count > 1:
             # of placeholders: the merge says what is so

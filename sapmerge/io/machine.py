@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
 import torch
 
-__all__ = ["memory_of"]
+__all__ = ["at_terminal", "memory_of"]
+
+
+def at_terminal() -> bool:
+    """Whether stderr is a terminal; a process without a console may have no stderr at all."""
+    stream: Any = sys.stderr
+    return stream is not None and bool(stream.isatty())
 
 
 def memory_of(device: torch.device) -> int | None:

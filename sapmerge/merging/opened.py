@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ from sapmerge.core.torch_state import pinned
 from sapmerge.errors import IncompatibleAdaptersError, warn
 from sapmerge.io.adapter import Adapter
 from sapmerge.io.base_folder import BaseFolder
+from sapmerge.io.machine import at_terminal
 from sapmerge.io.modules import BaseWeights
 from sapmerge.losses import Loss
 from sapmerge.merging.copies import check_copies
@@ -150,7 +150,7 @@ def open_merge(
     check_copies(opened, weights_of(folder or model))
     say_what_is_missing(opened, folder or model)
     stream = AdapterLayers.of(opened, numbers, check_device(device))
-    show = sys.stderr.isatty() if progress is None else progress
+    show = at_terminal() if progress is None else progress
     if anchor_loader is not None:
         stream = stream.with_anchors(anchor_loader, model, loss, cache)
         assert stream.anchors is not None

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import sapmerge as sm
 from sapmerge.cli import main
@@ -121,3 +125,23 @@ def test_importing_sapmerge_imports_little(tmp_path: Path) -> None:
     )
     done = python("-c", code, cwd=tmp_path)
     assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="closes file descriptors of POSIX shells")
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_a_process_without_stdout_or_stderr_merges(here: Path, closed: str) -> None:
+    """A service may have neither: sys.stdout is None there, and so it is under pythonw."""
+    line = f"{sys.executable} -m sapmerge merge left right -o out --method mean {closed}"
+    env = {**os.environ, "PYTHONPATH": str(Path(sm.__file__).parents[1])}
+    found = subprocess.run(line, shell=True, capture_output=True, cwd=here, env=env, text=True)
+    assert (found.returncode, found.stderr) == (0, "")
+    got, wanted = sm.Adapter.load(here / "out"), sm.merge(["left", "right"], method=sm.mean())
+    for name, update in wanted.updates():
+        assert torch.allclose(got.update(name).dense(), update.dense(), atol=1e-6)
+
+
+def test_a_merge_without_stderr(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = dict(sm.merge(["left", "right"], method=sm.mean()).updates())
+    monkeypatch.setattr(sys, "stderr", None)
+    for name, update in sm.merge(["left", "right"], method=sm.mean()).updates():
+        assert torch.equal(update.dense(), wanted[name].dense())
