@@ -222,3 +222,16 @@ def test_confusions_that_cannot_be_inverted() -> None:
         corrected_shares([[0, 0], [1, 1]], [1, 1])
     with pytest.raises(sm.SapmergeError, match=r"got \(2, 2\) and \(3,\)"):
         corrected_shares([[1, 0], [0, 1]], [1, 1, 1])
+
+
+def test_tables_that_are_none() -> None:
+    """Seeds with unequal numbers of images, words, nothing, and an infinite number of trials."""
+    for wrong in ([[1], [1, 0]], [["a"]], [[None, object()]]):
+        with pytest.raises(sm.SapmergeError, match="every seed with the same images"):
+            paired(wrong, wrong)  # type: ignore[arg-type]
+        with pytest.raises(sm.SapmergeError, match="expected"):
+            corrected_shares(wrong, [1])  # type: ignore[arg-type]
+    with pytest.raises(sm.SapmergeError, match="expected"):
+        corrected_shares(np.zeros((0, 0)), [])
+    with pytest.raises(sm.SapmergeError, match="expected a count"):
+        wilson(1, float("inf"))  # type: ignore[arg-type]

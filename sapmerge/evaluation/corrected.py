@@ -159,9 +159,12 @@ def corrected_shares(
 
 def _counts(confusion: ArrayLike, called: ArrayLike) -> tuple[Floats, Floats]:
     """Both as float64, checked."""
-    counts: Floats = np.asarray(confusion, dtype=np.float64)
-    sample: Floats = np.asarray(called, dtype=np.float64)
-    if counts.ndim != 2 or counts.shape != 2 * sample.shape:
+    try:
+        counts: Floats = np.asarray(confusion, dtype=np.float64)
+        sample: Floats = np.asarray(called, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise SapmergeError(f"expected a (K, K) confusion and (K,) calls: {error}") from None
+    if counts.ndim != 2 or not counts.size or counts.shape != 2 * sample.shape:
         raise SapmergeError(
             f"expected a (K, K) confusion and (K,) calls; got {counts.shape} and {sample.shape}"
         )

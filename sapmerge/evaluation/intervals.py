@@ -137,7 +137,13 @@ def paired(
 
     Source: Owen, "The pigeonhole bootstrap", https://arxiv.org/abs/0712.1111
     """
-    one, other = (np.atleast_2d(np.asarray(side, dtype=np.float64)) for side in (a, b))
+    try:
+        one, other = (np.atleast_2d(np.asarray(side, dtype=np.float64)) for side in (a, b))
+    except (TypeError, ValueError) as error:  # words, or seeds with unequal numbers of images
+        raise SapmergeError(
+            f"paired takes two tables (seeds, images) of numbers, every seed with the same images: "
+            f"{error}"
+        ) from None
     if one.shape != other.shape or one.ndim != 2 or not one.size:
         raise SapmergeError(
             "paired takes two tables (seeds, images) of the same seeds and images; got "
@@ -161,7 +167,7 @@ def paired(
 
 
 def share_of(name: str, count: int, total: int) -> float:
-    if not total > 0 or not 0 <= count <= total:
+    if not 0 < total < math.inf or not 0 <= count <= total:
         raise SapmergeError(
             f"{name}: expected a count of 0 to all of at least one; got {count!r} of {total!r}"
         )
