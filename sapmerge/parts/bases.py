@@ -1,7 +1,8 @@
 """Bases: the coordinates in which a method is run by `In(basis, method)`.
 
 A basis maps a Layer to `Frames`; the coordinates of an update D are U^T D V. Sparse rules (TIES,
-pruning) depend on the basis they are run in; linear ones (mean, sum) do not.
+pruning) depend on the basis they are run in; linear ones (mean, sum) do not. An adapter of weight 0
+has no say in the coordinates, as it has none in the result.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class SharedBasis:
     scaled: bool = True
 
     def __call__(self, layer: Layer) -> Frames:
-        blocks = [_left_block(update) for update in layer if not update.absent]
+        blocks = [_left_block(layer.updates[k]) for k in _counted(layer)]
         if not blocks:
             return Frames()
         U, sigma, _ = svd(torch.cat(blocks, dim=1))
@@ -65,7 +66,7 @@ class CoreSpace:
     balance: bool = True
 
     def __call__(self, layer: Layer) -> Frames:
-        present = [update for update in layer if not update.absent]
+        present = [layer.updates[k] for k in _counted(layer)]
         if not present:
             return Frames()
         pairs = [
@@ -75,6 +76,12 @@ class CoreSpace:
         left = svd(torch.cat([pair.B for pair in pairs], dim=1))[0]
         right = svd(torch.cat([pair.A for pair in pairs]))[2]
         return Frames(U=left.to(present[0].dtype), V=right.T.to(present[0].dtype))
+
+
+def _counted(layer: Layer) -> list[int]:
+    """Whose updates the coordinates are made for; all of them where no weight counts."""
+    there = [k for k, update in enumerate(layer) if not update.absent]
+    return [k for k in there if layer.weights[k] != 0] or there
 
 
 def _left_block(update: Update) -> Tensor:
@@ -124,7 +131,7 @@ class TuckerSpace:
 
     def __call__(self, layer: Layer) -> Frames:
         core = cores_of(layer)
-        present = [k for k, M in enumerate(core.cores) if nonzero(M, core.sizes[k])]
+        present = [k for k in _counted(layer) if nonzero(core.cores[k], core.sizes[k])]
         if not present:
             return Frames()
         norms = [norm(core.cores[k]) for k in present]

@@ -659,3 +659,25 @@ def test_subspace_boosting_raises_no_direction_of_the_null_space() -> None:
         sigma[:3], torch.linalg.svdvals(sm.task_arithmetic()(layer).dense())[:1].expand(3)
     )
     assert sm.subspace_boosting()(sm.Layer("z", [sm.absent((4, 3), layer.updates[0].A)])).rank == 0
+
+
+@pytest.mark.parametrize("method", [sm.knots(), sm.core_space(), sm.ctm(rank=4)], ids=repr)
+def test_who_has_no_weight_does_not_shape_the_coordinates(method: sm.Method) -> None:
+    """As if it were not there; KnOTS by hand, too: singular vectors of the others alone."""
+    one, two, bad = (low_rank((12, 9), rank, 70 + rank) for rank in (3, 2, 4))
+    three = sm.Layer("l", (one, bad.scaled(50.0), two), weights=(1.0, 0.0, 2.0))
+    both = sm.Layer("l", (one, two), weights=(1.0, 2.0))
+    wanted = sm.prepare(method, [both])(both).dense()
+    found = sm.prepare(method, [three])(three).dense()
+    torch.testing.assert_close(found, wanted, atol=1e-9, rtol=0)
+    if method == sm.knots():
+        left = torch.linalg.svd(torch.cat([one.dense(), two.dense()], 1))[0][:, :5]
+        inside = sm.In(sm.SharedBasis(), _Projection())
+        assert torch.allclose(inside(three).dense(), left @ left.T @ bad.dense() * 50, atol=1e-9)
+
+
+class _Projection:
+    """A merger that takes the adapter of weight 0, so that the frames are seen."""
+
+    def __call__(self, layer: sm.Layer) -> sm.Update:
+        return layer.updates[1]
