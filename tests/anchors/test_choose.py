@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -136,8 +137,8 @@ def test_features_and_batches_of_a_model() -> None:
     assert float(batch["anchor_weight"].mean()) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("count", [0, 61])
-def test_a_count_that_cannot_be(count: int) -> None:
+@pytest.mark.parametrize("count", [0, 61, 1.5, "3"])
+def test_a_count_that_cannot_be(count: Any) -> None:
     for choose in (sm.anchors.coreset, sm.anchors.kmeans, sm.anchors.at_random):
         with pytest.raises(sm.AnchorError, match="1 to 60"):
             choose(POOL, count)
