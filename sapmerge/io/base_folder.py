@@ -146,6 +146,25 @@ class BaseFolder:
             return named and (self.conv1d or self._stored_so)
         return self.conv1d
 
+    def tied(self) -> bool:
+        """Whether the head is the input embeddings: config.json says so, or it names a language
+        model whose folder has no head.
+        """
+        file, where = os.path.join(self.path, "config.json"), f"{self._where}, config.json"
+        if not os.path.lexists(file):
+            return False
+        with RegularFile(file, where) as config:
+            table = parse(bytes(config.read(0, config.size)), where, LARGE)
+        text = table.get("text_config")
+        for part in (table, cast("Mapping[str, object]", text) if isinstance(text, dict) else {}):
+            if "tie_word_embeddings" in part:
+                return part["tie_word_embeddings"] is True
+        heads = ("lm_head.weight", "embed_out.weight", "output.weight", "output_layer.weight")
+        named = str(table.get("architectures"))
+        return ("ForCausalLM" in named or "LMHead" in named) and not any(
+            name.endswith(heads) for name in self._names
+        )
+
     def find(self, name: str) -> str | None:
         """The folder's name of a tensor: the same, or the only one of which one is the
         end of the other.

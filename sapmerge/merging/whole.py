@@ -14,6 +14,7 @@ from sapmerge.core.torch_state import pinned
 from sapmerge.core.undo import Undo
 from sapmerge.errors import ModelMismatchError
 from sapmerge.io.base_folder import BaseFolder, Spot
+from sapmerge.io.keys import EMBEDDINGS
 from sapmerge.io.outputs import check_apart
 from sapmerge.io.whole import write_model
 from sapmerge.merging.report import digests_of
@@ -57,6 +58,7 @@ def _written(
 ) -> None:
     base = BaseFolder(base_folder, conv1d=any(adapter.fan_in_fan_out for adapter in run.adapters))
     check_apart(path, (base.path, *(adapter.folder for adapter in run.adapters)))
+    _check_not_tied(run, base)
     moved = _moves(run, base)
     for name in moved:
         _check_plain(base, name)
@@ -69,6 +71,22 @@ def _written(
         **({} if anchors is None else {"digests": digests_of(anchors)}),
     }
     write_model(base, path, moved, record, overwrite=overwrite, undo=undo)
+
+
+def _check_not_tied(run: Run, base: BaseFolder) -> None:
+    """Refuse a change of embeddings that the head would share: PEFT changes one of both.
+
+    Raises:
+        ModelMismatchError: the base ties them.
+    """
+    owners = [m.owner for m in run.stream.modules.values() if m.kind == "embedding"]
+    owners += [name.rpartition(".")[0] for name in run.heads.tensors()]
+    shared = next((name for name in owners if EMBEDDINGS.fullmatch(name)), None)
+    if shared is not None and base.tied():
+        raise ModelMismatchError(
+            f"the base ties its embeddings and its head, so that a change of {shared!r} in its "
+            "folder would be one of both; use save_pretrained"
+        )
 
 
 def _moves(run: Run, base: BaseFolder) -> Mapping[str, Callable[[Tensor], Tensor]]:

@@ -127,6 +127,32 @@ def test_token_rows_beside_a_lora_of_their_embedding(tmp_path: Path) -> None:
     h.compare(h.llama, _loaded(h.llama, tmp_path / "whole"), wanted)
 
 
+@pytest.mark.parametrize(
+    ("make", "settings"),
+    [
+        (h.tied_llama, {"target_modules": [*QV, "embed_tokens"]}),
+        (h.tied_llama, {"target_modules": QV, "modules_to_save": ["embed_tokens"]}),
+        (h.gpt2, {"target_modules": ["c_attn", "wte"]}),  # its config leaves the default out
+    ],
+)
+def test_embeddings_that_are_the_head_are_not_changed_in_both(
+    make: h.Make, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """PEFT changes the input embeddings alone; the folder has one tensor for both."""
+    base = _saved(make, tmp_path / "base")
+    done = merged([train(tmp_path, make, 1, r=2, **settings)], modules_to_save="mean")
+    with pytest.raises(sm.ModelMismatchError, match="ties its embeddings and its head"):
+        done.save_merged(base, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_embeddings_beside_a_head_of_its_own(tmp_path: Path) -> None:
+    base = _saved(h.llama, tmp_path / "base")
+    path = train(tmp_path, h.llama, 1, r=2, target_modules=[*QV, "embed_tokens"])
+    merged([path]).save_merged(base, tmp_path / "whole")
+    h.compare(h.llama, _loaded(h.llama, tmp_path / "whole"), h.target(h.llama, [path]), 1e-4)
+
+
 def test_a_bias_that_the_base_lacks_is_refused(tmp_path: Path) -> None:
     base = _saved(h.llama, tmp_path / "base")
     path = train(tmp_path, h.biased_llama, 1, r=4, target_modules=QV, bias="all")
