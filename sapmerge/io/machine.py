@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["at_terminal", "memory_of"]
 
@@ -20,8 +21,9 @@ def at_terminal() -> bool:
 def memory_of(device: torch.device) -> int | None:
     """Bytes of memory, swap included; None where it cannot be told."""
     if device.type == "cuda":
-        cuda: Any = torch.cuda
-        return int(cuda.get_device_properties(device).total_memory)
+        from torch import cuda
+
+        return int(cuda.get_device_properties(device).total_memory)  # pyright: ignore
     found: list[int] = []
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
