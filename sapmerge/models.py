@@ -22,6 +22,7 @@ from sapmerge.io.modules import Module
 from sapmerge.naming import Names, base_of, is_transposed, matrix_shape
 
 __all__ = [
+    "MERGED",
     "ModelWeights",
     "Site",
     "base_of",
@@ -34,6 +35,7 @@ __all__ = [
     "merged_into",
     "model_names",
     "tensor_name",
+    "tuner_layers",
     "weight_view",
 ]
 
@@ -132,21 +134,29 @@ class ModelWeights:
         return find_tensors(self._model, [name])[name].detach().to("cpu", torch.float32)
 
 
-def merged_into(model: Any) -> bool:
-    """Whether PEFT has merged an adapter of the model into its weights."""
-    return any(
-        isinstance(getattr(module, "disable_adapters", None), bool)
-        and getattr(module, "merged", False) is True
+MERGED = (
+    "an adapter of the model is merged into its weights, so these are not the base's: "
+    "unmerge_adapter() first"
+)
+
+
+def tuner_layers(model: Any) -> list[Any]:
+    """The layers in which PEFT keeps adapters."""
+    return [
+        module
         for module in base_of(model).modules()
-    )
+        if isinstance(getattr(module, "disable_adapters", None), bool)
+    ]
+
+
+def merged_into(layers: Iterable[Any]) -> bool:
+    """Whether PEFT has merged an adapter of such layers into their weights."""
+    return any(getattr(layer, "merged", False) is True for layer in layers)
 
 
 def _check_unmerged(model: Any) -> None:
-    if merged_into(model):
-        raise ModelMismatchError(
-            "an adapter of the model is merged into its weights, so these are not the base's: "
-            "unmerge_adapter() first"
-        )
+    if merged_into(tuner_layers(model)):
+        raise ModelMismatchError(MERGED)
 
 
 def find_modules(model: Any, wanted: Mapping[str, Module]) -> dict[str, nn.Module]:

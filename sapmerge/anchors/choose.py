@@ -17,7 +17,7 @@ from sapmerge.anchors.freezing import frozen
 from sapmerge.anchors.loading import Batches, batch_size
 from sapmerge.anchors.passes import Passes
 from sapmerge.anchors.transport import assign, nearest_plan, sinkhorn, squared_distances
-from sapmerge.core.scalars import plain
+from sapmerge.core.scalars import whole
 from sapmerge.core.torch_state import pinned
 from sapmerge.errors import AnchorError
 from sapmerge.io.machine import at_terminal
@@ -248,8 +248,7 @@ def _points(pool: Any, count: int, model: Any) -> Tensor:
 
 
 def _check_count(count: int, size: int) -> None:
-    whole = plain(count)
-    if not isinstance(whole, int) or not 1 <= whole <= size:  # pyright: ignore[reportUnnecessaryIsInstance]
+    if whole(count, 1, size) is None:
         raise AnchorError(
             f"count is a whole number of pairs of the pool, 1 to {size}; got {count!r}"
         )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sapmerge.core.torch_state import model_state
 from sapmerge.core.undo import restoring
 from sapmerge.errors import AnchorError
-from sapmerge.models import device_of, exclusive, merged_into
+from sapmerge.models import MERGED, device_of, exclusive, merged_into, tuner_layers
 
 __all__ = ["BaseWeights", "frozen"]
 
@@ -37,17 +37,10 @@ def frozen(model: Any) -> Generator[nn.Module]:
                 "the base model was made inside torch.inference_mode(), where nothing has a "
                 "gradient: load it outside"
             )
-        tuners = [
-            module
-            for module in base.modules()
-            if isinstance(getattr(module, "disable_adapters", None), bool)
-        ]
+        tuners = tuner_layers(base)
         active = [module for module in tuners if not module.disable_adapters]
-        if merged_into(base):
-            raise AnchorError(
-                "an adapter of the model is merged into its weights, so these are not the base's: "
-                "unmerge_adapter() first"
-            )
+        if merged_into(tuners):
+            raise AnchorError(MERGED)
         with restoring() as undo:
             undo.add(partial(_put_back, _changed_by_running(base)))
             undo.add(

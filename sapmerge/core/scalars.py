@@ -4,9 +4,10 @@ counts of samples come from arrays.
 
 from __future__ import annotations
 
+import math
 from typing import Any, TypeVar, cast
 
-__all__ = ["plain"]
+__all__ = ["plain", "whole"]
 
 T = TypeVar("T")
 
@@ -27,3 +28,15 @@ def plain(value: T) -> T:
     if getattr(value, "ndim", None) == 0 and callable(getattr(value, "item", None)):
         return scalar.item()
     return value
+
+
+def whole(value: object, low: int, high: float = math.inf) -> int | None:
+    """A whole number between two bounds, both included, as an int; None for anything else.
+
+    Example:
+        >>> import numpy as np
+        >>> whole(np.int64(3), 1), whole(3.0, 1), whole(9, 1, 8)
+        (3, None, None)
+    """
+    number = plain(value)
+    return number if isinstance(number, int) and low <= number <= high else None

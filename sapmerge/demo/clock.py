@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+
+from sapmerge.io.machine import at_terminal
 
 __all__ = ["Clock", "nobody"]
 
@@ -30,7 +31,7 @@ class Clock:
     _bar: Any = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        if self.shown or (self.shown is None and sys.stderr.isatty()):
+        if self.shown or (self.shown is None and at_terminal()):
             from tqdm import tqdm
 
             form = "{percentage:3.0f} %|{bar}| {desc}, {remaining} left"

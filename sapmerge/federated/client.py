@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sapmerge.core.scalars import plain
+from sapmerge.core.scalars import whole
 from sapmerge.core.updates import Update
 from sapmerge.errors import MethodError, NonFiniteError
 from sapmerge.losses import Loss
@@ -58,17 +58,17 @@ def fixed_point(update: Update, bits: int = 24) -> Tensor:
         NonFiniteError: an entry is not finite.
         MethodError: entries so large that a sum of 2^20 of them could overflow.
     """
-    bits = plain(bits)
-    if not isinstance(bits, int) or not 1 <= bits <= 40:  # pyright: ignore[reportUnnecessaryIsInstance]
+    places = whole(bits, 1, 40)
+    if places is None:
         raise MethodError(f"bits are a whole number from 1 to 40; got {bits!r}")
     wide = update.dense().double()
     if not bool(torch.isfinite(wide).all()):
         raise NonFiniteError("an entry of the update is NaN or infinite")
-    if float(wide.abs().max()) * 2.0**bits >= 2.0**42:
+    if float(wide.abs().max()) * 2.0**places >= 2.0**42:
         raise MethodError(
-            f"an entry of {float(wide.abs().max()):.3g} leaves no room for sums at {bits} bits"
+            f"an entry of {float(wide.abs().max()):.3g} leaves no room for sums at {places} bits"
         )
-    return (wide * 2.0**bits).round().to(torch.int64)
+    return (wide * 2.0**places).round().to(torch.int64)
 
 
 def from_fixed_point(total: Tensor, bits: int = 24) -> Tensor:

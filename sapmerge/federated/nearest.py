@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sapmerge.core.lowrank import whole_gram
-from sapmerge.core.scalars import plain
+from sapmerge.core.scalars import whole
 from sapmerge.errors import MethodError, SapmergeWarning
 from sapmerge.merging.inputs import Adapters, check_mergeable, load_adapters, resolve_weights
 from sapmerge.merging.stream import AdapterLayers
@@ -53,8 +53,8 @@ def neighbours(
     Warns:
         SapmergeWarning: with "euclidean", norms differ by more than 1.5, or an adapter is zero.
     """
-    count = plain(count)
-    if distance not in ("euclidean", "cosine") or not isinstance(count, int) or count < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+    number = whole(count, 1)
+    if distance not in ("euclidean", "cosine") or number is None:
         raise MethodError(
             "distance is 'euclidean' or 'cosine', count a whole number from 1 on; got "
             f"{distance!r} and {count!r}"
@@ -77,7 +77,7 @@ def neighbours(
             (i for i in range(len(opened)) if i != k),
             key=lambda i: (float(squares[k, i]), opened[i].digest),
         )
-        near = others[:count]
+        near = others[:number]
         share = (
             numbers[k] / (numbers[k] + sum(numbers[i] for i in near))
             if self_weight is None

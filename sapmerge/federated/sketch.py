@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sapmerge.core.layer import seed_of
 from sapmerge.core.linalg import qr, svd
-from sapmerge.core.scalars import plain
+from sapmerge.core.scalars import whole
 from sapmerge.core.updates import LowRank, Update
 from sapmerge.errors import MethodError
 from sapmerge.federated.contract import Slot
@@ -57,9 +57,10 @@ class Sketch:
     slots: Mapping[str, Slot] = field(default_factory=dict[str, Slot], repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "width", plain(self.width))
-        if not isinstance(self.width, int) or self.width < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
+        width = whole(self.width, 1)
+        if width is None:
             raise MethodError(f"width is a number of columns, at least 1; got {self.width!r}")
+        object.__setattr__(self, "width", width)
 
     def plus(self, adapter: Adapter, weight: float = 1.0) -> Sketch:
         """With one adapter more.
@@ -110,15 +111,15 @@ class Sketch:
                 width.
         """
         total = total_of(self.members, "the sketch")
-        rank = plain(rank)
-        if not isinstance(rank, int) or not 1 <= rank <= self.width:  # pyright: ignore[reportUnnecessaryIsInstance]
+        kept = whole(rank, 1, self.width)
+        if kept is None:
             raise MethodError(
                 f"rank is a whole number from 1 to the width, {self.width}; got {rank!r}"
             )
         found: dict[str, Update] = {}
         for name, (Y, Z) in sorted(self.sums.items()):
             P = self._chance(name, "P", 2 * self.width, self.slots[name].shape[0])
-            update = recovered(Y, Z, P, rank)
+            update = recovered(Y, Z, P, kept)
             found[name] = LowRank((update.B / total).float(), update.A.float())
         return found
 

@@ -95,7 +95,7 @@ class StagedFolder:
         try:
             with explained(self.path, "create a temporary folder beside it"):
                 self._parent = Folder(self._parent_path)
-                self._folder = self._create(self._parent)
+                self._create(self._parent)
         except BaseException:
             self.__exit__()
             raise
@@ -251,7 +251,7 @@ class StagedFolder:
         assert self._parent is not None, "entered"
         return self._parent
 
-    def _create(self, parent: Folder) -> Folder:
+    def _create(self, parent: Folder) -> None:
         # The lock tells a later `_sweep` that this folder is in use. It may be swept before it is
         # locked: try again.
         for _ in range(_ATTEMPTS):
@@ -262,7 +262,7 @@ class StagedFolder:
                 with _tolerating(_NO_LOCKS):
                     self._folder.lock()
                 if os.path.samestat(self._folder.status(), parent.lstat(name)):
-                    return self._folder
+                    return
             except (FileNotFoundError, BlockingIOError):
                 pass
             if self._folder is not None:

@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from sapmerge.io.keys import EMBEDDINGS
 from sapmerge.io.measuring import Entry
 from sapmerge.io.modules import Module
 from sapmerge.io.names import canonical
+from sapmerge.io.original_llava import MODEL_CONFIG
 from sapmerge.io.strict_json import parse
 
 __all__ = ["LARGE", "BaseFolder", "Spot"]
@@ -103,10 +104,7 @@ class BaseFolder:
     def _files(self) -> list[str]:
         if os.path.lexists(os.path.join(self.path, _ONE)):
             return [_ONE]
-        where = f"{self._where}, {_INDEX}"
-        with RegularFile(os.path.join(self.path, _INDEX), where) as file:
-            index = parse(bytes(file.read(0, file.size)), where, LARGE)
-        table = index.get("weight_map")
+        table = self._json(_INDEX).get("weight_map")
         files = (
             set(cast("Mapping[str, object]", table).values())
             if isinstance(table, dict)
@@ -114,9 +112,15 @@ class BaseFolder:
         )
         if not files or not all(isinstance(name, str) and _PLAIN.fullmatch(name) for name in files):
             raise AdapterSecurityError(
-                f"{where}: weight_map must name safetensors files of this folder"
+                f"{self._where}, {_INDEX}: weight_map must name safetensors files of this folder"
             )
         return sorted(cast("set[str]", files))
+
+    def _json(self, name: str) -> dict[str, Any]:
+        """A file beside the weights."""
+        where = f"{self._where}, {name}"
+        with RegularFile(os.path.join(self.path, name), where) as file:
+            return parse(bytes(file.read(0, file.size)), where, LARGE)
 
     @staticmethod
     def _canonical(tensor: str) -> str:
@@ -150,11 +154,9 @@ class BaseFolder:
         """Whether the head is the input embeddings: config.json says so, or it names a language
         model whose folder has no head.
         """
-        file, where = os.path.join(self.path, "config.json"), f"{self._where}, config.json"
-        if not os.path.lexists(file):
+        if not os.path.lexists(os.path.join(self.path, MODEL_CONFIG)):
             return False
-        with RegularFile(file, where) as config:
-            table = parse(bytes(config.read(0, config.size)), where, LARGE)
+        table = self._json(MODEL_CONFIG)
         text = table.get("text_config")
         for part in (table, cast("Mapping[str, object]", text) if isinstance(text, dict) else {}):
             if "tie_word_embeddings" in part:

@@ -8,8 +8,7 @@ import secrets
 import shutil
 from contextlib import suppress
 
-from sapmerge.io.locks import lock
-from sapmerge.io.system import POSIX
+from sapmerge.io.system import POSIX, Folder
 
 __all__ = ["alive", "remove", "sibling_name", "sweep", "sweep_after"]
 
@@ -78,9 +77,9 @@ def _remove_unlocked(folder: str) -> None:
     if not POSIX:
         return
     with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        opened = Folder(folder)
         try:
-            lock(descriptor, wait=False)
+            opened.lock()
             remove(folder)
         finally:
-            os.close(descriptor)
+            opened.close()

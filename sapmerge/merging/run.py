@@ -17,7 +17,7 @@ from sapmerge.core.lowrank import rounded_share, truncate
 from sapmerge.core.part import recipe
 from sapmerge.core.protocols import Method
 from sapmerge.core.torch_state import pinned
-from sapmerge.core.updates import Dense, LowRank, Update
+from sapmerge.core.updates import LowRank, Update, as_update
 from sapmerge.errors import MethodError, NonFiniteError
 from sapmerge.io.adapter import Adapter
 from sapmerge.io.modules import Module
@@ -151,12 +151,7 @@ class Run:
         """A layer, its merged update, and what the parts of the method recorded."""
         notes: dict[str, Any] = {}
         layer = self.stream.layer(name, notes.__setitem__)
-        update = self.prepared(layer)
-        if not isinstance(update, (LowRank, Dense)):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise MethodError(
-                f"a method returns an update, LowRank(B, A) or Dense(matrix); {self.method!r} "
-                f"returned a {type(update).__name__} for layer {name!r}"
-            )
+        update = as_update(self.prepared(layer), self.method, name)
         if self.scale != 1.0:
             update = update.scaled(self.scale)
         if update.shape != layer.shape:

@@ -102,7 +102,7 @@ class Prune:
                 decision.notes,
             )
         kept = {name: _masked(values, masks[name]) for name, values in coordinates.values.items()}
-        rescaled = cast("object", self.rescaler(coordinates.join(kept), update))
+        rescaled = self.rescaler(coordinates.join(kept), update)
         return as_update(rescaled, self.rescaler, layer.name), notes
 
     def _fit(
